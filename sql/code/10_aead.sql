@@ -1,0 +1,49 @@
+-- The cipher: AEAD_AES_256_CBC_HMAC_SHA_512 of RFC 7518, 5.2.5, on pgcrypto. Nothing else calls pgcrypto's ciphers.
+-- These functions are written so that the planner inlines them: key bytes then never are parameters of a statement.
+
+create or replace function rekey._refuse_lengths(key integer, iv integer, message integer) returns bytea
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception 'AEAD_AES_256_CBC_HMAC_SHA_512 takes a key of 64 bytes, an IV of 16, and a message: got %, % and %',
+    coalesce(key::text, 'NULL'), coalesce(iv::text, 'NULL'), coalesce(message::text, 'NULL')
+    using errcode = 'invalid_parameter_value';
+end
+$$;
+comment on function rekey._refuse_lengths is 'Raises 22023: pgcrypto itself pads and cuts in silence.';
+
+create or replace function rekey._random_bytes(count integer) returns bytea
+language sql volatile parallel safe
+return gen_random_bytes(count);
+comment on function rekey._random_bytes is 'count (1 to 1024) bytes from the random number generator of pgcrypto.';
+
+create or replace function rekey._mac(key bytea, aad bytea, iv bytea, ciphertext bytea) returns bytea
+language sql immutable parallel safe
+return substr(
+  hmac(aad || iv || ciphertext || int8send(octet_length(aad)::bigint * 8), substr(key, 1, 32), 'sha512'), 1, 32);
+comment on function rekey._mac is 'Authentication tag: the first half of HMAC-SHA-512 under the first half of the key.';
+
+create or replace function rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) returns bytea
+language sql immutable parallel safe
+return case
+  when octet_length(key) = 64 and octet_length(iv) = 16 and plaintext is not null and aad is not null then
+    encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs')
+    || rekey._mac(key, aad, iv, encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs'))
+  else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(plaintext)) end;
+comment on function rekey._aead_encrypt is
+  'Ciphertext and tag of plaintext under a 64-byte key (MAC key, encryption key) and a 16-byte IV, authenticating aad too. 22023 for other lengths and NULL.';
+
+-- The tags are compared as hashes under the MAC key, which no caller has: how long the comparison takes tells nothing.
+create or replace function rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea) returns bytea
+language sql immutable parallel safe
+return case
+  when octet_length(key) = 64 and octet_length(iv) = 16 and aad is not null
+       and octet_length(sealed) >= 48 and octet_length(sealed) % 16 = 0 then
+    case when sha256(substr(key, 1, 32) || substr(sealed, octet_length(sealed) - 31))
+              = sha256(substr(key, 1, 32) || rekey._mac(key, aad, iv, substr(sealed, 1, octet_length(sealed) - 32))) then
+      decrypt_iv(substr(sealed, 1, octet_length(sealed) - 32), substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs')
+    end
+  else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(sealed)) end;
+comment on function rekey._aead_decrypt is
+  'Plaintext of what rekey._aead_encrypt sealed; NULL where the tag is wrong. 22023 for lengths that cannot be and NULL.';

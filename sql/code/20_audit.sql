@@ -1,0 +1,178 @@
+-- The audit log: a hash chain. Its head is locked last in a transaction, and briefly.
+
+create or replace function rekey._claims() returns jsonb
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_claims text := nullif(current_setting('request.jwt.claims', true), '');
+begin
+  if v_claims is null then
+    return null;
+  end if;
+  return case when jsonb_typeof(v_claims::jsonb) = 'object' then v_claims::jsonb else '{}' end;
+exception when invalid_text_representation or untranslatable_character then
+  return '{}';
+end
+$$;
+comment on function rekey._claims is 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
+
+create or replace function rekey._caller() returns name
+language sql stable parallel restricted
+return coalesce(nullif(current_setting('role'), 'none'), session_user)::name;
+comment on function rekey._caller is 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in.';
+
+create or replace function rekey._audit_hash(entry rekey.audit_log) returns bytea
+language sql stable
+return sha256(
+  entry.prev_hash || rekey._part(entry.id::text)
+  || rekey._part(to_char(entry.at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'))
+  || rekey._part(entry.actor) || rekey._part(entry.role) || rekey._part(entry.jwt_subject) || rekey._part(entry.event)
+  || rekey._part(entry.keyring) || rekey._part(entry.version::text) || rekey._part(entry.rotation_id::text)
+  || rekey._part(entry.details::text));
+comment on function rekey._audit_hash is 'The hash of an audit entry (docs/format.md).';
+
+create or replace function rekey._audit_all(events jsonb) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_head rekey._audit_head;
+  v_entry rekey.audit_log;
+  v_entries rekey.audit_log[];
+  v_event jsonb;
+  v_place integer := 0;
+begin
+  if jsonb_array_length(events) = 0 then
+    return;
+  end if;
+  insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
+  select * into strict v_head from rekey._audit_head for update;
+  v_entry.actor := session_user;
+  v_entry.role := current_setting('role');
+  v_entry.jwt_subject := rekey._claims() ->> 'sub';
+  for v_event in select e.value from jsonb_array_elements(events) with ordinality e(value, place) order by e.place loop
+    v_place := v_place + 1;
+    v_entry.id := v_head.id + v_place;
+    v_entry.at := clock_timestamp();
+    v_entry.event := v_event ->> 'event';
+    v_entry.keyring := v_event ->> 'keyring';
+    v_entry.version := v_event ->> 'version';
+    v_entry.rotation_id := v_event ->> 'rotation_id';
+    v_entry.details := coalesce(v_event -> 'details', '{}');
+    v_entry.prev_hash := v_head.hash;
+    v_entry.hash := rekey._audit_hash(v_entry);
+    v_head.hash := v_entry.hash;
+    v_entries[v_place] := v_entry;
+  end loop;
+  insert into rekey.audit_log select e.* from unnest(v_entries) e;
+  update rekey._audit_head set id = v_entry.id, hash = v_entry.hash;
+end
+$$;
+comment on function rekey._audit_all is 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details.';
+
+create or replace function rekey._audit(
+  event text, keyring text = null, version integer = null, rotation_id bigint = null, details jsonb = '{}'
+) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform rekey._audit_all(jsonb_build_array(jsonb_build_object(
+    'event', _audit.event, 'keyring', _audit.keyring, 'version', _audit.version,
+    'rotation_id', _audit.rotation_id, 'details', jsonb_strip_nulls(_audit.details))));
+end
+$$;
+comment on function rekey._audit is 'Adds one entry to the audit log.';
+
+create or replace function rekey._refuse_change() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception '% on rekey.% is refused', tg_op, tg_table_name
+    using errcode = 'insufficient_privilege', hint = 'Nothing is ever taken out of this table.';
+end
+$$;
+comment on function rekey._refuse_change is 'Trigger: refuses every statement it is set on (42501).';
+
+create or replace trigger audit_log_append_only before update or delete or truncate on rekey.audit_log
+  for each statement execute function rekey._refuse_change();
+create or replace trigger encryption_keys_keep before delete or truncate on rekey.encryption_keys
+  for each statement execute function rekey._refuse_change();
+
+grant select on rekey.audit_log to rekey_auditor;
+
+create or replace function rekey.audit_checkpoint() returns jsonb
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select jsonb_build_object(
+    'id', coalesce(h.id, 0), 'hash', encode(coalesce(h.hash, sha256('pg_rekey/v1/audit')), 'hex'),
+    'entries', (select count(*) from rekey.audit_log),
+    'at', to_char(clock_timestamp() at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), 'database', current_database())
+  from (select) as one left join rekey._audit_head h on true;
+end;
+comment on function rekey.audit_checkpoint is
+  'The end of the audit log now: number and hash of its last entry, count of its entries. Sign it and keep it elsewhere (pg-rekey audit checkpoint): it is the anchor of rekey.verify_audit_log().';
+grant execute on function rekey.audit_checkpoint to rekey_auditor, rekey_operator;
+
+create or replace function rekey.verify_audit_log(anchor jsonb = null,
+  out valid boolean, out entries bigint, out first_bad bigint, out reason text)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_head rekey._audit_head;
+begin
+  if anchor is not null and not coalesce(
+       jsonb_typeof(anchor) = 'object' and anchor ->> 'id' ~ '^\d{1,18}$' and anchor ->> 'hash' ~ '^[0-9a-f]{64}$', false) then
+    raise exception 'the anchor has no id and hash'
+      using errcode = 'invalid_parameter_value', hint = 'Give what rekey.audit_checkpoint() returned.';
+  end if;
+  select * into v_head from rekey._audit_head;
+  v_head.id := coalesce(v_head.id, 0);
+  v_head.hash := coalesce(v_head.hash, sha256('pg_rekey/v1/audit'));
+  select count(*) into entries from rekey.audit_log;
+
+  select c.id, c.why into first_bad, reason
+  from (
+    select e.id,
+      case
+        when e.id <> e.place then 'an entry is missing before it'
+        when e.prev_hash <> e.hash_before then 'it does not follow from the entry before it'
+        when e.hash <> e.computed then 'it was changed'
+      end as why
+    from (
+      select a.id, a.prev_hash, a.hash, rekey._audit_hash(a) as computed,
+        row_number() over chain as place,
+        lag(a.hash, 1, sha256('pg_rekey/v1/audit')) over chain as hash_before
+      from rekey.audit_log a
+      window chain as (order by a.id)
+    ) e
+  ) c
+  where c.why is not null
+  order by c.id
+  limit 1;
+
+  if reason is null and (v_head.id <> entries
+      or v_head.hash <> coalesce((select a.hash from rekey.audit_log a where a.id = entries), sha256('pg_rekey/v1/audit'))) then
+    first_bad := entries + 1;
+    reason := 'entries are missing at the end';
+  end if;
+  if reason is null and anchor is not null then
+    if (anchor ->> 'id')::bigint > entries then
+      first_bad := entries + 1;
+      reason := 'the log ends before the anchor';
+    elsif (anchor ->> 'hash') <> encode(coalesce(
+        (select a.hash from rekey.audit_log a where a.id = (anchor ->> 'id')::bigint), sha256('pg_rekey/v1/audit')), 'hex') then
+      first_bad := (anchor ->> 'id')::bigint;
+      reason := 'the log is not the one that was anchored';
+    end if;
+  end if;
+  valid := reason is null;
+end
+$$;
+comment on function rekey.verify_audit_log is
+  'Checks the chain of the audit log. valid: whether it holds; entries: how many there are; first_bad and reason: the first one that does not fit. anchor: an earlier result of rekey.audit_checkpoint(), kept elsewhere; without one, a chain that was computed anew is not found out. 22023 for an anchor that is none.';
+grant execute on function rekey.verify_audit_log to rekey_auditor, rekey_operator;

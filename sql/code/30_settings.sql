@@ -1,0 +1,104 @@
+create or replace function rekey._settings() returns rekey.settings
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings rekey.settings;
+begin
+  select * into v_settings from rekey.settings;
+  if not found then
+    raise exception 'pg_rekey is installed but not set up' using errcode = 'RK001',
+      hint = 'Register a KEK: pg-rekey init, or select rekey.register_kek().';
+  end if;
+  return v_settings;
+end
+$$;
+comment on function rekey._settings is 'The settings. RK001 before rekey.register_kek().';
+
+create or replace function rekey._ensure_rows() returns void
+language sql
+set search_path = pg_catalog, pg_temp
+begin atomic
+  insert into rekey.settings default values on conflict do nothing;
+  insert into rekey._worker default values on conflict do nothing;
+end;
+comment on function rekey._ensure_rows is 'Makes the rows that there is one of. (The installation makes none: a restored dump brings its own.)';
+
+-- Executable by administrators because rekey.set_setting() runs with its caller's rights.
+create or replace function rekey._store_setting(name text, value text) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_type text;
+  v_default text;
+  v_old text;
+begin
+  select format_type(a.atttypid, null), pg_get_expr(d.adbin, d.adrelid)
+  into v_type, v_default
+  from pg_attribute a
+  left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+  where a.attrelid = 'rekey.settings'::regclass and a.attname = _store_setting.name and a.attnum > 0
+    and not a.attisdropped and a.attname <> 'singleton';
+  if not found then
+    raise exception 'no such setting: %', coalesce(quote_literal(name), 'NULL') using errcode = 'invalid_parameter_value',
+      hint = 'See rekey.setting_status for their names.';
+  end if;
+  if _store_setting.name = 'tenant_check' and value is not null and to_regprocedure(value || '(uuid)') is null then
+    raise exception 'there is no function %(uuid)', value using errcode = 'invalid_parameter_value',
+      hint = 'Give the name of a function (uuid) returns boolean, with its schema.';
+  end if;
+  perform rekey._ensure_rows();
+  select to_jsonb(s) ->> _store_setting.name into v_old from rekey.settings s for update;
+  begin
+    if value is null then
+      execute format('update rekey.settings set %I = default', _store_setting.name);
+    else
+      execute format('update rekey.settings set %I = $1::%s', _store_setting.name, v_type) using value;
+    end if;
+  exception when check_violation or data_exception then
+    raise exception 'setting % cannot be %', name, quote_literal(value) using errcode = 'invalid_parameter_value',
+      hint = (select col_description('rekey.settings'::regclass, a.attnum)
+              from pg_attribute a where a.attrelid = 'rekey.settings'::regclass and a.attname = _store_setting.name);
+  end;
+  perform rekey._audit('setting.changed', details => jsonb_build_object(
+    'name', name, 'from', v_old, 'to', (select to_jsonb(s) ->> _store_setting.name from rekey.settings s)));
+end
+$$;
+comment on function rekey._store_setting is 'What rekey.set_setting() does with the rights of rekey_owner.';
+grant execute on function rekey._store_setting to rekey_admin;
+
+create or replace function rekey.set_setting(name text, value text) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform rekey._store_setting(name, value);
+  if name = 'kek_provider' and value = 'vault' and to_regclass('vault.decrypted_secrets') is not null then
+    if not (has_schema_privilege('rekey_owner', 'vault', 'usage')
+            and has_table_privilege('rekey_owner', 'vault.decrypted_secrets', 'select')) then
+      grant usage on schema vault to rekey_owner;
+      grant select on vault.decrypted_secrets to rekey_owner;
+    end if;
+    -- Supabase's view decrypts with its reader's rights.
+    if to_regprocedure('vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
+       and not has_function_privilege('rekey_owner', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)', 'execute') then
+      execute 'grant execute on function vault._crypto_aead_det_decrypt(bytea, bytea, bigint, bytea, bytea) to rekey_owner';
+    end if;
+  elsif name = 'kek_provider' and value = 'file'
+        and not has_function_privilege('rekey_owner', 'pg_catalog.pg_read_binary_file(text,bigint,bigint,boolean)', 'execute') then
+    grant execute on function pg_catalog.pg_read_binary_file(text, bigint, bigint, boolean) to rekey_owner;
+  end if;
+end
+$$;
+comment on function rekey.set_setting is
+  'Changes a setting (columns of rekey.settings); value NULL: back to its default. With kek_provider vault or file it also grants rekey_owner what reading the KEK there takes, with the rights of the caller. 22023 for a name or value that cannot be.';
+grant execute on function rekey.set_setting to rekey_admin;
+
+create or replace view rekey.setting_status as
+select a.attname::text as name, to_jsonb(s) ->> a.attname as value, col_description(a.attrelid, a.attnum) as description
+from pg_attribute a
+cross join rekey.settings s
+where a.attrelid = 'rekey.settings'::regclass and a.attnum > 0 and not a.attisdropped and a.attname <> 'singleton';
+comment on view rekey.setting_status is 'The settings: name, value, and what it means.';
+grant select on rekey.setting_status to rekey_admin, rekey_operator, rekey_auditor;

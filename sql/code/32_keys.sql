@@ -1,0 +1,337 @@
+-- Data-encryption keys: wrapping, the state graph, and which one writers use.
+
+create or replace function rekey._wrap_aad(kek_id integer, keyring_id integer, version integer) returns bytea
+language sql stable parallel safe
+return rekey._header(keyring_id, version) || rekey._part('dek') || rekey._part(keyring_id::text) || rekey._part(version::text)
+  || rekey._part(kek_id::text);
+comment on function rekey._wrap_aad is 'What a wrapped DEK is bound to.';
+
+create or replace function rekey._wrap(
+  wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea
+) returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
+begin
+  return rekey._header(keyring_id, version) || iv || rekey._aead_encrypt(wrapping_key, iv, dek, v_aad);
+end
+$$;
+comment on function rekey._wrap is 'A DEK sealed under the wrapping key of a KEK.';
+
+create or replace function rekey._unwrap(
+  wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea
+) returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
+  v_iv bytea := substr(wrapped_key, 12, 16);
+  v_sealed bytea := substr(wrapped_key, 28);
+begin
+  -- header, IV, 64 bytes with padding, tag
+  if octet_length(wrapped_key) is distinct from 139 then
+    return null;
+  end if;
+  return rekey._aead_decrypt(wrapping_key, v_iv, v_sealed, v_aad);
+end
+$$;
+comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it does not open.';
+
+create or replace function rekey._deks(keyrings integer[], versions integer[], sweeping boolean = false)
+returns table (keyring_id integer, version integer, key bytea, problem text)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_kek_id integer;
+  v_wrapping bytea;
+  v_key record;
+begin
+  select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+  v_wrapping := rekey._wrapping_key(v_wrapping);
+  for v_key in
+    select k.keyring_id, k.version, k.state, k.kek_id, k.wrapped_key, e.state as kek_state
+    from (select distinct u.keyring_id, u.version from unnest(keyrings, versions) as u(keyring_id, version)) w
+    join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.version = w.version
+    join rekey.keks e on e.id = k.kek_id
+  loop
+    keyring_id := v_key.keyring_id;
+    version := v_key.version;
+    key := null;
+    problem := case
+      when v_key.state in ('disabled', 'destroyed') or v_key.state = 'destroy_scheduled' and not sweeping
+        then format('key version %s is %s', v_key.version, v_key.state)
+      when v_key.kek_state = 'lost' then format('key version %s is wrapped under KEK %s, which is lost', v_key.version, v_key.kek_id)
+      end;
+    if problem is null then
+      key := rekey._unwrap(v_wrapping, v_key.kek_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+      if key is null then
+        problem := format('the wrapped key of version %s is damaged', v_key.version);
+      end if;
+    end if;
+    return next;
+  end loop;
+end
+$$;
+comment on function rekey._deks is
+  'Unwraps the keys of these versions, once each. key is NULL, and problem says why, where it may not or cannot be used. sweeping: versions scheduled for destruction open too. RK001, RK002 without the KEK.';
+
+create or replace function rekey._check_key_change() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if (new.keyring_id, new.version) is distinct from (old.keyring_id, old.version) then
+    raise exception 'a key keeps its keyring and version' using errcode = 'RK006';
+  end if;
+  if new.state <> old.state and not (old.state, new.state) in (
+    ('active', 'decrypt_only'), ('active', 'compromised'),
+    ('decrypt_only', 'active'), ('decrypt_only', 'disabled'), ('decrypt_only', 'compromised'), ('decrypt_only', 'destroy_scheduled'),
+    ('disabled', 'decrypt_only'), ('disabled', 'destroy_scheduled'),
+    ('compromised', 'destroy_scheduled'),
+    ('destroy_scheduled', 'destroyed'))
+    and not (old.state = 'destroy_scheduled' and new.state = old.scheduled_from) then
+    raise exception 'a key cannot go from % to %', old.state, new.state using errcode = 'RK006';
+  end if;
+  return new;
+end
+$$;
+comment on function rekey._check_key_change is 'Trigger: lets the state of a key move only along the graph of docs/design.md (RK006).';
+create or replace trigger encryption_keys_state before update on rekey.encryption_keys
+  for each row execute function rekey._check_key_change();
+
+create or replace function rekey._keyring(name text, lock boolean = false) returns rekey.keyrings
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+begin
+  if lock then
+    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name for update;
+  else
+    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name;
+  end if;
+  if v_keyring.id is null then
+    raise exception 'no such keyring: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
+      hint = 'rekey.create_keyring() makes one.';
+  end if;
+  return v_keyring;
+end
+$$;
+comment on function rekey._keyring is 'The keyring of that name, its row locked if asked for. RK007: there is none.';
+
+create or replace function rekey._key(keyring_id integer, version integer) returns rekey.encryption_keys
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_key rekey.encryption_keys;
+begin
+  select * into v_key from rekey.encryption_keys k where k.keyring_id = _key.keyring_id and k.version = _key.version for update;
+  if not found then
+    raise exception 'the keyring has no version %', coalesce(version::text, 'NULL') using errcode = 'RK007',
+      hint = 'See rekey.key_status for its versions.';
+  end if;
+  return v_key;
+end
+$$;
+comment on function rekey._key is 'The key of that version, its row locked. RK007: there is none.';
+
+create or replace function rekey._active_versions(keyrings integer[]) returns integer[]
+language sql stable
+return (
+  select array_agg(k.version order by w.place)
+  from unnest(keyrings) with ordinality as w(keyring_id, place)
+  left join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.state = 'active');
+comment on function rekey._active_versions is 'The active version of each keyring; NULL where it has none.';
+
+-- A writer's promise to whoever waits for a version to fall out of use: a shared advisory lock on (keyring, version),
+-- taken before the version is looked at for the last time.
+create or replace function rekey._lock_active(keyrings integer[]) returns integer[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_versions integer[] := rekey._active_versions(keyrings);
+  v_locked integer[];
+begin
+  loop
+    perform pg_advisory_xact_lock_shared(w.keyring_id, w.version)
+    from (select u.keyring_id, u.version from unnest(keyrings, v_versions) as u(keyring_id, version)
+          where u.version is not null order by 1) w;
+    v_locked := v_versions;
+    v_versions := rekey._active_versions(keyrings);
+    exit when v_versions is not distinct from v_locked;
+  end loop;
+  if current_setting('transaction_isolation') <> 'read committed' then
+    -- This snapshot may be older than a rotation. A row lock sees the row as it is now: 40001 where it was changed.
+    begin
+      perform from rekey.encryption_keys k
+      where (k.keyring_id, k.version) in (select u.keyring_id, u.version from unnest(keyrings, v_versions) as u(keyring_id, version))
+      for share nowait;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;
+      when lock_not_available then null;  -- a rotation that has not committed: its barrier will see our lock
+    end;
+  end if;
+  return v_versions;
+end
+$$;
+comment on function rekey._lock_active is
+  'The active versions of these keyrings, none of which falls out of use before this transaction ends. NULL for a retired keyring. 40001 in REPEATABLE READ and SERIALIZABLE, where a rotation was committed since the snapshot.';
+
+create or replace function rekey._new_keys(keyrings integer[], versions integer[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_kek_id integer;
+  v_wrapping bytea;
+  v_dek bytea;
+  v_wrapped bytea[];
+begin
+  select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+  v_wrapping := rekey._wrapping_key(v_wrapping);
+  for v_place in 1 .. cardinality(keyrings) loop
+    v_dek := rekey._random_bytes(64);
+    v_wrapped[v_place] := rekey._wrap(
+      v_wrapping, v_kek_id, keyrings[v_place], versions[v_place], v_dek, rekey._random_bytes(16));
+  end loop;
+  insert into rekey.encryption_keys (keyring_id, version, state, wrapped_key, kek_id, activated_at)
+  select n.keyring_id, n.version, 'active', n.wrapped_key, v_kek_id, now()
+  from unnest(keyrings, versions, v_wrapped) as n(keyring_id, version, wrapped_key);
+end
+$$;
+comment on function rekey._new_keys is 'Makes these versions and makes them active; the versions before must have been deactivated. The caller holds rekey._lock_kek().';
+
+create or replace function rekey.create_keyring(
+  name text, tenant_id uuid = '00000000-0000-0000-0000-000000000000', rotate_every interval = null
+) returns rekey.keyrings
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+  v_bytes bytea;
+begin
+  if tenant_id is null then
+    raise exception 'a keyring has a tenant' using errcode = 'invalid_parameter_value',
+      hint = 'Leave tenant_id out for a keyring of all tenants.';
+  end if;
+  perform rekey._lock_kek();
+  loop
+    v_bytes := rekey._random_bytes(4);
+    v_keyring.id := rekey._int4(v_bytes, 0) & 2147483647;
+    exit when v_keyring.id > 0 and not exists (select from rekey.keyrings k where k.id = v_keyring.id);
+  end loop;
+  begin
+    insert into rekey.keyrings (id, name, tenant_id, rotate_every, next_rotation_at)
+    values (v_keyring.id, create_keyring.name, create_keyring.tenant_id, create_keyring.rotate_every, now() + create_keyring.rotate_every)
+    returning * into v_keyring;
+  exception
+    when check_violation or not_null_violation or datetime_field_overflow then
+      raise exception 'a keyring cannot be named % and rotate every %', coalesce(quote_literal(name), 'NULL'), coalesce(rotate_every::text, 'NULL')
+        using errcode = 'invalid_parameter_value',
+          hint = 'The name has 1 to 63 bytes and no control characters; the interval is between 1 minute and 36500 days.';
+    when unique_violation then
+      raise exception 'there is a keyring % already', quote_literal(name) using errcode = 'unique_violation';
+  end;
+  perform rekey._new_keys(array[v_keyring.id], array[1]);
+  perform rekey._audit_all(jsonb_build_array(
+    jsonb_build_object('event', 'keyring.created', 'keyring', name, 'details',
+      jsonb_build_object('tenant_id', tenant_id, 'rotate_every', rotate_every)),
+    jsonb_build_object('event', 'key.created', 'keyring', name, 'version', 1),
+    jsonb_build_object('event', 'key.activated', 'keyring', name, 'version', 1)));
+  return v_keyring;
+end
+$$;
+comment on function rekey.create_keyring is
+  'Makes a keyring and its version 1. name: 1 to 63 bytes, unique in the database. tenant_id: whose it is. rotate_every: its cryptoperiod; the first scheduled rotation is due after it. 22023: name or interval cannot be; 23505: the name is taken; RK001, RK002: KEK.';
+grant execute on function rekey.create_keyring to rekey_admin;
+grant select on rekey.keyrings to rekey_admin, rekey_operator, rekey_auditor, rekey_app;
+
+create or replace function rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamptz = null) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update rekey.encryption_keys k
+  set state = _move_key.state,
+      scheduled_from = case when _move_key.state = 'destroy_scheduled' then key.state end,
+      deactivated_at = case when key.state = 'active' then now() else k.deactivated_at end,
+      compromised_at = case when _move_key.state = 'compromised' then coalesce(k.compromised_at, now()) else k.compromised_at end,
+      destroy_after = _move_key.destroy_after
+  where k.id = key.id;
+  perform rekey._audit(event, (select r.name from rekey.keyrings r where r.id = key.keyring_id), key.version,
+    details => jsonb_build_object('reason', reason, 'destroy_after', destroy_after));
+end
+$$;
+comment on function rekey._move_key is 'Moves a key to another state, and says so in the audit log.';
+
+create or replace function rekey._refuse_needed(keyring_id integer, version integer) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rotation bigint;
+begin
+  select r.id into v_rotation from rekey.rotations r
+  where r.keyring_id = _refuse_needed.keyring_id and (_refuse_needed.version = any (r.from_versions) or r.to_version = _refuse_needed.version)
+    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed');
+  if found then
+    raise exception 'version % is needed by rotation %', version, v_rotation using errcode = 'RK005',
+      hint = 'Let the rotation complete first.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_needed is 'RK005 where a rotation under way needs the version.';
+
+create or replace function rekey.disable_key(keyring text, version integer, reason text = null) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_key rekey.encryption_keys := rekey._key(v_keyring.id, version);
+begin
+  if v_key.state <> 'decrypt_only' then
+    raise exception 'version % is %, only a decrypt_only one can be disabled', version, v_key.state using errcode = 'RK006';
+  end if;
+  perform rekey._refuse_needed(v_keyring.id, version);
+  perform rekey._move_key(v_key, 'disabled', 'key.disabled', reason);
+end
+$$;
+comment on function rekey.disable_key is
+  'Suspends a version: what stands on it does not open until rekey.enable_key(). RK005: a rotation needs it; RK006: it is not decrypt_only; RK007: there is none.';
+grant execute on function rekey.disable_key to rekey_admin;
+
+create or replace function rekey.enable_key(keyring text, version integer, reason text = null) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_key rekey.encryption_keys := rekey._key(v_keyring.id, version);
+begin
+  if v_key.state <> 'disabled' then
+    raise exception 'version % is %, only a disabled one can be enabled', version, v_key.state using errcode = 'RK006';
+  end if;
+  perform rekey._move_key(v_key, 'decrypt_only', 'key.enabled', reason);
+end
+$$;
+comment on function rekey.enable_key is 'Lets a disabled version open again. RK006: it is not disabled; RK007: there is none.';
+grant execute on function rekey.enable_key to rekey_admin;
+
+create or replace view rekey.key_status as
+select r.name as keyring, r.tenant_id, k.version, k.state, k.kek_id, e.state as kek_state,
+  k.created_at, k.activated_at, k.deactivated_at, k.compromised_at, k.destroy_after, k.destroyed_at
+from rekey.encryption_keys k
+join rekey.keyrings r on r.id = k.keyring_id
+join rekey.keks e on e.id = k.kek_id;
+comment on view rekey.key_status is 'Every key version, its state and its times. kek_state lost: it cannot be opened any more.';
+grant select on rekey.key_status to rekey_admin, rekey_operator, rekey_auditor;

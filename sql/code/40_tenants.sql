@@ -1,0 +1,71 @@
+-- Who reaches which tenant.
+
+-- Owned by rekey_sweeper (footer.sql): the user's function runs with no right of ours.
+create or replace function rekey._call_tenant_check(function_name text, tenant_id uuid) returns boolean
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answer boolean;
+begin
+  execute format('select %s($1)', function_name::regproc) into v_answer using tenant_id;
+  return coalesce(v_answer, false);
+end
+$$;
+comment on function rekey._call_tenant_check is 'Asks the function that the setting tenant_check names.';
+
+create or replace function rekey.can_access_tenant(tenant_id uuid) returns boolean
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_caller name := rekey._caller();
+  v_check text;
+  v_app jsonb;
+begin
+  if tenant_id is null then
+    return false;
+  end if;
+  if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+    return true;
+  end if;
+  select s.tenant_check into v_check from rekey.settings s;
+  if v_check is not null then
+    return rekey._call_tenant_check(v_check, tenant_id);
+  end if;
+  v_app := rekey._claims();
+  if v_app is null then
+    return tenant_id = '00000000-0000-0000-0000-000000000000' and pg_has_role(v_caller, 'rekey_app', 'usage');
+  end if;
+  v_app := v_app -> 'app_metadata';
+  return coalesce(
+    lower(v_app ->> 'tenant_id') = tenant_id::text
+    or jsonb_typeof(v_app -> 'tenant_ids') = 'array' and exists (
+      select from jsonb_array_elements_text(v_app -> 'tenant_ids') t where lower(t) = tenant_id::text), false);
+end
+$$;
+comment on function rekey.can_access_tenant is
+  'Whether the caller reaches the secrets of this tenant. rekey_admin and service_role reach all; else the function named by the setting tenant_check decides; else a JWT reaches app_metadata.tenant_id and tenant_ids; else a rekey_app connection reaches the nil tenant.';
+grant execute on function rekey.can_access_tenant to rekey_app;
+
+create or replace function rekey._check_tenant(tenant_id uuid) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not rekey.can_access_tenant(tenant_id) then
+    raise exception 'no access to this tenant' using errcode = 'insufficient_privilege';
+  end if;
+end
+$$;
+comment on function rekey._check_tenant is 'Raises 42501 where rekey.can_access_tenant() says no.';
+
+do $$
+begin
+  if not exists (select from pg_policies where schemaname = 'rekey' and policyname = 'secrets_tenant') then
+    create policy secrets_tenant on rekey.secrets for select to rekey_app using (rekey.can_access_tenant(tenant_id));
+  end if;
+end
+$$;
+comment on policy secrets_tenant on rekey.secrets is 'Rows of the tenants that the caller reaches. Writing goes through rekey.set_secret().';
+grant select on rekey.secrets to rekey_app;

@@ -1,0 +1,158 @@
+-- Secrets: rekey.secrets with a name, for applications that have no table of their own.
+
+create or replace function rekey._secret_context(tenant_id uuid, id uuid) returns bytea
+language sql stable parallel safe
+return rekey._part('secret') || rekey._part(tenant_id::text) || rekey._part(id::text);
+comment on function rekey._secret_context is 'What the ciphertext of a secret is bound to.';
+
+create or replace function rekey.set_secret(
+  name text, value text, tenant_id uuid = '00000000-0000-0000-0000-000000000000', keyring text = 'default', description text = null
+) returns uuid
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+  v_id uuid;
+  v_known boolean;
+  v_bytes bytea;
+  v_context bytea;
+  v_envelope bytea;
+begin
+  perform rekey._check_tenant(tenant_id);
+  v_keyring := rekey._keyring(keyring);
+  if v_keyring.tenant_id not in (tenant_id, '00000000-0000-0000-0000-000000000000') then
+    raise exception 'the keyring belongs to another tenant' using errcode = 'insufficient_privilege';
+  end if;
+  if name is null or octet_length(name) not between 1 and 255 or name ~ '[[:cntrl:]]' then
+    raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
+  end if;
+  if value is null then
+    raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.';
+  end if;
+  v_bytes := convert_to(value, 'UTF8');
+  loop
+    -- The id first, then the seal: a value sealed for an id that is thrown away could never be opened.
+    select s.id into v_id from rekey.secrets s
+    where s.tenant_id = set_secret.tenant_id and s.name = set_secret.name for no key update;
+    v_known := found;
+    if not v_known then
+      v_id := gen_random_uuid();
+    end if;
+    v_context := rekey._secret_context(tenant_id, v_id);
+    v_envelope := rekey._seal(v_keyring.id, v_bytes, v_context);
+    if v_known then
+      update rekey.secrets s
+      set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
+          description = coalesce(set_secret.description, s.description)
+      where s.tenant_id = set_secret.tenant_id and s.id = v_id;
+      return v_id;
+    end if;
+    insert into rekey.secrets (tenant_id, id, name, keyring_id, ciphertext, description)
+    values (set_secret.tenant_id, v_id, set_secret.name, v_keyring.id, v_envelope, set_secret.description)
+    on conflict do nothing;
+    if found then
+      return v_id;
+    end if;
+  end loop;
+end
+$$;
+comment on function rekey.set_secret is
+  'Stores a secret under its name, new or in place of the value before, and returns its id. value: at most 32 MiB of UTF-8. keyring: default, or one of the tenant''s own. description: NULL leaves the one that is there. 22023: name or value cannot be; 42501: another tenant; RK001, RK002: KEK; RK006: retired keyring; RK007: no such keyring.';
+grant execute on function rekey.set_secret to rekey_app;
+
+create or replace function rekey.get_secret(name text, tenant_id uuid = '00000000-0000-0000-0000-000000000000') returns text
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id uuid;
+  v_envelope bytea;
+  v_context bytea;
+  v_bytes bytea;
+begin
+  perform rekey._check_tenant(tenant_id);
+  select s.id, s.ciphertext into v_id, v_envelope from rekey.secrets s
+  where s.tenant_id = get_secret.tenant_id and s.name = get_secret.name;
+  if not found then
+    raise exception 'no such secret: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007';
+  end if;
+  v_context := rekey._secret_context(tenant_id, v_id);
+  v_bytes := rekey._open(v_envelope, v_context);
+  return convert_from(v_bytes, 'UTF8');
+end
+$$;
+comment on function rekey.get_secret is
+  'The value of a secret. Writes nothing, and works on a standby. 42501: another tenant; RK001, RK002: KEK; RK003: it does not open; RK006: its key may not be used; RK007: no such secret.';
+grant execute on function rekey.get_secret to rekey_app;
+
+create or replace function rekey.delete_secret(name text, tenant_id uuid = '00000000-0000-0000-0000-000000000000') returns boolean
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform rekey._check_tenant(tenant_id);
+  delete from rekey.secrets s where s.tenant_id = delete_secret.tenant_id and s.name = delete_secret.name;
+  return found;
+end
+$$;
+comment on function rekey.delete_secret is 'Deletes a secret; false where there was none. 42501: another tenant.';
+grant execute on function rekey.delete_secret to rekey_app;
+
+create or replace function rekey.read_secrets(
+  names text[] = null, tenant_id uuid = '00000000-0000-0000-0000-000000000000'
+) returns table (name text, value text)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_unreadable text;
+begin
+  perform rekey._check_tenant(tenant_id);
+  for name, value in
+    select o.name, convert_from(o.plaintext, 'UTF8')
+    from (
+      select w.name, case when w.key is not null then rekey._aead_decrypt(w.key, w.iv, w.sealed, w.aad) end as plaintext
+      from (
+        select s.name, d.key, substr(s.ciphertext, 12, 16) as iv, substr(s.ciphertext, 28) as sealed,
+          substr(s.ciphertext, 1, 11) || rekey._secret_context(s.tenant_id, s.id) as aad
+        from rekey.secrets s
+        left join (
+          select k.* from rekey._deks(
+            (select array_agg(v.keyring_id) from (
+               select distinct t.keyring_id, t.key_version from rekey.secrets t
+               where t.tenant_id = read_secrets.tenant_id and (names is null or t.name = any (names))) v),
+            (select array_agg(v.key_version) from (
+               select distinct t.keyring_id, t.key_version from rekey.secrets t
+               where t.tenant_id = read_secrets.tenant_id and (names is null or t.name = any (names))) v)) k
+          offset 0
+        ) d on d.keyring_id = s.keyring_id and d.version = s.key_version
+        where s.tenant_id = read_secrets.tenant_id and (names is null or s.name = any (names))
+          and rekey._is_envelope(s.ciphertext)
+        offset 0
+      ) w
+      offset 0
+    ) o
+    order by o.name
+  loop
+    if value is null then
+      v_unreadable := coalesce(v_unreadable, name);
+    else
+      return next;
+    end if;
+  end loop;
+  if v_unreadable is not null then
+    raise exception 'cannot open ciphertext of secret %', quote_literal(v_unreadable) using errcode = 'RK003',
+      hint = 'Leave it out of names to read the others. rekey.get_secret() says more.';
+  end if;
+end
+$$;
+comment on function rekey.read_secrets is
+  'Many secrets of a tenant at once, in the order of their names; names NULL: all of them. Names that there are not are left out. 42501: another tenant; RK001, RK002: KEK; RK003: one of them does not open.';
+grant execute on function rekey.read_secrets to rekey_app;
+
+create or replace view rekey.decrypted_secrets with (security_invoker = true) as
+select s.tenant_id, s.id, s.name, rekey.get_secret(s.name, s.tenant_id) as value, s.description, s.key_version, s.created_at, s.updated_at
+from rekey.secrets s;
+comment on view rekey.decrypted_secrets is 'The secrets of the tenants that the caller reaches, with their values, opened one by one: select by name. rekey.read_secrets() is faster for many.';
+grant select on rekey.decrypted_secrets to rekey_app;

@@ -1,0 +1,387 @@
+-- Beginning a rotation: a new version, active at once; the rows follow (61_engine.sql).
+
+create or replace view rekey.rotation_status as
+select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
+  r.attempts, r.last_error, r.next_attempt_at, r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at
+from rekey.rotations r
+join rekey.keyrings k on k.id = r.keyring_id;
+comment on view rekey.rotation_status is 'Every rotation and how far it is.';
+comment on column rekey.rotation_status.id is 'Number of the rotation.';
+comment on column rekey.rotation_status.keyring is 'Keyring that is rotated.';
+comment on column rekey.rotation_status.tenant_id is 'Tenant of the keyring.';
+comment on column rekey.rotation_status.state is 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
+comment on column rekey.rotation_status.trigger is 'Why: manual, schedule, compromise, rollback, adoption.';
+comment on column rekey.rotation_status.from_versions is 'Versions whose rows it takes along.';
+comment on column rekey.rotation_status.to_version is 'Version it brings them to.';
+comment on column rekey.rotation_status.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
+comment on column rekey.rotation_status.rows_done is 'Rows re-encrypted.';
+comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: rekey.failure_status names them.';
+comment on column rekey.rotation_status.attempts is 'Failed batches in a row.';
+comment on column rekey.rotation_status.last_error is 'The last error.';
+comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), or rows (rows, why).';
+comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
+comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
+comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
+comment on column rekey.rotation_status.started_at is 'When the first row was looked at.';
+comment on column rekey.rotation_status.finished_at is 'When it ended.';
+grant select on rekey.rotation_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace function rekey._is_under_way(state text) returns boolean
+language sql immutable parallel safe
+return state in ('queued', 'running', 'paused', 'verifying', 'failed');
+comment on function rekey._is_under_way is 'Whether a rotation in this state still has work to do.';
+
+create or replace function rekey._queue_sweep(keyring_id integer, trigger text, reason text, previous_version integer = null) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id bigint;
+begin
+  insert into rekey.rotations (keyring_id, from_versions, to_version, previous_version, trigger, reason, requested_by)
+  select a.keyring_id,
+    array(select k.version from rekey.encryption_keys k
+          where k.keyring_id = a.keyring_id and k.version <> a.version and k.state <> 'destroyed' order by k.version),
+    a.version, _queue_sweep.previous_version, _queue_sweep.trigger, _queue_sweep.reason, rekey._caller()
+  from rekey.encryption_keys a
+  where a.keyring_id = _queue_sweep.keyring_id and a.state = 'active'
+  returning id into v_id;
+  return v_id;
+end
+$$;
+comment on function rekey._queue_sweep is 'Queues a rotation that brings every row of a keyring to its active version. The caller holds the row of the keyring.';
+
+create or replace function rekey._rotate(keyrings integer[], trigger text, reason text, supersede boolean) returns setof bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_due integer[];
+  v_from integer[];
+  v_to integer[];
+begin
+  if keyrings = '{}' then
+    return;
+  end if;
+  perform rekey._lock_kek();
+  perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for update;
+  if supersede then
+    update rekey.rotations r
+    set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state);
+  end if;
+  select array_agg(k.id order by k.id), array_agg(a.version order by k.id),
+    array_agg((select max(m.version) + 1 from rekey.encryption_keys m where m.keyring_id = k.id) order by k.id)
+  into v_due, v_from, v_to
+  from rekey.keyrings k
+  join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
+  where k.id = any (keyrings) and k.retired_at is null
+    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state));
+  if v_due is null then
+    return;
+  end if;
+
+  update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now()
+  where k.keyring_id = any (v_due) and k.state = 'active';
+  perform rekey._new_keys(v_due, v_to);
+  -- A transaction with an older snapshot must not pass by a rotation: it fails on this row (40001).
+  update rekey.keyrings k set rotated_at = now() where k.id = any (v_due);
+  return query
+    insert into rekey.rotations (keyring_id, from_versions, to_version, previous_version, trigger, reason, requested_by)
+    select d.keyring_id,
+      array(select k.version from rekey.encryption_keys k
+            where k.keyring_id = d.keyring_id and k.version <> d.to_version and k.state <> 'destroyed' order by k.version),
+      d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._caller()
+    from unnest(v_due, v_from, v_to) as d(keyring_id, from_version, to_version)
+    returning id;
+  perform rekey._audit_all((
+    select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', e.version, 'rotation_id', e.rotation_id,
+                                        'details', e.details) order by d.place, e.place)
+    from unnest(v_due, v_from, v_to) with ordinality as d(keyring_id, from_version, to_version, place)
+    join rekey.keyrings k on k.id = d.keyring_id
+    join rekey.rotations r on r.keyring_id = d.keyring_id and r.state = 'queued'
+    cross join lateral (values
+      (1, 'rotation.requested', d.to_version, r.id,
+        jsonb_strip_nulls(jsonb_build_object('trigger', r.trigger, 'reason', r.reason, 'from_versions', r.from_versions, 'supersede', nullif(_rotate.supersede, false)))),
+      (2, 'key.created', d.to_version, r.id, '{}'::jsonb),
+      (3, 'key.deactivated', d.from_version, r.id, '{}'),
+      (4, 'key.activated', d.to_version, r.id, '{}')
+    ) as e(place, event, version, rotation_id, details)));
+end
+$$;
+comment on function rekey._rotate is
+  'Makes and activates the next version of each of these keyrings and queues their rotations, whose numbers it returns. Keyrings under way are left out unless supersede.';
+
+create or replace function rekey.rotate_keys(keyring text = null, reason text = null, supersede boolean = false)
+returns setof rekey.rotation_status
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+  v_ids integer[];
+  v_new bigint[];
+  v_rotation bigint;
+begin
+  if keyring is not null then
+    v_keyring := rekey._keyring(keyring);
+    if v_keyring.retired_at is not null then
+      raise exception 'keyring % is retired', quote_literal(keyring) using errcode = 'RK006';
+    end if;
+    v_ids := array[v_keyring.id];
+  else
+    v_ids := array(select k.id from rekey.keyrings k where k.retired_at is null);
+  end if;
+  v_new := array(select r from rekey._rotate(v_ids, 'manual', reason, coalesce(supersede, false)) r);
+  if keyring is not null and v_new = '{}' then
+    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+    raise exception 'keyring % is under way in rotation %', quote_literal(keyring), v_rotation using errcode = 'RK004',
+      hint = 'Wait for it, or let this one take its rows along: supersede => true.';
+  end if;
+  return query
+    select s.* from rekey.rotation_status s
+    where s.id = any (v_new)
+       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state))
+    order by s.id;
+end
+$$;
+comment on function rekey.rotate_keys is
+  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; those under way are returned as they are. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
+grant execute on function rekey.rotate_keys to rekey_admin;
+
+create or replace function rekey._rotation(id bigint, out rotation rekey.rotations, out keyring text)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring_id integer;
+begin
+  select r.keyring_id into v_keyring_id from rekey.rotations r where r.id = _rotation.id;
+  if not found then
+    raise exception 'no such rotation: %', coalesce(id::text, 'NULL') using errcode = 'RK007',
+      hint = 'See rekey.rotation_status.';
+  end if;
+  -- The keyring first, as everywhere.
+  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for update;
+  select * into rotation from rekey.rotations r where r.id = _rotation.id for update;
+end
+$$;
+comment on function rekey._rotation is 'A rotation and the name of its keyring, the rows of both locked. RK007: there is none.';
+
+create or replace function rekey.pause_rotation(id bigint) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+begin
+  select * into v_found from rekey._rotation(id);
+  if (v_found.rotation).state not in ('queued', 'running', 'verifying') then
+    raise exception 'rotation % is %: it cannot be paused', id, (v_found.rotation).state using errcode = 'RK006';
+  end if;
+  update rekey.rotations r set state = 'paused', pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.id = pause_rotation.id;
+  perform rekey._audit('rotation.paused', v_found.keyring, (v_found.rotation).to_version, id);
+end
+$$;
+comment on function rekey.pause_rotation is
+  'Pauses the re-encryption; the batch in hand still ends. The new version stays active, and everything readable. RK006: not under way; RK007: no such rotation.';
+grant execute on function rekey.pause_rotation to rekey_admin;
+
+create or replace function rekey.resume_rotation(id bigint) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+begin
+  select * into v_found from rekey._rotation(id);
+  if (v_found.rotation).state <> 'paused' then
+    raise exception 'rotation % is %, not paused', id, (v_found.rotation).state using errcode = 'RK006';
+  end if;
+  update rekey.rotations r set state = 'queued' where r.id = resume_rotation.id;
+  perform rekey._audit('rotation.resumed', v_found.keyring, (v_found.rotation).to_version, id);
+end
+$$;
+comment on function rekey.resume_rotation is 'Lets a paused rotation go on. RK006: it is not paused; RK007: no such rotation.';
+grant execute on function rekey.resume_rotation to rekey_admin;
+
+create or replace function rekey._refuse_older(rotation rekey.rotations) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (select from rekey.rotations r where r.keyring_id = rotation.keyring_id and r.id > rotation.id) then
+    raise exception 'rotation % is not the last one of its keyring', rotation.id using errcode = 'RK006',
+      hint = 'A later one takes its rows along.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_older is 'RK006 where the keyring has a later rotation.';
+
+create or replace function rekey.retry_rotation(id bigint) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+begin
+  select * into v_found from rekey._rotation(id);
+  if (v_found.rotation).state not in ('failed', 'completed_with_failures') then
+    raise exception 'rotation % is %: there is nothing to retry', id, (v_found.rotation).state using errcode = 'RK006';
+  end if;
+  perform rekey._refuse_older(v_found.rotation);
+  update rekey.rotation_failures f
+  set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
+  where f.rotation_id = retry_rotation.id and f.resolved_at is null;
+  update rekey.rotations r
+  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+  where r.id = retry_rotation.id;
+  perform rekey._audit('rotation.retried', v_found.keyring, (v_found.rotation).to_version, id);
+end
+$$;
+comment on function rekey.retry_rotation is
+  'Lets a failed rotation go on where it stopped, or tries the rows again that a completed one left in quarantine. RK006: neither failed nor with failures, or not the last one of its keyring; RK007: no such rotation.';
+grant execute on function rekey.retry_rotation to rekey_admin;
+
+create or replace function rekey.rollback_rotation(id bigint, reason text = null) returns setof rekey.rotation_status
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+  v_old rekey.encryption_keys;
+  v_new bigint;
+begin
+  select * into v_found from rekey._rotation(id);
+  perform rekey._refuse_older(v_found.rotation);
+  if (v_found.rotation).previous_version is null or (v_found.rotation).trigger = 'compromise'
+     or (v_found.rotation).state in ('rolled_back', 'superseded') then
+    raise exception 'rotation % cannot be rolled back: % after %', id, (v_found.rotation).state, (v_found.rotation).trigger
+      using errcode = 'RK006';
+  end if;
+  v_old := rekey._key((v_found.rotation).keyring_id, (v_found.rotation).previous_version);
+  if v_old.state <> 'decrypt_only' then
+    raise exception 'version % is %: it cannot become active again', v_old.version, v_old.state using errcode = 'RK006';
+  end if;
+  if (select e.state from rekey.keks e where e.id = v_old.kek_id) = 'lost' then
+    raise exception 'version % is wrapped under a KEK that is lost', v_old.version using errcode = 'RK006';
+  end if;
+  update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now()
+  where k.keyring_id = v_old.keyring_id and k.state = 'active';
+  update rekey.encryption_keys k set state = 'active', activated_at = now() where k.id = v_old.id;
+  update rekey.keyrings k set rotated_at = now() where k.id = v_old.keyring_id;
+  update rekey.rotations r
+  set state = 'rolled_back', finished_at = coalesce(r.finished_at, now()), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.id = rollback_rotation.id;
+  v_new := rekey._queue_sweep(v_old.keyring_id, 'rollback', reason);
+  perform rekey._audit_all(jsonb_build_array(
+    jsonb_build_object('event', 'rotation.rolled_back', 'keyring', v_found.keyring, 'version', (v_found.rotation).to_version,
+      'rotation_id', id, 'details', jsonb_strip_nulls(jsonb_build_object('reason', reason))),
+    jsonb_build_object('event', 'key.deactivated', 'keyring', v_found.keyring, 'version', (v_found.rotation).to_version, 'rotation_id', v_new),
+    jsonb_build_object('event', 'key.activated', 'keyring', v_found.keyring, 'version', v_old.version, 'rotation_id', v_new),
+    jsonb_build_object('event', 'rotation.requested', 'keyring', v_found.keyring, 'version', v_old.version, 'rotation_id', v_new,
+      'details', jsonb_build_object('trigger', 'rollback', 'rolls_back', id))));
+  return query select s.* from rekey.rotation_status s where s.id = v_new;
+end
+$$;
+comment on function rekey.rollback_rotation is
+  'Makes the version before active again, at once, and queues the rotation back, which it returns. Everything stays readable. RK006: not the last rotation of its keyring, after a compromise, or the version before is no longer decrypt_only; RK007: no such rotation.';
+grant execute on function rekey.rollback_rotation to rekey_admin;
+
+create or replace function rekey.mark_key_compromised(keyring text, version integer, reason text = null) returns setof rekey.rotation_status
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+  v_key rekey.encryption_keys;
+  v_rotation bigint;
+begin
+  if exists (select from rekey.keyrings k join rekey.encryption_keys e on e.keyring_id = k.id
+             where k.name = keyring and e.version = mark_key_compromised.version and e.state = 'active') then
+    perform rekey._lock_kek();  -- before the row of the keyring, as everywhere
+  end if;
+  v_keyring := rekey._keyring(keyring, lock => true);
+  v_key := rekey._key(v_keyring.id, version);
+  if v_key.state not in ('active', 'decrypt_only') then
+    raise exception 'version % is %, only an active or decrypt_only one can be marked', version, v_key.state using errcode = 'RK006';
+  end if;
+  if v_key.state = 'active' then
+    select r into v_rotation from rekey._rotate(array[v_keyring.id], 'compromise', reason, true) r;
+    v_key := rekey._key(v_keyring.id, version);
+  end if;
+  perform rekey._move_key(v_key, 'compromised', 'key.compromised', reason);
+  if v_rotation is null then
+    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+    if v_rotation is null and v_keyring.retired_at is null then
+      v_rotation := rekey._queue_sweep(v_keyring.id, 'compromise', reason);
+      perform rekey._audit('rotation.requested', keyring, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
+        jsonb_build_object('trigger', 'compromise', 'reason', reason));
+    end if;
+  end if;
+  return query select s.* from rekey.rotation_status s where s.id = v_rotation;
+end
+$$;
+comment on function rekey.mark_key_compromised is
+  'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+grant execute on function rekey.mark_key_compromised to rekey_admin;
+
+create or replace function rekey._replace_lost_keys(kek_id integer) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from rekey._rotate(
+    array(select k.keyring_id from rekey.encryption_keys k where k.state = 'active' and k.kek_id = _replace_lost_keys.kek_id),
+    'manual', format('KEK %s is lost', kek_id), true);
+end
+$$;
+comment on function rekey._replace_lost_keys is 'Gives every keyring whose active version was wrapped under a lost KEK a new one.';
+
+create or replace view rekey.failure_status as
+select f.id, f.rotation_id, k.name as keyring, f.target, f.row_key, f.version, f.reason, f.created_at, f.resolved_at, f.resolution,
+  f.resolved_by, f.resolve_reason
+from rekey.rotation_failures f
+join rekey.keyrings k on k.id = f.keyring_id;
+comment on view rekey.failure_status is 'The quarantine: rows that did not open. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
+grant select on rekey.failure_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace function rekey.resolve_failure(id bigint, action text, reason text = null) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_failure rekey.rotation_failures;
+  v_found record;
+begin
+  if action is null or action not in ('retry', 'discard') then
+    raise exception 'action is retry or discard' using errcode = 'invalid_parameter_value';
+  end if;
+  select * into v_failure from rekey.rotation_failures f where f.id = resolve_failure.id;
+  if not found then
+    raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.';
+  end if;
+  select * into v_found from rekey._rotation(v_failure.rotation_id);
+  update rekey.rotation_failures f
+  set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
+  where f.id = resolve_failure.id and f.resolved_at is null;
+  if not found then
+    raise exception 'failure % is resolved already', id using errcode = 'RK006';
+  end if;
+  update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
+  if action = 'retry' and not exists (
+       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
+    perform rekey._refuse_older(v_found.rotation);
+    update rekey.rotations r
+    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+    where r.id = v_failure.rotation_id;
+  end if;
+  perform rekey._audit('rotation.failure_resolved', v_found.keyring, v_failure.version, v_failure.rotation_id,
+    jsonb_build_object('target', v_failure.target, 'row', v_failure.row_key, 'action', action, 'reason', reason));
+end
+$$;
+comment on function rekey.resolve_failure is
+  'Closes an entry of the quarantine. action: retry (the row is tried again) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
+grant execute on function rekey.resolve_failure to rekey_admin;

@@ -1,0 +1,258 @@
+-- What happens unattended: schedules, and the tick that pg_cron or the orchestrator calls.
+
+create or replace function rekey.set_schedule(keyring text, rotate_every interval, first_at timestamptz = null) returns timestamptz
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_first timestamptz;
+begin
+  if v_keyring.retired_at is not null then
+    raise exception 'keyring % is retired', quote_literal(keyring) using errcode = 'RK006';
+  end if;
+  begin
+    v_first := coalesce(first_at, now() + rotate_every);
+    if rotate_every is null then
+      raise check_violation;
+    end if;
+    update rekey.keyrings k set rotate_every = set_schedule.rotate_every, next_rotation_at = v_first where k.id = v_keyring.id;
+  exception when check_violation or datetime_field_overflow then
+    raise exception 'a keyring cannot rotate every % from % on', coalesce(rotate_every::text, 'NULL'), coalesce(first_at::text, 'NULL')
+      using errcode = 'invalid_parameter_value', hint = 'The interval is between 1 minute and 36500 days, the first time finite.';
+  end;
+  perform rekey._audit('schedule.changed', keyring,
+    details => jsonb_build_object('rotate_every', rotate_every, 'next_rotation_at', v_first));
+  return v_first;
+end
+$$;
+comment on function rekey.set_schedule is
+  'Has a keyring rotated every so often (its cryptoperiod: 1 minute to 36500 days). first_at: when first; NULL, the default: after one cryptoperiod. Returns that time. 22023: interval or time cannot be; RK006: retired; RK007: there is none.';
+grant execute on function rekey.set_schedule to rekey_admin;
+
+create or replace function rekey.clear_schedule(keyring text) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+begin
+  if v_keyring.rotate_every is not null then
+    update rekey.keyrings k set rotate_every = null, next_rotation_at = null where k.id = v_keyring.id;
+    perform rekey._audit('schedule.changed', keyring, details => jsonb_build_object('cleared', true));
+  end if;
+end
+$$;
+comment on function rekey.clear_schedule is 'Ends the schedule of a keyring. RK007: there is none.';
+grant execute on function rekey.clear_schedule to rekey_admin;
+
+create or replace view rekey.schedule_status as
+select k.name as keyring, k.tenant_id, k.rotate_every, k.next_rotation_at,
+  coalesce(k.next_rotation_at < now() - interval '10 minutes', false) as overdue
+from rekey.keyrings k
+where k.retired_at is null;
+comment on view rekey.schedule_status is 'When each keyring is rotated next; overdue: it should have been 10 minutes ago.';
+grant select on rekey.schedule_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace view rekey.worker_status as
+select w.last_tick_at, w.last_tick_seconds, w.locked_since, w.last_census_at
+from rekey._worker w;
+comment on view rekey.worker_status is 'When the unattended work last ran, how many seconds it took, since when it lacks the KEK, and when rows were last counted.';
+grant select on rekey.worker_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace function rekey._rotate_due() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_due integer[];
+begin
+  select array_agg(k.id) into v_due
+  from (select k.id from rekey.keyrings k
+        where k.next_rotation_at <= now()
+          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state))) k;
+  if v_due is null then
+    return;
+  end if;
+  perform from rekey._kek();
+  perform rekey._lock_kek();
+  -- Looked at again under its lock: another tick may have been here.
+  v_due := array(select k.id from rekey.keyrings k where k.id = any (v_due) and k.next_rotation_at <= now() order by k.id for update);
+  perform from rekey._rotate(v_due, 'schedule', null, false);
+  update rekey.keyrings k set next_rotation_at = now() + k.rotate_every where k.id = any (v_due);
+end
+$$;
+comment on function rekey._rotate_due is 'Begins the rotations whose time has come; the next one is due a cryptoperiod from now.';
+
+create or replace function rekey._census() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stale record;
+  v_id bigint;
+begin
+  perform rekey._refuse_snapshot();
+  for v_stale in
+    select c.keyring_id, r.name, sum(c.rows) as rows, a.version
+    from rekey._count(null, false) c
+    join rekey.keyrings r on r.id = c.keyring_id
+    join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
+    join rekey.keks e on e.id = k.kek_id
+    join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
+    where k.state in ('decrypt_only', 'compromised', 'destroy_scheduled') and e.state <> 'lost'
+      and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state))
+    group by c.keyring_id, r.name, a.version
+    -- Rows that were given up stay where they are.
+    having sum(c.rows) > (select count(distinct (f.target, f.row_key)) from rekey.rotation_failures f
+                          where f.keyring_id = c.keyring_id and f.version <> a.version
+                            and (f.resolved_at is null or f.resolution = 'discard'))
+    order by c.keyring_id
+  loop
+    perform rekey._keyring(v_stale.name, lock => true);
+    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state));
+    v_id := rekey._queue_sweep(v_stale.keyring_id, 'schedule', 'rows on an older version, found by the census');
+    perform rekey._audit('rotation.requested', v_stale.name, v_stale.version, v_id,
+      jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
+  end loop;
+  update rekey._worker w set last_census_at = now();
+end
+$$;
+comment on function rekey._census is
+  'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep.';
+
+-- Executable by operators because rekey.tick(), which commits, runs with its caller's rights.
+create or replace function rekey._tick_duty(duty text, begun timestamptz) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_worker rekey._worker;
+begin
+  perform rekey._refuse_snapshot();
+  select * into v_worker from rekey._worker;
+  if not found then
+    return;  -- not set up yet
+  end if;
+  begin
+    case duty
+      when 'schedules' then perform rekey._rotate_due();
+      when 'destructions' then perform rekey._destroy_due(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
+      when 'census' then
+        if coalesce(now() - v_worker.last_census_at > interval '1 day', true) then
+          perform rekey._census();
+        end if;
+      when 'end' then
+        update rekey._worker w set last_tick_at = begun, last_tick_seconds = extract(epoch from clock_timestamp() - begun);
+    end case;
+    if duty = 'schedules' and v_worker.locked_since is not null then
+      perform from rekey._kek();
+      update rekey._worker w set locked_since = null;
+    end if;
+  exception
+    when sqlstate 'RK001' or sqlstate 'RK002' then
+      -- Noted once: whoever has the KEK, the orchestrator's worker for one, will do it.
+      if v_worker.locked_since is null then
+        update rekey._worker w set locked_since = now();
+        perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
+      end if;
+    when others then
+      perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
+  end;
+end
+$$;
+comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log and does not stop the others.';
+grant execute on function rekey._tick_duty to rekey_operator;
+
+create or replace function rekey._prune_run_details() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if to_regclass('cron.job_run_details') is not null then
+    execute $sql$
+      delete from cron.job_run_details d
+      where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$;
+  end if;
+exception when insufficient_privilege then
+  null;  -- somebody else's job
+end
+$$;
+comment on function rekey._prune_run_details is 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller.';
+grant execute on function rekey._prune_run_details to rekey_operator;
+
+create or replace procedure rekey.tick()
+language plpgsql
+as $$
+declare
+  v_begun timestamptz := pg_catalog.clock_timestamp();
+begin
+  perform rekey._tick_duty('schedules', v_begun);
+  commit;
+  perform rekey._tick_duty('destructions', v_begun);
+  commit;
+  perform rekey._tick_duty('census', v_begun);
+  commit;
+  call rekey.run_rotations('50 s');
+  perform rekey._prune_run_details();
+  commit;
+  perform rekey._tick_duty('end', v_begun);
+end
+$$;
+comment on procedure rekey.tick is
+  'The unattended work: rotations that are due, their re-encryption for up to 50 seconds, retries, due destructions, and once a day a count of all rows. pg_cron or pg-rekey work calls it. Call it outside a transaction.';
+grant execute on procedure rekey.tick to rekey_operator;
+
+create or replace function rekey.schedule_worker(schedule text = null) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_version text;
+  v_schedule text;
+  v_job bigint;
+begin
+  select e.extversion into v_version from pg_extension e where e.extname = 'pg_cron';
+  if not found then
+    raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
+      hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
+                    current_database());
+  end if;
+  v_schedule := coalesce(schedule, case when string_to_array(v_version, '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
+  begin
+    execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+  exception when invalid_parameter_value or raise_exception or internal_error then
+    raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
+  end;
+  if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
+    -- No job of ours runs as a superuser.
+    execute 'grant usage on schema cron to rekey_worker';
+    execute 'select cron.alter_job($1, username => $2)' using v_job, 'rekey_worker';
+  end if;
+  return v_job;
+end
+$$;
+comment on function rekey.schedule_worker is
+  'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database; 22023: it does not take the schedule.';
+grant execute on function rekey.schedule_worker to rekey_admin;
+
+create or replace function rekey.unschedule_worker() returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_count integer := 0;
+  v_job bigint;
+begin
+  if to_regclass('cron.job') is null then
+    return false;
+  end if;
+  for v_job in execute $sql$ select j.jobid from cron.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$ loop
+    execute 'select cron.unschedule($1)' using v_job;
+    v_count := v_count + 1;
+  end loop;
+  return v_count > 0;
+end
+$$;
+comment on function rekey.unschedule_worker is 'Ends the pg_cron job of rekey.schedule_worker(); false where there was none.';
+grant execute on function rekey.unschedule_worker to rekey_admin;

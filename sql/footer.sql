@@ -1,0 +1,46 @@
+-- Who owns what, and who may do nothing. Safe to repeat.
+revoke all on all routines in schema rekey, rekey_targets from public;
+
+do $$
+declare
+  v_object record;
+  v_role name;
+begin
+  -- Default privileges of Supabase and others.
+  for v_role in select r.rolname from pg_roles r where r.rolname in ('anon', 'authenticated', 'service_role') loop
+    execute format('revoke all on all routines in schema rekey, rekey_targets from %I', v_role);
+    execute format('revoke all on all tables in schema rekey, rekey_targets from %I', v_role);
+    execute format('revoke all on all sequences in schema rekey, rekey_targets from %I', v_role);
+  end loop;
+
+  execute 'alter schema rekey owner to rekey_owner';
+  execute 'alter schema rekey_targets owner to rekey_owner';
+  for v_object in
+    select format('%I.%I', n.nspname, c.relname) as name,
+      case c.relkind when 'v' then 'view' when 'S' then 'sequence' when 'c' then 'type' else 'table' end as kind
+    from pg_class c
+    join pg_namespace n on n.oid = c.relnamespace
+    where n.nspname in ('rekey', 'rekey_targets') and c.relkind in ('r', 'v', 'S', 'c')
+      and c.relowner <> 'rekey_owner'::regrole
+      -- An identity's sequence goes with its table.
+      and not exists (select from pg_depend d where d.objid = c.oid and d.classid = 'pg_class'::regclass and d.deptype = 'i' and c.relkind = 'S')
+  loop
+    execute format('alter %s %s owner to rekey_owner', v_object.kind, v_object.name);
+  end loop;
+
+  -- To be given a function, a role needs CREATE on its schema, for that moment.
+  execute 'grant create on schema rekey to rekey_sweeper';
+  for v_object in
+    select p.oid::regprocedure::text as name,
+      case when n.nspname = 'rekey' and p.proname in ('_call_sweep', '_call_count', '_call_tenant_check') then 'rekey_sweeper' else 'rekey_owner' end as owner
+    from pg_proc p
+    join pg_namespace n on n.oid = p.pronamespace
+    where (n.nspname = 'rekey' or n.nspname = 'rekey_targets' and p.proname in ('secrets_sweep', 'secrets_count'))
+  loop
+    execute format('alter routine %s owner to %I', v_object.name, v_object.owner);
+  end loop;
+  execute 'revoke create on schema rekey from rekey_sweeper';
+end
+$$;
+grant execute on function rekey._call_sweep, rekey._call_count, rekey._call_tenant_check to rekey_owner;
+grant execute on function rekey_targets.secrets_sweep, rekey_targets.secrets_count to rekey_sweeper;

@@ -1,0 +1,47 @@
+create table rekey.settings (
+  singleton boolean constraint settings_pkey primary key default true constraint settings_singleton_check check (singleton),
+  kek_provider text not null default 'session'
+    constraint settings_kek_provider_check check (kek_provider in ('session', 'vault', 'file')),
+  kek_secret_name text not null default 'pg_rekey_kek'
+    constraint settings_kek_secret_name_check check (kek_secret_name <> ''),
+  -- Relative to the data directory: an absolute path would need a role that may read every file of the server.
+  kek_file text not null default 'pg_rekey.kek'
+    constraint settings_kek_file_check check (kek_file <> '' and kek_file !~ '^/|^[A-Za-z]:|(^|/)\.\.(/|$)'),
+  destroy_wait interval not null default '45 days'
+    constraint settings_destroy_wait_check check (destroy_wait between '0 s' and '3650 days'),
+  batch_target interval not null default '200 ms'
+    constraint settings_batch_target_check check (batch_target between '10 ms' and '60 s'),
+  max_rows_per_second integer
+    constraint settings_max_rows_per_second_check check (max_rows_per_second > 0),
+  max_attempts integer not null default 8
+    constraint settings_max_attempts_check check (max_attempts between 1 and 1000),
+  tenant_check text,
+  jwt_admin_claim text constraint settings_jwt_admin_claim_check check (jwt_admin_claim <> '')
+);
+comment on table rekey.settings is 'One row: how this database rotates. Change it with rekey.set_setting().';
+comment on column rekey.settings.singleton is 'Always true: there is one row.';
+comment on column rekey.settings.kek_provider is 'Where the key-encryption key comes from when the session did not unlock itself: session (nowhere else), vault (Supabase Vault), file (on the database server).';
+comment on column rekey.settings.kek_secret_name is 'Name of the KEK in vault.decrypted_secrets; the next KEK is looked for under this name with _new appended.';
+comment on column rekey.settings.kek_file is 'File of the KEK, relative to the data directory (a link to a file elsewhere will do); the next KEK is looked for under this name with _new appended.';
+comment on column rekey.settings.destroy_wait is 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
+comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
+comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
+comment on column rekey.settings.max_attempts is 'Failed batches in a row after which a rotation is failed.';
+comment on column rekey.settings.tenant_check is 'Name of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
+comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
+
+create table rekey._worker (
+  singleton boolean constraint _worker_pkey primary key default true constraint _worker_singleton_check check (singleton),
+  last_tick_at timestamptz,
+  last_tick_seconds double precision,
+  last_census_at timestamptz,
+  locked_since timestamptz,
+  next_batch_at timestamptz
+);
+comment on table rekey._worker is 'One row: when the unattended work last ran, since when it lacks the KEK, and when the throttle lets the next batch start.';
+
+create table rekey._session_key (
+  singleton boolean constraint _session_key_pkey primary key default true constraint _session_key_singleton_check check (singleton),
+  key bytea not null constraint _session_key_length_check check (octet_length(key) = 64)
+);
+comment on table rekey._session_key is 'One row: the key under which an unlocked session carries the KEK.';
