@@ -200,18 +200,14 @@ declare
   v_fingerprint text;
   v_keks bytea;
 begin
-  for v_try in 1 .. 2 loop  -- a KEK rotation may pass between the two looks
-    select k.id, k.fingerprint into _kek.id, v_fingerprint from rekey.keks k where k.state = 'active';
-    if not found then
-      raise exception 'no KEK is registered' using errcode = 'RK001',
-        hint = 'Register one: pg-rekey init, or select rekey.register_kek().';
-    end if;
-    v_keks := rekey._keks();
-    kek := substr(v_keks, 1, 32);
-    if rekey._fingerprint(kek) = v_fingerprint then
-      return;
-    end if;
-    kek := substr(v_keks, octet_length(v_keks) - 31, 32);
+  select k.id, k.fingerprint into _kek.id, v_fingerprint from rekey.keks k where k.state = 'active';
+  if not found then
+    raise exception 'no KEK is registered' using errcode = 'RK001',
+      hint = 'Register one: pg-rekey init, or select rekey.register_kek().';
+  end if;
+  v_keks := rekey._keks();
+  for v_place in 0 .. octet_length(v_keks) / 32 - 1 loop
+    kek := substr(v_keks, 1 + 32 * v_place, 32);
     if rekey._fingerprint(kek) = v_fingerprint then
       return;
     end if;

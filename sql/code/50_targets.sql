@@ -1,7 +1,7 @@
 -- The tables that a rotation sweeps. Each has two functions in schema rekey_targets, owned by the table's owner:
 --   <name>_sweep(first, until, keyrings, versions, max_rows, max_bytes): re-encrypts what stands in that range of row
 --     pointers on another version than the given one
---   <name>_count(keyrings, opening, step): counts rows by keyring and version, in one snapshot; opening: checks every tag
+--   <name>_count(keyrings, opening): counts rows by keyring and version, in one snapshot; opening: checks every tag
 -- rekey.secrets is the first target.
 
 create or replace function rekey._targets()
@@ -176,7 +176,7 @@ $$;
 comment on function rekey_targets.secrets_sweep is
   'Re-encrypts the due rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and max_bytes of ciphertext. next: where to go on, NULL at the end of the range.';
 
-create or replace function rekey_targets.secrets_count(keyrings integer[], opening boolean, step integer)
+create or replace function rekey_targets.secrets_count(keyrings integer[], opening boolean)
 returns table (keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -184,6 +184,7 @@ as $$
 declare
   v_blocks bigint := pg_relation_size('rekey.secrets') / current_setting('block_size')::integer;
   v_first bigint := 0;
+  v_step bigint := 256;
 begin
   if not opening then
     return query
@@ -193,6 +194,10 @@ begin
       group by s.keyring_id, s.key_version;
     return;
   end if;
+  -- The few rows of small keyrings are found by the index, all at once; many are read 2 MB at a time.
+  if keyrings is not null and (select count(*) from (select from rekey.secrets s where s.keyring_id = any (keyrings) limit 5000) few) < 5000 then
+    v_step := v_blocks;
+  end if;
   -- STABLE: every statement in here sees the snapshot of the calling one.
   while v_first < v_blocks loop
     return query
@@ -201,7 +206,7 @@ begin
           s.tenant_id, s.id, row_number() over () as place
         from rekey.secrets s
         where (keyrings is null or s.keyring_id = any (keyrings))
-          and s.ctid >= format('(%s,0)', v_first)::tid and s.ctid < format('(%s,0)', v_first + step)::tid
+          and s.ctid >= format('(%s,0)', v_first)::tid and s.ctid < format('(%s,0)', v_first + v_step)::tid
       ), checked as (
         select p.place, p.problem
         from (select rekey._check(array_agg(f.ciphertext order by f.place), array_agg(f.context order by f.place)) as problems
@@ -213,12 +218,12 @@ begin
       from found f
       join checked c on c.place = f.place
       group by f.keyring_id, f.key_version;
-    v_first := v_first + step;
+    v_first := v_first + v_step;
   end loop;
 end
 $$;
 comment on function rekey_targets.secrets_count is
-  'Counts rekey.secrets by keyring and version; keyrings NULL: all. opening: checks every tag too, step blocks at a time; failed_keys and failed_problems name what does not open.';
+  'Counts rekey.secrets by keyring and version; keyrings NULL: all. opening: checks every tag too; failed_keys and failed_problems name what does not open.';
 
 -- These two are owned by rekey_sweeper (footer.sql), which has no other right: whatever a target's function has become,
 -- it gains nothing from being called here.
@@ -239,19 +244,19 @@ end
 $$;
 comment on function rekey._call_sweep is 'Calls the sweep function of a target.';
 
-create or replace function rekey._call_count(function_name name, keyrings integer[], opening boolean, step integer)
+create or replace function rekey._call_count(function_name name, keyrings integer[], opening boolean)
 returns table (keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return query execute format('select s.* from rekey_targets.%I($1, $2, $3) s', function_name || '_count')
-    using keyrings, opening, step;
+  return query execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count')
+    using keyrings, opening;
 end
 $$;
 comment on function rekey._call_count is 'Calls the count function of a target.';
 
-create or replace function rekey._count(keyrings integer[], opening boolean, few boolean = false)
+create or replace function rekey._count(keyrings integer[], opening boolean)
 returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -260,12 +265,11 @@ begin
   return query
     select t.target, t.relation, c.keyring_id, c.version, c.rows, c.failed, c.failed_keys, c.failed_problems
     from rekey._targets() t
-    -- A few rows of an indexed table are read at once by the index, all of them a megabyte or so at a time.
-    cross join lateral rekey._call_count(t.function_name, _count.keyrings, opening, case when few and t.indexed then 2147483647 else 256 end) c;
+    cross join lateral rekey._call_count(t.function_name, _count.keyrings, opening) c;
 end
 $$;
 comment on function rekey._count is
-  'Counts every target by keyring and version, in the snapshot of the caller''s statement; a combination may come in several rows. few: the keyrings have few rows.';
+  'Counts every target by keyring and version, in the snapshot of the caller''s statement; a combination may come in several rows.';
 
 create or replace function rekey._refuse_snapshot() returns void
 language plpgsql stable

@@ -5,13 +5,13 @@
 -- verifying -> (barrier: no writer of an older version is left; then one snapshot of every row) completed,
 --              or running again if rows moved behind the sweep
 
-create or replace function rekey._lock_holders(keyring_id integer, versions integer[]) returns jsonb
+create or replace function rekey._lock_holders(keyring_id integer, versions integer[], since timestamptz = null) returns jsonb
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
     'pid', l.pid, 'role', a.usename,
-    'prepared', p.gid, 'age_seconds', extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared))::bigint)))
+    'prepared', p.gid, 'age_seconds', extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared, since))::bigint)))
   from pg_locks l
   left join pg_stat_activity a on a.pid = l.pid
   left join pg_prepared_xacts p on l.pid is null and l.virtualtransaction = '-1/' || p.transaction
@@ -19,7 +19,7 @@ begin atomic
     and l.database = (select d.oid from pg_database d where d.datname = current_database())
     and l.classid = keyring_id::oid and l.objid::bigint = any (versions::bigint[]);
 end;
-comment on function rekey._lock_holders is 'Who still writes with these versions.';
+comment on function rekey._lock_holders is 'Who still writes with these versions. since: what counts as the beginning of a transaction whose own is hidden from us.';
 
 create or replace function rekey._barrier(keyring_id integer, versions integer[]) returns boolean
 language plpgsql volatile
@@ -49,28 +49,22 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
-  v_rotation record;
 begin
-  for v_rotation in
-    select r.id, r.attempts + 1 as attempts, r.to_version, k.name as keyring
-    from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
-    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying')
-    order by r.id for update of r
-  loop
-    update rekey.rotations r
-    set attempts = v_rotation.attempts, last_error = message,
-        state = case when v_rotation.attempts >= v_max then 'failed' else r.state end,
-        pass_id = case when v_rotation.attempts < v_max then r.pass_id end,
-        next_attempt_at = case when v_rotation.attempts < v_max then
-          clock_timestamp() + least(power(2, v_rotation.attempts - 1), 300) * interval '1 second' end
-    where r.id = v_rotation.id;
-    perform rekey._audit('rotation.error', v_rotation.keyring, v_rotation.to_version, v_rotation.id,
-      jsonb_build_object('attempt', v_rotation.attempts, 'sqlstate', code, 'error', message));
-    if v_rotation.attempts >= v_max then
-      perform rekey._audit('rotation.failed', v_rotation.keyring, v_rotation.to_version, v_rotation.id,
-        jsonb_build_object('attempts', v_rotation.attempts, 'error', message));
-    end if;
-  end loop;
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  update rekey.rotations r
+  set attempts = r.attempts + 1, last_error = message,
+      state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
+      pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
+      next_attempt_at = case when r.attempts + 1 < v_max then
+        clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
+  where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying');
+  perform rekey._audit_all(coalesce((
+    select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+      'details', jsonb_build_object('attempt', r.attempts, 'sqlstate', code, 'error', message)) order by r.id, e.event)
+    from rekey.rotations r
+    join rekey.keyrings k on k.id = r.keyring_id
+    join (values ('rotation.error'), ('rotation.failed')) as e(event) on e.event = 'rotation.error' or r.state = 'failed'
+    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying', 'failed')), '[]'));
 end
 $$;
 comment on function rekey._record_error is 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed.';
@@ -131,42 +125,51 @@ begin
   if v_ids is null then
     return;
   end if;
-  v_pass := nextval('rekey._pass_id');
-  with due as (
-    select r.keyring_id, r.to_version from rekey.rotations r where r.id = any (v_ids)
-  ), counted as (
-    select c.target, c.relation, c.keyring_id, sum(c.rows) as rows
-    from rekey._count(v_keyrings, false) c
-    join due d on d.keyring_id = c.keyring_id and d.to_version <> c.version
-    group by c.target, c.relation, c.keyring_id
-  ), sizes as (
-    select t.target, t.relation, t.indexed, pg_relation_size(t.relation) / current_setting('block_size')::integer as blocks,
-      sum(c.rows) as rows
-    from counted c
-    join rekey._targets() t on t.relation = c.relation and t.target = c.target
-    group by t.target, t.relation, t.indexed
-  ), chunked as (
-    insert into rekey._chunks (pass_id, urgent, target, relation, first, until_block, batch_blocks)
-    select v_pass, v_urgent, s.target, s.relation, format('(%s,0)', f.first)::tid,
-      case when s.indexed and s.rows < s.blocks then s.blocks else least(f.first + 4096, s.blocks) end,
-      -- A few rows of an indexed table: the index finds them, so one range will do.
-      case when s.indexed and s.rows < s.blocks then s.blocks else 64 end
-    from sizes s
-    cross join lateral generate_series(0, case when s.indexed and s.rows < s.blocks then 0 else s.blocks - 1 end, 4096) as f(first)
-  )
-  update rekey.rotations r
-  set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
-      next_attempt_at = null,
-      rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.keyring_id = r.keyring_id), 0)
-  where r.id = any (v_ids);
-  perform rekey._audit_all(coalesce((
-    select jsonb_agg(jsonb_build_object('event', 'rotation.started', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
-      'details', jsonb_build_object('rows', r.rows_total)) order by r.id)
-    from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
-    where r.id = any (v_ids) and r.passes = 1), '[]'));
-  event := 'planned';
-  keyring_count := cardinality(v_ids);
-  detail := jsonb_build_object('pass', v_pass, 'rotations', v_ids[1:20]);
+  begin
+    v_pass := nextval('rekey._pass_id');
+    with due as (
+      select r.keyring_id, r.to_version from rekey.rotations r where r.id = any (v_ids)
+    ), counted as (
+      select c.target, c.relation, c.keyring_id, sum(c.rows) as rows
+      from rekey._count(v_keyrings, false) c
+      join due d on d.keyring_id = c.keyring_id and d.to_version <> c.version
+      group by c.target, c.relation, c.keyring_id
+    ), sizes as (
+      select t.target, t.relation, t.indexed, pg_relation_size(t.relation) / current_setting('block_size')::integer as blocks,
+        sum(c.rows) as rows
+      from counted c
+      join rekey._targets() t on t.relation = c.relation and t.target = c.target
+      group by t.target, t.relation, t.indexed
+    ), chunked as (
+      insert into rekey._chunks (pass_id, urgent, target, relation, first, until_block, batch_blocks)
+      select v_pass, v_urgent, s.target, s.relation, format('(%s,0)', f.first)::tid,
+        case when s.indexed and s.rows < s.blocks then s.blocks else least(f.first + 4096, s.blocks) end,
+        -- A few rows of an indexed table: the index finds them, so one range will do.
+        case when s.indexed and s.rows < s.blocks then s.blocks else 64 end
+      from sizes s
+      cross join lateral generate_series(0, case when s.indexed and s.rows < s.blocks then 0 else s.blocks - 1 end, 4096) as f(first)
+    )
+    update rekey.rotations r
+    set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
+        next_attempt_at = null,
+        rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.keyring_id = r.keyring_id), 0)
+    where r.id = any (v_ids);
+    perform rekey._audit_all(coalesce((
+      select jsonb_agg(jsonb_build_object('event', 'rotation.started', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+        'details', jsonb_build_object('rows', r.rows_total)) order by r.id)
+      from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
+      where r.id = any (v_ids) and r.passes = 1), '[]'));
+    event := 'planned';
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('pass', v_pass, 'rotations', v_ids[1:20]);
+  exception
+    when sqlstate 'RK001' or sqlstate 'RK002' then
+      raise;
+    when query_canceled or others then
+      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+  end;
 end
 $$;
 comment on function rekey._plan is 'Begins a pass for every rotation that waits for one: counts what there is to do and splits it into chunks.';
@@ -251,6 +254,8 @@ begin
       where c.id = v_chunk.id;
     end if;
     if v_batch.failed_keys is not null then
+      -- The rotations before the audit log, as everywhere.
+      perform from rekey.rotations r where r.id = any (v_ids) and r.keyring_id = any (v_batch.failed_keyrings) order by r.id for no key update;
       perform rekey._quarantine(v_chunk.target, v_chunk.relation, v_batch.failed_keyrings, v_batch.failed_versions,
         v_batch.failed_keys, v_batch.failed_problems);
       update rekey.rotations r
@@ -265,14 +270,9 @@ begin
   exception
     when sqlstate 'RK001' or sqlstate 'RK002' then
       raise;
-    when query_canceled then
+    when query_canceled or others then
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
-      event := 'canceled';
-      rows := 0;
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
-    when others then
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
-      event := 'error';
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
       detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
   end;
@@ -287,13 +287,13 @@ as $$
 declare
   v_ids bigint[];
   v_keyrings integer[];
-  v_few boolean;
+  v_results jsonb;
   v_found record;
   v_failure record;
   v_failed bigint;
   v_completed bigint[] := '{}';
 begin
-  select array_agg(r.id), array_agg(r.keyring_id), sum(r.rows_total) < 20000 into v_ids, v_keyrings, v_few
+  select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
   from rekey.rotations r
   where r.state = 'verifying' and r.barrier_at is not null and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp();
   if v_ids is null then
@@ -301,29 +301,28 @@ begin
   end if;
   rows := 0;
   begin
+    -- One statement, one snapshot: no row escapes by moving.
+    with counted as materialized (
+      select c.* from rekey._count(v_keyrings, true) c
+    ), summed as (
+      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
+        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation, 'version', c.version,
+          'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
+      from counted c
+      join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
+      group by c.keyring_id
+    )
+    select jsonb_agg(to_jsonb(s)) into v_results from summed s;
+
+    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
     for v_found in
-      -- One statement, one snapshot: no row escapes by moving.
-      with counted as materialized (
-        select c.* from rekey._count(v_keyrings, true, v_few) c
-      ), summed as (
-        select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
-          jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation, 'version', c.version,
-            'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
-        from counted c
-        join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
-        group by c.keyring_id
-      )
-      select r.id, r.keyring_id, r.to_version, r.passes, k.name as keyring, coalesce(s.rows, 0) as rows, coalesce(s.behind, 0) as behind,
-        coalesce(s.failures, '[]') as failures
+      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.behind, 0) as behind, coalesce(s.failures, '[]') as failures
       from rekey.rotations r
-      join rekey.keyrings k on k.id = r.keyring_id
-      left join summed s on s.keyring_id = r.keyring_id
-      where r.id = any (v_ids) and r.state = 'verifying'
+      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
+      where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
       order by r.id
     loop
       rows := rows + v_found.rows;
-      perform from rekey.rotations r where r.id = v_found.id and r.state = 'verifying' for no key update;
-      continue when not found;  -- paused, superseded or rolled back meanwhile
       for v_failure in
         select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
         from jsonb_to_recordset(v_found.failures) as f(target text, relation text, version integer, keys text[], problems text[])
@@ -366,13 +365,9 @@ begin
   exception
     when sqlstate 'RK001' or sqlstate 'RK002' then
       raise;
-    when query_canceled then
+    when query_canceled or others then
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
-      event := 'canceled';
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
-    when others then
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
-      event := 'error';
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
   end;
 end
@@ -415,7 +410,7 @@ begin
       event := 'swept';
     else
       update rekey.rotations r
-      set blocked_by = rekey._lock_holders(v_rotation.keyring_id, v_rotation.from_versions),
+      set blocked_by = rekey._lock_holders(v_rotation.keyring_id, v_rotation.from_versions, coalesce(r.blocked_since, now())),
           blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '500 milliseconds'
       where r.id = v_rotation.id;
       event := coalesce(event, 'blocked');

@@ -15,7 +15,7 @@ begin
       hint = format('Waiting for %s', rekey._lock_holders(keyring.id, array[version]));
   end if;
   -- After the barrier, and in a statement of its own: it sees every row that was ever written with this version.
-  select sum(c.rows) into v_rows from rekey._count(array[keyring.id], false, true) c where c.version = _refuse_in_use.version;
+  select sum(c.rows) into v_rows from rekey._count(array[keyring.id], false) c where c.version = _refuse_in_use.version;
   select count(*) into v_failures from rekey.rotation_failures f
   where f.keyring_id = keyring.id and f.version = _refuse_in_use.version and f.resolved_at is null;
   if v_rows > 0 or v_failures > 0 then
@@ -70,7 +70,7 @@ $$;
 comment on function rekey.cancel_key_destruction is 'Cancels a scheduled destruction: the version returns to the state it came from. RK006: none is scheduled; RK007: there is no such version.';
 grant execute on function rekey.cancel_key_destruction to rekey_admin;
 
-create or replace function rekey._destroy_due(clock_jumped boolean) returns integer
+create or replace function rekey._destroy_due(clock_jumped boolean) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -79,7 +79,7 @@ declare
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
   v_postponed text;
-  v_count integer := 0;
+  v_events jsonb := '[]';
 begin
   for v_due in
     select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
@@ -99,21 +99,20 @@ begin
     end if;
     if v_postponed is not null then
       update rekey.encryption_keys k set destroy_after = now() + interval '1 day' where k.id = v_key.id;
-      perform rekey._audit('key.destroy_scheduled', v_due.name, v_due.version,
-        details => jsonb_build_object('postponed', v_postponed, 'destroy_after', now() + interval '1 day'));
+      v_events := v_events || jsonb_build_object('event', 'key.destroy_scheduled', 'keyring', v_due.name, 'version', v_due.version,
+        'details', jsonb_build_object('postponed', v_postponed, 'destroy_after', now() + interval '1 day'));
       continue;
     end if;
     update rekey.encryption_keys k
     set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
     where k.id = v_key.id;
-    perform rekey._audit('key.destroyed', v_due.name, v_due.version);
-    v_count := v_count + 1;
+    v_events := v_events || jsonb_build_object('event', 'key.destroyed', 'keyring', v_due.name, 'version', v_due.version);
   end loop;
-  return v_count;
+  perform rekey._audit_all(v_events);
 end
 $$;
 comment on function rekey._destroy_due is
-  'Destroys the versions whose time has come and that nothing needs; the others wait one more day, as all do after a jump of the clock. Returns how many.';
+  'Destroys the versions whose time has come and that nothing needs; the others wait one more day, as all do after a jump of the clock.';
 
 create or replace function rekey.retire_keyring(name text) returns void
 language plpgsql volatile security definer
@@ -139,7 +138,7 @@ begin
     raise exception 'keyring % is in use by an open transaction', quote_literal(name) using errcode = 'RK005',
       hint = format('Waiting for %s', rekey._lock_holders(v_keyring.id, array[v_key.version]));
   end if;
-  select sum(c.rows) into v_rows from rekey._count(array[v_keyring.id], false, true) c;
+  select sum(c.rows) into v_rows from rekey._count(array[v_keyring.id], false) c;
   if v_rows > 0 then
     raise exception 'keyring % is in use: % rows', quote_literal(name), v_rows using errcode = 'RK005',
       hint = 'Delete its rows, or move them to another keyring, first.';

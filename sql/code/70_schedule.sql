@@ -55,9 +55,9 @@ comment on view rekey.schedule_status is 'When each keyring is rotated next; ove
 grant select on rekey.schedule_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace view rekey.worker_status as
-select w.last_tick_at, w.last_tick_seconds, w.locked_since, w.last_census_at
+select w.last_tick_at, w.last_tick_seconds, w.locked_since, w.last_error, w.last_census_at
 from rekey._worker w;
-comment on view rekey.worker_status is 'When the unattended work last ran, how many seconds it took, since when it lacks the KEK, and when rows were last counted.';
+comment on view rekey.worker_status is 'When the unattended work last ran, how many seconds it took, since when it lacks the KEK, what failed in it, and when rows were last counted.';
 grant select on rekey.worker_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._rotate_due() returns void
@@ -91,6 +91,7 @@ as $$
 declare
   v_stale record;
   v_id bigint;
+  v_events jsonb := '[]';
 begin
   perform rekey._refuse_snapshot();
   for v_stale in
@@ -112,10 +113,11 @@ begin
     perform rekey._keyring(v_stale.name, lock => true);
     continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state));
     v_id := rekey._queue_sweep(v_stale.keyring_id, 'schedule', 'rows on an older version, found by the census');
-    perform rekey._audit('rotation.requested', v_stale.name, v_stale.version, v_id,
-      jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
+    v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
+      'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
   end loop;
   update rekey._worker w set last_census_at = now();
+  perform rekey._audit_all(v_events);
 end
 $$;
 comment on function rekey._census is
@@ -143,7 +145,8 @@ begin
           perform rekey._census();
         end if;
       when 'end' then
-        update rekey._worker w set last_tick_at = begun, last_tick_seconds = extract(epoch from clock_timestamp() - begun);
+        update rekey._worker w set last_tick_at = begun, last_tick_seconds = extract(epoch from clock_timestamp() - begun),
+          last_error = case when w.last_error_at >= begun then w.last_error end;
     end case;
     if duty = 'schedules' and v_worker.locked_since is not null then
       perform from rekey._kek();
@@ -157,11 +160,14 @@ begin
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
     when others then
-      perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
+      update rekey._worker w set last_error = format('%s: %s', duty, sqlerrm), last_error_at = clock_timestamp();
+      if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) then
+        perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
+      end if;
   end;
 end
 $$;
-comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log and does not stop the others.';
+comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts, and does not stop the others.';
 grant execute on function rekey._tick_duty to rekey_operator;
 
 create or replace function rekey._prune_run_details() returns void

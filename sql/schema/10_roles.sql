@@ -44,10 +44,14 @@ begin
       execute format('grant %I to current_user%s', v_role.name, v_admin);
     end if;
   end loop;
-  execute 'grant rekey_operator, rekey_auditor to rekey_admin';
-  if v_super then
-    execute 'grant rekey_operator to rekey_worker';
-  end if;
+  for v_role in
+    select g.role, g.member
+    from (values ('rekey_operator', 'rekey_admin'), ('rekey_auditor', 'rekey_admin'), ('rekey_operator', 'rekey_worker')) as g(role, member)
+    where (v_super or g.member <> 'rekey_worker')
+      and not exists (select from pg_auth_members m where m.roleid = g.role::regrole and m.member = g.member::regrole)
+  loop
+    execute format('grant %I to %I', v_role.role, v_role.member);
+  end loop;
 end
 $$;
 

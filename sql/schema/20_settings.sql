@@ -36,6 +36,8 @@ create table rekey._worker (
   last_tick_seconds double precision,
   last_census_at timestamptz,
   locked_since timestamptz,
+  last_error text,
+  last_error_at timestamptz,
   next_batch_at timestamptz
 );
 comment on table rekey._worker is 'One row: when the unattended work last ran, since when it lacks the KEK, and when the throttle lets the next batch start.';
