@@ -1,0 +1,65 @@
+# pg_rekey: `make demo` and `make test` are all that a fresh machine needs. GNU make 3.81 is enough.
+
+VENV = .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+PG_CONFIG = pg_config
+ARGS =
+
+.PHONY: help demo test lint sql install dev clean
+
+help: ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-8s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
+
+demo: $(STAMP) ## rotate the keys of real secrets in a real server, live (ARGS="--help" tells more)
+	@$(BIN)/pg-rekey demo $(ARGS)
+
+test: $(STAMP) ## run the whole suite; prints coverage and SQL functions that were never called
+	@$(BIN)/pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--cov --cov-report=term)
+
+lint: $(STAMP) ## ruff, mypy, pgspot, plpgsql_check, and that the generated files are fresh
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/python -m pg_rekey.release --check
+	@PYTHONPATH=tests $(BIN)/python -m lint.sql
+
+sql: $(STAMP) ## assemble the SQL and write what is generated from it: sql/dist, the migration, the reference
+	@$(BIN)/python -m pg_rekey.release
+	@$(BIN)/python docs/generate.py
+
+install: ## copy the extension's files to the server that PG_CONFIG belongs to
+	@dir=`$(PG_CONFIG) --sharedir`/extension && \
+	install -m 644 sql/pg_rekey.control sql/dist/pg_rekey--*.sql "$$dir" && \
+	echo "installed in $$dir; now, in the database: create extension pg_rekey cascade"
+
+dev: $(STAMP) ## a server that stays until Ctrl-C and reloads sql/code when a file changes
+	@$(BIN)/python -m pg_rekey.local dev
+
+clean: ## remove what make made here, but not what is committed
+	@rm -rf $(VENV) .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The first Python that is new enough and can make virtual environments; on Debian and Ubuntu root gets one by apt.
+FIND_PYTHON = find_python() { \
+	for python in python3 python3.13 python3.12 python3.11 python3.14; do \
+		if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "$$python"; return; \
+		fi; \
+	done; \
+	return 1; }
+
+$(STAMP): pyproject.toml sql/pg_rekey.control
+	@set -e; $(FIND_PYTHON); \
+	if ! python=`find_python` && test "`id -u`" = 0 && test -f /etc/debian_version; then \
+		echo 'installing python3 and python3-venv with apt' >&2; \
+		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install python3 python3-venv >/dev/null; \
+	fi; \
+	if ! python=`find_python`; then \
+		echo 'pg_rekey needs Python 3.11 or later with venv: install python3.11 (or newer) and, on Debian, python3-venv' >&2; \
+		exit 1; \
+	fi; \
+	echo "making $(VENV) with $$python" >&2; \
+	"$$python" -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'; \
+	touch $@

@@ -1,0 +1,358 @@
+"""A throwaway PostgreSQL server from the machine's own binaries, for the demo, the tests and development.
+
+It listens on a Unix socket in a private directory only, so that no port collides and nobody else can connect.
+A small guard process holds the other end of a pipe: when this process ends, in whatever way, the guard stops
+the server and removes its directory.
+"""
+
+import atexit
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import click
+import psycopg
+
+from pg_rekey import release
+
+OLDEST = 15
+COMPANIONS = {"pg_cron": "cron", "pgtap": "pgtap", "plpgsql_check": "plpgsql-check"}
+DEBIAN_PLACE = Path("/usr/lib/postgresql")
+PLACES = (
+    f"{DEBIAN_PLACE}/*/bin",
+    "/usr/pgsql-*/bin",
+    "/opt/homebrew/opt/postgresql@*/bin",
+    "/usr/local/opt/postgresql@*/bin",
+    "/Applications/Postgres.app/Contents/Versions/*/bin",
+)
+NO_CLUSTER = Path("/etc/postgresql-common/createcluster.d/pg_rekey.conf")
+INSTALL_HELP = f"""no PostgreSQL {OLDEST} or later found. Install one:
+  Debian 12, Ubuntu 24.04 or later, as root: apt-get install postgresql postgresql-NN-cron postgresql-NN-pgtap
+  (older ones: add the packages of https://apt.postgresql.org first)
+  macOS: brew install postgresql@17, or Postgres.app
+  Fedora, RHEL: dnf install postgresql-server postgresql-contrib
+or set PG_REKEY_DSN (the tests: PG_REKEY_TEST_DSN, a superuser) to a server of your own."""
+
+# Runs as the server's user, in a session of its own so that Ctrl-C in a terminal does not reach it.
+GUARD = 'cat; "$0/pg_ctl" -D "$1/data" -m immediate stop; rm -rf "$1"'
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The binaries of one PostgreSQL version and where its extensions are."""
+
+    major: int
+    bindir: Path
+    extensions: Path
+
+    def has(self, extension: str) -> bool:
+        """Tell whether the files of an extension are there."""
+        return (self.extensions / f"{extension}.control").exists()
+
+    @classmethod
+    def at(cls, bindir: Path) -> Self | None:
+        """Return the installation in a directory, or None where there is none that works."""
+        try:
+            found = re.search(r"\) (\d+)", _output(bindir / "postgres", "--version"))
+            share = Path(_output(bindir / "pg_config", "--sharedir"))
+            _output(bindir / "initdb", "--version")
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return cls(int(found[1]), bindir, share / "extension") if found else None
+
+
+def find() -> Installation | None:
+    """Return the newest PostgreSQL that is new enough; one with pg_cron comes before one without."""
+    folders = [Path(path) for place in PLACES for path in sorted(Path("/").glob(place[1:]))]
+    if on_path := shutil.which("pg_config"):
+        folders.insert(0, Path(_output(on_path, "--bindir")))
+    found = (Installation.at(folder) for folder in folders)
+    usable = [one for one in found if one and one.major >= OLDEST]
+    return max(usable, key=lambda one: (one.has("pg_cron"), one.major), default=None)
+
+
+def ensure() -> Installation:
+    """Return a usable PostgreSQL; on Debian and Ubuntu, root gets what is missing with apt."""
+    installation = find()
+    if _can_apt():
+        if installation is None:
+            installation = _apt_install_server()
+        _apt_install_companions(installation)
+    if installation is None:
+        raise click.ClickException(INSTALL_HELP)
+    return installation
+
+
+def install_extension(installation: Installation) -> None:
+    """Copy the files of the pg_rekey extension to where CREATE EXTENSION looks for them."""
+    for path in extension_files():
+        shutil.copyfile(path, installation.extensions / path.name)
+
+
+def extension_files() -> list[Path]:
+    """Return the files that CREATE EXTENSION needs."""
+    return [release.SOURCES / "pg_rekey.control", *sorted(release.DIST.glob("pg_rekey--*.sql"))]
+
+
+class Server:
+    """A PostgreSQL server that lives as long as this object or this process, whichever ends first."""
+
+    def __init__(
+        self,
+        *,
+        settings: Mapping[str, str] | None = None,
+        durable: bool = False,
+        superuser: str = "postgres",
+        cron_database: str = "postgres",
+    ) -> None:
+        """Create the cluster and start it; durable means that commits wait for the disk."""
+        self.installation = ensure()
+        self.bindir = self.installation.bindir
+        self.superuser = superuser
+        self._account = _server_account()
+        self.directory = Path(tempfile.mkdtemp(prefix="pgrk-", dir="/tmp"))
+        self.data = self.directory / "data"
+        self.log = self.directory / "log"
+        if self._account:
+            os.chown(self.directory, self._account.pw_uid, self._account.pw_gid)
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", GUARD, self.bindir, self.directory],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+            env={"PATH": f"{self.bindir}:/usr/bin:/bin", "LC_ALL": "C"},
+            user=self._account and self._account.pw_uid,
+            group=self._account and self._account.pw_gid,
+            extra_groups=self._account and [],
+        )
+        atexit.register(self.stop)
+        try:
+            self._initialize(settings or {}, durable, cron_database)
+            self._pg_ctl("start")
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def dsn(self, dbname: str = "postgres", user: str | None = None) -> str:
+        """Return a connection string for a database, for the superuser unless told otherwise."""
+        return f"postgresql://{user or self.superuser}@/{dbname}?host={self.directory}&port=5432"
+
+    @property
+    def pid(self) -> int:
+        """The process id of the postmaster."""
+        return int((self.data / "postmaster.pid").read_text().split("\n", 1)[0])
+
+    def restart(self, mode: str = "fast") -> None:
+        """Stop the server if it runs, in pg_ctl's mode fast, smart or immediate, and start it."""
+        self._pg_ctl("restart", "-m", mode)
+
+    def kill(self) -> None:
+        """End the server as a power failure would: SIGKILL to the postmaster and all that it started."""
+        postmaster = self.pid
+        os.kill(postmaster, signal.SIGSTOP)
+        doomed = {postmaster, *(pid for pid, parent in _processes() if parent == postmaster)}
+        for pid in doomed:
+            os.kill(pid, signal.SIGKILL)
+        while doomed & {pid for pid, _ in _processes()}:
+            time.sleep(0.01)
+        # Where nobody reaps the dead postmaster, its lock files would make it seem alive.
+        (self.data / "postmaster.pid").unlink()
+        (self.directory / ".s.PGSQL.5432.lock").unlink()
+
+    def stop(self) -> None:
+        """Stop the server and remove all of it; harmless when repeated."""
+        atexit.unregister(self.stop)
+        if self._guard.stdin:
+            self._guard.stdin.close()
+        self._guard.wait()
+
+    def _initialize(self, settings: Mapping[str, str], durable: bool, cron_database: str) -> None:
+        options = ("--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
+        self._run(self.bindir / "initdb", "-D", self.data, "-U", self.superuser, *options)
+        switch = "on" if durable else "off"
+        merged = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self.directory),
+            "port": "5432",
+            "unix_socket_permissions": "0700",
+            # Files in the data directory, so that nothing stays behind after a SIGKILL.
+            "dynamic_shared_memory_type": "mmap",
+            "fsync": switch,
+            "full_page_writes": switch,
+            "max_connections": "100",
+            "max_worker_processes": "32",
+            "max_prepared_transactions": "10",
+            "timezone": "UTC",
+        }
+        if self.installation.has("pg_cron"):
+            merged |= {
+                "shared_preload_libraries": "pg_cron",
+                "cron.database_name": cron_database,
+                "cron.host": str(self.directory),
+                "cron.use_background_workers": "on",
+            }
+        with (self.data / "postgresql.conf").open("a") as conf:
+            for name, value in (merged | dict(settings)).items():
+                quoted = value.replace("'", "''")
+                conf.write(f"{name} = '{quoted}'\n")
+
+    def _pg_ctl(self, *arguments: str) -> None:
+        self._run(self.bindir / "pg_ctl", "-D", self.data, "-l", self.log, "-w", "-t", "60", *arguments)
+
+    def _run(self, *command: str | Path) -> None:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            cwd="/",
+            env={"PATH": f"{self.bindir}:/usr/bin:/bin", "LC_ALL": "C"},
+            user=self._account and self._account.pw_uid,
+            group=self._account and self._account.pw_gid,
+            extra_groups=self._account and [],
+        )
+        if done.returncode != 0:
+            log = self.log.read_text(errors="replace") if self.log.exists() else ""
+            tail = "\n".join([*done.stdout.splitlines(), *log.splitlines()[-20:]])
+            raise click.ClickException(f"{command[0]} failed:\n{tail}")
+
+
+def _server_account() -> pwd.struct_passwd | None:
+    """Return the account that the server must run as, since it refuses root, or None for our own."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        return pwd.getpwnam("postgres")
+    except KeyError:
+        raise click.ClickException(
+            "PostgreSQL does not run as root, and there is no user `postgres`: create it, or do not be root"
+        ) from None
+
+
+def _can_apt() -> bool:
+    return os.geteuid() == 0 and shutil.which("apt-get") is not None and Path("/etc/debian_version").exists()
+
+
+def _apt_install_server() -> Installation | None:
+    """Install Debian's PostgreSQL, without the cluster that its package makes and starts by default."""
+    NO_CLUSTER.parent.mkdir(parents=True, exist_ok=True)
+    NO_CLUSTER.write_text("create_main_cluster = false\n")
+    try:
+        _apt("postgresql")
+    finally:
+        NO_CLUSTER.unlink()
+    return find()
+
+
+def _apt_install_companions(installation: Installation | None) -> None:
+    """Install the extensions that the tests use; without them they say what they skip."""
+    if installation is None or not installation.bindir.is_relative_to(DEBIAN_PLACE):
+        return
+    missing = [package for name, package in COMPANIONS.items() if not installation.has(name)]
+    if missing:
+        _apt(*(f"postgresql-{installation.major}-{package}" for package in missing))
+
+
+def _apt(*packages: str) -> None:
+    click.echo(f"installing {', '.join(packages)} with apt", err=True)
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+        done = subprocess.run(
+            ["apt-get", "-qq", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        if done.returncode != 0:
+            click.echo(f"apt-get {command[0]} failed:\n{done.stdout}", err=True)
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout.strip()
+
+
+def _processes() -> Iterator[tuple[int, int]]:
+    """Yield process id and parent of all that run, zombies left out."""
+    for line in _output("ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "stat=").splitlines():
+        pid, parent, state = line.split()[:3]
+        if not state.startswith("Z"):
+            yield int(pid), int(parent)
+
+
+@click.group()
+def main() -> None:
+    """Start a throwaway PostgreSQL server."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(command: Sequence[str]) -> None:
+    """Run COMMAND with PG_REKEY_DSN set to a fresh server, and pass on its exit code."""
+    with Server() as server:
+        code = subprocess.run(
+            command, check=False, env=os.environ | {"PG_REKEY_DSN": server.dsn()}
+        ).returncode
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+@main.command()
+def dev() -> None:
+    """Keep a server with pg_rekey installed until Ctrl-C; reload sql/code whenever a file changes."""
+    with Server() as server, psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute("create extension if not exists pgcrypto")
+        seen = _modified()
+        _load(connection, release.assemble("plain"))
+        click.echo(f"ready: {server.dsn()}")
+        try:
+            while True:
+                time.sleep(0.5)
+                if (now := _modified()) != seen:
+                    seen = now
+                    _load(connection, release.assemble_code())
+        except KeyboardInterrupt:
+            click.echo("stopping")
+
+
+def _load(connection: psycopg.Connection[tuple[object, ...]], script: str) -> None:
+    try:
+        with connection.transaction():
+            connection.execute(script.encode())
+    except psycopg.Error as error:
+        click.echo(f"not loaded: {error}", err=True)
+    else:
+        click.echo("loaded")
+
+
+def _modified() -> dict[Path, float]:
+    return {path: path.stat().st_mtime for path in (release.SOURCES / "code").glob("*.sql")}
+
+
+if __name__ == "__main__":
+    main()

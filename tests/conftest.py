@@ -1,0 +1,245 @@
+"""The server, the databases and the keys that tests get.
+
+The controlling process has one server for the whole run: PG_REKEY_TEST_DSN, or a throwaway one. It installs
+pg_rekey in a template database; each test works on a clone of its own. When a clone is dropped, the functions
+that were called in it are noted, so that the run ends with a list of those that no test calls.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import shlex
+import subprocess
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from helpers import (
+    Connection,
+    all_functions,
+    called_functions,
+    connect,
+    create_database,
+    disconnect_others,
+    drop_database,
+    initialize,
+    install,
+)
+from pg_rekey import local, release
+
+SERVER = "PG_REKEY_TEST_SERVER"  # what the controlling process tells its xdist workers
+TEMPLATE = "PG_REKEY_TEST_TEMPLATE"
+CALLS = "PG_REKEY_TEST_CALLS"
+EXTENSION = "PG_REKEY_TEST_EXTENSION"
+EXCEPTIONS = Path(__file__).parent / "lint" / "exceptions.toml"
+
+cleanup = pytest.StashKey[contextlib.ExitStack]()
+uncalled = pytest.StashKey[list[str]]()
+counter = itertools.count(1)
+
+
+def is_controller(config: pytest.Config) -> bool:
+    return not hasattr(config, "workerinput")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start the server and make the template database, before xdist starts its workers."""
+    if not is_controller(session.config) or session.config.option.collectonly:
+        return
+    stack = session.config.stash[cleanup] = contextlib.ExitStack()
+    os.environ[CALLS] = stack.enter_context(tempfile.TemporaryDirectory(prefix="pgrk-calls-"))
+    try:
+        server = os.environ.get("PG_REKEY_TEST_DSN") or stack.enter_context(local.Server()).dsn()
+        name = os.environ[TEMPLATE] = f"rekey_template_{os.getpid()}"
+        os.environ[SERVER] = server
+        os.environ[EXTENSION] = place_extension(stack)
+        template = create_database(server, name)
+        stack.callback(drop_database, server, name)
+        install(template, release.assemble("plain"))
+    except (click.ClickException, psycopg.Error, OSError) as error:
+        pytest.exit(f"no database to test on: {error}", returncode=1)
+
+
+def place_extension(stack: contextlib.ExitStack) -> str:
+    """Put the extension's files where the server finds them; return 'yes', or why that cannot be."""
+    release_files = local.extension_files()
+    if command := os.environ.get("PG_REKEY_TEST_PUT_EXTENSION"):
+        subprocess.run([*shlex.split(command), *release_files], check=True, capture_output=True)
+        return "yes"
+    if os.environ.get("PG_REKEY_TEST_DSN"):
+        return "PG_REKEY_TEST_PUT_EXTENSION names no command that copies files to the server"
+    installation = local.ensure()
+    if not os.access(installation.extensions, os.W_OK):
+        return f"{installation.extensions} is not writable"
+    for path in release_files:
+        target = installation.extensions / path.name
+        stack.callback(restore, target, target.read_bytes() if target.exists() else None)
+    local.install_extension(installation)
+    return "yes"
+
+
+def restore(path: Path, content: bytes | None) -> None:
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_bytes(content)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a complete and successful run fail where it left functions uncalled."""
+    config = session.config
+    whole = (
+        config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        and not config.option.keyword
+        and not config.option.markexpr
+        and session.exitstatus == pytest.ExitCode.OK
+    )
+    if cleanup not in config.stash or not whole:
+        return
+    calls = {name for path in Path(os.environ[CALLS]).iterdir() for name in path.read_text().splitlines()}
+    with connect(os.environ[SERVER], dbname=os.environ[TEMPLATE]) as connection:
+        missing = all_functions(connection) - calls - set(not_counted())
+    config.stash[uncalled] = sorted(missing)
+    if missing:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def not_counted() -> dict[str, str]:
+    """Return the functions that PostgreSQL does not count, with the reason."""
+    exceptions: dict[str, dict[str, str]] = tomllib.loads(EXCEPTIONS.read_text())
+    return exceptions["not_counted"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the functions that no test calls."""
+    if uncalled not in config.stash:
+        return
+    names = config.stash[uncalled]
+    terminalreporter.write_sep("=", "SQL functions that no test calls")
+    terminalreporter.write_line("\n".join(names) or "none: every function of schema rekey was called")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Drop the template, stop the server."""
+    if cleanup in config.stash:
+        config.stash[cleanup].close()
+
+
+@pytest.fixture(scope="session")
+def server() -> str:
+    """DSN of the server's maintenance database, as a superuser."""
+    return os.environ[SERVER]
+
+
+@pytest.fixture
+def make_database(server: str, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Return a function that makes a database, empty or a clone of a template, and returns its DSN."""
+    names: list[str] = []
+
+    def make(template: str | None = None, owner: str | None = None) -> str:
+        name = f"rekey_test_{os.getpid()}_{next(counter)}"
+        dsn = create_database(server, name, template, owner)
+        names.append(name)
+        return dsn
+
+    yield make
+    for name in names:
+        with connect(server, dbname=name) as connection:
+            disconnect_others(connection)
+            note_calls(connection)
+        drop_database(server, name)
+
+
+def note_calls(connection: Connection) -> None:
+    """Append the functions that were called in this database to what this process has seen."""
+    with (Path(os.environ[CALLS]) / str(os.getpid())).open("a") as calls:
+        calls.writelines(f"{name}\n" for name in called_functions(connection))
+
+
+@pytest.fixture
+def db(make_database: Callable[..., str]) -> str:
+    """DSN of a fresh database with pg_rekey installed: no KEK, no keyring."""
+    return make_database(os.environ[TEMPLATE])
+
+
+@pytest.fixture
+def conn(db: str) -> Iterator[Connection]:
+    """An autocommit superuser connection to `db`."""
+    with connect(db) as connection:
+        yield connection
+
+
+@pytest.fixture(scope="session")
+def kek() -> bytes:
+    """A key-encryption key, the same in every process of a run."""
+    return hashlib.sha256(b"pg_rekey: the tests' KEK").digest()
+
+
+@pytest.fixture
+def ready(conn: Connection, kek: bytes) -> Connection:
+    """`conn`, unlocked for the session, its KEK registered and the keyring `default` made."""
+    initialize(conn, kek)
+    return conn
+
+
+@pytest.fixture
+def extension_files() -> None:
+    """The extension's files are where CREATE EXTENSION looks for them."""
+    if (answer := os.environ[EXTENSION]) != "yes":
+        pytest.skip(answer)
+
+
+@dataclass
+class Hosted:
+    """A server as a hosting company runs it: its superuser is not ours, `postgres` is an ordinary role."""
+
+    server: local.Server
+
+    def make_database(self) -> str:
+        """Make a database that `postgres` owns, with pgcrypto in the schema `extensions`; return its DSN."""
+        name = f"hosted_{next(counter)}"
+        admin = create_database(self.server.dsn("template1"), name, owner="postgres")
+        with connect(admin) as connection:
+            connection.execute("""
+                create schema extensions;
+                create extension pgcrypto schema extensions;
+                grant usage on schema extensions to postgres, anon, authenticated, service_role;
+                grant all on schema public to postgres;
+                grant usage on schema public to anon, authenticated, service_role;
+                alter default privileges for role postgres in schema public
+                  grant all on functions to anon, authenticated, service_role;
+                alter default privileges for role postgres in schema public
+                  grant all on tables to anon, authenticated, service_role;
+            """)
+        return make_conninfo(admin, user="postgres")
+
+    def admin(self, dsn: str) -> str:
+        """Return the DSN of the real superuser for a database."""
+        return make_conninfo(dsn, user=self.server.superuser)
+
+
+@pytest.fixture(scope="session")
+def hosted() -> Iterator[Hosted]:
+    """A server of its own, where the installer has the rights of hosted Supabase's `postgres`."""
+    with local.Server(superuser="supabase_admin") as server:
+        with connect(server.dsn("template1")) as connection:
+            connection.execute("""
+                create role postgres login nosuperuser createrole createdb bypassrls;
+                create role anon nologin noinherit;
+                create role authenticated nologin noinherit;
+                create role service_role nologin noinherit bypassrls;
+                create role authenticator login noinherit;
+                grant anon, authenticated, service_role to authenticator;
+            """)
+            if connection.info.server_version >= 160000:
+                connection.execute("grant anon, authenticated, service_role to postgres with admin option")
+        yield Hosted(server)

@@ -1,0 +1,93 @@
+"""What several test modules need and no fixture is for."""
+
+from typing import Any, LiteralString
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+Connection = psycopg.Connection[Any]
+
+
+def connect(dsn: str, **parameters: Any) -> Connection:
+    """Open an autocommit connection; parameters such as user or options override those of the DSN."""
+    return psycopg.connect(make_conninfo(dsn, **parameters), autocommit=True)
+
+
+def unlock(connection: Connection, *keks: bytes, scope: str = "session") -> str:
+    """Let this session or transaction use the KEK, or the current and the next one."""
+    with connection.transaction(), connection.cursor() as cursor:
+        cursor.execute("create temporary table pg_rekey_kek (kek bytea) on commit drop")
+        with cursor.copy("copy pg_temp.pg_rekey_kek from stdin (format binary)") as copy:
+            copy.set_types(["bytea"])
+            for kek in keks:
+                copy.write_row([kek])
+        return str(value(connection, "select rekey.unlock_copied(%s)", scope))
+
+
+def value(connection: Connection, query: LiteralString, *parameters: Any) -> Any:
+    """Return the only column of the only row of a query."""
+    (row,) = connection.execute(query, parameters).fetchall()
+    (only,) = row
+    return only
+
+
+def initialize(connection: Connection, kek: bytes) -> None:
+    """Do what init does after the installation: unlock the session, register the KEK, make a keyring."""
+    unlock(connection, kek)
+    connection.execute("select rekey.register_kek()")
+    connection.execute("select rekey.create_keyring('default')")
+
+
+def install(dsn: str, script: str) -> None:
+    """Run an installation script in one transaction, with pgcrypto in the database."""
+    with psycopg.connect(dsn) as connection:
+        connection.execute("create extension if not exists pgcrypto")
+        connection.execute(script.encode())
+
+
+def create_database(server: str, name: str, template: str | None = None, owner: str | None = None) -> str:
+    """Create a database on the server of a DSN, and return the new one's DSN."""
+    statement = sql.SQL("create database {}").format(sql.Identifier(name))
+    if template:
+        statement += sql.SQL(" template {}").format(sql.Identifier(template))
+    if owner:
+        statement += sql.SQL(" owner {}").format(sql.Identifier(owner))
+    with connect(server) as connection:
+        connection.execute(statement)
+        tracking = sql.SQL("alter database {} set track_functions = 'all'")
+        connection.execute(tracking.format(sql.Identifier(name)))
+    return make_conninfo(server, dbname=name)
+
+
+def drop_database(server: str, name: str) -> None:
+    """Drop a database, whoever is connected to it."""
+    with connect(server) as connection:
+        connection.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
+
+
+def disconnect_others(connection: Connection) -> None:
+    """End all other sessions of this database and wait until they are gone; they leave their statistics."""
+    connection.execute(
+        "select pg_terminate_backend(pid, 10000) from pg_stat_activity"
+        " where datname = current_database() and pid <> pg_backend_pid()"
+    )
+
+
+def called_functions(connection: Connection) -> set[str]:
+    """Return the functions of schema rekey that this database has called so far, by signature."""
+    return _names(connection, "join pg_stat_user_functions s on s.funcid = p.oid")
+
+
+def all_functions(connection: Connection) -> set[str]:
+    """Return the functions of schema rekey by signature."""
+    return _names(connection, "")
+
+
+def _names(connection: Connection, join: LiteralString) -> set[str]:
+    query: LiteralString = (
+        "select format('%s(%s)', p.proname, pg_get_function_identity_arguments(p.oid)) from pg_proc p "
+        + join
+        + " where p.pronamespace = to_regnamespace('rekey')"
+    )
+    return {name for (name,) in connection.execute(query)}

@@ -1,0 +1,200 @@
+"""The throwaway server: it works, it can be lost and come back, and nothing of it stays."""
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from helpers import connect, value
+from pg_rekey import local, release
+
+
+@pytest.fixture(scope="module")
+def throwaway() -> Iterator[local.Server]:
+    with local.Server(durable=True, settings={"work_mem": "5MB", "cluster_name": "it's"}) as server:
+        yield server
+
+
+def test_settings(throwaway: local.Server) -> None:
+    with connect(throwaway.dsn()) as connection:
+        assert value(connection, "show fsync") == "on"
+        assert value(connection, "show work_mem") == "5MB"
+        assert value(connection, "show cluster_name") == "it's"
+        assert value(connection, "show listen_addresses") == ""
+        preloaded = value(connection, "show shared_preload_libraries")
+    assert (preloaded == "pg_cron") is throwaway.installation.has("pg_cron")
+
+
+def test_nobody_else_reaches_the_socket(throwaway: local.Server) -> None:
+    assert throwaway.directory.stat().st_mode & 0o077 == 0
+    assert len(str(throwaway.directory / ".s.PGSQL.5432")) < 100
+
+
+def test_restart_keeps_what_was_committed(throwaway: local.Server) -> None:
+    with connect(throwaway.dsn()) as connection:
+        connection.execute("create table kept as select 1 as one")
+    throwaway.restart()
+    throwaway.kill()
+    throwaway.restart()
+    with connect(throwaway.dsn()) as connection:
+        assert value(connection, "select one from kept") == 1
+
+
+def test_failed_start_leaves_nothing_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tempfile.mkdtemp(prefix="pgrk-", dir="/tmp")
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **_: directory)
+    with pytest.raises(click.ClickException, match="no_such_setting"):
+        local.Server(settings={"no_such_setting": "x"})
+    assert not Path(directory).exists()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_stays_when_the_owner_dies(end: signal.Signals) -> None:
+    script = (
+        "from pg_rekey.local import Server; import time\n"
+        "s = Server(); print(s.directory, s.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as owner:
+        assert owner.stdout
+        directory, pid = owner.stdout.readline().split()
+        owner.send_signal(end)
+        owner.wait()
+    eventually(lambda: not Path(directory).exists())
+    assert int(pid) not in {running for running, _ in local._processes()}
+
+
+def test_run_passes_dsn_and_exit_code() -> None:
+    script = "import os, psycopg, sys; psycopg.connect(os.environ['PG_REKEY_DSN']).close(); sys.exit(7)"
+    command = [sys.executable, "-m", "pg_rekey.local", "run", "--", sys.executable, "-c", script]
+    assert subprocess.run(command, check=False).returncode == 7
+
+
+def test_dev_reloads_changed_code(tmp_path: Path) -> None:
+    target = next(release.SOURCES.glob("code/*.sql"))
+    with subprocess.Popen(
+        [sys.executable, "-m", "pg_rekey.local", "dev"], stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout
+        lines = iter(server.stdout.readline, "")
+        assert next(lines) == "loaded\n"
+        assert next(lines).startswith("ready: postgresql://")
+        os.utime(target)
+        assert next(lines) == "loaded\n"
+        server.send_signal(signal.SIGINT)
+        assert next(lines) == "stopping\n"
+    assert server.returncode == 0
+
+
+def test_bad_script_is_reported_and_survived(
+    throwaway: local.Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with connect(throwaway.dsn()) as connection:
+        local._load(connection, "select 1; selec 2")
+        assert value(connection, "select 1") == 1
+    assert "not loaded: syntax error" in capsys.readouterr().err
+
+
+def test_no_postgresql_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "PLACES", ())
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(click.ClickException, match="brew install postgresql"):
+        local.ensure()
+
+
+def test_unusable_installations_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_installation(tmp_path / "14", "14.9")
+    fake_installation(tmp_path / "17", "17.2")
+    fake_installation(tmp_path / "18", "18beta1")
+    fake_installation(tmp_path / "19", "19.0").joinpath("initdb").unlink()
+    monkeypatch.setattr(local, "PLACES", (f"{tmp_path}/*/bin",))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    newest = local.find()
+    assert newest
+    assert newest.major == 18
+    (tmp_path / "17" / "extension" / "pg_cron.control").touch()
+    with_cron = local.find()
+    assert with_cron
+    assert with_cron.major == 17
+
+
+def test_apt_installs_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """apt-get is replaced: what it is asked for is what counts."""
+    asked: list[tuple[str, ...]] = []
+    marker = tmp_path / "createcluster.d" / "pg_rekey.conf"
+
+    def apt(*packages: str) -> None:
+        asked.append(packages)
+        if packages == ("postgresql",):
+            assert marker.read_text() == "create_main_cluster = false\n"
+            fake_installation(tmp_path / "16", "16.1")
+
+    monkeypatch.setattr(local, "DEBIAN_PLACE", tmp_path)
+    monkeypatch.setattr(local, "PLACES", (f"{tmp_path}/*/bin",))
+    monkeypatch.setattr(local, "NO_CLUSTER", marker)
+    monkeypatch.setattr(local, "_apt", apt)
+    monkeypatch.setattr(local, "_can_apt", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert local.ensure().major == 16
+    assert asked == [
+        ("postgresql",),
+        ("postgresql-16-cron", "postgresql-16-pgtap", "postgresql-16-plpgsql-check"),
+    ]
+    assert not marker.exists()
+
+
+def test_failing_apt_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = tmp_path / "apt-get"
+    fake.write_text("#!/bin/sh\necho no network\nexit 100\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    local._apt("postgresql")
+    assert "apt-get install failed:\nno network" in capsys.readouterr().err
+
+
+def test_root_needs_an_account_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert local._server_account() is None
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    found = pwd.getpwuid(os.getuid())
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: {"postgres": found}[name])
+    assert local._server_account() is found
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: {}[name])
+    with pytest.raises(click.ClickException, match="no user `postgres`"):
+        local._server_account()
+
+
+def test_commands_are_described() -> None:
+    assert "throwaway" in CliRunner().invoke(local.main, ["--help"]).output
+
+
+def fake_installation(folder: Path, version: str) -> Path:
+    """Make programs that answer as those of a PostgreSQL installation do; return their directory."""
+    (folder / "extension").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    answers = {"postgres": f"postgres (PostgreSQL) {version}", "pg_config": folder, "initdb": "initdb"}
+    for name, answer in answers.items():
+        program = folder / "bin" / name
+        program.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        program.chmod(0o755)
+    return folder / "bin"
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
