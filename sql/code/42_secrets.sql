@@ -109,6 +109,7 @@ declare
   v_unreadable text;
 begin
   perform rekey._check_tenant(tenant_id);
+  -- No ORDER BY: a sort could write values to a temporary file.
   for name, value in
     select o.name, convert_from(o.plaintext, 'UTF8')
     from (
@@ -133,7 +134,6 @@ begin
       ) w
       offset 0
     ) o
-    order by o.name
   loop
     if value is null then
       v_unreadable := coalesce(v_unreadable, name);
@@ -148,7 +148,7 @@ begin
 end
 $$;
 comment on function rekey.read_secrets is
-  'Many secrets of a tenant at once, in the order of their names; names NULL: all of them. Names that there are not are left out. 42501: another tenant; RK001, RK002: KEK; RK003: one of them does not open.';
+  'Many secrets of a tenant at once, in no order; names NULL: all of them. Names that there are not are left out. 42501: another tenant; RK001, RK002: KEK; RK003: one of them does not open.';
 grant execute on function rekey.read_secrets to rekey_app;
 
 create or replace view rekey.decrypted_secrets with (security_invoker = true) as

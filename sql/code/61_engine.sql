@@ -350,6 +350,7 @@ begin
       end if;
       update rekey.rotations r
       set state = case when v_failed > 0 then 'completed_with_failures' else 'completed' end, rows_failed = v_failed,
+          rows_total = r.rows_done + v_failed,  -- what was written or deleted meanwhile needed no sweep
           blocked_by = null, blocked_since = null, next_attempt_at = null, finished_at = clock_timestamp()
       where r.id = v_found.id;
       v_completed := v_completed || v_found.id;

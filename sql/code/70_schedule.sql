@@ -224,7 +224,7 @@ begin
       hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
                     current_database());
   end if;
-  v_schedule := coalesce(schedule, case when string_to_array(v_version, '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
+  v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
   begin
     execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
   exception when invalid_parameter_value or raise_exception or internal_error then

@@ -1,0 +1,7216 @@
+--
+-- PostgreSQL database dump
+--
+
+
+
+SET statement_timeout = 0;
+SET lock_timeout = 0;
+SET idle_in_transaction_session_timeout = 0;
+SET client_encoding = 'UTF8';
+SET standard_conforming_strings = on;
+SELECT pg_catalog.set_config('search_path', '', false);
+SET check_function_bodies = false;
+SET xmloption = content;
+SET client_min_messages = warning;
+SET row_security = off;
+
+--
+-- Name: rekey; Type: SCHEMA; Schema: -; Owner: rekey_owner
+--
+
+CREATE SCHEMA rekey;
+
+
+ALTER SCHEMA rekey OWNER TO rekey_owner;
+
+--
+-- Name: SCHEMA rekey; Type: COMMENT; Schema: -; Owner: rekey_owner
+--
+
+COMMENT ON SCHEMA rekey IS 'pg_rekey: encryption keys, their rotation, and the secrets they protect. Objects whose name starts with _ are private.';
+
+
+--
+-- Name: rekey_targets; Type: SCHEMA; Schema: -; Owner: rekey_owner
+--
+
+CREATE SCHEMA rekey_targets;
+
+
+ALTER SCHEMA rekey_targets OWNER TO rekey_owner;
+
+--
+-- Name: SCHEMA rekey_targets; Type: COMMENT; Schema: -; Owner: rekey_owner
+--
+
+COMMENT ON SCHEMA rekey_targets IS 'pg_rekey: for each protected table its sweep and count functions, owned by the owner of the table.';
+
+
+--
+-- Name: pgcrypto; Type: EXTENSION; Schema: -; Owner: -
+--
+
+CREATE EXTENSION IF NOT EXISTS pgcrypto WITH SCHEMA public;
+
+
+--
+-- Name: EXTENSION pgcrypto; Type: COMMENT; Schema: -; Owner: 
+--
+
+COMMENT ON EXTENSION pgcrypto IS 'cryptographic functions';
+
+
+--
+-- Name: key_rows; Type: TYPE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TYPE rekey.key_rows AS (
+	keyring text,
+	version integer,
+	state text,
+	rows bigint,
+	relations text[]
+);
+
+
+ALTER TYPE rekey.key_rows OWNER TO rekey_owner;
+
+--
+-- Name: TYPE key_rows; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TYPE rekey.key_rows IS 'Result of rekey.key_usage(): rows that stand on a key version, and the relations they are in.';
+
+
+--
+-- Name: verified_rows; Type: TYPE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TYPE rekey.verified_rows AS (
+	relation text,
+	keyring text,
+	version integer,
+	rows bigint,
+	failed bigint
+);
+
+
+ALTER TYPE rekey.verified_rows OWNER TO rekey_owner;
+
+--
+-- Name: TYPE verified_rows; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TYPE rekey.verified_rows IS 'Result of rekey.verify_ciphertexts(): rows of a relation on a key version, and how many of them do not open.';
+
+
+SET default_tablespace = '';
+
+SET default_table_access_method = heap;
+
+--
+-- Name: encryption_keys; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.encryption_keys (
+    id bigint NOT NULL,
+    keyring_id integer NOT NULL,
+    version integer NOT NULL,
+    state text NOT NULL,
+    is_active boolean GENERATED ALWAYS AS ((state = 'active'::text)) STORED NOT NULL,
+    wrapped_key bytea,
+    kek_id integer NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    activated_at timestamp with time zone,
+    deactivated_at timestamp with time zone,
+    compromised_at timestamp with time zone,
+    destroy_after timestamp with time zone,
+    destroyed_at timestamp with time zone,
+    scheduled_from text,
+    CONSTRAINT encryption_keys_destroy_after_check CHECK ((((state = 'destroy_scheduled'::text) = (scheduled_from IS NOT NULL)) AND ((state <> 'destroy_scheduled'::text) OR (destroy_after IS NOT NULL)))),
+    CONSTRAINT encryption_keys_destroyed_at_check CHECK (((state = 'destroyed'::text) = (destroyed_at IS NOT NULL))),
+    CONSTRAINT encryption_keys_state_check CHECK ((state = ANY (ARRAY['active'::text, 'decrypt_only'::text, 'disabled'::text, 'compromised'::text, 'destroy_scheduled'::text, 'destroyed'::text]))),
+    CONSTRAINT encryption_keys_version_check CHECK ((version > 0)),
+    CONSTRAINT encryption_keys_wrapped_key_check CHECK (((state = 'destroyed'::text) = (wrapped_key IS NULL)))
+);
+
+
+ALTER TABLE rekey.encryption_keys OWNER TO rekey_owner;
+
+--
+-- Name: TABLE encryption_keys; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.encryption_keys IS 'Data-encryption keys (DEKs), one row for each version of a keyring, wrapped under a KEK.';
+
+
+--
+-- Name: COLUMN encryption_keys.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.id IS 'Row number.';
+
+
+--
+-- Name: COLUMN encryption_keys.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.keyring_id IS 'The keyring.';
+
+
+--
+-- Name: COLUMN encryption_keys.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.version IS 'Version within the keyring, from 1.';
+
+
+--
+-- Name: COLUMN encryption_keys.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.state IS 'SP 800-57 state: active, decrypt_only (deactivated), disabled (suspended), compromised, destroy_scheduled, destroyed.';
+
+
+--
+-- Name: COLUMN encryption_keys.is_active; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.is_active IS 'Whether new values are encrypted with it.';
+
+
+--
+-- Name: COLUMN encryption_keys.wrapped_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.wrapped_key IS 'The 64-byte key sealed under the KEK (docs/format.md); NULL once destroyed.';
+
+
+--
+-- Name: COLUMN encryption_keys.kek_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.kek_id IS 'The KEK that wraps it.';
+
+
+--
+-- Name: COLUMN encryption_keys.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.created_at IS 'When it was made.';
+
+
+--
+-- Name: COLUMN encryption_keys.activated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.activated_at IS 'When it last became active.';
+
+
+--
+-- Name: COLUMN encryption_keys.deactivated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.deactivated_at IS 'When it last ceased to be active.';
+
+
+--
+-- Name: COLUMN encryption_keys.compromised_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.compromised_at IS 'When it was marked compromised.';
+
+
+--
+-- Name: COLUMN encryption_keys.destroy_after; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.destroy_after IS 'Before this time it is not destroyed.';
+
+
+--
+-- Name: COLUMN encryption_keys.destroyed_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.destroyed_at IS 'When its wrapped key was overwritten.';
+
+
+--
+-- Name: COLUMN encryption_keys.scheduled_from; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.scheduled_from IS 'State that a cancelled destruction returns to.';
+
+
+--
+-- Name: _active_versions(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._active_versions(keyrings integer[]) RETURNS integer[]
+    LANGUAGE sql STABLE
+    RETURN (SELECT array_agg(k.version ORDER BY w.place) AS array_agg FROM (unnest(_active_versions.keyrings) WITH ORDINALITY w(keyring_id, place) LEFT JOIN rekey.encryption_keys k ON (((k.keyring_id = w.keyring_id) AND (k.state = 'active'::text)))));
+
+
+ALTER FUNCTION rekey._active_versions(keyrings integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _active_versions(keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._active_versions(keyrings integer[]) IS 'The active version of each keyring; NULL where it has none.';
+
+
+--
+-- Name: _mac(bytea, bytea, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._mac(key bytea, aad bytea, iv bytea, ciphertext bytea) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN substr(public.hmac((((aad || iv) || ciphertext) || int8send(((octet_length(aad))::bigint * 8))), substr(key, 1, 32), 'sha512'::text), 1, 32);
+
+
+ALTER FUNCTION rekey._mac(key bytea, aad bytea, iv bytea, ciphertext bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _mac(key bytea, aad bytea, iv bytea, ciphertext bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._mac(key bytea, aad bytea, iv bytea, ciphertext bytea) IS 'Authentication tag: the first half of HMAC-SHA-512 under the first half of the key.';
+
+
+--
+-- Name: _refuse_lengths(integer, integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_lengths(key integer, iv integer, message integer) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  raise exception 'AEAD_AES_256_CBC_HMAC_SHA_512 takes a key of 64 bytes, an IV of 16, and a message: got %, % and %',
+    coalesce(key::text, 'NULL'), coalesce(iv::text, 'NULL'), coalesce(message::text, 'NULL')
+    using errcode = 'invalid_parameter_value';
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_lengths(key integer, iv integer, message integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_lengths(key integer, iv integer, message integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_lengths(key integer, iv integer, message integer) IS 'Raises 22023: pgcrypto itself pads and cuts in silence.';
+
+
+--
+-- Name: _aead_decrypt(bytea, bytea, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN ((octet_length(key) = 64) AND (octet_length(iv) = 16) AND (aad IS NOT NULL) AND (octet_length(sealed) >= 48) AND ((octet_length(sealed) % 16) = 0)) THEN CASE WHEN (sha256((substr(key, 1, 32) || substr(sealed, (octet_length(sealed) - 31)))) = sha256((substr(key, 1, 32) || rekey._mac(key, aad, iv, substr(sealed, 1, (octet_length(sealed) - 32)))))) THEN public.decrypt_iv(substr(sealed, 1, (octet_length(sealed) - 32)), substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs'::text) ELSE NULL::bytea END ELSE rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(sealed)) END;
+
+
+ALTER FUNCTION rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea) IS 'Plaintext of what rekey._aead_encrypt sealed; NULL where the tag is wrong. 22023 for lengths that cannot be and NULL.';
+
+
+--
+-- Name: _aead_encrypt(bytea, bytea, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN ((octet_length(key) = 64) AND (octet_length(iv) = 16) AND (plaintext IS NOT NULL) AND (aad IS NOT NULL)) THEN (public.encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs'::text) || rekey._mac(key, aad, iv, public.encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs'::text))) ELSE rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(plaintext)) END;
+
+
+ALTER FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) IS 'Ciphertext and tag of plaintext under a 64-byte key (MAC key, encryption key) and a 16-byte IV, authenticating aad too. 22023 for other lengths and NULL.';
+
+
+--
+-- Name: _audit(text, text, integer, bigint, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._audit(event text, keyring text DEFAULT NULL::text, version integer DEFAULT NULL::integer, rotation_id bigint DEFAULT NULL::bigint, details jsonb DEFAULT '{}'::jsonb) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform rekey._audit_all(jsonb_build_array(jsonb_build_object(
+    'event', _audit.event, 'keyring', _audit.keyring, 'version', _audit.version,
+    'rotation_id', _audit.rotation_id, 'details', jsonb_strip_nulls(_audit.details))));
+end
+$$;
+
+
+ALTER FUNCTION rekey._audit(event text, keyring text, version integer, rotation_id bigint, details jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _audit(event text, keyring text, version integer, rotation_id bigint, details jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._audit(event text, keyring text, version integer, rotation_id bigint, details jsonb) IS 'Adds one entry to the audit log.';
+
+
+--
+-- Name: _audit_all(jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._audit_all(events jsonb) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_head rekey._audit_head;
+  v_entry rekey.audit_log;
+  v_entries rekey.audit_log[];
+  v_event jsonb;
+  v_place integer := 0;
+begin
+  if jsonb_array_length(events) = 0 then
+    return;
+  end if;
+  insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
+  select * into strict v_head from rekey._audit_head for update;
+  v_entry.actor := session_user;
+  v_entry.role := current_setting('role');
+  v_entry.jwt_subject := rekey._claims() ->> 'sub';
+  for v_event in select e.value from jsonb_array_elements(events) with ordinality e(value, place) order by e.place loop
+    v_place := v_place + 1;
+    v_entry.id := v_head.id + v_place;
+    v_entry.at := clock_timestamp();
+    v_entry.event := v_event ->> 'event';
+    v_entry.keyring := v_event ->> 'keyring';
+    v_entry.version := v_event ->> 'version';
+    v_entry.rotation_id := v_event ->> 'rotation_id';
+    v_entry.details := coalesce(v_event -> 'details', '{}');
+    v_entry.prev_hash := v_head.hash;
+    v_entry.hash := rekey._audit_hash(v_entry);
+    v_head.hash := v_entry.hash;
+    v_entries[v_place] := v_entry;
+  end loop;
+  insert into rekey.audit_log select e.* from unnest(v_entries) e;
+  update rekey._audit_head set id = v_entry.id, hash = v_entry.hash;
+end
+$$;
+
+
+ALTER FUNCTION rekey._audit_all(events jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _audit_all(events jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._audit_all(events jsonb) IS 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details.';
+
+
+--
+-- Name: _part(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._part(part text) RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN COALESCE((int4send(octet_length(convert_to(part, 'UTF8'::name))) || convert_to(part, 'UTF8'::name)), '\xffffffff'::bytea);
+
+
+ALTER FUNCTION rekey._part(part text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _part(part text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._part(part text) IS 'One part of a context: its length as int4, then its UTF-8 bytes; NULL is the length -1.';
+
+
+--
+-- Name: audit_log; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.audit_log (
+    id bigint NOT NULL,
+    at timestamp with time zone NOT NULL,
+    actor text NOT NULL,
+    role text NOT NULL,
+    jwt_subject text,
+    event text NOT NULL,
+    keyring text,
+    version integer,
+    rotation_id bigint,
+    details jsonb DEFAULT '{}'::jsonb NOT NULL,
+    prev_hash bytea NOT NULL,
+    hash bytea NOT NULL,
+    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text])))
+);
+
+
+ALTER TABLE rekey.audit_log OWNER TO rekey_owner;
+
+--
+-- Name: TABLE audit_log; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.audit_log IS 'What happened to keys, in a hash chain. Rows are only ever added; rekey.verify_audit_log() checks it.';
+
+
+--
+-- Name: COLUMN audit_log.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.id IS 'Number in the chain, from 1, without gaps.';
+
+
+--
+-- Name: COLUMN audit_log.at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.at IS 'When.';
+
+
+--
+-- Name: COLUMN audit_log.actor; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.actor IS 'The role that logged in (session_user).';
+
+
+--
+-- Name: COLUMN audit_log.role; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.role IS 'The role it had set (SET ROLE), or none.';
+
+
+--
+-- Name: COLUMN audit_log.jwt_subject; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.jwt_subject IS 'Subject of the JWT, behind PostgREST.';
+
+
+--
+-- Name: COLUMN audit_log.event; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.event IS 'What happened.';
+
+
+--
+-- Name: COLUMN audit_log.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.keyring IS 'Keyring it happened to.';
+
+
+--
+-- Name: COLUMN audit_log.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.version IS 'Key version it happened to; for kek events the number of the KEK.';
+
+
+--
+-- Name: COLUMN audit_log.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.rotation_id IS 'Rotation it happened in.';
+
+
+--
+-- Name: COLUMN audit_log.details; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.details IS 'More of it. Never a key or a value.';
+
+
+--
+-- Name: COLUMN audit_log.prev_hash; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.prev_hash IS 'Hash of the entry before.';
+
+
+--
+-- Name: COLUMN audit_log.hash; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.audit_log.hash IS 'SHA-256 over prev_hash and every other column (docs/format.md).';
+
+
+--
+-- Name: _audit_hash(rekey.audit_log); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._audit_hash(entry rekey.audit_log) RETURNS bytea
+    LANGUAGE sql STABLE
+    RETURN sha256((((((((((((entry).prev_hash || rekey._part(((entry).id)::text)) || rekey._part(to_char(((entry).at AT TIME ZONE 'UTC'::text), 'YYYY-MM-DD"T"HH24:MI:SS.US'::text))) || rekey._part((entry).actor)) || rekey._part((entry).role)) || rekey._part((entry).jwt_subject)) || rekey._part((entry).event)) || rekey._part((entry).keyring)) || rekey._part(((entry).version)::text)) || rekey._part(((entry).rotation_id)::text)) || rekey._part(((entry).details)::text)));
+
+
+ALTER FUNCTION rekey._audit_hash(entry rekey.audit_log) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _audit_hash(entry rekey.audit_log); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._audit_hash(entry rekey.audit_log) IS 'The hash of an audit entry (docs/format.md).';
+
+
+--
+-- Name: _barrier(integer, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._barrier(keyring_id integer, versions integer[]) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_free boolean := true;
+  v_version integer;
+begin
+  begin
+    foreach v_version in array versions loop
+      v_free := pg_try_advisory_xact_lock(keyring_id, v_version);
+      exit when not v_free;
+    end loop;
+    raise exception using errcode = 'RKEND';
+  exception when sqlstate 'RKEND' then
+    null;  -- gives the locks back at once: nobody is to wait for them
+  end;
+  return v_free;
+end
+$$;
+
+
+ALTER FUNCTION rekey._barrier(keyring_id integer, versions integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _barrier(keyring_id integer, versions integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._barrier(keyring_id integer, versions integer[]) IS 'Whether no transaction is left that encrypts with one of these versions. They are no longer active: none can begin to.';
+
+
+--
+-- Name: _call_count(name, integer[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+--
+
+CREATE FUNCTION rekey._call_count(function_name name, keyrings integer[], opening boolean) RETURNS TABLE(keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+begin
+  return query execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count')
+    using keyrings, opening;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._call_count(function_name name, keyrings integer[], opening boolean) OWNER TO rekey_sweeper;
+
+--
+-- Name: FUNCTION _call_count(function_name name, keyrings integer[], opening boolean); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+--
+
+COMMENT ON FUNCTION rekey._call_count(function_name name, keyrings integer[], opening boolean) IS 'Calls the count function of a target.';
+
+
+--
+-- Name: _call_sweep(name, tid, tid, integer[], integer[], integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+--
+
+CREATE FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+begin
+  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_sweep')
+  into next, done_keyrings, done_rows, failed_keyrings, failed_versions, failed_keys, failed_problems
+  using first, until, keyrings, versions, max_rows, max_bytes;
+  set constraints all immediate;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) OWNER TO rekey_sweeper;
+
+--
+-- Name: FUNCTION _call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+--
+
+COMMENT ON FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) IS 'Calls the sweep function of a target.';
+
+
+--
+-- Name: _call_tenant_check(text, uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+--
+
+CREATE FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) RETURNS boolean
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_answer boolean;
+begin
+  execute format('select %s($1)', function_name::regproc) into v_answer using tenant_id;
+  return coalesce(v_answer, false);
+end
+$_$;
+
+
+ALTER FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) OWNER TO rekey_sweeper;
+
+--
+-- Name: FUNCTION _call_tenant_check(function_name text, tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+--
+
+COMMENT ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) IS 'Asks the function that the setting tenant_check names.';
+
+
+--
+-- Name: _caller(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._caller() RETURNS name
+    LANGUAGE sql STABLE PARALLEL RESTRICTED
+    RETURN (COALESCE(NULLIF(current_setting('role'::text), 'none'::text), (SESSION_USER)::text))::name;
+
+
+ALTER FUNCTION rekey._caller() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _caller(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._caller() IS 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in.';
+
+
+--
+-- Name: _census(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._census() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_stale record;
+  v_id bigint;
+  v_events jsonb := '[]';
+begin
+  perform rekey._refuse_snapshot();
+  for v_stale in
+    select c.keyring_id, r.name, sum(c.rows) as rows, a.version
+    from rekey._count(null, false) c
+    join rekey.keyrings r on r.id = c.keyring_id
+    join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
+    join rekey.keks e on e.id = k.kek_id
+    join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
+    where k.state in ('decrypt_only', 'compromised', 'destroy_scheduled') and e.state <> 'lost'
+      and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state))
+    group by c.keyring_id, r.name, a.version
+    -- Rows that were given up stay where they are.
+    having sum(c.rows) > (select count(distinct (f.target, f.row_key)) from rekey.rotation_failures f
+                          where f.keyring_id = c.keyring_id and f.version <> a.version
+                            and (f.resolved_at is null or f.resolution = 'discard'))
+    order by c.keyring_id
+  loop
+    perform rekey._keyring(v_stale.name, lock => true);
+    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state));
+    v_id := rekey._queue_sweep(v_stale.keyring_id, 'schedule', 'rows on an older version, found by the census');
+    v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
+      'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
+  end loop;
+  update rekey._worker w set last_census_at = now();
+  perform rekey._audit_all(v_events);
+end
+$$;
+
+
+ALTER FUNCTION rekey._census() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _census(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep.';
+
+
+--
+-- Name: _check(bytea[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._check(ciphertexts bytea[], contexts bytea[]) RETURNS text[]
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyrings integer[];
+  v_versions integer[];
+  v_problems text[];
+begin
+  select array_agg(w.keyring_id), array_agg(w.version) into v_keyrings, v_versions
+  from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
+        from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext)) w;
+
+  select array_agg(o.problem order by o.place) into v_problems
+  from (
+    select p.place,
+      case when p.old_key is null then p.problem
+           when rekey._aead_decrypt(p.old_key, p.iv, p.sealed, p.aad) is null then 'does not open: damaged, or of another row' end as problem
+    from (
+      select u.place, d.key as old_key, substr(u.ciphertext, 12, 16) as iv, substr(u.ciphertext, 28) as sealed,
+        substr(u.ciphertext, 1, 11) || u.context as aad,
+        case when not u.well_formed then 'is no envelope'
+             when d.keyring_id is null then 'there is no such key version'
+             else d.problem end as problem
+      from (
+        select c.place, c.ciphertext, c.context, rekey._is_envelope(c.ciphertext) as well_formed,
+          case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 3) end as keyring_id,
+          case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 7) end as version
+        from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+        offset 0
+      ) u
+      left join rekey._deks(v_keyrings, v_versions, sweeping => true) d
+        on d.keyring_id = u.keyring_id and d.version = u.version
+      offset 0
+    ) p
+    offset 0
+  ) o;
+  return v_problems;
+end
+$$;
+
+
+ALTER FUNCTION rekey._check(ciphertexts bytea[], contexts bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _check(ciphertexts bytea[], contexts bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._check(ciphertexts bytea[], contexts bytea[]) IS 'Opens envelopes and says, in their order, why one does not open; NULL where it does.';
+
+
+--
+-- Name: _check_context(text[], uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._check_context(context text[], keyring_tenant uuid) RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if context is null or array_ndims(context) > 1 then
+    raise exception 'context is an array of text' using errcode = 'invalid_parameter_value',
+      hint = 'An empty array, the default, binds the value to nothing but its keyring.';
+  end if;
+  if context[array_lower(context, 1)] in ('secret', 'dek', 'session') then
+    raise exception 'the context label % is reserved', context[array_lower(context, 1)] using errcode = 'insufficient_privilege',
+      hint = 'Secrets are read with rekey.get_secret().';
+  end if;
+  perform rekey._check_tenant(keyring_tenant);
+  return rekey._context(context);
+end
+$$;
+
+
+ALTER FUNCTION rekey._check_context(context text[], keyring_tenant uuid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _check_context(context text[], keyring_tenant uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._check_context(context text[], keyring_tenant uuid) IS 'The bytes of a context that a caller gave, once he may use it. 42501: reserved label, or a keyring of another tenant.';
+
+
+--
+-- Name: _check_key_change(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._check_key_change() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if (new.keyring_id, new.version) is distinct from (old.keyring_id, old.version) then
+    raise exception 'a key keeps its keyring and version' using errcode = 'RK006';
+  end if;
+  if new.state <> old.state and not (old.state, new.state) in (
+    ('active', 'decrypt_only'), ('active', 'compromised'),
+    ('decrypt_only', 'active'), ('decrypt_only', 'disabled'), ('decrypt_only', 'compromised'), ('decrypt_only', 'destroy_scheduled'),
+    ('disabled', 'decrypt_only'), ('disabled', 'destroy_scheduled'),
+    ('compromised', 'destroy_scheduled'),
+    ('destroy_scheduled', 'destroyed'))
+    and not (old.state = 'destroy_scheduled' and new.state = old.scheduled_from) then
+    raise exception 'a key cannot go from % to %', old.state, new.state using errcode = 'RK006';
+  end if;
+  return new;
+end
+$$;
+
+
+ALTER FUNCTION rekey._check_key_change() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _check_key_change(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._check_key_change() IS 'Trigger: lets the state of a key move only along the graph of docs/design.md (RK006).';
+
+
+--
+-- Name: _check_tenant(uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._check_tenant(tenant_id uuid) RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if not rekey.can_access_tenant(tenant_id) then
+    raise exception 'no access to this tenant' using errcode = 'insufficient_privilege';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._check_tenant(tenant_id uuid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _check_tenant(tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._check_tenant(tenant_id uuid) IS 'Raises 42501 where rekey.can_access_tenant() says no.';
+
+
+--
+-- Name: _claims(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._claims() RETURNS jsonb
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_claims text := nullif(current_setting('request.jwt.claims', true), '');
+begin
+  if v_claims is null then
+    return null;
+  end if;
+  return case when jsonb_typeof(v_claims::jsonb) = 'object' then v_claims::jsonb else '{}' end;
+exception when invalid_text_representation or untranslatable_character then
+  return '{}';
+end
+$$;
+
+
+ALTER FUNCTION rekey._claims() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _claims(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._claims() IS 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
+
+
+--
+-- Name: _context(text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._context(parts text[]) RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN (SELECT COALESCE(string_agg(rekey._part(p.part), '\x'::bytea ORDER BY p.place), '\x'::bytea) AS "coalesce" FROM unnest(_context.parts) WITH ORDINALITY p(part, place));
+
+
+ALTER FUNCTION rekey._context(parts text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _context(parts text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._context(parts text[]) IS 'A whole context: its parts one after the other.';
+
+
+--
+-- Name: _coordinate(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rotation record;
+begin
+  -- Passes whose rotations were all paused or superseded leave chunks that nobody needs.
+  delete from rekey._chunks c
+  where c.id in (
+    select d.id from rekey._chunks d
+    where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
+    for update skip locked);
+
+  update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null
+  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id);
+  get diagnostics keyring_count = row_count;
+  if keyring_count > 0 then
+    event := 'swept';
+    return;
+  end if;
+
+  keyring_count := 0;
+  for v_rotation in
+    select r.id, r.keyring_id, r.from_versions from rekey.rotations r
+    where r.state = 'verifying' and r.barrier_at is null and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp()
+    order by r.id limit 500 for no key update skip locked
+  loop
+    if rekey._barrier(v_rotation.keyring_id, v_rotation.from_versions) then
+      update rekey.rotations r set barrier_at = clock_timestamp(), blocked_by = null, blocked_since = null, next_attempt_at = null
+      where r.id = v_rotation.id;
+      keyring_count := keyring_count + 1;
+      event := 'swept';
+    else
+      update rekey.rotations r
+      set blocked_by = rekey._lock_holders(v_rotation.keyring_id, v_rotation.from_versions, coalesce(r.blocked_since, now())),
+          blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '500 milliseconds'
+      where r.id = v_rotation.id;
+      event := coalesce(event, 'blocked');
+      detail := coalesce(detail, jsonb_build_object('rotation', v_rotation.id));
+    end if;
+  end loop;
+  if event is not null then
+    return;
+  end if;
+
+  select p.event, p.keyring_count, p.detail into event, keyring_count, detail from rekey._plan() p;
+end
+$$;
+
+
+ALTER FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) IS 'What one worker does for all: ends passes, tries the barrier, begins passes.';
+
+
+--
+-- Name: _count(integer[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._count(keyrings integer[], opening boolean) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return query
+    select t.target, t.relation, c.keyring_id, c.version, c.rows, c.failed, c.failed_keys, c.failed_problems
+    from rekey._targets() t
+    cross join lateral rekey._call_count(t.function_name, _count.keyrings, opening) c;
+end
+$$;
+
+
+ALTER FUNCTION rekey._count(keyrings integer[], opening boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _count(keyrings integer[], opening boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._count(keyrings integer[], opening boolean) IS 'Counts every target by keyring and version, in the snapshot of the caller''s statement; a combination may come in several rows.';
+
+
+--
+-- Name: _deks(integer[], integer[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping boolean DEFAULT false) RETURNS TABLE(keyring_id integer, version integer, key bytea, problem text)
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_kek_id integer;
+  v_wrapping bytea;
+  v_key record;
+begin
+  select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+  v_wrapping := rekey._wrapping_key(v_wrapping);
+  for v_key in
+    select k.keyring_id, k.version, k.state, k.kek_id, k.wrapped_key, e.state as kek_state
+    from (select distinct u.keyring_id, u.version from unnest(keyrings, versions) as u(keyring_id, version)) w
+    join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.version = w.version
+    join rekey.keks e on e.id = k.kek_id
+  loop
+    keyring_id := v_key.keyring_id;
+    version := v_key.version;
+    key := null;
+    problem := case
+      when v_key.state in ('disabled', 'destroyed') or v_key.state = 'destroy_scheduled' and not sweeping
+        then format('key version %s is %s', v_key.version, v_key.state)
+      when v_key.kek_state = 'lost' then format('key version %s is wrapped under KEK %s, which is lost', v_key.version, v_key.kek_id)
+      end;
+    if problem is null then
+      key := rekey._unwrap(v_wrapping, v_key.kek_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+      if key is null then
+        problem := format('the wrapped key of version %s is damaged', v_key.version);
+      end if;
+    end if;
+    return next;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _deks(keyrings integer[], versions integer[], sweeping boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping boolean) IS 'Unwraps the keys of these versions, once each. key is NULL, and problem says why, where it may not or cannot be used. sweeping: versions scheduled for destruction open too. RK001, RK002 without the KEK.';
+
+
+--
+-- Name: _destroy_due(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._destroy_due(clock_jumped boolean) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_due record;
+  v_keyring rekey.keyrings;
+  v_key rekey.encryption_keys;
+  v_postponed text;
+  v_events jsonb := '[]';
+begin
+  for v_due in
+    select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
+    where k.state = 'destroy_scheduled' and k.destroy_after <= now()
+    order by k.keyring_id, k.version
+  loop
+    v_keyring := rekey._keyring(v_due.name, lock => true);
+    v_key := rekey._key(v_keyring.id, v_due.version);
+    continue when v_key.state <> 'destroy_scheduled' or v_key.destroy_after > now();
+    v_postponed := case when clock_jumped then 'more than a day since the last tick: the clock may be wrong' end;
+    if v_postponed is null then
+      begin
+        perform rekey._refuse_in_use(v_keyring, v_due.version);
+      exception when sqlstate 'RK005' then
+        v_postponed := sqlerrm;
+      end;
+    end if;
+    if v_postponed is not null then
+      update rekey.encryption_keys k set destroy_after = now() + interval '1 day' where k.id = v_key.id;
+      v_events := v_events || jsonb_build_object('event', 'key.destroy_scheduled', 'keyring', v_due.name, 'version', v_due.version,
+        'details', jsonb_build_object('postponed', v_postponed, 'destroy_after', now() + interval '1 day'));
+      continue;
+    end if;
+    update rekey.encryption_keys k
+    set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
+    where k.id = v_key.id;
+    v_events := v_events || jsonb_build_object('event', 'key.destroyed', 'keyring', v_due.name, 'version', v_due.version);
+  end loop;
+  perform rekey._audit_all(v_events);
+end
+$$;
+
+
+ALTER FUNCTION rekey._destroy_due(clock_jumped boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _destroy_due(clock_jumped boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._destroy_due(clock_jumped boolean) IS 'Destroys the versions whose time has come and that nothing needs; the others wait one more day, as all do after a jump of the clock.';
+
+
+--
+-- Name: _worker; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._worker (
+    singleton boolean DEFAULT true NOT NULL,
+    last_tick_at timestamp with time zone,
+    last_tick_seconds double precision,
+    last_census_at timestamp with time zone,
+    locked_since timestamp with time zone,
+    last_error text,
+    last_error_at timestamp with time zone,
+    next_batch_at timestamp with time zone,
+    CONSTRAINT _worker_singleton_check CHECK (singleton)
+);
+
+
+ALTER TABLE rekey._worker OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _worker; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._worker IS 'One row: when the unattended work last ran, since when it lacks the KEK, and when the throttle lets the next batch start.';
+
+
+--
+-- Name: settings; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.settings (
+    singleton boolean DEFAULT true NOT NULL,
+    kek_provider text DEFAULT 'session'::text NOT NULL,
+    kek_secret_name text DEFAULT 'pg_rekey_kek'::text NOT NULL,
+    kek_file text DEFAULT 'pg_rekey.kek'::text NOT NULL,
+    destroy_wait interval DEFAULT '45 days'::interval NOT NULL,
+    batch_target interval DEFAULT '00:00:00.2'::interval NOT NULL,
+    max_rows_per_second integer,
+    max_attempts integer DEFAULT 8 NOT NULL,
+    tenant_check text,
+    jwt_admin_claim text,
+    CONSTRAINT settings_batch_target_check CHECK (((batch_target >= '00:00:00.01'::interval) AND (batch_target <= '00:01:00'::interval))),
+    CONSTRAINT settings_destroy_wait_check CHECK (((destroy_wait >= '00:00:00'::interval) AND (destroy_wait <= '3650 days'::interval))),
+    CONSTRAINT settings_jwt_admin_claim_check CHECK ((jwt_admin_claim <> ''::text)),
+    CONSTRAINT settings_kek_file_check CHECK (((kek_file <> ''::text) AND (kek_file !~ '^/|^[A-Za-z]:|(^|/)\.\.(/|$)'::text))),
+    CONSTRAINT settings_kek_provider_check CHECK ((kek_provider = ANY (ARRAY['session'::text, 'vault'::text, 'file'::text]))),
+    CONSTRAINT settings_kek_secret_name_check CHECK ((kek_secret_name <> ''::text)),
+    CONSTRAINT settings_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 1000))),
+    CONSTRAINT settings_max_rows_per_second_check CHECK ((max_rows_per_second > 0)),
+    CONSTRAINT settings_singleton_check CHECK (singleton)
+);
+
+
+ALTER TABLE rekey.settings OWNER TO rekey_owner;
+
+--
+-- Name: TABLE settings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.settings IS 'One row: how this database rotates. Change it with rekey.set_setting().';
+
+
+--
+-- Name: COLUMN settings.singleton; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.singleton IS 'Always true: there is one row.';
+
+
+--
+-- Name: COLUMN settings.kek_provider; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.kek_provider IS 'Where the key-encryption key comes from when the session did not unlock itself: session (nowhere else), vault (Supabase Vault), file (on the database server).';
+
+
+--
+-- Name: COLUMN settings.kek_secret_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.kek_secret_name IS 'Name of the KEK in vault.decrypted_secrets; the next KEK is looked for under this name with _new appended.';
+
+
+--
+-- Name: COLUMN settings.kek_file; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.kek_file IS 'File of the KEK, relative to the data directory (a link to a file elsewhere will do); the next KEK is looked for under this name with _new appended.';
+
+
+--
+-- Name: COLUMN settings.destroy_wait; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.destroy_wait IS 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
+
+
+--
+-- Name: COLUMN settings.batch_target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.batch_target IS 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
+
+
+--
+-- Name: COLUMN settings.max_rows_per_second; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
+
+
+--
+-- Name: COLUMN settings.max_attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.max_attempts IS 'Failed batches in a row after which a rotation is failed.';
+
+
+--
+-- Name: COLUMN settings.tenant_check; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.tenant_check IS 'Name of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
+
+
+--
+-- Name: COLUMN settings.jwt_admin_claim; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.jwt_admin_claim IS 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
+
+
+--
+-- Name: _ensure_rows(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._ensure_rows() RETURNS void
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ INSERT INTO rekey.settings DEFAULT VALUES ON CONFLICT DO NOTHING;
+ INSERT INTO rekey._worker DEFAULT VALUES ON CONFLICT DO NOTHING;
+END;
+
+
+ALTER FUNCTION rekey._ensure_rows() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _ensure_rows(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._ensure_rows() IS 'Makes the rows that there is one of. (The installation makes none: a restored dump brings its own.)';
+
+
+--
+-- Name: _fingerprint(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._fingerprint(kek bytea) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN encode(substr(public.hmac('\x70675f72656b65792f76312f66696e6765727072696e74'::bytea, kek, 'sha256'::text), 1, 16), 'hex'::text);
+
+
+ALTER FUNCTION rekey._fingerprint(kek bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _fingerprint(kek bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._fingerprint(kek bytea) IS 'By which a KEK is recognised; tells nothing of it.';
+
+
+--
+-- Name: _from_text(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._from_text(value text) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN ((value ~ '^rk1:([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$'::text) AND (encode(decode(substr(value, 5), 'base64'::text), 'base64'::text) IS NOT NULL) AND (translate(encode(decode(substr(value, 5), 'base64'::text), 'base64'::text), '
+'::text, ''::text) = substr(value, 5))) THEN decode(substr(value, 5), 'base64'::text) ELSE NULL::bytea END;
+
+
+ALTER FUNCTION rekey._from_text(value text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _from_text(value text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._from_text(value text) IS 'Envelope of its text form, rk1: and base64 without line breaks; NULL for any other text.';
+
+
+--
+-- Name: _header(integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._header(keyring_id integer, version integer) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN (('\x524b01'::bytea || int4send(keyring_id)) || int4send(version));
+
+
+ALTER FUNCTION rekey._header(keyring_id integer, version integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _header(keyring_id integer, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._header(keyring_id integer, version integer) IS 'The first 11 bytes of an envelope.';
+
+
+--
+-- Name: _int4(bytea, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._int4(bytes bytea, place integer) RETURNS integer
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN ((((get_byte(bytes, place) << 24) | (get_byte(bytes, (place + 1)) << 16)) | (get_byte(bytes, (place + 2)) << 8)) | get_byte(bytes, (place + 3)));
+
+
+ALTER FUNCTION rekey._int4(bytes bytea, place integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _int4(bytes bytea, place integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._int4(bytes bytea, place integer) IS 'The big-endian int4 at place (from 0).';
+
+
+--
+-- Name: _is_envelope(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_envelope(value bytea) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN COALESCE(((octet_length(value) >= 75) AND ((octet_length(value) % 16) = 11) AND (substr(value, 1, 3) = '\x524b01'::bytea)), false);
+
+
+ALTER FUNCTION rekey._is_envelope(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_envelope(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_envelope(value bytea) IS 'Whether value has the shape of an envelope. Says nothing of its tag.';
+
+
+--
+-- Name: _is_under_way(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_under_way(state text) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN (state = ANY (ARRAY['queued'::text, 'running'::text, 'paused'::text, 'verifying'::text, 'failed'::text]));
+
+
+ALTER FUNCTION rekey._is_under_way(state text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_under_way(state text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_under_way(state text) IS 'Whether a rotation in this state still has work to do.';
+
+
+--
+-- Name: _kek(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._kek(OUT id integer, OUT kek bytea) RETURNS record
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_fingerprint text;
+  v_keks bytea;
+begin
+  select k.id, k.fingerprint into _kek.id, v_fingerprint from rekey.keks k where k.state = 'active';
+  if not found then
+    raise exception 'no KEK is registered' using errcode = 'RK001',
+      hint = 'Register one: pg-rekey init, or select rekey.register_kek().';
+  end if;
+  v_keks := rekey._keks();
+  for v_place in 0 .. octet_length(v_keks) / 32 - 1 loop
+    kek := substr(v_keks, 1 + 32 * v_place, 32);
+    if rekey._fingerprint(kek) = v_fingerprint then
+      return;
+    end if;
+  end loop;
+  raise exception 'wrong KEK' using errcode = 'RK002',
+    hint = format('The active KEK has the fingerprint %s; pg-rekey kek check says which one a copy is.', v_fingerprint);
+end
+$$;
+
+
+ALTER FUNCTION rekey._kek(OUT id integer, OUT kek bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _kek(OUT id integer, OUT kek bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._kek(OUT id integer, OUT kek bytea) IS 'The active KEK and its number. RK001: not available; RK002: another one is.';
+
+
+--
+-- Name: _keks(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._keks() RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keks bytea := rekey._session_keks();
+begin
+  if v_keks is null then
+    v_keks := rekey._provided_keks();
+  end if;
+  if v_keks is null then
+    raise exception 'the KEK is not available' using errcode = 'RK001',
+      hint = case (rekey._settings()).kek_provider
+        when 'session' then 'Unlock first: rekey.unlock(), pg_rekey.unlock() in Python, or PG_REKEY_KEK for pg-rekey.'
+        when 'vault' then format('The Vault has no secret %L of 64 hex characters or base64.', (rekey._settings()).kek_secret_name)
+        else format('The file %L in the data directory is missing or holds no key.', (rekey._settings()).kek_file)
+      end;
+  end if;
+  return v_keks;
+end
+$$;
+
+
+ALTER FUNCTION rekey._keks() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _keks(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._keks() IS 'The KEK that can be had now, or the current and the next one. RK001: none.';
+
+
+--
+-- Name: _key(integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._key(keyring_id integer, version integer) RETURNS rekey.encryption_keys
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_key rekey.encryption_keys;
+begin
+  select * into v_key from rekey.encryption_keys k where k.keyring_id = _key.keyring_id and k.version = _key.version for update;
+  if not found then
+    raise exception 'the keyring has no version %', coalesce(version::text, 'NULL') using errcode = 'RK007',
+      hint = 'See rekey.key_status for its versions.';
+  end if;
+  return v_key;
+end
+$$;
+
+
+ALTER FUNCTION rekey._key(keyring_id integer, version integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _key(keyring_id integer, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._key(keyring_id integer, version integer) IS 'The key of that version, its row locked. RK007: there is none.';
+
+
+--
+-- Name: keyrings; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.keyrings (
+    id integer NOT NULL,
+    name text NOT NULL,
+    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
+    rotate_every interval,
+    next_rotation_at timestamp with time zone,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    rotated_at timestamp with time zone DEFAULT now() NOT NULL,
+    retired_at timestamp with time zone,
+    CONSTRAINT keyrings_id_check CHECK ((id > 0)),
+    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[[:cntrl:]]'::text))),
+    CONSTRAINT keyrings_next_rotation_at_check CHECK (isfinite(next_rotation_at)),
+    CONSTRAINT keyrings_retired_check CHECK (((retired_at IS NULL) OR (rotate_every IS NULL))),
+    CONSTRAINT keyrings_rotate_every_check CHECK (((rotate_every >= '00:01:00'::interval) AND (rotate_every <= '36500 days'::interval))),
+    CONSTRAINT keyrings_schedule_check CHECK (((rotate_every IS NULL) = (next_rotation_at IS NULL)))
+);
+
+
+ALTER TABLE rekey.keyrings OWNER TO rekey_owner;
+
+--
+-- Name: TABLE keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.keyrings IS 'Named lines of DEK versions: one a tenant, one an application, or just default.';
+
+
+--
+-- Name: COLUMN keyrings.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.id IS 'Random positive number; part of every ciphertext.';
+
+
+--
+-- Name: COLUMN keyrings.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.name IS 'Unique name, 1 to 63 bytes without control characters.';
+
+
+--
+-- Name: COLUMN keyrings.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.tenant_id IS 'Tenant the keyring belongs to; the nil UUID: all of them.';
+
+
+--
+-- Name: COLUMN keyrings.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.rotate_every IS 'Cryptoperiod (SP 800-57): time between scheduled rotations, one minute or more; NULL: none.';
+
+
+--
+-- Name: COLUMN keyrings.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.next_rotation_at IS 'When the next scheduled rotation is due.';
+
+
+--
+-- Name: COLUMN keyrings.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.created_at IS 'When it was created.';
+
+
+--
+-- Name: COLUMN keyrings.rotated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.rotated_at IS 'When its active version was made.';
+
+
+--
+-- Name: COLUMN keyrings.retired_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.retired_at IS 'When it was retired: it takes no new values.';
+
+
+--
+-- Name: _keyring(text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._keyring(name text, lock boolean DEFAULT false) RETURNS rekey.keyrings
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings;
+begin
+  if lock then
+    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name for update;
+  else
+    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name;
+  end if;
+  if v_keyring.id is null then
+    raise exception 'no such keyring: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
+      hint = 'rekey.create_keyring() makes one.';
+  end if;
+  return v_keyring;
+end
+$$;
+
+
+ALTER FUNCTION rekey._keyring(name text, lock boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _keyring(name text, lock boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._keyring(name text, lock boolean) IS 'The keyring of that name, its row locked if asked for. RK007: there is none.';
+
+
+--
+-- Name: _lock_active(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._lock_active(keyrings integer[]) RETURNS integer[]
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_versions integer[] := rekey._active_versions(keyrings);
+  v_locked integer[];
+begin
+  loop
+    perform pg_advisory_xact_lock_shared(w.keyring_id, w.version)
+    from (select u.keyring_id, u.version from unnest(keyrings, v_versions) as u(keyring_id, version)
+          where u.version is not null order by 1) w;
+    v_locked := v_versions;
+    v_versions := rekey._active_versions(keyrings);
+    exit when v_versions is not distinct from v_locked;
+  end loop;
+  if current_setting('transaction_isolation') <> 'read committed' then
+    -- This snapshot may be older than a rotation. A row lock sees the row as it is now: 40001 where it was changed.
+    begin
+      perform from rekey.encryption_keys k
+      where (k.keyring_id, k.version) in (select u.keyring_id, u.version from unnest(keyrings, v_versions) as u(keyring_id, version))
+      for share nowait;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;
+      when lock_not_available then null;  -- a rotation that has not committed: its barrier will see our lock
+    end;
+  end if;
+  return v_versions;
+end
+$$;
+
+
+ALTER FUNCTION rekey._lock_active(keyrings integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _lock_active(keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._lock_active(keyrings integer[]) IS 'The active versions of these keyrings, none of which falls out of use before this transaction ends. NULL for a retired keyring. 40001 in REPEATABLE READ and SERIALIZABLE, where a rotation was committed since the snapshot.';
+
+
+--
+-- Name: _lock_holders(integer, integer[], timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._lock_holders(keyring_id integer, versions integer[], since timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS jsonb
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT jsonb_agg(jsonb_strip_nulls(jsonb_build_object('pid', l.pid, 'role', a.usename, 'prepared', p.gid, 'age_seconds', (EXTRACT(epoch FROM (clock_timestamp() - COALESCE(a.xact_start, p.prepared, _lock_holders.since))))::bigint))) AS jsonb_agg
+    FROM ((pg_locks l
+      LEFT JOIN pg_stat_activity a ON ((a.pid = l.pid)))
+      LEFT JOIN pg_prepared_xacts p ON (((l.pid IS NULL) AND (l.virtualtransaction = ('-1/'::text || p.transaction)))))
+   WHERE ((l.locktype = 'advisory'::text) AND (l.objsubid = 2) AND l.granted AND (l.database = ( SELECT d.oid
+            FROM pg_database d
+           WHERE (d.datname = current_database()))) AND (l.classid = (_lock_holders.keyring_id)::oid) AND ((l.objid)::bigint = ANY ((_lock_holders.versions)::bigint[])));
+END;
+
+
+ALTER FUNCTION rekey._lock_holders(keyring_id integer, versions integer[], since timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _lock_holders(keyring_id integer, versions integer[], since timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._lock_holders(keyring_id integer, versions integer[], since timestamp with time zone) IS 'Who still writes with these versions. since: what counts as the beginning of a transaction whose own is hidden from us.';
+
+
+--
+-- Name: _lock_kek(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._lock_kek() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  for v_try in 1 .. 5 loop
+    perform from rekey.keks k where k.state = 'active' for share;
+    exit when found or not exists (select from rekey.keks);
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._lock_kek() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _lock_kek(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._lock_kek() IS 'Keeps the active KEK from being replaced until the end of the transaction: taken by whoever makes a DEK.';
+
+
+--
+-- Name: _max_bytes(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._max_bytes() RETURNS integer
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN 33554432;
+
+
+ALTER FUNCTION rekey._max_bytes() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _max_bytes(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._max_bytes() IS 'Longest plaintext, in bytes: 32 MiB. An envelope is in memory several times while it is made.';
+
+
+--
+-- Name: _move_key(rekey.encryption_keys, text, text, text, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  update rekey.encryption_keys k
+  set state = _move_key.state,
+      scheduled_from = case when _move_key.state = 'destroy_scheduled' then key.state end,
+      deactivated_at = case when key.state = 'active' then now() else k.deactivated_at end,
+      compromised_at = case when _move_key.state = 'compromised' then coalesce(k.compromised_at, now()) else k.compromised_at end,
+      destroy_after = _move_key.destroy_after
+  where k.id = key.id;
+  perform rekey._audit(event, (select r.name from rekey.keyrings r where r.id = key.keyring_id), key.version,
+    details => jsonb_build_object('reason', reason, 'destroy_after', destroy_after));
+end
+$$;
+
+
+ALTER FUNCTION rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamp with time zone) IS 'Moves a key to another state, and says so in the audit log.';
+
+
+--
+-- Name: _new_kek(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._new_kek() RETURNS bytea
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keks bytea := rekey._keks();
+  v_kek bytea;
+  v_fingerprint text;
+begin
+  for v_place in 0 .. octet_length(v_keks) / 32 - 1 loop
+    v_kek := substr(v_keks, 1 + 32 * v_place, 32);
+    v_fingerprint := rekey._fingerprint(v_kek);
+    if not exists (select from rekey.keks k where k.fingerprint = v_fingerprint) then
+      return v_kek;
+    end if;
+  end loop;
+  return null;
+end
+$$;
+
+
+ALTER FUNCTION rekey._new_kek() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _new_kek(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._new_kek() IS 'The first KEK at hand that is not registered; NULL without.';
+
+
+--
+-- Name: _new_keys(integer[], integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_kek_id integer;
+  v_wrapping bytea;
+  v_dek bytea;
+  v_wrapped bytea[];
+begin
+  select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+  v_wrapping := rekey._wrapping_key(v_wrapping);
+  for v_place in 1 .. cardinality(keyrings) loop
+    v_dek := rekey._random_bytes(64);
+    v_wrapped[v_place] := rekey._wrap(
+      v_wrapping, v_kek_id, keyrings[v_place], versions[v_place], v_dek, rekey._random_bytes(16));
+  end loop;
+  insert into rekey.encryption_keys (keyring_id, version, state, wrapped_key, kek_id, activated_at)
+  select n.keyring_id, n.version, 'active', n.wrapped_key, v_kek_id, now()
+  from unnest(keyrings, versions, v_wrapped) as n(keyring_id, version, wrapped_key);
+end
+$$;
+
+
+ALTER FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _new_keys(keyrings integer[], versions integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) IS 'Makes these versions and makes them active; the versions before must have been deactivated. The caller holds rekey._lock_kek().';
+
+
+--
+-- Name: _open(bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._open(envelope bytea, context bytea) RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring integer;
+  v_version integer;
+  v_key bytea;
+  v_problem text;
+  v_iv bytea;
+  v_sealed bytea;
+  v_aad bytea;
+  v_plaintext bytea;
+begin
+  if rekey._is_envelope(envelope) then
+    v_keyring := rekey._int4(envelope, 3);
+    v_version := rekey._int4(envelope, 7);
+    select d.key, d.problem into v_key, v_problem from rekey._deks(array[v_keyring], array[v_version]) d;
+    if v_problem is not null then
+      raise exception 'cannot open ciphertext: %', v_problem using errcode = 'RK006';
+    end if;
+    if v_key is not null then
+      v_iv := substr(envelope, 12, 16);
+      v_sealed := substr(envelope, 28);
+      v_aad := substr(envelope, 1, 11) || context;
+      v_plaintext := rekey._aead_decrypt(v_key, v_iv, v_sealed, v_aad);
+    end if;
+  end if;
+  if v_plaintext is null then
+    raise exception 'cannot open ciphertext' using errcode = 'RK003',
+      hint = 'It was damaged, or sealed for another context: tenant, row, column, or parts in another order.';
+  end if;
+  return v_plaintext;
+end
+$$;
+
+
+ALTER FUNCTION rekey._open(envelope bytea, context bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _open(envelope bytea, context bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._open(envelope bytea, context bytea) IS 'Plaintext of an envelope. RK003: it does not open; RK006: its key may not be used.';
+
+
+--
+-- Name: _parse_kek(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._parse_kek(value text) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_trimmed text := btrim(value, E' \t\r\n');
+begin
+  if v_trimmed ~ '^[0-9A-Fa-f]{64}$' then
+    return decode(v_trimmed, 'hex');
+  elsif v_trimmed ~ '^[A-Za-z0-9+/]{43}=$' then
+    return decode(v_trimmed, 'base64');
+  end if;
+  return null;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._parse_kek(value text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _parse_kek(value text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._parse_kek(value text) IS 'The 32 bytes of a KEK in hex or base64; NULL for anything else.';
+
+
+--
+-- Name: _plan(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail jsonb) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_ids bigint[];
+  v_keyrings integer[];
+  v_pass bigint;
+  v_urgent boolean;
+begin
+  select array_agg(r.id), array_agg(r.keyring_id), bool_or(r.trigger = 'compromise') into v_ids, v_keyrings, v_urgent
+  from (select * from rekey.rotations r
+        where r.state in ('queued', 'running') and r.pass_id is null
+          and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp()
+        order by r.id for update skip locked) r;
+  if v_ids is null then
+    return;
+  end if;
+  begin
+    v_pass := nextval('rekey._pass_id');
+    with due as (
+      select r.keyring_id, r.to_version from rekey.rotations r where r.id = any (v_ids)
+    ), counted as (
+      select c.target, c.relation, c.keyring_id, sum(c.rows) as rows
+      from rekey._count(v_keyrings, false) c
+      join due d on d.keyring_id = c.keyring_id and d.to_version <> c.version
+      group by c.target, c.relation, c.keyring_id
+    ), sizes as (
+      select t.target, t.relation, t.indexed, pg_relation_size(t.relation) / current_setting('block_size')::integer as blocks,
+        sum(c.rows) as rows
+      from counted c
+      join rekey._targets() t on t.relation = c.relation and t.target = c.target
+      group by t.target, t.relation, t.indexed
+    ), chunked as (
+      insert into rekey._chunks (pass_id, urgent, target, relation, first, until_block, batch_blocks)
+      select v_pass, v_urgent, s.target, s.relation, format('(%s,0)', f.first)::tid,
+        case when s.indexed and s.rows < s.blocks then s.blocks else least(f.first + 4096, s.blocks) end,
+        -- A few rows of an indexed table: the index finds them, so one range will do.
+        case when s.indexed and s.rows < s.blocks then s.blocks else 64 end
+      from sizes s
+      cross join lateral generate_series(0, case when s.indexed and s.rows < s.blocks then 0 else s.blocks - 1 end, 4096) as f(first)
+    )
+    update rekey.rotations r
+    set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
+        next_attempt_at = null,
+        rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.keyring_id = r.keyring_id), 0)
+    where r.id = any (v_ids);
+    perform rekey._audit_all(coalesce((
+      select jsonb_agg(jsonb_build_object('event', 'rotation.started', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+        'details', jsonb_build_object('rows', r.rows_total)) order by r.id)
+      from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
+      where r.id = any (v_ids) and r.passes = 1), '[]'));
+    event := 'planned';
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('pass', v_pass, 'rotations', v_ids[1:20]);
+  exception
+    when sqlstate 'RK001' or sqlstate 'RK002' then
+      raise;
+    when query_canceled or others then
+      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+  end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _plan(OUT event text, OUT keyring_count integer, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail jsonb) IS 'Begins a pass for every rotation that waits for one: counts what there is to do and splits it into chunks.';
+
+
+--
+-- Name: _provided_keks(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._provided_keks() RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_settings rekey.settings := rekey._settings();
+  v_text text;
+  v_next_text text;
+  v_kek bytea;
+  v_next bytea;
+begin
+  if v_settings.kek_provider = 'vault' then
+    execute 'select (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1),
+                    (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1 || ''_new'')'
+      into v_text, v_next_text using v_settings.kek_secret_name;
+  elsif v_settings.kek_provider = 'file' then
+    v_text := encode(pg_read_binary_file(v_settings.kek_file, 0, 200, true), 'escape');
+    v_next_text := encode(pg_read_binary_file(v_settings.kek_file || '_new', 0, 200, true), 'escape');
+  end if;
+  v_kek := rekey._parse_kek(v_text);
+  v_next := rekey._parse_kek(v_next_text);
+  return coalesce(v_kek || v_next, v_kek, v_next);
+exception
+  when insufficient_privilege or undefined_table or undefined_function or invalid_schema_name or system_error or io_error then
+    raise exception 'the KEK provider % cannot be read: %', v_settings.kek_provider, sqlerrm using errcode = 'RK001',
+      hint = format('Run select rekey.set_setting(''kek_provider'', %L) as a role that may grant what it needs.', v_settings.kek_provider);
+end
+$_$;
+
+
+ALTER FUNCTION rekey._provided_keks() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _provided_keks(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._provided_keks() IS 'The KEK, and the next one where there is one, from the Vault or the file that the settings name; NULL without. RK001: it cannot be read.';
+
+
+--
+-- Name: _prune_run_details(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._prune_run_details() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+begin
+  if to_regclass('cron.job_run_details') is not null then
+    execute $sql$
+      delete from cron.job_run_details d
+      where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$;
+  end if;
+exception when insufficient_privilege then
+  null;  -- somebody else's job
+end
+$_$;
+
+
+ALTER FUNCTION rekey._prune_run_details() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _prune_run_details(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._prune_run_details() IS 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller.';
+
+
+--
+-- Name: _quarantine(text, regclass, integer[], integer[], text[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_events jsonb;
+begin
+  with found as (
+    select distinct on (f.keyring_id, f.row_key) f.keyring_id, f.version, f.row_key, f.problem, r.id as rotation_id, k.name as keyring
+    from unnest(keyrings, versions, row_keys, problems) as f(keyring_id, version, row_key, problem)
+    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
+    join rekey.keyrings k on k.id = f.keyring_id
+  ), moved as (
+    -- Known from an earlier rotation or pass.
+    update rekey.rotation_failures q set rotation_id = f.rotation_id, version = f.version, reason = f.problem
+    from found f
+    where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.row_key = f.row_key and q.resolved_at is null
+    returning q.keyring_id, q.row_key
+  ), added as (
+    insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason)
+    select f.rotation_id, f.keyring_id, _quarantine.target, _quarantine.relation::text, f.row_key, f.version, f.problem
+    from found f
+    where not exists (select from moved m where m.keyring_id = f.keyring_id and m.row_key = f.row_key)
+    on conflict do nothing
+    returning rotation_id, keyring_id, row_key, version, reason
+  )
+  select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', k.name, 'version', a.version,
+    'rotation_id', a.rotation_id,
+    'details', jsonb_build_object('target', _quarantine.target, 'row', a.row_key, 'problem', a.reason)))
+  into v_events
+  from added a join rekey.keyrings k on k.id = a.keyring_id;
+  perform rekey._audit_all(coalesce(v_events, '[]'));
+end
+$$;
+
+
+ALTER FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]) IS 'Notes rows that did not open, once each.';
+
+
+--
+-- Name: _queue_sweep(integer, text, text, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._queue_sweep(keyring_id integer, trigger text, reason text, previous_version integer DEFAULT NULL::integer) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_id bigint;
+begin
+  insert into rekey.rotations (keyring_id, from_versions, to_version, previous_version, trigger, reason, requested_by)
+  select a.keyring_id,
+    array(select k.version from rekey.encryption_keys k
+          where k.keyring_id = a.keyring_id and k.version <> a.version and k.state <> 'destroyed' order by k.version),
+    a.version, _queue_sweep.previous_version, _queue_sweep.trigger, _queue_sweep.reason, rekey._caller()
+  from rekey.encryption_keys a
+  where a.keyring_id = _queue_sweep.keyring_id and a.state = 'active'
+  returning id into v_id;
+  return v_id;
+end
+$$;
+
+
+ALTER FUNCTION rekey._queue_sweep(keyring_id integer, trigger text, reason text, previous_version integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _queue_sweep(keyring_id integer, trigger text, reason text, previous_version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._queue_sweep(keyring_id integer, trigger text, reason text, previous_version integer) IS 'Queues a rotation that brings every row of a keyring to its active version. The caller holds the row of the keyring.';
+
+
+--
+-- Name: _random_bytes(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._random_bytes(count integer) RETURNS bytea
+    LANGUAGE sql PARALLEL SAFE
+    RETURN public.gen_random_bytes(count);
+
+
+ALTER FUNCTION rekey._random_bytes(count integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _random_bytes(count integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._random_bytes(count integer) IS 'count (1 to 1024) bytes from the random number generator of pgcrypto.';
+
+
+--
+-- Name: _record_error(bigint[], text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._record_error(rotations bigint[], message text, code text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_max integer := (rekey._settings()).max_attempts;
+begin
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  update rekey.rotations r
+  set attempts = r.attempts + 1, last_error = message,
+      state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
+      pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
+      next_attempt_at = case when r.attempts + 1 < v_max then
+        clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
+  where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying');
+  perform rekey._audit_all(coalesce((
+    select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+      'details', jsonb_build_object('attempt', r.attempts, 'sqlstate', code, 'error', message)) order by r.id, e.event)
+    from rekey.rotations r
+    join rekey.keyrings k on k.id = r.keyring_id
+    join (values ('rotation.error'), ('rotation.failed')) as e(event) on e.event = 'rotation.error' or r.state = 'failed'
+    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying', 'failed')), '[]'));
+end
+$$;
+
+
+ALTER FUNCTION rekey._record_error(rotations bigint[], message text, code text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _record_error(rotations bigint[], message text, code text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._record_error(rotations bigint[], message text, code text) IS 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed.';
+
+
+--
+-- Name: _reencrypt(bytea[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyrings integer[];
+  v_versions integer[];
+  v_from_keyrings integer[];
+  v_from_versions integer[];
+begin
+  select array_agg(distinct rekey._int4(u.ciphertext, 3)) into v_keyrings
+  from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext);
+  v_versions := rekey._lock_active(v_keyrings);
+  select array_agg(w.keyring_id), array_agg(w.version) into v_from_keyrings, v_from_versions
+  from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
+        from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext)) w;
+
+  select array_agg(n.sealed order by n.place), array_agg(n.problem order by n.place) into resealed, problems
+  from (
+    select o.place,
+      case when o.plaintext is not null and o.new_key is not null then
+        o.new_header || o.new_iv || rekey._aead_encrypt(o.new_key, o.new_iv, o.plaintext, o.new_aad) end as sealed,
+      case when o.plaintext is null then coalesce(o.old_problem, 'does not open: damaged, or of another row')
+           when o.new_key is null then coalesce(o.new_problem, 'the keyring has no active version') end as problem
+    from (
+      select p.place, p.old_problem, p.new_key, p.new_problem, p.new_header, p.new_header || p.context as new_aad,
+        case when p.new_key is not null then rekey._random_bytes(16) end as new_iv,
+        case when p.old_key is not null then rekey._aead_decrypt(p.old_key, p.iv, p.sealed, p.aad) end as plaintext
+      from (
+        select u.place, u.context, d.key as old_key, a.key as new_key, a.problem as new_problem,
+          substr(u.ciphertext, 12, 16) as iv, substr(u.ciphertext, 28) as sealed, substr(u.ciphertext, 1, 11) || u.context as aad,
+          rekey._header(a.keyring_id, a.version) as new_header,
+          case when not u.well_formed then 'is no envelope'
+               when d.keyring_id is null then 'there is no such key version'
+               else d.problem end as old_problem
+        from (
+          select c.place, c.ciphertext, c.context, rekey._is_envelope(c.ciphertext) as well_formed,
+            case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 3) end as keyring_id,
+            case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 7) end as version
+          from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+          offset 0
+        ) u
+        left join rekey._deks(v_from_keyrings, v_from_versions, sweeping => true) d
+          on d.keyring_id = u.keyring_id and d.version = u.version
+        left join rekey._deks(v_keyrings, v_versions) a on a.keyring_id = u.keyring_id
+        offset 0
+      ) p
+      offset 0
+    ) o
+    offset 0
+  ) n;
+end
+$$;
+
+
+ALTER FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]) IS 'Re-encrypts envelopes under the active version of their keyring, in their order; each is checked first. Where one does not open, its place in resealed is NULL and problems says why. Gives back no plaintext.';
+
+
+--
+-- Name: _refuse_change(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_change() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  raise exception '% on rekey.% is refused', tg_op, tg_table_name
+    using errcode = 'insufficient_privilege', hint = 'Nothing is ever taken out of this table.';
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_change() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_change(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_change() IS 'Trigger: refuses every statement it is set on (42501).';
+
+
+--
+-- Name: _refuse_in_use(rekey.keyrings, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rows bigint;
+  v_failures bigint;
+begin
+  perform rekey._refuse_snapshot();
+  perform rekey._refuse_needed(keyring.id, version);
+  if not rekey._barrier(keyring.id, array[version]) then
+    raise exception 'version % of keyring % is in use by an open transaction', version, quote_literal(keyring.name) using errcode = 'RK005',
+      hint = format('Waiting for %s', rekey._lock_holders(keyring.id, array[version]));
+  end if;
+  -- After the barrier, and in a statement of its own: it sees every row that was ever written with this version.
+  select sum(c.rows) into v_rows from rekey._count(array[keyring.id], false) c where c.version = _refuse_in_use.version;
+  select count(*) into v_failures from rekey.rotation_failures f
+  where f.keyring_id = keyring.id and f.version = _refuse_in_use.version and f.resolved_at is null;
+  if v_rows > 0 or v_failures > 0 then
+    raise exception 'version % of keyring % is in use: % rows, % rows in quarantine', version, quote_literal(keyring.name),
+      coalesce(v_rows, 0), v_failures using errcode = 'RK005',
+      hint = 'Rotate the keyring, and resolve its failures: rekey.rotate_keys(), rekey.failure_status.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_in_use(keyring rekey.keyrings, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) IS 'RK005 where a rotation, an open transaction, a row or a row in quarantine still needs the version.';
+
+
+--
+-- Name: _refuse_needed(integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_needed(keyring_id integer, version integer) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rotation bigint;
+begin
+  select r.id into v_rotation from rekey.rotations r
+  where r.keyring_id = _refuse_needed.keyring_id and (_refuse_needed.version = any (r.from_versions) or r.to_version = _refuse_needed.version)
+    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed');
+  if found then
+    raise exception 'version % is needed by rotation %', version, v_rotation using errcode = 'RK005',
+      hint = 'Let the rotation complete first.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_needed(keyring_id integer, version integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_needed(keyring_id integer, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_needed(keyring_id integer, version integer) IS 'RK005 where a rotation under way needs the version.';
+
+
+--
+-- Name: rotations; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.rotations (
+    id bigint NOT NULL,
+    keyring_id integer NOT NULL,
+    from_versions integer[] NOT NULL,
+    to_version integer NOT NULL,
+    previous_version integer,
+    state text DEFAULT 'queued'::text NOT NULL,
+    trigger text NOT NULL,
+    reason text,
+    requested_by text NOT NULL,
+    rows_total bigint,
+    rows_done bigint DEFAULT 0 NOT NULL,
+    rows_failed bigint DEFAULT 0 NOT NULL,
+    attempts integer DEFAULT 0 NOT NULL,
+    last_error text,
+    next_attempt_at timestamp with time zone,
+    blocked_by jsonb,
+    blocked_since timestamp with time zone,
+    pass_id bigint,
+    passes integer DEFAULT 0 NOT NULL,
+    barrier_at timestamp with time zone,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    started_at timestamp with time zone,
+    finished_at timestamp with time zone,
+    CONSTRAINT rotations_state_check CHECK ((state = ANY (ARRAY['queued'::text, 'running'::text, 'paused'::text, 'verifying'::text, 'completed'::text, 'completed_with_failures'::text, 'failed'::text, 'rolled_back'::text, 'superseded'::text]))),
+    CONSTRAINT rotations_trigger_check CHECK ((trigger = ANY (ARRAY['manual'::text, 'schedule'::text, 'compromise'::text, 'rollback'::text, 'adoption'::text])))
+);
+
+
+ALTER TABLE rekey.rotations OWNER TO rekey_owner;
+
+--
+-- Name: TABLE rotations; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.rotations IS 'Rotations: which keyring goes from which versions to which, and how far it is.';
+
+
+--
+-- Name: _refuse_older(rekey.rotations); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_older(rotation rekey.rotations) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if exists (select from rekey.rotations r where r.keyring_id = rotation.keyring_id and r.id > rotation.id) then
+    raise exception 'rotation % is not the last one of its keyring', rotation.id using errcode = 'RK006',
+      hint = 'A later one takes its rows along.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_older(rotation rekey.rotations) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_older(rotation rekey.rotations); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_older(rotation rekey.rotations) IS 'RK006 where the keyring has a later rotation.';
+
+
+--
+-- Name: _refuse_snapshot(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_snapshot() RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'this runs in READ COMMITTED only' using errcode = 'active_sql_transaction',
+      hint = 'An older snapshot does not see every row that stands on a key.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_snapshot() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_snapshot(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_snapshot() IS 'Raises 25001 outside READ COMMITTED.';
+
+
+--
+-- Name: _replace_lost_keys(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._replace_lost_keys(kek_id integer) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform from rekey._rotate(
+    array(select k.keyring_id from rekey.encryption_keys k where k.state = 'active' and k.kek_id = _replace_lost_keys.kek_id),
+    'manual', format('KEK %s is lost', kek_id), true);
+end
+$$;
+
+
+ALTER FUNCTION rekey._replace_lost_keys(kek_id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _replace_lost_keys(kek_id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._replace_lost_keys(kek_id integer) IS 'Gives every keyring whose active version was wrapped under a lost KEK a new one.';
+
+
+--
+-- Name: _rotate(integer[], text, text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._rotate(keyrings integer[], trigger text, reason text, supersede boolean) RETURNS SETOF bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_due integer[];
+  v_from integer[];
+  v_to integer[];
+begin
+  if keyrings = '{}' then
+    return;
+  end if;
+  perform rekey._lock_kek();
+  perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for update;
+  if supersede then
+    update rekey.rotations r
+    set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state);
+  end if;
+  select array_agg(k.id order by k.id), array_agg(a.version order by k.id),
+    array_agg((select max(m.version) + 1 from rekey.encryption_keys m where m.keyring_id = k.id) order by k.id)
+  into v_due, v_from, v_to
+  from rekey.keyrings k
+  join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
+  where k.id = any (keyrings) and k.retired_at is null
+    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state));
+  if v_due is null then
+    return;
+  end if;
+
+  update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now()
+  where k.keyring_id = any (v_due) and k.state = 'active';
+  perform rekey._new_keys(v_due, v_to);
+  -- A transaction with an older snapshot must not pass by a rotation: it fails on this row (40001).
+  update rekey.keyrings k set rotated_at = now() where k.id = any (v_due);
+  return query
+    insert into rekey.rotations (keyring_id, from_versions, to_version, previous_version, trigger, reason, requested_by)
+    select d.keyring_id,
+      array(select k.version from rekey.encryption_keys k
+            where k.keyring_id = d.keyring_id and k.version <> d.to_version and k.state <> 'destroyed' order by k.version),
+      d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._caller()
+    from unnest(v_due, v_from, v_to) as d(keyring_id, from_version, to_version)
+    returning id;
+  perform rekey._audit_all((
+    select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', e.version, 'rotation_id', e.rotation_id,
+                                        'details', e.details) order by d.place, e.place)
+    from unnest(v_due, v_from, v_to) with ordinality as d(keyring_id, from_version, to_version, place)
+    join rekey.keyrings k on k.id = d.keyring_id
+    join rekey.rotations r on r.keyring_id = d.keyring_id and r.state = 'queued'
+    cross join lateral (values
+      (1, 'rotation.requested', d.to_version, r.id,
+        jsonb_strip_nulls(jsonb_build_object('trigger', r.trigger, 'reason', r.reason, 'from_versions', r.from_versions, 'supersede', nullif(_rotate.supersede, false)))),
+      (2, 'key.created', d.to_version, r.id, '{}'::jsonb),
+      (3, 'key.deactivated', d.from_version, r.id, '{}'),
+      (4, 'key.activated', d.to_version, r.id, '{}')
+    ) as e(place, event, version, rotation_id, details)));
+end
+$$;
+
+
+ALTER FUNCTION rekey._rotate(keyrings integer[], trigger text, reason text, supersede boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _rotate(keyrings integer[], trigger text, reason text, supersede boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._rotate(keyrings integer[], trigger text, reason text, supersede boolean) IS 'Makes and activates the next version of each of these keyrings and queues their rotations, whose numbers it returns. Keyrings under way are left out unless supersede.';
+
+
+--
+-- Name: _rotate_due(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._rotate_due() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_due integer[];
+begin
+  select array_agg(k.id) into v_due
+  from (select k.id from rekey.keyrings k
+        where k.next_rotation_at <= now()
+          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state))) k;
+  if v_due is null then
+    return;
+  end if;
+  perform from rekey._kek();
+  perform rekey._lock_kek();
+  -- Looked at again under its lock: another tick may have been here.
+  v_due := array(select k.id from rekey.keyrings k where k.id = any (v_due) and k.next_rotation_at <= now() order by k.id for update);
+  perform from rekey._rotate(v_due, 'schedule', null, false);
+  update rekey.keyrings k set next_rotation_at = now() + k.rotate_every where k.id = any (v_due);
+end
+$$;
+
+
+ALTER FUNCTION rekey._rotate_due() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _rotate_due(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._rotate_due() IS 'Begins the rotations whose time has come; the next one is due a cryptoperiod from now.';
+
+
+--
+-- Name: _rotation(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring_id integer;
+begin
+  select r.keyring_id into v_keyring_id from rekey.rotations r where r.id = _rotation.id;
+  if not found then
+    raise exception 'no such rotation: %', coalesce(id::text, 'NULL') using errcode = 'RK007',
+      hint = 'See rekey.rotation_status.';
+  end if;
+  -- The keyring first, as everywhere.
+  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for update;
+  select * into rotation from rekey.rotations r where r.id = _rotation.id for update;
+end
+$$;
+
+
+ALTER FUNCTION rekey._rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text) IS 'A rotation and the name of its keyring, the rows of both locked. RK007: there is none.';
+
+
+--
+-- Name: _seal(integer, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._seal(keyring_id integer, plaintext bytea, context bytea) RETURNS bytea
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_version integer;
+  v_key bytea;
+  v_iv bytea;
+  v_aad bytea;
+begin
+  if octet_length(plaintext) > rekey._max_bytes() then
+    raise exception 'a value has at most % bytes, this one has %', rekey._max_bytes(), octet_length(plaintext)
+      using errcode = 'invalid_parameter_value';
+  end if;
+  v_version := (rekey._lock_active(array[keyring_id]))[1];
+  if v_version is null then
+    raise exception 'the keyring is retired' using errcode = 'RK006';
+  end if;
+  select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
+  if v_key is null then
+    raise exception 'the active key version % cannot be used', v_version using errcode = 'RK006',
+      hint = 'Rotate the keyring: rekey.rotate_keys().';
+  end if;
+  v_iv := rekey._random_bytes(16);
+  v_aad := rekey._header(keyring_id, v_version) || context;
+  return rekey._header(keyring_id, v_version) || v_iv || rekey._aead_encrypt(v_key, v_iv, plaintext, v_aad);
+end
+$$;
+
+
+ALTER FUNCTION rekey._seal(keyring_id integer, plaintext bytea, context bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _seal(keyring_id integer, plaintext bytea, context bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._seal(keyring_id integer, plaintext bytea, context bytea) IS 'Envelope of plaintext under the active version of the keyring, which it keeps in use until the transaction ends.';
+
+
+--
+-- Name: _secret_context(uuid, uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._secret_context(tenant_id uuid, id uuid) RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN ((rekey._part('secret'::text) || rekey._part((tenant_id)::text)) || rekey._part((id)::text));
+
+
+ALTER FUNCTION rekey._secret_context(tenant_id uuid, id uuid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _secret_context(tenant_id uuid, id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._secret_context(tenant_id uuid, id uuid) IS 'What the ciphertext of a secret is bound to.';
+
+
+--
+-- Name: _session_aad(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._session_aad(scope text) RETURNS bytea
+    LANGUAGE sql STABLE
+    RETURN (((((rekey._part('session'::text) || rekey._part(scope)) || rekey._part((pg_backend_pid())::text)) || rekey._part((EXTRACT(epoch FROM pg_postmaster_start_time()))::text)) || rekey._part((SESSION_USER)::text)) || CASE WHEN (scope <> 's'::text) THEN rekey._part((EXTRACT(epoch FROM transaction_timestamp()))::text) ELSE '\x'::bytea END);
+
+
+ALTER FUNCTION rekey._session_aad(scope text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _session_aad(scope text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._session_aad(scope text) IS 'What an unlocked session is bound to: server process, server start, login, and unless scope is s the transaction.';
+
+
+--
+-- Name: _session_keks(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._session_keks() RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_set text := current_setting('rekey.unlocked', true);
+  v_seal bytea;
+  v_bytes bytea;
+  v_iv bytea;
+  v_aad bytea;
+  v_keks bytea;
+begin
+  -- IV, 32 or 64 bytes with padding, tag, in hex
+  if coalesce(length(v_set), 0) not in (193, 257) or v_set !~ '^[tsr][0-9a-f]+$' then
+    return null;
+  end if;
+  select s.key into v_seal from rekey._session_key s;
+  v_bytes := decode(substr(v_set, 2), 'hex');
+  v_iv := substr(v_bytes, 1, 16);
+  v_bytes := substr(v_bytes, 17);
+  v_aad := rekey._session_aad(left(v_set, 1));
+  v_keks := rekey._aead_decrypt(v_seal, v_iv, v_bytes, v_aad);
+  return v_keks;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._session_keks() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _session_keks(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._session_keks() IS 'The KEK, or the current and the next one, that this session unlocked itself with; NULL if it did not.';
+
+
+--
+-- Name: _settings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._settings() RETURNS rekey.settings
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_settings rekey.settings;
+begin
+  select * into v_settings from rekey.settings;
+  if not found then
+    raise exception 'pg_rekey is installed but not set up' using errcode = 'RK001',
+      hint = 'Register a KEK: pg-rekey init, or select rekey.register_kek().';
+  end if;
+  return v_settings;
+end
+$$;
+
+
+ALTER FUNCTION rekey._settings() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _settings(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._settings() IS 'The settings. RK001 before rekey.register_kek().';
+
+
+--
+-- Name: _store_setting(text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._store_setting(name text, value text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_type text;
+  v_default text;
+  v_old text;
+begin
+  select format_type(a.atttypid, null), pg_get_expr(d.adbin, d.adrelid)
+  into v_type, v_default
+  from pg_attribute a
+  left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+  where a.attrelid = 'rekey.settings'::regclass and a.attname = _store_setting.name and a.attnum > 0
+    and not a.attisdropped and a.attname <> 'singleton';
+  if not found then
+    raise exception 'no such setting: %', coalesce(quote_literal(name), 'NULL') using errcode = 'invalid_parameter_value',
+      hint = 'See rekey.setting_status for their names.';
+  end if;
+  if _store_setting.name = 'tenant_check' and value is not null and to_regprocedure(value || '(uuid)') is null then
+    raise exception 'there is no function %(uuid)', value using errcode = 'invalid_parameter_value',
+      hint = 'Give the name of a function (uuid) returns boolean, with its schema.';
+  end if;
+  perform rekey._ensure_rows();
+  select to_jsonb(s) ->> _store_setting.name into v_old from rekey.settings s for update;
+  begin
+    if value is null then
+      execute format('update rekey.settings set %I = default', _store_setting.name);
+    else
+      execute format('update rekey.settings set %I = $1::%s', _store_setting.name, v_type) using value;
+    end if;
+  exception when check_violation or data_exception then
+    raise exception 'setting % cannot be %', name, quote_literal(value) using errcode = 'invalid_parameter_value',
+      hint = (select col_description('rekey.settings'::regclass, a.attnum)
+              from pg_attribute a where a.attrelid = 'rekey.settings'::regclass and a.attname = _store_setting.name);
+  end;
+  perform rekey._audit('setting.changed', details => jsonb_build_object(
+    'name', name, 'from', v_old, 'to', (select to_jsonb(s) ->> _store_setting.name from rekey.settings s)));
+end
+$_$;
+
+
+ALTER FUNCTION rekey._store_setting(name text, value text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _store_setting(name text, value text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._store_setting(name text, value text) IS 'What rekey.set_setting() does with the rights of rekey_owner.';
+
+
+--
+-- Name: _sweep_batch(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_settings rekey.settings := rekey._settings();
+  v_begin timestamptz := clock_timestamp();
+  v_chunk rekey._chunks;
+  v_ids bigint[];
+  v_keyrings integer[];
+  v_versions integer[];
+  v_function name;
+  v_first_block bigint;
+  v_until_block bigint;
+  v_max_rows integer;
+  v_next_batch timestamptz;
+  v_batch record;
+  v_factor double precision;
+begin
+  select c.* into v_chunk from rekey._chunks c
+  where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
+                  and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp())
+  order by c.urgent desc, c.pass_id desc, c.id
+  limit 1 for update of c skip locked;
+  if not found then
+    return;
+  end if;
+  v_max_rows := v_chunk.batch_rows;
+  if v_settings.max_rows_per_second is not null then
+    -- All workers share the throttle, one batch after the other.
+    select w.next_batch_at into v_next_batch from rekey._worker w for update;
+    if v_next_batch > clock_timestamp() then
+      event := 'waiting';
+      keyring_count := 0;
+      wait := v_next_batch - clock_timestamp();
+      return;
+    end if;
+    v_max_rows := least(v_max_rows, greatest(v_settings.max_rows_per_second / 5, 1));
+  end if;
+
+  select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id)
+  into v_ids, v_keyrings, v_versions
+  from rekey.rotations r
+  where r.pass_id = v_chunk.pass_id and r.state = 'running' and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp();
+  select t.function_name into v_function from rekey._targets() t where t.target = v_chunk.target and t.relation = v_chunk.relation;
+  v_first_block := split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint;
+  v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
+
+  begin
+    perform set_config('rekey.sweeping', 'on', true);
+    select s.* into v_batch from rekey._call_sweep(
+      v_function, v_chunk.first, format('(%s,0)', v_until_block)::tid, v_keyrings, v_versions, v_max_rows, 16777216) s;
+    perform set_config('rekey.sweeping', '', true);
+
+    rows := coalesce((select sum(n) from unnest(v_batch.done_rows) n), 0);
+    if rows > 0 then
+      perform from rekey.rotations r where r.id = any (v_ids) and r.keyring_id = any (v_batch.done_keyrings) order by r.id for no key update;
+      update rekey.rotations r set rows_done = r.rows_done + d.rows, attempts = 0
+      from unnest(v_batch.done_keyrings, v_batch.done_rows) as d(keyring_id, rows)
+      where r.id = any (v_ids) and r.keyring_id = d.keyring_id;
+    end if;
+    if v_settings.max_rows_per_second is not null then
+      update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second';
+    end if;
+
+    if v_batch.next is null and v_until_block >= v_chunk.until_block then
+      delete from rekey._chunks c where c.id = v_chunk.id;
+    else
+      -- The next batch takes about batch_target.
+      v_factor := greatest(0.5, least(2.0,
+        extract(epoch from v_settings.batch_target) / greatest(extract(epoch from clock_timestamp() - v_begin), 0.000001)));
+      update rekey._chunks c
+      set first = coalesce(v_batch.next, format('(%s,0)', v_until_block)::tid),
+          batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
+          batch_blocks = case when c.batch_blocks >= 4096 then c.batch_blocks
+                              when v_batch.next is not null then c.batch_blocks
+                              else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
+      where c.id = v_chunk.id;
+    end if;
+    if v_batch.failed_keys is not null then
+      -- The rotations before the audit log, as everywhere.
+      perform from rekey.rotations r where r.id = any (v_ids) and r.keyring_id = any (v_batch.failed_keyrings) order by r.id for no key update;
+      perform rekey._quarantine(v_chunk.target, v_chunk.relation, v_batch.failed_keyrings, v_batch.failed_versions,
+        v_batch.failed_keys, v_batch.failed_problems);
+      update rekey.rotations r
+      set rows_failed = (select count(*) from rekey.rotation_failures f where f.rotation_id = r.id and f.resolved_at is null)
+      where r.id = any (v_ids) and r.keyring_id = any (v_batch.failed_keyrings);
+    end if;
+    event := 'batch';
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
+      'failed', coalesce(cardinality(v_batch.failed_keys), 0),
+      'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
+  exception
+    when sqlstate 'RK001' or sqlstate 'RK002' then
+      raise;
+    when query_canceled or others then
+      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+      rows := 0;
+      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+  end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Sweeps one batch of one chunk, if there is one that no other worker has in hand.';
+
+
+--
+-- Name: secrets; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.secrets (
+    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
+    id uuid DEFAULT gen_random_uuid() NOT NULL,
+    name text NOT NULL,
+    keyring_id integer NOT NULL,
+    ciphertext bytea NOT NULL,
+    key_version integer GENERATED ALWAYS AS (((((get_byte(ciphertext, 7) << 24) | (get_byte(ciphertext, 8) << 16)) | (get_byte(ciphertext, 9) << 8)) | get_byte(ciphertext, 10))) STORED NOT NULL,
+    description text,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    updated_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT secrets_ciphertext_check CHECK (((octet_length(ciphertext) >= 75) AND (substr(ciphertext, 1, 7) = ('\x524b01'::bytea || int4send(keyring_id))))),
+    CONSTRAINT secrets_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 255)) AND (name !~ '[[:cntrl:]]'::text)))
+)
+WITH (fillfactor='50');
+ALTER TABLE ONLY rekey.secrets ALTER COLUMN ciphertext SET STORAGE EXTERNAL;
+
+
+ALTER TABLE rekey.secrets OWNER TO rekey_owner;
+
+--
+-- Name: TABLE secrets; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.secrets IS 'Secrets, encrypted. Write with rekey.set_secret(), read with rekey.get_secret(). Half of each page is left free, so that a rotation updates in place.';
+
+
+--
+-- Name: COLUMN secrets.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.tenant_id IS 'Tenant; the nil UUID where there is only one.';
+
+
+--
+-- Name: COLUMN secrets.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.id IS 'Identity of the secret within the tenant; part of what its ciphertext is bound to.';
+
+
+--
+-- Name: COLUMN secrets.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.name IS 'Name, unique within the tenant, 1 to 255 bytes without control characters.';
+
+
+--
+-- Name: COLUMN secrets.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.keyring_id IS 'Keyring it is encrypted with.';
+
+
+--
+-- Name: COLUMN secrets.ciphertext; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.ciphertext IS 'Envelope of format 1 (docs/format.md), bound to (secret, tenant_id, id).';
+
+
+--
+-- Name: COLUMN secrets.key_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.key_version IS 'Key version, read from the envelope.';
+
+
+--
+-- Name: COLUMN secrets.description; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.description IS 'Free text, not encrypted.';
+
+
+--
+-- Name: COLUMN secrets.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.created_at IS 'When the secret was made.';
+
+
+--
+-- Name: COLUMN secrets.updated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.updated_at IS 'When its value last changed; a rotation leaves it.';
+
+
+--
+-- Name: _targets(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._targets() RETURNS TABLE(target text, relation regclass, function_name name, indexed boolean)
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT 'rekey.secrets'::text,
+     'rekey.secrets'::regclass AS regclass,
+     'secrets'::name AS name,
+     true;
+END;
+
+
+ALTER FUNCTION rekey._targets() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _targets(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._targets() IS 'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast.';
+
+
+--
+-- Name: _tick_duty(text, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_worker rekey._worker;
+begin
+  perform rekey._refuse_snapshot();
+  select * into v_worker from rekey._worker;
+  if not found then
+    return;  -- not set up yet
+  end if;
+  begin
+    case duty
+      when 'schedules' then perform rekey._rotate_due();
+      when 'destructions' then perform rekey._destroy_due(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
+      when 'census' then
+        if coalesce(now() - v_worker.last_census_at > interval '1 day', true) then
+          perform rekey._census();
+        end if;
+      when 'end' then
+        update rekey._worker w set last_tick_at = begun, last_tick_seconds = extract(epoch from clock_timestamp() - begun),
+          last_error = case when w.last_error_at >= begun then w.last_error end;
+    end case;
+    if duty = 'schedules' and v_worker.locked_since is not null then
+      perform from rekey._kek();
+      update rekey._worker w set locked_since = null;
+    end if;
+  exception
+    when sqlstate 'RK001' or sqlstate 'RK002' then
+      -- Noted once: whoever has the KEK, the orchestrator's worker for one, will do it.
+      if v_worker.locked_since is null then
+        update rekey._worker w set locked_since = now();
+        perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
+      end if;
+    when others then
+      update rekey._worker w set last_error = format('%s: %s', duty, sqlerrm), last_error_at = clock_timestamp();
+      if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) then
+        perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
+      end if;
+  end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _tick_duty(duty text, begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts, and does not stop the others.';
+
+
+--
+-- Name: _to_text(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._to_text(envelope bytea) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN ('rk1:'::text || translate(encode(envelope, 'base64'::text), '
+'::text, ''::text));
+
+
+ALTER FUNCTION rekey._to_text(envelope bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _to_text(envelope bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._to_text(envelope bytea) IS 'The text form of an envelope.';
+
+
+--
+-- Name: _unwrap(bytea, integer, integer, integer, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea) RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
+  v_iv bytea := substr(wrapped_key, 12, 16);
+  v_sealed bytea := substr(wrapped_key, 28);
+begin
+  -- header, IV, 64 bytes with padding, tag
+  if octet_length(wrapped_key) is distinct from 139 then
+    return null;
+  end if;
+  return rekey._aead_decrypt(wrapping_key, v_iv, v_sealed, v_aad);
+end
+$$;
+
+
+ALTER FUNCTION rekey._unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea) IS 'The DEK of a wrapped key; NULL where it does not open.';
+
+
+--
+-- Name: _verify(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_ids bigint[];
+  v_keyrings integer[];
+  v_results jsonb;
+  v_found record;
+  v_failure record;
+  v_failed bigint;
+  v_completed bigint[] := '{}';
+begin
+  select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
+  from rekey.rotations r
+  where r.state = 'verifying' and r.barrier_at is not null and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp();
+  if v_ids is null then
+    return;
+  end if;
+  rows := 0;
+  begin
+    -- One statement, one snapshot: no row escapes by moving.
+    with counted as materialized (
+      select c.* from rekey._count(v_keyrings, true) c
+    ), summed as (
+      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
+        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation, 'version', c.version,
+          'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
+      from counted c
+      join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
+      group by c.keyring_id
+    )
+    select jsonb_agg(to_jsonb(s)) into v_results from summed s;
+
+    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+    for v_found in
+      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.behind, 0) as behind, coalesce(s.failures, '[]') as failures
+      from rekey.rotations r
+      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
+      where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
+      order by r.id
+    loop
+      rows := rows + v_found.rows;
+      for v_failure in
+        select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
+        from jsonb_to_recordset(v_found.failures) as f(target text, relation text, version integer, keys text[], problems text[])
+        cross join lateral unnest(f.keys, f.problems) as k(row_key, problem)
+        group by f.target, f.relation
+      loop
+        perform rekey._quarantine(v_failure.target, v_failure.relation::regclass,
+          array_fill(v_found.keyring_id, array[cardinality(v_failure.row_keys)]), v_failure.versions, v_failure.row_keys, v_failure.problems);
+      end loop;
+      update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null
+        and not exists (
+          select from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
+          where f.target = q.target and q.row_key = any (f.keys));
+      select count(*) into v_failed from rekey.rotation_failures q where q.rotation_id = v_found.id and q.resolved_at is null;
+      if v_found.behind > 0 then
+        update rekey.rotations r
+        set state = 'running', rows_failed = v_failed,
+            blocked_by = jsonb_build_array(jsonb_build_object('rows', v_found.behind, 'why', 'locked or moved')),
+            blocked_since = coalesce(r.blocked_since, now()),
+            next_attempt_at = case when v_found.passes > 1 then
+              clock_timestamp() + least(power(2, v_found.passes - 2), 30) * interval '1 second' end
+        where r.id = v_found.id;
+        continue;
+      end if;
+      update rekey.rotations r
+      set state = case when v_failed > 0 then 'completed_with_failures' else 'completed' end, rows_failed = v_failed,
+          rows_total = r.rows_done + v_failed,  -- what was written or deleted meanwhile needed no sweep
+          blocked_by = null, blocked_since = null, next_attempt_at = null, finished_at = clock_timestamp()
+      where r.id = v_found.id;
+      v_completed := v_completed || v_found.id;
+    end loop;
+    perform rekey._audit_all(coalesce((
+      select jsonb_agg(jsonb_build_object('event', 'rotation.completed', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+        'details', jsonb_build_object('state', r.state, 'rows', r.rows_done, 'failures', r.rows_failed)) order by r.id)
+      from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
+      where r.id = any (v_completed)), '[]'));
+    event := case when v_completed = '{}' then 'verified' else 'completed' end;
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
+  exception
+    when sqlstate 'RK001' or sqlstate 'RK002' then
+      raise;
+    when query_canceled or others then
+      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+  end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) IS 'Opens every row of the keyrings whose rotations passed the barrier, and completes those that have none left on an older version.';
+
+
+--
+-- Name: _wrap(bytea, integer, integer, integer, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea) RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
+begin
+  return rekey._header(keyring_id, version) || iv || rekey._aead_encrypt(wrapping_key, iv, dek, v_aad);
+end
+$$;
+
+
+ALTER FUNCTION rekey._wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea) IS 'A DEK sealed under the wrapping key of a KEK.';
+
+
+--
+-- Name: _wrap_aad(integer, integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._wrap_aad(kek_id integer, keyring_id integer, version integer) RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN ((((rekey._header(keyring_id, version) || rekey._part('dek'::text)) || rekey._part((keyring_id)::text)) || rekey._part((version)::text)) || rekey._part((kek_id)::text));
+
+
+ALTER FUNCTION rekey._wrap_aad(kek_id integer, keyring_id integer, version integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _wrap_aad(kek_id integer, keyring_id integer, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._wrap_aad(kek_id integer, keyring_id integer, version integer) IS 'What a wrapped DEK is bound to.';
+
+
+--
+-- Name: _wrapping_key(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._wrapping_key(kek bytea) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN public.hmac('\x70675f72656b65792f76312f77726170'::bytea, kek, 'sha512'::text);
+
+
+ALTER FUNCTION rekey._wrapping_key(kek bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _wrapping_key(kek bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._wrapping_key(kek bytea) IS 'The 64-byte AEAD key that wraps DEKs, derived from a KEK.';
+
+
+--
+-- Name: _audit_head; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._audit_head (
+    singleton boolean DEFAULT true NOT NULL,
+    id bigint NOT NULL,
+    hash bytea NOT NULL,
+    CONSTRAINT _audit_head_singleton_check CHECK (singleton)
+);
+
+
+ALTER TABLE rekey._audit_head OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _audit_head; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._audit_head IS 'One row: number and hash of the last entry of the audit log.';
+
+
+--
+-- Name: audit_checkpoint(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.audit_checkpoint() RETURNS jsonb
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT jsonb_build_object('id', COALESCE(h.id, (0)::bigint), 'hash', encode(COALESCE(h.hash, sha256('\x70675f72656b65792f76312f6175646974'::bytea)), 'hex'::text), 'entries', ( SELECT count(*) AS count
+            FROM rekey.audit_log), 'at', to_char((clock_timestamp() AT TIME ZONE 'UTC'::text), 'YYYY-MM-DD"T"HH24:MI:SS"Z"'::text), 'database', current_database()) AS jsonb_build_object
+    FROM (( SELECT) one
+      LEFT JOIN rekey._audit_head h ON (true));
+END;
+
+
+ALTER FUNCTION rekey.audit_checkpoint() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION audit_checkpoint(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.audit_checkpoint() IS 'The end of the audit log now: number and hash of its last entry, count of its entries. Sign it and keep it elsewhere (pg-rekey audit checkpoint): it is the anchor of rekey.verify_audit_log().';
+
+
+--
+-- Name: can_access_tenant(uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.can_access_tenant(tenant_id uuid) RETURNS boolean
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_caller name := rekey._caller();
+  v_check text;
+  v_app jsonb;
+begin
+  if tenant_id is null then
+    return false;
+  end if;
+  if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+    return true;
+  end if;
+  select s.tenant_check into v_check from rekey.settings s;
+  if v_check is not null then
+    return rekey._call_tenant_check(v_check, tenant_id);
+  end if;
+  v_app := rekey._claims();
+  if v_app is null then
+    return tenant_id = '00000000-0000-0000-0000-000000000000' and pg_has_role(v_caller, 'rekey_app', 'usage');
+  end if;
+  v_app := v_app -> 'app_metadata';
+  return coalesce(
+    lower(v_app ->> 'tenant_id') = tenant_id::text
+    or jsonb_typeof(v_app -> 'tenant_ids') = 'array' and exists (
+      select from jsonb_array_elements_text(v_app -> 'tenant_ids') t where lower(t) = tenant_id::text), false);
+end
+$$;
+
+
+ALTER FUNCTION rekey.can_access_tenant(tenant_id uuid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION can_access_tenant(tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.can_access_tenant(tenant_id uuid) IS 'Whether the caller reaches the secrets of this tenant. rekey_admin and service_role reach all; else the function named by the setting tenant_check decides; else a JWT reaches app_metadata.tenant_id and tenant_ids; else a rekey_app connection reaches the nil tenant.';
+
+
+--
+-- Name: cancel_key_destruction(text, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.cancel_key_destruction(keyring text, version integer) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_key rekey.encryption_keys := rekey._key(v_keyring.id, version);
+begin
+  if v_key.state <> 'destroy_scheduled' then
+    raise exception 'version % is %, not scheduled for destruction', version, v_key.state using errcode = 'RK006';
+  end if;
+  perform rekey._move_key(v_key, v_key.scheduled_from, 'key.destroy_cancelled', null);
+end
+$$;
+
+
+ALTER FUNCTION rekey.cancel_key_destruction(keyring text, version integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION cancel_key_destruction(keyring text, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.cancel_key_destruction(keyring text, version integer) IS 'Cancels a scheduled destruction: the version returns to the state it came from. RK006: none is scheduled; RK007: there is no such version.';
+
+
+--
+-- Name: clear_schedule(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.clear_schedule(keyring text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+begin
+  if v_keyring.rotate_every is not null then
+    update rekey.keyrings k set rotate_every = null, next_rotation_at = null where k.id = v_keyring.id;
+    perform rekey._audit('schedule.changed', keyring, details => jsonb_build_object('cleared', true));
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey.clear_schedule(keyring text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION clear_schedule(keyring text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.clear_schedule(keyring text) IS 'Ends the schedule of a keyring. RK007: there is none.';
+
+
+--
+-- Name: create_keyring(text, uuid, interval); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.create_keyring(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, rotate_every interval DEFAULT NULL::interval) RETURNS rekey.keyrings
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings;
+  v_bytes bytea;
+begin
+  if tenant_id is null then
+    raise exception 'a keyring has a tenant' using errcode = 'invalid_parameter_value',
+      hint = 'Leave tenant_id out for a keyring of all tenants.';
+  end if;
+  perform rekey._lock_kek();
+  loop
+    v_bytes := rekey._random_bytes(4);
+    v_keyring.id := rekey._int4(v_bytes, 0) & 2147483647;
+    exit when v_keyring.id > 0 and not exists (select from rekey.keyrings k where k.id = v_keyring.id);
+  end loop;
+  begin
+    insert into rekey.keyrings (id, name, tenant_id, rotate_every, next_rotation_at)
+    values (v_keyring.id, create_keyring.name, create_keyring.tenant_id, create_keyring.rotate_every, now() + create_keyring.rotate_every)
+    returning * into v_keyring;
+  exception
+    when check_violation or not_null_violation or datetime_field_overflow then
+      raise exception 'a keyring cannot be named % and rotate every %', coalesce(quote_literal(name), 'NULL'), coalesce(rotate_every::text, 'NULL')
+        using errcode = 'invalid_parameter_value',
+          hint = 'The name has 1 to 63 bytes and no control characters; the interval is between 1 minute and 36500 days.';
+    when unique_violation then
+      raise exception 'there is a keyring % already', quote_literal(name) using errcode = 'unique_violation';
+  end;
+  perform rekey._new_keys(array[v_keyring.id], array[1]);
+  perform rekey._audit_all(jsonb_build_array(
+    jsonb_build_object('event', 'keyring.created', 'keyring', name, 'details',
+      jsonb_build_object('tenant_id', tenant_id, 'rotate_every', rotate_every)),
+    jsonb_build_object('event', 'key.created', 'keyring', name, 'version', 1),
+    jsonb_build_object('event', 'key.activated', 'keyring', name, 'version', 1)));
+  return v_keyring;
+end
+$$;
+
+
+ALTER FUNCTION rekey.create_keyring(name text, tenant_id uuid, rotate_every interval) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION create_keyring(name text, tenant_id uuid, rotate_every interval); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.create_keyring(name text, tenant_id uuid, rotate_every interval) IS 'Makes a keyring and its version 1. name: 1 to 63 bytes, unique in the database. tenant_id: whose it is. rotate_every: its cryptoperiod; the first scheduled rotation is due after it. 22023: name or interval cannot be; 23505: the name is taken; RK001, RK002: KEK.';
+
+
+--
+-- Name: decrypt(bytea, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.decrypt(ciphertext bytea, context text[] DEFAULT '{}'::text[]) RETURNS bytea
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_tenant uuid;
+  v_context bytea;
+  v_plaintext bytea;
+begin
+  if ciphertext is null then
+    return null;
+  end if;
+  if rekey._is_envelope(ciphertext) then
+    select k.tenant_id into v_tenant from rekey.keyrings k where k.id = rekey._int4(ciphertext, 3);
+  end if;
+  v_context := rekey._check_context(context, coalesce(v_tenant, '00000000-0000-0000-0000-000000000000'));
+  v_plaintext := rekey._open(ciphertext, v_context);
+  return v_plaintext;
+end
+$$;
+
+
+ALTER FUNCTION rekey.decrypt(ciphertext bytea, context text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION decrypt(ciphertext bytea, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.decrypt(ciphertext bytea, context text[]) IS 'Opens what rekey.encrypt() made, with the same context. NULL stays NULL. Writes nothing. 42501: reserved context or another tenant''s keyring; RK001, RK002: KEK; RK003: it does not open; RK006: its key is disabled, scheduled for destruction or destroyed.';
+
+
+--
+-- Name: decrypt(text, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.decrypt(ciphertext text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_plaintext bytea;
+begin
+  if ciphertext is null then
+    return null;
+  end if;
+  v_plaintext := rekey.decrypt(coalesce(rekey._from_text(ciphertext), ''::bytea), context);
+  return v_plaintext;
+end
+$$;
+
+
+ALTER FUNCTION rekey.decrypt(ciphertext text, context text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION decrypt(ciphertext text, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.decrypt(ciphertext text, context text[]) IS 'As rekey.decrypt(bytea, ...), of the text form of an envelope.';
+
+
+--
+-- Name: decrypt_text(bytea, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.decrypt_text(ciphertext bytea, context text[] DEFAULT '{}'::text[]) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_plaintext bytea := rekey.decrypt(ciphertext, context);
+begin
+  return convert_from(v_plaintext, 'UTF8');
+end
+$$;
+
+
+ALTER FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION decrypt_text(ciphertext bytea, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) IS 'As rekey.decrypt(), of a value that was text.';
+
+
+--
+-- Name: decrypt_text(text, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.decrypt_text(ciphertext text, context text[] DEFAULT '{}'::text[]) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_plaintext bytea := rekey.decrypt(ciphertext, context);
+begin
+  return convert_from(v_plaintext, 'UTF8');
+end
+$$;
+
+
+ALTER FUNCTION rekey.decrypt_text(ciphertext text, context text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION decrypt_text(ciphertext text, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.decrypt_text(ciphertext text, context text[]) IS 'As rekey.decrypt(), of the text form of a value that was text.';
+
+
+--
+-- Name: delete_secret(text, uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.delete_secret(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform rekey._check_tenant(tenant_id);
+  delete from rekey.secrets s where s.tenant_id = delete_secret.tenant_id and s.name = delete_secret.name;
+  return found;
+end
+$$;
+
+
+ALTER FUNCTION rekey.delete_secret(name text, tenant_id uuid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION delete_secret(name text, tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.delete_secret(name text, tenant_id uuid) IS 'Deletes a secret; false where there was none. 42501: another tenant.';
+
+
+--
+-- Name: disable_key(text, integer, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.disable_key(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_key rekey.encryption_keys := rekey._key(v_keyring.id, version);
+begin
+  if v_key.state <> 'decrypt_only' then
+    raise exception 'version % is %, only a decrypt_only one can be disabled', version, v_key.state using errcode = 'RK006';
+  end if;
+  perform rekey._refuse_needed(v_keyring.id, version);
+  perform rekey._move_key(v_key, 'disabled', 'key.disabled', reason);
+end
+$$;
+
+
+ALTER FUNCTION rekey.disable_key(keyring text, version integer, reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION disable_key(keyring text, version integer, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.disable_key(keyring text, version integer, reason text) IS 'Suspends a version: what stands on it does not open until rekey.enable_key(). RK005: a rotation needs it; RK006: it is not decrypt_only; RK007: there is none.';
+
+
+--
+-- Name: enable_key(text, integer, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.enable_key(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_key rekey.encryption_keys := rekey._key(v_keyring.id, version);
+begin
+  if v_key.state <> 'disabled' then
+    raise exception 'version % is %, only a disabled one can be enabled', version, v_key.state using errcode = 'RK006';
+  end if;
+  perform rekey._move_key(v_key, 'decrypt_only', 'key.enabled', reason);
+end
+$$;
+
+
+ALTER FUNCTION rekey.enable_key(keyring text, version integer, reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION enable_key(keyring text, version integer, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.enable_key(keyring text, version integer, reason text) IS 'Lets a disabled version open again. RK006: it is not disabled; RK007: there is none.';
+
+
+--
+-- Name: encrypt(bytea, text, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.encrypt(plaintext bytea, keyring text DEFAULT 'default'::text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings;
+  v_context bytea;
+  v_envelope bytea;
+begin
+  if plaintext is null then
+    return null;
+  end if;
+  v_keyring := rekey._keyring(keyring);
+  v_context := rekey._check_context(context, v_keyring.tenant_id);
+  v_envelope := rekey._seal(v_keyring.id, plaintext, v_context);
+  return v_envelope;
+end
+$$;
+
+
+ALTER FUNCTION rekey.encrypt(plaintext bytea, keyring text, context text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION encrypt(plaintext bytea, keyring text, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.encrypt(plaintext bytea, keyring text, context text[]) IS 'Encrypts a value of at most 32 MiB with the active version of keyring. context: what the value belongs to (its column, its row); the same is needed to open it. NULL stays NULL. 22023: too long; 42501: reserved context or another tenant''s keyring; RK001, RK002: KEK; RK006: retired keyring; RK007: no such keyring.';
+
+
+--
+-- Name: encrypt(text, text, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.encrypt(plaintext text, keyring text DEFAULT 'default'::text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context);
+end
+$$;
+
+
+ALTER FUNCTION rekey.encrypt(plaintext text, keyring text, context text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION encrypt(plaintext text, keyring text, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.encrypt(plaintext text, keyring text, context text[]) IS 'As rekey.encrypt(bytea, ...), of the UTF-8 bytes of a text.';
+
+
+--
+-- Name: encrypt_text(text, text, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.encrypt_text(plaintext text, keyring text DEFAULT 'default'::text, context text[] DEFAULT '{}'::text[]) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_envelope bytea := rekey.encrypt(plaintext, keyring, context);
+begin
+  return 'rk1:' || translate(encode(v_envelope, 'base64'), E'\n', '');
+end
+$$;
+
+
+ALTER FUNCTION rekey.encrypt_text(plaintext text, keyring text, context text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION encrypt_text(plaintext text, keyring text, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.encrypt_text(plaintext text, keyring text, context text[]) IS 'As rekey.encrypt(text, ...), in the text form of an envelope: rk1: and base64.';
+
+
+--
+-- Name: get_secret(text, uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.get_secret(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS text
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_id uuid;
+  v_envelope bytea;
+  v_context bytea;
+  v_bytes bytea;
+begin
+  perform rekey._check_tenant(tenant_id);
+  select s.id, s.ciphertext into v_id, v_envelope from rekey.secrets s
+  where s.tenant_id = get_secret.tenant_id and s.name = get_secret.name;
+  if not found then
+    raise exception 'no such secret: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007';
+  end if;
+  v_context := rekey._secret_context(tenant_id, v_id);
+  v_bytes := rekey._open(v_envelope, v_context);
+  return convert_from(v_bytes, 'UTF8');
+end
+$$;
+
+
+ALTER FUNCTION rekey.get_secret(name text, tenant_id uuid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION get_secret(name text, tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.get_secret(name text, tenant_id uuid) IS 'The value of a secret. Writes nothing, and works on a standby. 42501: another tenant; RK001, RK002: KEK; RK003: it does not open; RK006: its key may not be used; RK007: no such secret.';
+
+
+--
+-- Name: key_usage(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.key_usage(keyring text DEFAULT NULL::text) RETURNS SETOF rekey.key_rows
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_ids integer[] := case when key_usage.keyring is not null then array[(rekey._keyring(key_usage.keyring)).id] end;
+begin
+  perform rekey._refuse_snapshot();
+  return query
+    with counted as (
+      select c.keyring_id, c.version, sum(c.rows)::bigint as rows, array_agg(distinct c.relation::text) as relations
+      from rekey._count(v_ids, false) c
+      group by c.keyring_id, c.version
+    )
+    select r.name, coalesce(k.version, c.version), coalesce(k.state, 'unknown'), coalesce(c.rows, 0), coalesce(c.relations, '{}')
+    from (select * from rekey.encryption_keys k where v_ids is null or k.keyring_id = any (v_ids)) k
+    full join counted c on c.keyring_id = k.keyring_id and c.version = k.version
+    join rekey.keyrings r on r.id = coalesce(k.keyring_id, c.keyring_id)
+    order by 1, 2;
+end
+$$;
+
+
+ALTER FUNCTION rekey.key_usage(keyring text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION key_usage(keyring text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.key_usage(keyring text) IS 'A census: how many rows stand on each key version, and in which relations. keyring NULL: all. Reads every protected row. 25001: not in READ COMMITTED; RK007: no such keyring.';
+
+
+--
+-- Name: lock(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.lock() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform set_config('rekey.unlocked', '', false), set_config('rekey.unlocked', '', true);
+end
+$$;
+
+
+ALTER FUNCTION rekey.lock() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION lock(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.lock() IS 'Forgets the KEK of this session and transaction.';
+
+
+--
+-- Name: rotation_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.rotation_status AS
+ SELECT r.id,
+    k.name AS keyring,
+    k.tenant_id,
+    r.state,
+    r.trigger,
+    r.from_versions,
+    r.to_version,
+    r.rows_total,
+    r.rows_done,
+    r.rows_failed,
+    r.attempts,
+    r.last_error,
+    r.next_attempt_at,
+    r.blocked_by,
+    r.reason,
+    r.requested_by,
+    r.created_at,
+    r.started_at,
+    r.finished_at
+   FROM (rekey.rotations r
+     JOIN rekey.keyrings k ON ((k.id = r.keyring_id)));
+
+
+ALTER TABLE rekey.rotation_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW rotation_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.rotation_status IS 'Every rotation and how far it is.';
+
+
+--
+-- Name: COLUMN rotation_status.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.id IS 'Number of the rotation.';
+
+
+--
+-- Name: COLUMN rotation_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.keyring IS 'Keyring that is rotated.';
+
+
+--
+-- Name: COLUMN rotation_status.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.tenant_id IS 'Tenant of the keyring.';
+
+
+--
+-- Name: COLUMN rotation_status.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.state IS 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
+
+
+--
+-- Name: COLUMN rotation_status.trigger; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.trigger IS 'Why: manual, schedule, compromise, rollback, adoption.';
+
+
+--
+-- Name: COLUMN rotation_status.from_versions; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.from_versions IS 'Versions whose rows it takes along.';
+
+
+--
+-- Name: COLUMN rotation_status.to_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.to_version IS 'Version it brings them to.';
+
+
+--
+-- Name: COLUMN rotation_status.rows_total; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.rows_total IS 'Rows to re-encrypt; NULL until they are counted.';
+
+
+--
+-- Name: COLUMN rotation_status.rows_done; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.rows_done IS 'Rows re-encrypted.';
+
+
+--
+-- Name: COLUMN rotation_status.rows_failed; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.rows_failed IS 'Rows in quarantine: rekey.failure_status names them.';
+
+
+--
+-- Name: COLUMN rotation_status.attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.attempts IS 'Failed batches in a row.';
+
+
+--
+-- Name: COLUMN rotation_status.last_error; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.last_error IS 'The last error.';
+
+
+--
+-- Name: COLUMN rotation_status.next_attempt_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.next_attempt_at IS 'It goes on after this time; NULL: at once.';
+
+
+--
+-- Name: COLUMN rotation_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), or rows (rows, why).';
+
+
+--
+-- Name: COLUMN rotation_status.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.reason IS 'What whoever asked for it said.';
+
+
+--
+-- Name: COLUMN rotation_status.requested_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.requested_by IS 'Who asked for it.';
+
+
+--
+-- Name: COLUMN rotation_status.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.created_at IS 'When it was asked for; from then on new values are encrypted with to_version.';
+
+
+--
+-- Name: COLUMN rotation_status.started_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.started_at IS 'When the first row was looked at.';
+
+
+--
+-- Name: COLUMN rotation_status.finished_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.finished_at IS 'When it ended.';
+
+
+--
+-- Name: mark_key_compromised(text, integer, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings;
+  v_key rekey.encryption_keys;
+  v_rotation bigint;
+begin
+  if exists (select from rekey.keyrings k join rekey.encryption_keys e on e.keyring_id = k.id
+             where k.name = keyring and e.version = mark_key_compromised.version and e.state = 'active') then
+    perform rekey._lock_kek();  -- before the row of the keyring, as everywhere
+  end if;
+  v_keyring := rekey._keyring(keyring, lock => true);
+  v_key := rekey._key(v_keyring.id, version);
+  if v_key.state not in ('active', 'decrypt_only') then
+    raise exception 'version % is %, only an active or decrypt_only one can be marked', version, v_key.state using errcode = 'RK006';
+  end if;
+  if v_key.state = 'active' then
+    select r into v_rotation from rekey._rotate(array[v_keyring.id], 'compromise', reason, true) r;
+    v_key := rekey._key(v_keyring.id, version);
+  end if;
+  perform rekey._move_key(v_key, 'compromised', 'key.compromised', reason);
+  if v_rotation is null then
+    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+    if v_rotation is null and v_keyring.retired_at is null then
+      v_rotation := rekey._queue_sweep(v_keyring.id, 'compromise', reason);
+      perform rekey._audit('rotation.requested', keyring, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
+        jsonb_build_object('trigger', 'compromise', 'reason', reason));
+    end if;
+  end if;
+  return query select s.* from rekey.rotation_status s where s.id = v_rotation;
+end
+$$;
+
+
+ALTER FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION mark_key_compromised(keyring text, version integer, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text) IS 'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+
+
+--
+-- Name: keks; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.keks (
+    id integer NOT NULL,
+    fingerprint text NOT NULL,
+    state text DEFAULT 'active'::text NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    retired_at timestamp with time zone,
+    CONSTRAINT keks_fingerprint_check CHECK ((fingerprint ~ '^[0-9a-f]{32}$'::text)),
+    CONSTRAINT keks_retired_at_check CHECK (((state = 'active'::text) = (retired_at IS NULL))),
+    CONSTRAINT keks_state_check CHECK ((state = ANY (ARRAY['active'::text, 'retired'::text, 'lost'::text])))
+);
+
+
+ALTER TABLE rekey.keks OWNER TO rekey_owner;
+
+--
+-- Name: TABLE keks; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.keks IS 'Key-encryption keys: number, fingerprint and state. The keys themselves are never stored.';
+
+
+--
+-- Name: COLUMN keks.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keks.id IS 'Number of the KEK.';
+
+
+--
+-- Name: COLUMN keks.fingerprint; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keks.fingerprint IS 'First 16 bytes of HMAC-SHA-256 of the label pg_rekey/v1/fingerprint under the KEK, in hex.';
+
+
+--
+-- Name: COLUMN keks.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keks.state IS 'active (wraps the DEKs), retired (replaced: keep it as long as backups), lost (what it wrapped cannot be opened).';
+
+
+--
+-- Name: COLUMN keks.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keks.created_at IS 'When it was registered.';
+
+
+--
+-- Name: COLUMN keks.retired_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keks.retired_at IS 'When it was replaced or declared lost.';
+
+
+--
+-- Name: rotation_failures; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.rotation_failures (
+    id bigint NOT NULL,
+    rotation_id bigint NOT NULL,
+    keyring_id integer NOT NULL,
+    target text NOT NULL,
+    relation text NOT NULL,
+    row_key text NOT NULL,
+    version integer NOT NULL,
+    reason text NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    resolved_at timestamp with time zone,
+    resolution text,
+    resolved_by text,
+    resolve_reason text,
+    CONSTRAINT rotation_failures_resolution_check CHECK ((resolution = ANY (ARRAY['retry'::text, 'discard'::text, 'cleared'::text]))),
+    CONSTRAINT rotation_failures_resolved_check CHECK (((resolved_at IS NULL) = (resolution IS NULL)))
+);
+
+
+ALTER TABLE rekey.rotation_failures OWNER TO rekey_owner;
+
+--
+-- Name: TABLE rotation_failures; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.rotation_failures IS 'Quarantine: rows that did not open in a rotation. They are left as they were, and keep their key from destruction.';
+
+
+--
+-- Name: COLUMN rotation_failures.row_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.row_key IS 'Primary key of the row, its parts as text, separated by a slash.';
+
+
+--
+-- Name: metrics(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.metrics() RETURNS TABLE(name text, labels jsonb, value double precision)
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ WITH states AS (
+          SELECT unnest('{queued,running,paused,verifying,failed}'::text[]) AS state
+         ), rotated AS (
+          SELECT r.state,
+             r.trigger,
+             count(*) AS n
+            FROM rekey.rotations r
+           GROUP BY r.state, r.trigger
+         ), finished AS (
+          SELECT EXTRACT(epoch FROM (r.finished_at - r.created_at)) AS seconds,
+             r.rows_done
+            FROM rekey.rotations r
+           WHERE (r.state = ANY (ARRAY['completed'::text, 'completed_with_failures'::text]))
+           ORDER BY r.finished_at DESC
+          LIMIT 1
+         ), unhealthy AS (
+          SELECT k.name,
+                 CASE
+                     WHEN (EXISTS ( SELECT
+                        FROM rekey.rotations r
+                       WHERE ((r.keyring_id = k.id) AND (r.state = 'failed'::text)))) THEN 'failed'::text
+                     WHEN (EXISTS ( SELECT
+                        FROM rekey.rotation_failures f
+                       WHERE ((f.keyring_id = k.id) AND (f.resolved_at IS NULL)))) THEN 'failures'::text
+                     WHEN (k.next_rotation_at < (now() - '00:10:00'::interval)) THEN 'overdue'::text
+                     ELSE NULL::text
+                 END AS why
+            FROM rekey.keyrings k
+           WHERE (k.retired_at IS NULL)
+         )
+  SELECT m.name,
+     m.labels,
+     m.value
+    FROM ( SELECT 'pg_rekey_rotations'::text AS name,
+             jsonb_build_object('state', s.state) AS labels,
+             ( SELECT COALESCE(sum(r.n), (0)::numeric) AS "coalesce"
+                    FROM rotated r
+                   WHERE (r.state = s.state)) AS value
+            FROM states s
+         UNION ALL
+          SELECT 'pg_rekey_rotations_total'::text,
+             jsonb_build_object('state', r.state, 'trigger', r.trigger) AS jsonb_build_object,
+             r.n
+            FROM rotated r
+           WHERE (NOT (r.state IN ( SELECT s.state
+                    FROM states s)))
+         UNION ALL
+          SELECT 'pg_rekey_last_rotation_duration_seconds'::text,
+             '{}'::jsonb,
+             f.seconds
+            FROM finished f
+         UNION ALL
+          SELECT 'pg_rekey_rotation_rows_total'::text,
+             '{}'::jsonb,
+             COALESCE(sum(r.rows_done), (0)::numeric) AS "coalesce"
+            FROM rekey.rotations r
+         UNION ALL
+          SELECT 'pg_rekey_rotation_failures_open'::text,
+             '{}'::jsonb,
+             count(*) AS count
+            FROM rekey.rotation_failures f
+           WHERE (f.resolved_at IS NULL)
+         UNION ALL
+          SELECT 'pg_rekey_oldest_unfinished_rotation_seconds'::text,
+             '{}'::jsonb,
+             COALESCE(EXTRACT(epoch FROM (now() - min(r.created_at))), (0)::numeric) AS "coalesce"
+            FROM rekey.rotations r
+           WHERE rekey._is_under_way(r.state)
+         UNION ALL
+          SELECT 'pg_rekey_rotation_blocked_seconds'::text,
+             '{}'::jsonb,
+             COALESCE(EXTRACT(epoch FROM (now() - min(r.blocked_since))), (0)::numeric) AS "coalesce"
+            FROM rekey.rotations r
+           WHERE (rekey._is_under_way(r.state) AND (r.blocked_since IS NOT NULL))
+         UNION ALL
+          SELECT 'pg_rekey_last_tick_timestamp_seconds'::text,
+             '{}'::jsonb,
+             COALESCE(EXTRACT(epoch FROM w.last_tick_at), (0)::numeric) AS "coalesce"
+            FROM rekey._worker w
+         UNION ALL
+          SELECT 'pg_rekey_last_tick_duration_seconds'::text,
+             '{}'::jsonb,
+             COALESCE(w.last_tick_seconds, (0)::double precision) AS "coalesce"
+            FROM rekey._worker w
+         UNION ALL
+          SELECT 'pg_rekey_locked'::text,
+             '{}'::jsonb,
+             ((w.locked_since IS NOT NULL))::integer AS int4
+            FROM rekey._worker w
+         UNION ALL
+          SELECT 'pg_rekey_keyrings'::text,
+             '{}'::jsonb,
+             count(*) AS count
+            FROM rekey.keyrings k
+           WHERE (k.retired_at IS NULL)
+         UNION ALL
+          SELECT 'pg_rekey_keyrings_overdue'::text,
+             '{}'::jsonb,
+             count(*) AS count
+            FROM rekey.keyrings k
+           WHERE (k.next_rotation_at < (now() - '00:10:00'::interval))
+         UNION ALL
+          SELECT 'pg_rekey_keyrings_unscheduled'::text,
+             '{}'::jsonb,
+             count(*) AS count
+            FROM rekey.keyrings k
+           WHERE ((k.retired_at IS NULL) AND (k.rotate_every IS NULL))
+         UNION ALL
+          SELECT 'pg_rekey_keys'::text,
+             jsonb_build_object('state', k.state) AS jsonb_build_object,
+             count(*) AS count
+            FROM rekey.encryption_keys k
+           GROUP BY k.state
+         UNION ALL
+          SELECT 'pg_rekey_keyring_unhealthy'::text,
+             jsonb_build_object('keyring', u.name, 'why', u.why) AS jsonb_build_object,
+             1
+            FROM unhealthy u
+           WHERE (u.why IS NOT NULL)
+         UNION ALL
+          SELECT 'pg_rekey_audit_entries'::text,
+             '{}'::jsonb,
+             COALESCE(max(h.id), (0)::bigint) AS "coalesce"
+            FROM rekey._audit_head h
+         UNION ALL
+          SELECT 'pg_rekey_kek_age_seconds'::text,
+             '{}'::jsonb,
+             EXTRACT(epoch FROM (now() - e.created_at)) AS "extract"
+            FROM rekey.keks e
+           WHERE (e.state = 'active'::text)) m;
+END;
+
+
+ALTER FUNCTION rekey.metrics() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION metrics(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.metrics() IS 'Figures for monitoring (docs/operations.md): name, labels, value. pg-rekey metrics prints them for Prometheus.';
+
+
+--
+-- Name: pause_rotation(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.pause_rotation(id bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_found record;
+begin
+  select * into v_found from rekey._rotation(id);
+  if (v_found.rotation).state not in ('queued', 'running', 'verifying') then
+    raise exception 'rotation % is %: it cannot be paused', id, (v_found.rotation).state using errcode = 'RK006';
+  end if;
+  update rekey.rotations r set state = 'paused', pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.id = pause_rotation.id;
+  perform rekey._audit('rotation.paused', v_found.keyring, (v_found.rotation).to_version, id);
+end
+$$;
+
+
+ALTER FUNCTION rekey.pause_rotation(id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION pause_rotation(id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.pause_rotation(id bigint) IS 'Pauses the re-encryption; the batch in hand still ends. The new version stays active, and everything readable. RK006: not under way; RK007: no such rotation.';
+
+
+--
+-- Name: read_secrets(text[], uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.read_secrets(names text[] DEFAULT NULL::text[], tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS TABLE(name text, value text)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_unreadable text;
+begin
+  perform rekey._check_tenant(tenant_id);
+  -- No ORDER BY: a sort could write values to a temporary file.
+  for name, value in
+    select o.name, convert_from(o.plaintext, 'UTF8')
+    from (
+      select w.name, case when w.key is not null then rekey._aead_decrypt(w.key, w.iv, w.sealed, w.aad) end as plaintext
+      from (
+        select s.name, d.key, substr(s.ciphertext, 12, 16) as iv, substr(s.ciphertext, 28) as sealed,
+          substr(s.ciphertext, 1, 11) || rekey._secret_context(s.tenant_id, s.id) as aad
+        from rekey.secrets s
+        left join (
+          select k.* from rekey._deks(
+            (select array_agg(v.keyring_id) from (
+               select distinct t.keyring_id, t.key_version from rekey.secrets t
+               where t.tenant_id = read_secrets.tenant_id and (names is null or t.name = any (names))) v),
+            (select array_agg(v.key_version) from (
+               select distinct t.keyring_id, t.key_version from rekey.secrets t
+               where t.tenant_id = read_secrets.tenant_id and (names is null or t.name = any (names))) v)) k
+          offset 0
+        ) d on d.keyring_id = s.keyring_id and d.version = s.key_version
+        where s.tenant_id = read_secrets.tenant_id and (names is null or s.name = any (names))
+          and rekey._is_envelope(s.ciphertext)
+        offset 0
+      ) w
+      offset 0
+    ) o
+  loop
+    if value is null then
+      v_unreadable := coalesce(v_unreadable, name);
+    else
+      return next;
+    end if;
+  end loop;
+  if v_unreadable is not null then
+    raise exception 'cannot open ciphertext of secret %', quote_literal(v_unreadable) using errcode = 'RK003',
+      hint = 'Leave it out of names to read the others. rekey.get_secret() says more.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey.read_secrets(names text[], tenant_id uuid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION read_secrets(names text[], tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.read_secrets(names text[], tenant_id uuid) IS 'Many secrets of a tenant at once, in no order; names NULL: all of them. Names that there are not are left out. 42501: another tenant; RK001, RK002: KEK; RK003: one of them does not open.';
+
+
+--
+-- Name: register_kek(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.register_kek(replace_lost boolean DEFAULT false) RETURNS integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_active rekey.keks;
+  v_kek bytea;
+  v_fingerprint text;
+  v_id integer;
+begin
+  perform rekey._ensure_rows();
+  select * into v_active from rekey.keks where state = 'active' for update;
+  if found and not replace_lost then
+    return (select k.id from rekey._kek() k);  -- safe to repeat, and refuses another KEK
+  end if;
+  v_kek := rekey._new_kek();
+  if v_kek is null then
+    raise exception 'that KEK is registered already' using errcode = 'RK006',
+      hint = 'A KEK that was retired or lost does not become active again. pg-rekey kek generate makes a new one.';
+  end if;
+  v_fingerprint := rekey._fingerprint(v_kek);
+  update rekey.keks set state = 'lost', retired_at = now() where id = v_active.id;
+  insert into rekey.keks (fingerprint) values (v_fingerprint) returning id into v_id;
+  if v_active.id is not null then
+    perform rekey._replace_lost_keys(v_active.id);
+    perform rekey._audit('kek.lost', version => v_active.id);
+  end if;
+  perform rekey._audit('kek.registered', version => v_id, details => jsonb_build_object('fingerprint', v_fingerprint));
+  return v_id;
+end
+$$;
+
+
+ALTER FUNCTION rekey.register_kek(replace_lost boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION register_kek(replace_lost boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.register_kek(replace_lost boolean) IS 'Registers the KEK that this session, the Vault or the file holds, and returns its number; repeated, it only checks it. replace_lost => true declares the active KEK lost for ever: what it wraps cannot be opened any more, every keyring gets a new version under the new KEK. RK001: no KEK at hand; RK002: another one is active; RK006: it was in use before.';
+
+
+--
+-- Name: resolve_failure(bigint, text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.resolve_failure(id bigint, action text, reason text DEFAULT NULL::text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_failure rekey.rotation_failures;
+  v_found record;
+begin
+  if action is null or action not in ('retry', 'discard') then
+    raise exception 'action is retry or discard' using errcode = 'invalid_parameter_value';
+  end if;
+  select * into v_failure from rekey.rotation_failures f where f.id = resolve_failure.id;
+  if not found then
+    raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.';
+  end if;
+  select * into v_found from rekey._rotation(v_failure.rotation_id);
+  update rekey.rotation_failures f
+  set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
+  where f.id = resolve_failure.id and f.resolved_at is null;
+  if not found then
+    raise exception 'failure % is resolved already', id using errcode = 'RK006';
+  end if;
+  update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
+  if action = 'retry' and not exists (
+       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
+    perform rekey._refuse_older(v_found.rotation);
+    update rekey.rotations r
+    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+    where r.id = v_failure.rotation_id;
+  end if;
+  perform rekey._audit('rotation.failure_resolved', v_found.keyring, v_failure.version, v_failure.rotation_id,
+    jsonb_build_object('target', v_failure.target, 'row', v_failure.row_key, 'action', action, 'reason', reason));
+end
+$$;
+
+
+ALTER FUNCTION rekey.resolve_failure(id bigint, action text, reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION resolve_failure(id bigint, action text, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) IS 'Closes an entry of the quarantine. action: retry (the row is tried again) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
+
+
+--
+-- Name: resume_rotation(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.resume_rotation(id bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_found record;
+begin
+  select * into v_found from rekey._rotation(id);
+  if (v_found.rotation).state <> 'paused' then
+    raise exception 'rotation % is %, not paused', id, (v_found.rotation).state using errcode = 'RK006';
+  end if;
+  update rekey.rotations r set state = 'queued' where r.id = resume_rotation.id;
+  perform rekey._audit('rotation.resumed', v_found.keyring, (v_found.rotation).to_version, id);
+end
+$$;
+
+
+ALTER FUNCTION rekey.resume_rotation(id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION resume_rotation(id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.resume_rotation(id bigint) IS 'Lets a paused rotation go on. RK006: it is not paused; RK007: no such rotation.';
+
+
+--
+-- Name: retire_keyring(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.retire_keyring(name text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(name, lock => true);
+  v_key rekey.encryption_keys;
+  v_rows bigint;
+  v_rotation bigint;
+begin
+  perform rekey._refuse_snapshot();
+  if v_keyring.retired_at is not null then
+    raise exception 'keyring % is retired already', quote_literal(name) using errcode = 'RK006';
+  end if;
+  select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+  if found then
+    raise exception 'keyring % is under way in rotation %', quote_literal(name), v_rotation using errcode = 'RK004';
+  end if;
+  select * into v_key from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active' for update;
+  -- Held till the end: a writer that comes now finds no active version afterwards.
+  if not pg_try_advisory_xact_lock(v_keyring.id, v_key.version) then
+    raise exception 'keyring % is in use by an open transaction', quote_literal(name) using errcode = 'RK005',
+      hint = format('Waiting for %s', rekey._lock_holders(v_keyring.id, array[v_key.version]));
+  end if;
+  select sum(c.rows) into v_rows from rekey._count(array[v_keyring.id], false) c;
+  if v_rows > 0 then
+    raise exception 'keyring % is in use: % rows', quote_literal(name), v_rows using errcode = 'RK005',
+      hint = 'Delete its rows, or move them to another keyring, first.';
+  end if;
+  update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now() where k.id = v_key.id;
+  update rekey.keyrings k set retired_at = now(), rotated_at = now(), rotate_every = null, next_rotation_at = null where k.id = v_keyring.id;
+  perform rekey._audit_all(jsonb_build_array(
+    jsonb_build_object('event', 'keyring.retired', 'keyring', name),
+    jsonb_build_object('event', 'key.deactivated', 'keyring', name, 'version', v_key.version)));
+end
+$$;
+
+
+ALTER FUNCTION rekey.retire_keyring(name text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION retire_keyring(name text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.retire_keyring(name text) IS 'Retires a keyring that no row uses any more: it takes no new values and is not rotated, and its last version can be destroyed. 25001: not in READ COMMITTED; RK004: a rotation is under way; RK005: rows or open transactions use it; RK006: retired already; RK007: there is none.';
+
+
+--
+-- Name: retry_rotation(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.retry_rotation(id bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_found record;
+begin
+  select * into v_found from rekey._rotation(id);
+  if (v_found.rotation).state not in ('failed', 'completed_with_failures') then
+    raise exception 'rotation % is %: there is nothing to retry', id, (v_found.rotation).state using errcode = 'RK006';
+  end if;
+  perform rekey._refuse_older(v_found.rotation);
+  update rekey.rotation_failures f
+  set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
+  where f.rotation_id = retry_rotation.id and f.resolved_at is null;
+  update rekey.rotations r
+  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+  where r.id = retry_rotation.id;
+  perform rekey._audit('rotation.retried', v_found.keyring, (v_found.rotation).to_version, id);
+end
+$$;
+
+
+ALTER FUNCTION rekey.retry_rotation(id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION retry_rotation(id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.retry_rotation(id bigint) IS 'Lets a failed rotation go on where it stopped, or tries the rows again that a completed one left in quarantine. RK006: neither failed nor with failures, or not the last one of its keyring; RK007: no such rotation.';
+
+
+--
+-- Name: rollback_rotation(bigint, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.rollback_rotation(id bigint, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_found record;
+  v_old rekey.encryption_keys;
+  v_new bigint;
+begin
+  select * into v_found from rekey._rotation(id);
+  perform rekey._refuse_older(v_found.rotation);
+  if (v_found.rotation).previous_version is null or (v_found.rotation).trigger = 'compromise'
+     or (v_found.rotation).state in ('rolled_back', 'superseded') then
+    raise exception 'rotation % cannot be rolled back: % after %', id, (v_found.rotation).state, (v_found.rotation).trigger
+      using errcode = 'RK006';
+  end if;
+  v_old := rekey._key((v_found.rotation).keyring_id, (v_found.rotation).previous_version);
+  if v_old.state <> 'decrypt_only' then
+    raise exception 'version % is %: it cannot become active again', v_old.version, v_old.state using errcode = 'RK006';
+  end if;
+  if (select e.state from rekey.keks e where e.id = v_old.kek_id) = 'lost' then
+    raise exception 'version % is wrapped under a KEK that is lost', v_old.version using errcode = 'RK006';
+  end if;
+  update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now()
+  where k.keyring_id = v_old.keyring_id and k.state = 'active';
+  update rekey.encryption_keys k set state = 'active', activated_at = now() where k.id = v_old.id;
+  update rekey.keyrings k set rotated_at = now() where k.id = v_old.keyring_id;
+  update rekey.rotations r
+  set state = 'rolled_back', finished_at = coalesce(r.finished_at, now()), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.id = rollback_rotation.id;
+  v_new := rekey._queue_sweep(v_old.keyring_id, 'rollback', reason);
+  perform rekey._audit_all(jsonb_build_array(
+    jsonb_build_object('event', 'rotation.rolled_back', 'keyring', v_found.keyring, 'version', (v_found.rotation).to_version,
+      'rotation_id', id, 'details', jsonb_strip_nulls(jsonb_build_object('reason', reason))),
+    jsonb_build_object('event', 'key.deactivated', 'keyring', v_found.keyring, 'version', (v_found.rotation).to_version, 'rotation_id', v_new),
+    jsonb_build_object('event', 'key.activated', 'keyring', v_found.keyring, 'version', v_old.version, 'rotation_id', v_new),
+    jsonb_build_object('event', 'rotation.requested', 'keyring', v_found.keyring, 'version', v_old.version, 'rotation_id', v_new,
+      'details', jsonb_build_object('trigger', 'rollback', 'rolls_back', id))));
+  return query select s.* from rekey.rotation_status s where s.id = v_new;
+end
+$$;
+
+
+ALTER FUNCTION rekey.rollback_rotation(id bigint, reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION rollback_rotation(id bigint, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.rollback_rotation(id bigint, reason text) IS 'Makes the version before active again, at once, and queues the rotation back, which it returns. Everything stays readable. RK006: not the last rotation of its keyring, after a compromise, or the version before is no longer decrypt_only; RK007: no such rotation.';
+
+
+--
+-- Name: rotate_kek(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.rotate_kek() RETURNS integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_old_id integer;
+  v_old bytea;
+  v_new_id integer;
+  v_new bytea;
+  v_fingerprint text;
+  v_dek bytea;
+  v_wrapped bytea;
+  v_key record;
+  v_count integer := 0;
+begin
+  perform from rekey.keks k where k.state = 'active' for update;
+  select k.id, k.kek into v_old_id, v_old from rekey._kek() k;
+  v_new := rekey._new_kek();
+  if v_new is null then
+    raise exception 'there is no next KEK' using errcode = 'RK001',
+      hint = 'Give the current and the next one: PG_REKEY_NEW_KEK for pg-rekey, the Vault secret or file with _new appended, or 64 bytes to rekey.unlock().';
+  end if;
+  v_fingerprint := rekey._fingerprint(v_new);
+  v_old := rekey._wrapping_key(v_old);
+  v_new := rekey._wrapping_key(v_new);
+  update rekey.keks set state = 'retired', retired_at = now() where id = v_old_id;
+  insert into rekey.keks (fingerprint) values (v_fingerprint) returning id into v_new_id;
+  for v_key in
+    select k.id, k.keyring_id, k.version, k.wrapped_key from rekey.encryption_keys k
+    where k.kek_id = v_old_id and k.state <> 'destroyed'
+    order by k.id for update
+  loop
+    v_dek := rekey._unwrap(v_old, v_old_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+    if v_dek is null then
+      raise exception 'version % of keyring % cannot be unwrapped: nothing was changed', v_key.version,
+        (select r.name from rekey.keyrings r where r.id = v_key.keyring_id)
+        using errcode = 'RK003', hint = 'Its wrapped key is damaged. Restore rekey.encryption_keys from a backup first.';
+    end if;
+    v_wrapped := rekey._wrap(v_new, v_new_id, v_key.keyring_id, v_key.version, v_dek, rekey._random_bytes(16));
+    update rekey.encryption_keys set wrapped_key = v_wrapped, kek_id = v_new_id where id = v_key.id;
+    v_count := v_count + 1;
+  end loop;
+  perform rekey._audit('kek.rotated', version => v_new_id,
+    details => jsonb_build_object('from', v_old_id, 'fingerprint', v_fingerprint, 'keys', v_count));
+  return v_new_id;
+end
+$$;
+
+
+ALTER FUNCTION rekey.rotate_kek() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION rotate_kek(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.rotate_kek() IS 'Wraps every DEK anew under the next KEK, in one transaction; no data is touched. Needs the current and the next KEK at hand. Returns the number of the new one. Keep the old one as long as backups. RK001: one is missing; RK003: a wrapped key is damaged.';
+
+
+--
+-- Name: rotate_keys(text, text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.rotate_keys(keyring text DEFAULT NULL::text, reason text DEFAULT NULL::text, supersede boolean DEFAULT false) RETURNS SETOF rekey.rotation_status
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings;
+  v_ids integer[];
+  v_new bigint[];
+  v_rotation bigint;
+begin
+  if keyring is not null then
+    v_keyring := rekey._keyring(keyring);
+    if v_keyring.retired_at is not null then
+      raise exception 'keyring % is retired', quote_literal(keyring) using errcode = 'RK006';
+    end if;
+    v_ids := array[v_keyring.id];
+  else
+    v_ids := array(select k.id from rekey.keyrings k where k.retired_at is null);
+  end if;
+  v_new := array(select r from rekey._rotate(v_ids, 'manual', reason, coalesce(supersede, false)) r);
+  if keyring is not null and v_new = '{}' then
+    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+    raise exception 'keyring % is under way in rotation %', quote_literal(keyring), v_rotation using errcode = 'RK004',
+      hint = 'Wait for it, or let this one take its rows along: supersede => true.';
+  end if;
+  return query
+    select s.* from rekey.rotation_status s
+    where s.id = any (v_new)
+       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state))
+    order by s.id;
+end
+$$;
+
+
+ALTER FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION rotate_keys(keyring text, reason text, supersede boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; those under way are returned as they are. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
+
+
+--
+-- Name: rotation_step(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_next timestamptz;
+begin
+  perform rekey._refuse_snapshot();
+  keyring_count := 0;
+  rows := 0;
+  if not exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying')) then
+    event := 'idle';
+    return;
+  end if;
+  perform from rekey._kek();
+
+  select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+  if event is null and pg_try_advisory_xact_lock(0, 1) then
+    select c.event, c.keyring_count, c.rows, c.detail into event, keyring_count, rows, detail from rekey._coordinate() c;
+  end if;
+  if event is null and pg_try_advisory_xact_lock(0, 2) then
+    select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
+  end if;
+  if event is null then
+    -- Something is under way, and nothing to be done now: another worker has it in hand, or its time has not come.
+    event := 'waiting';
+    select min(r.next_attempt_at) into v_next from rekey.rotations r where r.state in ('queued', 'running', 'verifying');
+    wait := greatest(interval '50 milliseconds', least(coalesce(v_next - clock_timestamp(), interval '50 milliseconds'), interval '1 second'));
+  elsif event = 'blocked' then
+    wait := interval '500 milliseconds';
+  end if;
+  keyring_count := coalesce(keyring_count, 0);
+  rows := coalesce(rows, 0);
+exception when sqlstate 'RK001' or sqlstate 'RK002' then
+  event := 'locked';
+  keyring_count := 0;
+  rows := 0;
+  wait := interval '10 seconds';
+  detail := jsonb_build_object('error', sqlerrm, 'sqlstate', sqlstate);
+end
+$$;
+
+
+ALTER FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'One step of the rotations under way, to be committed at once; any number of sessions may step. event: batch, planned, swept, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+
+
+--
+-- Name: run_rotations(interval); Type: PROCEDURE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE PROCEDURE rekey.run_rotations(IN max_duration interval DEFAULT '00:00:50'::interval)
+    LANGUAGE plpgsql
+    AS $$
+declare
+  v_until timestamptz := pg_catalog.clock_timestamp() operator(pg_catalog.+) max_duration;
+  v_step record;
+begin
+  if v_until is null then
+    raise exception 'max_duration is an interval' using errcode = 'invalid_parameter_value';
+  end if;
+  loop
+    select s.event, s.wait into v_step from rekey.rotation_step() s;
+    commit;
+    exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])
+           or pg_catalog.clock_timestamp() operator(pg_catalog.>=) v_until;
+    if v_step.wait is not null then
+      perform pg_catalog.pg_sleep_for(v_step.wait);
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER PROCEDURE rekey.run_rotations(IN max_duration interval) OWNER TO rekey_owner;
+
+--
+-- Name: PROCEDURE run_rotations(IN max_duration interval); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON PROCEDURE rekey.run_rotations(IN max_duration interval) IS 'Works on the rotations under way, a commit after each step, until nothing is left, the KEK is missing, or max_duration has passed. Call it outside a transaction.';
+
+
+--
+-- Name: schedule_key_destruction(text, integer, interval); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval DEFAULT NULL::interval) RETURNS timestamp with time zone
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_wait interval := coalesce(wait, (rekey._settings()).destroy_wait);
+  v_keyring rekey.keyrings;
+  v_key rekey.encryption_keys;
+begin
+  if v_wait not between '0 s' and '3650 days' then
+    raise exception 'wait is between 0 and 3650 days' using errcode = 'invalid_parameter_value';
+  end if;
+  v_keyring := rekey._keyring(keyring, lock => true);
+  v_key := rekey._key(v_keyring.id, version);
+  if v_key.state not in ('decrypt_only', 'disabled', 'compromised') then
+    raise exception 'version % is %: it cannot be scheduled for destruction', version, v_key.state using errcode = 'RK006';
+  end if;
+  perform rekey._refuse_in_use(v_keyring, version);
+  perform rekey._move_key(v_key, 'destroy_scheduled', 'key.destroy_scheduled', null, now() + v_wait);
+  return now() + v_wait;
+end
+$$;
+
+
+ALTER FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION schedule_key_destruction(keyring text, version integer, wait interval); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval) IS 'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, and can be cancelled. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
+
+
+--
+-- Name: schedule_worker(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.schedule_worker(schedule text DEFAULT NULL::text) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_version text;
+  v_schedule text;
+  v_job bigint;
+begin
+  select e.extversion into v_version from pg_extension e where e.extname = 'pg_cron';
+  if not found then
+    raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
+      hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
+                    current_database());
+  end if;
+  v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
+  begin
+    execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+  exception when invalid_parameter_value or raise_exception or internal_error then
+    raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
+  end;
+  if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
+    -- No job of ours runs as a superuser.
+    execute 'grant usage on schema cron to rekey_worker';
+    execute 'select cron.alter_job($1, username => $2)' using v_job, 'rekey_worker';
+  end if;
+  return v_job;
+end
+$_$;
+
+
+ALTER FUNCTION rekey.schedule_worker(schedule text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION schedule_worker(schedule text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database; 22023: it does not take the schedule.';
+
+
+--
+-- Name: set_schedule(text, interval, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS timestamp with time zone
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_first timestamptz;
+begin
+  if v_keyring.retired_at is not null then
+    raise exception 'keyring % is retired', quote_literal(keyring) using errcode = 'RK006';
+  end if;
+  begin
+    v_first := coalesce(first_at, now() + rotate_every);
+    if rotate_every is null then
+      raise check_violation;
+    end if;
+    update rekey.keyrings k set rotate_every = set_schedule.rotate_every, next_rotation_at = v_first where k.id = v_keyring.id;
+  exception when check_violation or datetime_field_overflow then
+    raise exception 'a keyring cannot rotate every % from % on', coalesce(rotate_every::text, 'NULL'), coalesce(first_at::text, 'NULL')
+      using errcode = 'invalid_parameter_value', hint = 'The interval is between 1 minute and 36500 days, the first time finite.';
+  end;
+  perform rekey._audit('schedule.changed', keyring,
+    details => jsonb_build_object('rotate_every', rotate_every, 'next_rotation_at', v_first));
+  return v_first;
+end
+$$;
+
+
+ALTER FUNCTION rekey.set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone) IS 'Has a keyring rotated every so often (its cryptoperiod: 1 minute to 36500 days). first_at: when first; NULL, the default: after one cryptoperiod. Returns that time. 22023: interval or time cannot be; RK006: retired; RK007: there is none.';
+
+
+--
+-- Name: set_secret(text, text, uuid, text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.set_secret(name text, value text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, keyring text DEFAULT 'default'::text, description text DEFAULT NULL::text) RETURNS uuid
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_keyring rekey.keyrings;
+  v_id uuid;
+  v_known boolean;
+  v_bytes bytea;
+  v_context bytea;
+  v_envelope bytea;
+begin
+  perform rekey._check_tenant(tenant_id);
+  v_keyring := rekey._keyring(keyring);
+  if v_keyring.tenant_id not in (tenant_id, '00000000-0000-0000-0000-000000000000') then
+    raise exception 'the keyring belongs to another tenant' using errcode = 'insufficient_privilege';
+  end if;
+  if name is null or octet_length(name) not between 1 and 255 or name ~ '[[:cntrl:]]' then
+    raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
+  end if;
+  if value is null then
+    raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.';
+  end if;
+  v_bytes := convert_to(value, 'UTF8');
+  loop
+    -- The id first, then the seal: a value sealed for an id that is thrown away could never be opened.
+    select s.id into v_id from rekey.secrets s
+    where s.tenant_id = set_secret.tenant_id and s.name = set_secret.name for no key update;
+    v_known := found;
+    if not v_known then
+      v_id := gen_random_uuid();
+    end if;
+    v_context := rekey._secret_context(tenant_id, v_id);
+    v_envelope := rekey._seal(v_keyring.id, v_bytes, v_context);
+    if v_known then
+      update rekey.secrets s
+      set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
+          description = coalesce(set_secret.description, s.description)
+      where s.tenant_id = set_secret.tenant_id and s.id = v_id;
+      return v_id;
+    end if;
+    insert into rekey.secrets (tenant_id, id, name, keyring_id, ciphertext, description)
+    values (set_secret.tenant_id, v_id, set_secret.name, v_keyring.id, v_envelope, set_secret.description)
+    on conflict do nothing;
+    if found then
+      return v_id;
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey.set_secret(name text, value text, tenant_id uuid, keyring text, description text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION set_secret(name text, value text, tenant_id uuid, keyring text, description text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.set_secret(name text, value text, tenant_id uuid, keyring text, description text) IS 'Stores a secret under its name, new or in place of the value before, and returns its id. value: at most 32 MiB of UTF-8. keyring: default, or one of the tenant''s own. description: NULL leaves the one that is there. 22023: name or value cannot be; 42501: another tenant; RK001, RK002: KEK; RK006: retired keyring; RK007: no such keyring.';
+
+
+--
+-- Name: set_setting(text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.set_setting(name text, value text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform rekey._store_setting(name, value);
+  if name = 'kek_provider' and value = 'vault' and to_regclass('vault.decrypted_secrets') is not null then
+    if not (has_schema_privilege('rekey_owner', 'vault', 'usage')
+            and has_table_privilege('rekey_owner', 'vault.decrypted_secrets', 'select')) then
+      grant usage on schema vault to rekey_owner;
+      grant select on vault.decrypted_secrets to rekey_owner;
+    end if;
+    -- Supabase's view decrypts with its reader's rights.
+    if to_regprocedure('vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
+       and not has_function_privilege('rekey_owner', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)', 'execute') then
+      execute 'grant execute on function vault._crypto_aead_det_decrypt(bytea, bytea, bigint, bytea, bytea) to rekey_owner';
+    end if;
+  elsif name = 'kek_provider' and value = 'file'
+        and not has_function_privilege('rekey_owner', 'pg_catalog.pg_read_binary_file(text,bigint,bigint,boolean)', 'execute') then
+    grant execute on function pg_catalog.pg_read_binary_file(text, bigint, bigint, boolean) to rekey_owner;
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey.set_setting(name text, value text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION set_setting(name text, value text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.set_setting(name text, value text) IS 'Changes a setting (columns of rekey.settings); value NULL: back to its default. With kek_provider vault or file it also grants rekey_owner what reading the KEK there takes, with the rights of the caller. 22023 for a name or value that cannot be.';
+
+
+--
+-- Name: tick(); Type: PROCEDURE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE PROCEDURE rekey.tick()
+    LANGUAGE plpgsql
+    AS $$
+declare
+  v_begun timestamptz := pg_catalog.clock_timestamp();
+begin
+  perform rekey._tick_duty('schedules', v_begun);
+  commit;
+  perform rekey._tick_duty('destructions', v_begun);
+  commit;
+  perform rekey._tick_duty('census', v_begun);
+  commit;
+  call rekey.run_rotations('50 s');
+  perform rekey._prune_run_details();
+  commit;
+  perform rekey._tick_duty('end', v_begun);
+end
+$$;
+
+
+ALTER PROCEDURE rekey.tick() OWNER TO rekey_owner;
+
+--
+-- Name: PROCEDURE tick(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON PROCEDURE rekey.tick() IS 'The unattended work: rotations that are due, their re-encryption for up to 50 seconds, retries, due destructions, and once a day a count of all rows. pg_cron or pg-rekey work calls it. Call it outside a transaction.';
+
+
+--
+-- Name: unlock(bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.unlock(kek bytea, scope text DEFAULT 'transaction'::text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_first text;
+  v_second text;
+  v_active text;
+  v_seal bytea;
+  v_iv bytea;
+  v_aad bytea;
+  v_sealed bytea;
+  v_set text;
+begin
+  if scope is null or scope not in ('transaction', 'session', 'replacement') then
+    raise exception 'scope is transaction, session or replacement' using errcode = 'invalid_parameter_value';
+  end if;
+  if coalesce(octet_length(kek), 0) not in (32, 64) then
+    raise exception 'a KEK has 32 bytes' using errcode = 'invalid_parameter_value',
+      hint = 'pg-rekey kek generate makes one. With 64 bytes, the current KEK and the next one are given together.';
+  end if;
+  v_first := rekey._fingerprint(substr(kek, 1, 32));
+  if octet_length(kek) = 64 then
+    v_second := rekey._fingerprint(substr(kek, 33, 32));
+  end if;
+  select k.fingerprint into v_active from rekey.keks k where k.state = 'active';
+  if v_active not in (v_first, coalesce(v_second, v_first)) and scope <> 'replacement' then
+    raise exception 'wrong KEK' using errcode = 'RK002',
+      hint = format('The active KEK has the fingerprint %s; pg-rekey kek check says which one a copy is.', v_active);
+  end if;
+  select s.key into v_seal from rekey._session_key s;
+  if not found then
+    insert into rekey._session_key (key) values (rekey._random_bytes(64)) on conflict do nothing;
+    select s.key into strict v_seal from rekey._session_key s;
+  end if;
+  v_iv := rekey._random_bytes(16);
+  v_aad := rekey._session_aad(left(scope, 1));
+  v_sealed := rekey._aead_encrypt(v_seal, v_iv, kek, v_aad);
+  v_set := set_config('rekey.unlocked', left(scope, 1) || encode(v_iv || v_sealed, 'hex'), scope <> 'session');
+  return case when v_second = v_active then v_second else v_first end;
+end
+$$;
+
+
+ALTER FUNCTION rekey.unlock(kek bytea, scope text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION unlock(kek bytea, scope text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.unlock(kek bytea, scope text) IS 'Lets this transaction or session use the KEK. kek: 32 bytes, or 64: the current and the next one. scope: transaction (till its end), session (till rekey.lock(); not behind a transaction pooler) or replacement (as transaction, for a KEK that is to replace a lost one). Returns the fingerprint. A bind parameter may be logged by the server: rekey.unlock_copied() avoids that. RK002: it is not the active KEK; 22023: wrong length or scope.';
+
+
+--
+-- Name: unlock_copied(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.unlock_copied(scope text DEFAULT 'transaction'::text) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_kek bytea;
+  v_fingerprint text;
+begin
+  select string_agg(k.kek, ''::bytea order by k.ctid) into v_kek from pg_temp.pg_rekey_kek k;
+  v_fingerprint := rekey.unlock(v_kek, scope);
+  return v_fingerprint;
+end
+$$;
+
+
+ALTER FUNCTION rekey.unlock_copied(scope text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION unlock_copied(scope text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.unlock_copied(scope text) IS 'As rekey.unlock(), with the KEK from the temporary table pg_rekey_kek (kek bytea), which a binary COPY filled and no log shows: one row, or two: the current and the next KEK. 42P01 without that table.';
+
+
+--
+-- Name: unschedule_worker(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.unschedule_worker() RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_count integer := 0;
+  v_job bigint;
+begin
+  if to_regclass('cron.job') is null then
+    return false;
+  end if;
+  for v_job in execute $sql$ select j.jobid from cron.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$ loop
+    execute 'select cron.unschedule($1)' using v_job;
+    v_count := v_count + 1;
+  end loop;
+  return v_count > 0;
+end
+$_$;
+
+
+ALTER FUNCTION rekey.unschedule_worker() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION unschedule_worker(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.unschedule_worker() IS 'Ends the pg_cron job of rekey.schedule_worker(); false where there was none.';
+
+
+--
+-- Name: verify_audit_log(jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.verify_audit_log(anchor jsonb DEFAULT NULL::jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) RETURNS record
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_head rekey._audit_head;
+begin
+  if anchor is not null and not coalesce(
+       jsonb_typeof(anchor) = 'object' and anchor ->> 'id' ~ '^\d{1,18}$' and anchor ->> 'hash' ~ '^[0-9a-f]{64}$', false) then
+    raise exception 'the anchor has no id and hash'
+      using errcode = 'invalid_parameter_value', hint = 'Give what rekey.audit_checkpoint() returned.';
+  end if;
+  select * into v_head from rekey._audit_head;
+  v_head.id := coalesce(v_head.id, 0);
+  v_head.hash := coalesce(v_head.hash, sha256('pg_rekey/v1/audit'));
+  select count(*) into entries from rekey.audit_log;
+
+  select c.id, c.why into first_bad, reason
+  from (
+    select e.id,
+      case
+        when e.id <> e.place then 'an entry is missing before it'
+        when e.prev_hash <> e.hash_before then 'it does not follow from the entry before it'
+        when e.hash <> e.computed then 'it was changed'
+      end as why
+    from (
+      select a.id, a.prev_hash, a.hash, rekey._audit_hash(a) as computed,
+        row_number() over chain as place,
+        lag(a.hash, 1, sha256('pg_rekey/v1/audit')) over chain as hash_before
+      from rekey.audit_log a
+      window chain as (order by a.id)
+    ) e
+  ) c
+  where c.why is not null
+  order by c.id
+  limit 1;
+
+  if reason is null and (v_head.id <> entries
+      or v_head.hash <> coalesce((select a.hash from rekey.audit_log a where a.id = entries), sha256('pg_rekey/v1/audit'))) then
+    first_bad := entries + 1;
+    reason := 'entries are missing at the end';
+  end if;
+  if reason is null and anchor is not null then
+    if (anchor ->> 'id')::bigint > entries then
+      first_bad := entries + 1;
+      reason := 'the log ends before the anchor';
+    elsif (anchor ->> 'hash') <> encode(coalesce(
+        (select a.hash from rekey.audit_log a where a.id = (anchor ->> 'id')::bigint), sha256('pg_rekey/v1/audit')), 'hex') then
+      first_bad := (anchor ->> 'id')::bigint;
+      reason := 'the log is not the one that was anchored';
+    end if;
+  end if;
+  valid := reason is null;
+end
+$_$;
+
+
+ALTER FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION verify_audit_log(anchor jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) IS 'Checks the chain of the audit log. valid: whether it holds; entries: how many there are; first_bad and reason: the first one that does not fit. anchor: an earlier result of rekey.audit_checkpoint(), kept elsewhere; without one, a chain that was computed anew is not found out. 22023 for an anchor that is none.';
+
+
+--
+-- Name: verify_ciphertexts(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.verify_ciphertexts(keyring text DEFAULT NULL::text) RETURNS SETOF rekey.verified_rows
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_ids integer[] := case when verify_ciphertexts.keyring is not null then array[(rekey._keyring(verify_ciphertexts.keyring)).id] end;
+begin
+  return query
+    select c.relation::text, r.name, c.version, sum(c.rows)::bigint, sum(c.failed)::bigint
+    from rekey._count(v_ids, true) c
+    join rekey.keyrings r on r.id = c.keyring_id
+    group by 1, 2, 3
+    order by 1, 2, 3;
+end
+$$;
+
+
+ALTER FUNCTION rekey.verify_ciphertexts(keyring text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION verify_ciphertexts(keyring text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.verify_ciphertexts(keyring text) IS 'Checks that every protected row opens, and shows nothing of what is in it. keyring NULL: all. RK001, RK002: KEK; RK007: no such keyring.';
+
+
+--
+-- Name: version(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.version() RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN '0.1.0'::text;
+
+
+ALTER FUNCTION rekey.version() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION version(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.version() IS 'Version of pg_rekey in this database.';
+
+
+--
+-- Name: secrets_count(integer[], boolean); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean) RETURNS TABLE(keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_blocks bigint := pg_relation_size('rekey.secrets') / current_setting('block_size')::integer;
+  v_first bigint := 0;
+  v_step bigint := 256;
+begin
+  if not opening then
+    return query
+      select s.keyring_id, s.key_version, count(*), 0::bigint, null::text[], null::text[]
+      from rekey.secrets s
+      where keyrings is null or s.keyring_id = any (keyrings)
+      group by s.keyring_id, s.key_version;
+    return;
+  end if;
+  -- The few rows of small keyrings are found by the index, all at once; many are read 2 MB at a time.
+  if keyrings is not null and (select count(*) from (select from rekey.secrets s where s.keyring_id = any (keyrings) limit 5000) few) < 5000 then
+    v_step := v_blocks;
+  end if;
+  -- STABLE: every statement in here sees the snapshot of the calling one.
+  while v_first < v_blocks loop
+    return query
+      with found as materialized (
+        select s.keyring_id, s.key_version, s.ciphertext, rekey._secret_context(s.tenant_id, s.id) as context,
+          s.tenant_id, s.id, row_number() over () as place
+        from rekey.secrets s
+        where (keyrings is null or s.keyring_id = any (keyrings))
+          and s.ctid >= format('(%s,0)', v_first)::tid and s.ctid < format('(%s,0)', v_first + v_step)::tid
+      ), checked as (
+        select p.place, p.problem
+        from (select rekey._check(array_agg(f.ciphertext order by f.place), array_agg(f.context order by f.place)) as problems
+              from found f) c, unnest(c.problems) with ordinality as p(problem, place)
+      )
+      select f.keyring_id, f.key_version, count(*), count(c.problem),
+        array_agg(f.tenant_id || '/' || f.id) filter (where c.problem is not null),
+        array_agg(c.problem) filter (where c.problem is not null)
+      from found f
+      join checked c on c.place = f.place
+      group by f.keyring_id, f.key_version;
+    v_first := v_first + v_step;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION secrets_count(keyrings integer[], opening boolean); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean) IS 'Counts rekey.secrets by keyring and version; keyrings NULL: all. opening: checks every tag too; failed_keys and failed_problems name what does not open.';
+
+
+--
+-- Name: secrets_sweep(tid, tid, integer[], integer[], integer, bigint); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey_targets.secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rows tid[];
+  v_ciphertexts bytea[];
+  v_contexts bytea[];
+  v_found integer;
+  v_last tid;
+  v_resealed bytea[];
+  v_problems text[];
+begin
+  with due as materialized (
+    select s.ctid as row, s.tenant_id, s.id, s.ciphertext
+    from rekey.secrets s
+    join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
+    where s.ctid >= first and s.ctid < until
+    order by s.ctid
+    limit max_rows
+    for update of s skip locked
+  ), sized as (
+    select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
+    from due d
+  )
+  select array_agg(t.row order by t.row), array_agg(t.ciphertext order by t.row),
+    array_agg(rekey._secret_context(t.tenant_id, t.id) order by t.row), (select count(*) from due)
+  into v_rows, v_ciphertexts, v_contexts, v_found
+  from sized t
+  where t.before < max_bytes;
+
+  if v_found > 0 then
+    v_last := v_rows[cardinality(v_rows)];
+    select r.resealed, r.problems into v_resealed, v_problems from rekey._reencrypt(v_ciphertexts, v_contexts) r;
+    with changed as (
+      update rekey.secrets s set ciphertext = u.resealed
+      from unnest(v_rows, v_resealed) as u(row, resealed)
+      where s.ctid = u.row and u.resealed is not null
+      returning s.keyring_id
+    )
+    select array_agg(c.keyring_id), array_agg(c.rows) into done_keyrings, done_rows
+    from (select keyring_id, count(*) as rows from changed group by keyring_id) c;
+    if array_position(v_resealed, null) is not null then
+      select array_agg(s.keyring_id), array_agg(s.key_version), array_agg(s.tenant_id || '/' || s.id), array_agg(u.problem)
+      into failed_keyrings, failed_versions, failed_keys, failed_problems
+      from unnest(v_rows, v_resealed, v_problems) as u(row, resealed, problem)
+      join rekey.secrets s on s.ctid = u.row
+      where u.resealed is null;
+    end if;
+    if v_found >= max_rows or cardinality(v_rows) < v_found then
+      -- The rows that follow the last one that was treated.
+      next := format('(%s,%s)', split_part(trim(v_last::text, '()'), ',', 1), split_part(trim(v_last::text, '()'), ',', 2)::integer + 1)::tid;
+    end if;
+  end if;
+  set constraints all immediate;
+end
+$$;
+
+
+ALTER FUNCTION rekey_targets.secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey_targets.secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) IS 'Re-encrypts the due rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and max_bytes of ciphertext. next: where to go on, NULL at the end of the range.';
+
+
+--
+-- Name: _chunks; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._chunks (
+    id bigint NOT NULL,
+    pass_id bigint NOT NULL,
+    urgent boolean NOT NULL,
+    target text NOT NULL,
+    relation regclass NOT NULL,
+    first tid NOT NULL,
+    until_block bigint NOT NULL,
+    batch_rows integer DEFAULT 1000 NOT NULL,
+    batch_blocks integer NOT NULL
+);
+
+
+ALTER TABLE rekey._chunks OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _chunks; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._chunks IS 'Block ranges that the rotations of a pass have yet to sweep.';
+
+
+--
+-- Name: _chunks_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey._chunks ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME rekey._chunks_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+
+--
+-- Name: _pass_id; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE SEQUENCE rekey._pass_id
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+
+
+ALTER TABLE rekey._pass_id OWNER TO rekey_owner;
+
+--
+-- Name: _session_key; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._session_key (
+    singleton boolean DEFAULT true NOT NULL,
+    key bytea NOT NULL,
+    CONSTRAINT _session_key_length_check CHECK ((octet_length(key) = 64)),
+    CONSTRAINT _session_key_singleton_check CHECK (singleton)
+);
+
+
+ALTER TABLE rekey._session_key OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _session_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._session_key IS 'One row: the key under which an unlocked session carries the KEK.';
+
+
+--
+-- Name: decrypted_secrets; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.decrypted_secrets WITH (security_invoker='true') AS
+ SELECT s.tenant_id,
+    s.id,
+    s.name,
+    rekey.get_secret(s.name, s.tenant_id) AS value,
+    s.description,
+    s.key_version,
+    s.created_at,
+    s.updated_at
+   FROM rekey.secrets s;
+
+
+ALTER TABLE rekey.decrypted_secrets OWNER TO rekey_owner;
+
+--
+-- Name: VIEW decrypted_secrets; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.decrypted_secrets IS 'The secrets of the tenants that the caller reaches, with their values, opened one by one: select by name. rekey.read_secrets() is faster for many.';
+
+
+--
+-- Name: encryption_keys_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey.encryption_keys ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME rekey.encryption_keys_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+
+--
+-- Name: failure_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.failure_status AS
+ SELECT f.id,
+    f.rotation_id,
+    k.name AS keyring,
+    f.target,
+    f.row_key,
+    f.version,
+    f.reason,
+    f.created_at,
+    f.resolved_at,
+    f.resolution,
+    f.resolved_by,
+    f.resolve_reason
+   FROM (rekey.rotation_failures f
+     JOIN rekey.keyrings k ON ((k.id = f.keyring_id)));
+
+
+ALTER TABLE rekey.failure_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW failure_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.failure_status IS 'The quarantine: rows that did not open. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
+
+
+--
+-- Name: keks_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey.keks ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME rekey.keks_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+
+--
+-- Name: key_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.key_status AS
+ SELECT r.name AS keyring,
+    r.tenant_id,
+    k.version,
+    k.state,
+    k.kek_id,
+    e.state AS kek_state,
+    k.created_at,
+    k.activated_at,
+    k.deactivated_at,
+    k.compromised_at,
+    k.destroy_after,
+    k.destroyed_at
+   FROM ((rekey.encryption_keys k
+     JOIN rekey.keyrings r ON ((r.id = k.keyring_id)))
+     JOIN rekey.keks e ON ((e.id = k.kek_id)));
+
+
+ALTER TABLE rekey.key_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW key_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.key_status IS 'Every key version, its state and its times. kek_state lost: it cannot be opened any more.';
+
+
+--
+-- Name: rotation_failures_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey.rotation_failures ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME rekey.rotation_failures_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+
+--
+-- Name: rotations_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey.rotations ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME rekey.rotations_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+
+--
+-- Name: schedule_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.schedule_status AS
+ SELECT k.name AS keyring,
+    k.tenant_id,
+    k.rotate_every,
+    k.next_rotation_at,
+    COALESCE((k.next_rotation_at < (now() - '00:10:00'::interval)), false) AS overdue
+   FROM rekey.keyrings k
+  WHERE (k.retired_at IS NULL);
+
+
+ALTER TABLE rekey.schedule_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW schedule_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.schedule_status IS 'When each keyring is rotated next; overdue: it should have been 10 minutes ago.';
+
+
+--
+-- Name: setting_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.setting_status AS
+ SELECT (a.attname)::text AS name,
+    (to_jsonb(s.*) ->> (a.attname)::text) AS value,
+    col_description(a.attrelid, (a.attnum)::integer) AS description
+   FROM (pg_attribute a
+     CROSS JOIN rekey.settings s)
+  WHERE ((a.attrelid = ('rekey.settings'::regclass)::oid) AND (a.attnum > 0) AND (NOT a.attisdropped) AND (a.attname <> 'singleton'::name));
+
+
+ALTER TABLE rekey.setting_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW setting_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.setting_status IS 'The settings: name, value, and what it means.';
+
+
+--
+-- Name: worker_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.worker_status AS
+ SELECT w.last_tick_at,
+    w.last_tick_seconds,
+    w.locked_since,
+    w.last_error,
+    w.last_census_at
+   FROM rekey._worker w;
+
+
+ALTER TABLE rekey.worker_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW worker_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.worker_status IS 'When the unattended work last ran, how many seconds it took, since when it lacks the KEK, what failed in it, and when rows were last counted.';
+
+
+--
+-- Name: _audit_head _audit_head_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._audit_head
+    ADD CONSTRAINT _audit_head_pkey PRIMARY KEY (singleton);
+
+
+--
+-- Name: _chunks _chunks_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._chunks
+    ADD CONSTRAINT _chunks_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: _session_key _session_key_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._session_key
+    ADD CONSTRAINT _session_key_pkey PRIMARY KEY (singleton);
+
+
+--
+-- Name: _worker _worker_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._worker
+    ADD CONSTRAINT _worker_pkey PRIMARY KEY (singleton);
+
+
+--
+-- Name: audit_log audit_log_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.audit_log
+    ADD CONSTRAINT audit_log_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: encryption_keys encryption_keys_keyring_version_key; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.encryption_keys
+    ADD CONSTRAINT encryption_keys_keyring_version_key UNIQUE (keyring_id, version);
+
+
+--
+-- Name: encryption_keys encryption_keys_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.encryption_keys
+    ADD CONSTRAINT encryption_keys_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: keks keks_fingerprint_key; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.keks
+    ADD CONSTRAINT keks_fingerprint_key UNIQUE (fingerprint);
+
+
+--
+-- Name: keks keks_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.keks
+    ADD CONSTRAINT keks_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: keyrings keyrings_name_key; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.keyrings
+    ADD CONSTRAINT keyrings_name_key UNIQUE (name);
+
+
+--
+-- Name: keyrings keyrings_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.keyrings
+    ADD CONSTRAINT keyrings_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: rotation_failures rotation_failures_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.rotation_failures
+    ADD CONSTRAINT rotation_failures_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: rotations rotations_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.rotations
+    ADD CONSTRAINT rotations_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: secrets secrets_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.secrets
+    ADD CONSTRAINT secrets_pkey PRIMARY KEY (tenant_id, id);
+
+
+--
+-- Name: secrets secrets_tenant_name_key; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.secrets
+    ADD CONSTRAINT secrets_tenant_name_key UNIQUE (tenant_id, name);
+
+
+--
+-- Name: settings settings_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.settings
+    ADD CONSTRAINT settings_pkey PRIMARY KEY (singleton);
+
+
+--
+-- Name: _chunks_pass_id; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX _chunks_pass_id ON rekey._chunks USING btree (pass_id);
+
+
+--
+-- Name: encryption_keys_active_key; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE UNIQUE INDEX encryption_keys_active_key ON rekey.encryption_keys USING btree (keyring_id) WHERE (state = 'active'::text);
+
+
+--
+-- Name: encryption_keys_destroy_after; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX encryption_keys_destroy_after ON rekey.encryption_keys USING btree (destroy_after) WHERE (state = 'destroy_scheduled'::text);
+
+
+--
+-- Name: keks_active_key; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE UNIQUE INDEX keks_active_key ON rekey.keks USING btree (state) WHERE (state = 'active'::text);
+
+
+--
+-- Name: keyrings_next_rotation_at; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX keyrings_next_rotation_at ON rekey.keyrings USING btree (next_rotation_at) WHERE (next_rotation_at IS NOT NULL);
+
+
+--
+-- Name: rotation_failures_open_key; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE UNIQUE INDEX rotation_failures_open_key ON rekey.rotation_failures USING btree (keyring_id, target, row_key) WHERE (resolved_at IS NULL);
+
+
+--
+-- Name: rotations_keyring_id; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX rotations_keyring_id ON rekey.rotations USING btree (keyring_id, id);
+
+
+--
+-- Name: rotations_open; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX rotations_open ON rekey.rotations USING btree (id) WHERE (state = ANY (ARRAY['queued'::text, 'running'::text, 'verifying'::text]));
+
+
+--
+-- Name: rotations_under_way_key; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE UNIQUE INDEX rotations_under_way_key ON rekey.rotations USING btree (keyring_id) WHERE (state = ANY (ARRAY['queued'::text, 'running'::text, 'paused'::text, 'verifying'::text, 'failed'::text]));
+
+
+--
+-- Name: secrets_keyring_id; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX secrets_keyring_id ON rekey.secrets USING btree (keyring_id);
+
+
+--
+-- Name: audit_log audit_log_append_only; Type: TRIGGER; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TRIGGER audit_log_append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON rekey.audit_log FOR EACH STATEMENT EXECUTE FUNCTION rekey._refuse_change();
+
+
+--
+-- Name: encryption_keys encryption_keys_keep; Type: TRIGGER; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TRIGGER encryption_keys_keep BEFORE DELETE OR TRUNCATE ON rekey.encryption_keys FOR EACH STATEMENT EXECUTE FUNCTION rekey._refuse_change();
+
+
+--
+-- Name: encryption_keys encryption_keys_state; Type: TRIGGER; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TRIGGER encryption_keys_state BEFORE UPDATE ON rekey.encryption_keys FOR EACH ROW EXECUTE FUNCTION rekey._check_key_change();
+
+
+--
+-- Name: encryption_keys encryption_keys_kek_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.encryption_keys
+    ADD CONSTRAINT encryption_keys_kek_fkey FOREIGN KEY (kek_id) REFERENCES rekey.keks(id);
+
+
+--
+-- Name: encryption_keys encryption_keys_keyring_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.encryption_keys
+    ADD CONSTRAINT encryption_keys_keyring_fkey FOREIGN KEY (keyring_id) REFERENCES rekey.keyrings(id);
+
+
+--
+-- Name: rotation_failures rotation_failures_keyring_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.rotation_failures
+    ADD CONSTRAINT rotation_failures_keyring_fkey FOREIGN KEY (keyring_id) REFERENCES rekey.keyrings(id);
+
+
+--
+-- Name: rotation_failures rotation_failures_rotation_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.rotation_failures
+    ADD CONSTRAINT rotation_failures_rotation_fkey FOREIGN KEY (rotation_id) REFERENCES rekey.rotations(id);
+
+
+--
+-- Name: rotations rotations_keyring_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.rotations
+    ADD CONSTRAINT rotations_keyring_fkey FOREIGN KEY (keyring_id) REFERENCES rekey.keyrings(id);
+
+
+--
+-- Name: rotations rotations_to_version_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.rotations
+    ADD CONSTRAINT rotations_to_version_fkey FOREIGN KEY (keyring_id, to_version) REFERENCES rekey.encryption_keys(keyring_id, version);
+
+
+--
+-- Name: secrets secrets_keyring_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.secrets
+    ADD CONSTRAINT secrets_keyring_fkey FOREIGN KEY (keyring_id) REFERENCES rekey.keyrings(id);
+
+
+--
+-- Name: secrets; Type: ROW SECURITY; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey.secrets ENABLE ROW LEVEL SECURITY;
+
+--
+-- Name: secrets secrets_tenant; Type: POLICY; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE POLICY secrets_tenant ON rekey.secrets FOR SELECT TO rekey_app USING (rekey.can_access_tenant(tenant_id));
+
+
+--
+-- Name: POLICY secrets_tenant ON secrets; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON POLICY secrets_tenant ON rekey.secrets IS 'Rows of the tenants that the caller reaches. Writing goes through rekey.set_secret().';
+
+
+--
+-- Name: SCHEMA rekey; Type: ACL; Schema: -; Owner: rekey_owner
+--
+
+GRANT USAGE ON SCHEMA rekey TO rekey_admin;
+GRANT USAGE ON SCHEMA rekey TO rekey_operator;
+GRANT USAGE ON SCHEMA rekey TO rekey_auditor;
+GRANT USAGE ON SCHEMA rekey TO rekey_app;
+GRANT USAGE ON SCHEMA rekey TO rekey_sweeper;
+
+
+--
+-- Name: SCHEMA rekey_targets; Type: ACL; Schema: -; Owner: rekey_owner
+--
+
+GRANT USAGE ON SCHEMA rekey_targets TO rekey_sweeper;
+
+
+--
+-- Name: FUNCTION _active_versions(keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._active_versions(keyrings integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _mac(key bytea, aad bytea, iv bytea, ciphertext bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._mac(key bytea, aad bytea, iv bytea, ciphertext bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_lengths(key integer, iv integer, message integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_lengths(key integer, iv integer, message integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _audit(event text, keyring text, version integer, rotation_id bigint, details jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._audit(event text, keyring text, version integer, rotation_id bigint, details jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _audit_all(events jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._audit_all(events jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _part(part text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._part(part text) FROM PUBLIC;
+
+
+--
+-- Name: TABLE audit_log; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.audit_log TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _audit_hash(entry rekey.audit_log); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._audit_hash(entry rekey.audit_log) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _barrier(keyring_id integer, versions integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._barrier(keyring_id integer, versions integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _call_count(function_name name, keyrings integer[], opening boolean); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+--
+
+REVOKE ALL ON FUNCTION rekey._call_count(function_name name, keyrings integer[], opening boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_count(function_name name, keyrings integer[], opening boolean) TO rekey_owner;
+
+
+--
+-- Name: FUNCTION _call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+--
+
+REVOKE ALL ON FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) TO rekey_owner;
+
+
+--
+-- Name: FUNCTION _call_tenant_check(function_name text, tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+--
+
+REVOKE ALL ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) TO rekey_owner;
+
+
+--
+-- Name: FUNCTION _caller(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._caller() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _census(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._census() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _check(ciphertexts bytea[], contexts bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._check(ciphertexts bytea[], contexts bytea[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _check_context(context text[], keyring_tenant uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._check_context(context text[], keyring_tenant uuid) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _check_key_change(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._check_key_change() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _check_tenant(tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._check_tenant(tenant_id uuid) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _claims(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._claims() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _context(parts text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._context(parts text[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _count(keyrings integer[], opening boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._count(keyrings integer[], opening boolean) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _deks(keyrings integer[], versions integer[], sweeping boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping boolean) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _destroy_due(clock_jumped boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._destroy_due(clock_jumped boolean) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _ensure_rows(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._ensure_rows() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _fingerprint(kek bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._fingerprint(kek bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _from_text(value text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._from_text(value text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _header(keyring_id integer, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._header(keyring_id integer, version integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _int4(bytes bytea, place integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._int4(bytes bytea, place integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _is_envelope(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_envelope(value bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _is_under_way(state text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_under_way(state text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _kek(OUT id integer, OUT kek bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._kek(OUT id integer, OUT kek bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _keks(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._keks() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _key(keyring_id integer, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._key(keyring_id integer, version integer) FROM PUBLIC;
+
+
+--
+-- Name: TABLE keyrings; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_admin;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_operator;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_auditor;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_app;
+
+
+--
+-- Name: FUNCTION _keyring(name text, lock boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._keyring(name text, lock boolean) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _lock_active(keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._lock_active(keyrings integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _lock_holders(keyring_id integer, versions integer[], since timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._lock_holders(keyring_id integer, versions integer[], since timestamp with time zone) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _lock_kek(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._lock_kek() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _max_bytes(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._max_bytes() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamp with time zone) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _new_kek(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._new_kek() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _new_keys(keyrings integer[], versions integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _open(envelope bytea, context bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._open(envelope bytea, context bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _parse_kek(value text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._parse_kek(value text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _plan(OUT event text, OUT keyring_count integer, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _provided_keks(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._provided_keks() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _prune_run_details(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._prune_run_details() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._prune_run_details() TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _queue_sweep(keyring_id integer, trigger text, reason text, previous_version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._queue_sweep(keyring_id integer, trigger text, reason text, previous_version integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _random_bytes(count integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._random_bytes(count integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _record_error(rotations bigint[], message text, code text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._record_error(rotations bigint[], message text, code text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_change(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_change() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_in_use(keyring rekey.keyrings, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_needed(keyring_id integer, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_needed(keyring_id integer, version integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_older(rotation rekey.rotations); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_older(rotation rekey.rotations) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_snapshot(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_snapshot() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _replace_lost_keys(kek_id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._replace_lost_keys(kek_id integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _rotate(keyrings integer[], trigger text, reason text, supersede boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._rotate(keyrings integer[], trigger text, reason text, supersede boolean) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _rotate_due(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._rotate_due() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _seal(keyring_id integer, plaintext bytea, context bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._seal(keyring_id integer, plaintext bytea, context bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _secret_context(tenant_id uuid, id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._secret_context(tenant_id uuid, id uuid) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _session_aad(scope text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._session_aad(scope text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _session_keks(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._session_keks() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _settings(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._settings() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _store_setting(name text, value text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._store_setting(name text, value text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._store_setting(name text, value text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+
+
+--
+-- Name: TABLE secrets; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.secrets TO rekey_app;
+
+
+--
+-- Name: FUNCTION _targets(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._targets() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _tick_duty(duty text, begun timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _to_text(envelope bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._to_text(envelope bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _wrap_aad(kek_id integer, keyring_id integer, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._wrap_aad(kek_id integer, keyring_id integer, version integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _wrapping_key(kek bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._wrapping_key(kek bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION audit_checkpoint(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.audit_checkpoint() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.audit_checkpoint() TO rekey_auditor;
+GRANT ALL ON FUNCTION rekey.audit_checkpoint() TO rekey_operator;
+
+
+--
+-- Name: FUNCTION can_access_tenant(tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.can_access_tenant(tenant_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.can_access_tenant(tenant_id uuid) TO rekey_app;
+
+
+--
+-- Name: FUNCTION cancel_key_destruction(keyring text, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.cancel_key_destruction(keyring text, version integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.cancel_key_destruction(keyring text, version integer) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION clear_schedule(keyring text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.clear_schedule(keyring text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.clear_schedule(keyring text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION create_keyring(name text, tenant_id uuid, rotate_every interval); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.create_keyring(name text, tenant_id uuid, rotate_every interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.create_keyring(name text, tenant_id uuid, rotate_every interval) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION decrypt(ciphertext bytea, context text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.decrypt(ciphertext bytea, context text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.decrypt(ciphertext bytea, context text[]) TO rekey_app;
+
+
+--
+-- Name: FUNCTION decrypt(ciphertext text, context text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.decrypt(ciphertext text, context text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.decrypt(ciphertext text, context text[]) TO rekey_app;
+
+
+--
+-- Name: FUNCTION decrypt_text(ciphertext bytea, context text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) TO rekey_app;
+
+
+--
+-- Name: FUNCTION decrypt_text(ciphertext text, context text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.decrypt_text(ciphertext text, context text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.decrypt_text(ciphertext text, context text[]) TO rekey_app;
+
+
+--
+-- Name: FUNCTION delete_secret(name text, tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.delete_secret(name text, tenant_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.delete_secret(name text, tenant_id uuid) TO rekey_app;
+
+
+--
+-- Name: FUNCTION disable_key(keyring text, version integer, reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.disable_key(keyring text, version integer, reason text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.disable_key(keyring text, version integer, reason text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION enable_key(keyring text, version integer, reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.enable_key(keyring text, version integer, reason text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.enable_key(keyring text, version integer, reason text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION encrypt(plaintext bytea, keyring text, context text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.encrypt(plaintext bytea, keyring text, context text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.encrypt(plaintext bytea, keyring text, context text[]) TO rekey_app;
+
+
+--
+-- Name: FUNCTION encrypt(plaintext text, keyring text, context text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.encrypt(plaintext text, keyring text, context text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.encrypt(plaintext text, keyring text, context text[]) TO rekey_app;
+
+
+--
+-- Name: FUNCTION encrypt_text(plaintext text, keyring text, context text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.encrypt_text(plaintext text, keyring text, context text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.encrypt_text(plaintext text, keyring text, context text[]) TO rekey_app;
+
+
+--
+-- Name: FUNCTION get_secret(name text, tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.get_secret(name text, tenant_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.get_secret(name text, tenant_id uuid) TO rekey_app;
+
+
+--
+-- Name: FUNCTION key_usage(keyring text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.key_usage(keyring text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.key_usage(keyring text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.key_usage(keyring text) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION lock(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.lock() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.lock() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.lock() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.lock() TO rekey_app;
+
+
+--
+-- Name: TABLE rotation_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.rotation_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.rotation_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.rotation_status TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION mark_key_compromised(keyring text, version integer, reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text) TO rekey_admin;
+
+
+--
+-- Name: TABLE keks; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.keks TO rekey_admin;
+GRANT SELECT ON TABLE rekey.keks TO rekey_operator;
+GRANT SELECT ON TABLE rekey.keks TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION metrics(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.metrics() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.metrics() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.metrics() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.metrics() TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION pause_rotation(id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.pause_rotation(id bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.pause_rotation(id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION read_secrets(names text[], tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.read_secrets(names text[], tenant_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.read_secrets(names text[], tenant_id uuid) TO rekey_app;
+
+
+--
+-- Name: FUNCTION register_kek(replace_lost boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.register_kek(replace_lost boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.register_kek(replace_lost boolean) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION resolve_failure(id bigint, action text, reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION resume_rotation(id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.resume_rotation(id bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.resume_rotation(id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION retire_keyring(name text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.retire_keyring(name text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.retire_keyring(name text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION retry_rotation(id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.retry_rotation(id bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.retry_rotation(id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION rollback_rotation(id bigint, reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.rollback_rotation(id bigint, reason text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.rollback_rotation(id bigint, reason text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION rotate_kek(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.rotate_kek() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.rotate_kek() TO rekey_admin;
+
+
+--
+-- Name: FUNCTION rotate_keys(keyring text, reason text, supersede boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_operator;
+
+
+--
+-- Name: PROCEDURE run_rotations(IN max_duration interval); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON PROCEDURE rekey.run_rotations(IN max_duration interval) FROM PUBLIC;
+GRANT ALL ON PROCEDURE rekey.run_rotations(IN max_duration interval) TO rekey_admin;
+GRANT ALL ON PROCEDURE rekey.run_rotations(IN max_duration interval) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION schedule_key_destruction(keyring text, version integer, wait interval); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION schedule_worker(schedule text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.schedule_worker(schedule text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.schedule_worker(schedule text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION set_secret(name text, value text, tenant_id uuid, keyring text, description text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.set_secret(name text, value text, tenant_id uuid, keyring text, description text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.set_secret(name text, value text, tenant_id uuid, keyring text, description text) TO rekey_app;
+
+
+--
+-- Name: FUNCTION set_setting(name text, value text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.set_setting(name text, value text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.set_setting(name text, value text) TO rekey_admin;
+
+
+--
+-- Name: PROCEDURE tick(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON PROCEDURE rekey.tick() FROM PUBLIC;
+GRANT ALL ON PROCEDURE rekey.tick() TO rekey_operator;
+
+
+--
+-- Name: FUNCTION unlock(kek bytea, scope text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.unlock(kek bytea, scope text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.unlock(kek bytea, scope text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.unlock(kek bytea, scope text) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.unlock(kek bytea, scope text) TO rekey_app;
+
+
+--
+-- Name: FUNCTION unlock_copied(scope text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.unlock_copied(scope text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.unlock_copied(scope text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.unlock_copied(scope text) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.unlock_copied(scope text) TO rekey_app;
+
+
+--
+-- Name: FUNCTION unschedule_worker(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.unschedule_worker() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.unschedule_worker() TO rekey_admin;
+
+
+--
+-- Name: FUNCTION verify_audit_log(anchor jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) TO rekey_auditor;
+GRANT ALL ON FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION verify_ciphertexts(keyring text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.verify_ciphertexts(keyring text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.verify_ciphertexts(keyring text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.verify_ciphertexts(keyring text) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION version(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.version() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.version() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.version() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.version() TO rekey_auditor;
+GRANT ALL ON FUNCTION rekey.version() TO rekey_app;
+
+
+--
+-- Name: FUNCTION secrets_count(keyrings integer[], opening boolean); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean) TO rekey_sweeper;
+
+
+--
+-- Name: FUNCTION secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey_targets.secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) TO rekey_sweeper;
+
+
+--
+-- Name: TABLE decrypted_secrets; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.decrypted_secrets TO rekey_app;
+
+
+--
+-- Name: TABLE failure_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.failure_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.failure_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.failure_status TO rekey_auditor;
+
+
+--
+-- Name: TABLE key_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.key_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.key_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.key_status TO rekey_auditor;
+
+
+--
+-- Name: TABLE schedule_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.schedule_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.schedule_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.schedule_status TO rekey_auditor;
+
+
+--
+-- Name: TABLE setting_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.setting_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.setting_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.setting_status TO rekey_auditor;
+
+
+--
+-- Name: TABLE worker_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.worker_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.worker_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.worker_status TO rekey_auditor;
+
+
+--
+-- PostgreSQL database dump complete
+--
+
+

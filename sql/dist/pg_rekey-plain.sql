@@ -1,0 +1,3633 @@
+-- pg_rekey 0.1.0, assembled by `make sql`: edit the sources in sql/, not this file.
+
+-- sql/header.sql
+-- pg_rekey 0.1.0: key rotation and online re-encryption on pgcrypto and pg_cron.
+-- The whole script runs in one transaction. Early-bound function bodies find pgcrypto through the search_path
+-- pinned here, wherever it is installed.
+do $$
+begin
+  if current_setting('server_version_num')::int < 150000 then
+    raise exception 'pg_rekey needs PostgreSQL 15 or later, this is %', current_setting('server_version')
+      using errcode = 'feature_not_supported';
+  end if;
+  if not exists (select from pg_catalog.pg_extension where extname = 'pgcrypto') then
+    raise exception 'pg_rekey needs the extension pgcrypto'
+      using errcode = 'undefined_object', hint = 'Run CREATE EXTENSION pgcrypto first.';
+  end if;
+end
+$$;
+
+select pg_catalog.set_config('search_path', 'pg_catalog, ' || pg_catalog.quote_ident(n.nspname) || ', pg_temp', true)
+from pg_catalog.pg_extension e
+join pg_catalog.pg_namespace n on n.oid = e.extnamespace
+where e.extname = 'pgcrypto';
+
+-- sql/schema/10_roles.sql
+-- Roles belong to the whole cluster: a second database uses the ones that are there, if they are what they should be.
+do $$
+declare
+  v_role record;
+  v_found pg_roles;
+  v_member name;
+  v_super boolean := (select rolsuper from pg_roles where rolname = current_user);
+  v_admin text := case when current_setting('server_version_num')::int < 160000 then ' with admin option' else '' end;
+begin
+  for v_role in
+    select r.name, r.login, r.owns
+    from (values ('rekey_owner', false, true), ('rekey_sweeper', false, true),
+                 ('rekey_admin', false, false), ('rekey_operator', false, false),
+                 ('rekey_auditor', false, false), ('rekey_app', false, false),
+                 ('rekey_worker', true, false)) as r(name, login, owns)
+    where v_super or r.name <> 'rekey_worker'
+  loop
+    select * into v_found from pg_roles where rolname = v_role.name;
+    if not found then
+      execute format('create role %I %s', v_role.name, case when v_role.login then 'login' else 'nologin' end);
+    elsif v_found.rolsuper or v_found.rolcreaterole or v_found.rolcreatedb or v_found.rolreplication
+          or v_found.rolbypassrls or v_found.rolcanlogin <> v_role.login then
+      raise exception 'role % exists and is not what pg_rekey needs', v_role.name
+        using errcode = 'invalid_role_specification',
+              hint = format('It must be %s, and neither SUPERUSER, CREATEROLE, CREATEDB, REPLICATION nor BYPASSRLS.',
+                            case when v_role.login then 'LOGIN' else 'NOLOGIN' end);
+    end if;
+    if v_role.owns then
+      select m.member::regrole::name into v_member
+      from pg_auth_members m
+      where m.roleid = v_role.name::regrole and m.member <> current_user::regrole
+      limit 1;
+      if found then
+        raise exception 'role % has the member %', v_role.name, v_member
+          using errcode = 'invalid_role_specification',
+                hint = format('It must have none: REVOKE %I FROM %I, or install as %I.', v_role.name, v_member, v_member);
+      end if;
+      if exists (select from pg_auth_members m where m.member = v_role.name::regrole) then
+        raise exception 'role % is a member of other roles', v_role.name
+          using errcode = 'invalid_role_specification', hint = 'It must be a member of none: revoke those memberships.';
+      end if;
+    end if;
+    if not v_super then
+      execute format('grant %I to current_user%s', v_role.name, v_admin);
+    end if;
+  end loop;
+  for v_role in
+    select g.role, g.member
+    from (values ('rekey_operator', 'rekey_admin'), ('rekey_auditor', 'rekey_admin'), ('rekey_operator', 'rekey_worker')) as g(role, member)
+    where (v_super or g.member <> 'rekey_worker')
+      and not exists (select from pg_auth_members m where m.roleid = g.role::regrole and m.member = g.member::regrole)
+  loop
+    execute format('grant %I to %I', v_role.role, v_role.member);
+  end loop;
+end
+$$;
+
+create schema rekey;
+comment on schema rekey is 'pg_rekey: encryption keys, their rotation, and the secrets they protect. Objects whose name starts with _ are private.';
+grant usage on schema rekey to rekey_admin, rekey_operator, rekey_auditor, rekey_app, rekey_sweeper;
+
+create schema rekey_targets;
+comment on schema rekey_targets is 'pg_rekey: for each protected table its sweep and count functions, owned by the owner of the table.';
+grant usage on schema rekey_targets to rekey_sweeper;
+
+-- sql/schema/20_settings.sql
+create table rekey.settings (
+  singleton boolean constraint settings_pkey primary key default true constraint settings_singleton_check check (singleton),
+  kek_provider text not null default 'session'
+    constraint settings_kek_provider_check check (kek_provider in ('session', 'vault', 'file')),
+  kek_secret_name text not null default 'pg_rekey_kek'
+    constraint settings_kek_secret_name_check check (kek_secret_name <> ''),
+  -- Relative to the data directory: an absolute path would need a role that may read every file of the server.
+  kek_file text not null default 'pg_rekey.kek'
+    constraint settings_kek_file_check check (kek_file <> '' and kek_file !~ '^/|^[A-Za-z]:|(^|/)\.\.(/|$)'),
+  destroy_wait interval not null default '45 days'
+    constraint settings_destroy_wait_check check (destroy_wait between '0 s' and '3650 days'),
+  batch_target interval not null default '200 ms'
+    constraint settings_batch_target_check check (batch_target between '10 ms' and '60 s'),
+  max_rows_per_second integer
+    constraint settings_max_rows_per_second_check check (max_rows_per_second > 0),
+  max_attempts integer not null default 8
+    constraint settings_max_attempts_check check (max_attempts between 1 and 1000),
+  tenant_check text,
+  jwt_admin_claim text constraint settings_jwt_admin_claim_check check (jwt_admin_claim <> '')
+);
+comment on table rekey.settings is 'One row: how this database rotates. Change it with rekey.set_setting().';
+comment on column rekey.settings.singleton is 'Always true: there is one row.';
+comment on column rekey.settings.kek_provider is 'Where the key-encryption key comes from when the session did not unlock itself: session (nowhere else), vault (Supabase Vault), file (on the database server).';
+comment on column rekey.settings.kek_secret_name is 'Name of the KEK in vault.decrypted_secrets; the next KEK is looked for under this name with _new appended.';
+comment on column rekey.settings.kek_file is 'File of the KEK, relative to the data directory (a link to a file elsewhere will do); the next KEK is looked for under this name with _new appended.';
+comment on column rekey.settings.destroy_wait is 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
+comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
+comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
+comment on column rekey.settings.max_attempts is 'Failed batches in a row after which a rotation is failed.';
+comment on column rekey.settings.tenant_check is 'Name of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
+comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
+
+create table rekey._worker (
+  singleton boolean constraint _worker_pkey primary key default true constraint _worker_singleton_check check (singleton),
+  last_tick_at timestamptz,
+  last_tick_seconds double precision,
+  last_census_at timestamptz,
+  locked_since timestamptz,
+  last_error text,
+  last_error_at timestamptz,
+  next_batch_at timestamptz
+);
+comment on table rekey._worker is 'One row: when the unattended work last ran, since when it lacks the KEK, and when the throttle lets the next batch start.';
+
+create table rekey._session_key (
+  singleton boolean constraint _session_key_pkey primary key default true constraint _session_key_singleton_check check (singleton),
+  key bytea not null constraint _session_key_length_check check (octet_length(key) = 64)
+);
+comment on table rekey._session_key is 'One row: the key under which an unlocked session carries the KEK.';
+
+-- sql/schema/30_keys.sql
+create table rekey.keks (
+  id integer generated by default as identity constraint keks_pkey primary key,
+  fingerprint text not null constraint keks_fingerprint_key unique
+    constraint keks_fingerprint_check check (fingerprint ~ '^[0-9a-f]{32}$'),
+  state text not null default 'active' constraint keks_state_check check (state in ('active', 'retired', 'lost')),
+  created_at timestamptz not null default now(),
+  retired_at timestamptz,
+  constraint keks_retired_at_check check ((state = 'active') = (retired_at is null))
+);
+create unique index keks_active_key on rekey.keks (state) where state = 'active';
+comment on table rekey.keks is 'Key-encryption keys: number, fingerprint and state. The keys themselves are never stored.';
+comment on column rekey.keks.id is 'Number of the KEK.';
+comment on column rekey.keks.fingerprint is 'First 16 bytes of HMAC-SHA-256 of the label pg_rekey/v1/fingerprint under the KEK, in hex.';
+comment on column rekey.keks.state is 'active (wraps the DEKs), retired (replaced: keep it as long as backups), lost (what it wrapped cannot be opened).';
+comment on column rekey.keks.created_at is 'When it was registered.';
+comment on column rekey.keks.retired_at is 'When it was replaced or declared lost.';
+
+create table rekey.keyrings (
+  -- Random, so that keyrings of two databases can be brought together.
+  id integer constraint keyrings_pkey primary key constraint keyrings_id_check check (id > 0),
+  name text not null constraint keyrings_name_key unique
+    constraint keyrings_name_check check (octet_length(name) between 1 and 63 and name !~ '[[:cntrl:]]'),
+  tenant_id uuid not null default '00000000-0000-0000-0000-000000000000',
+  rotate_every interval constraint keyrings_rotate_every_check check (rotate_every between '1 minute' and '36500 days'),
+  next_rotation_at timestamptz constraint keyrings_next_rotation_at_check check (isfinite(next_rotation_at)),
+  created_at timestamptz not null default now(),
+  rotated_at timestamptz not null default now(),
+  retired_at timestamptz,
+  constraint keyrings_schedule_check check ((rotate_every is null) = (next_rotation_at is null)),
+  constraint keyrings_retired_check check (retired_at is null or rotate_every is null)
+);
+create index keyrings_next_rotation_at on rekey.keyrings (next_rotation_at) where next_rotation_at is not null;
+comment on table rekey.keyrings is 'Named lines of DEK versions: one a tenant, one an application, or just default.';
+comment on column rekey.keyrings.id is 'Random positive number; part of every ciphertext.';
+comment on column rekey.keyrings.name is 'Unique name, 1 to 63 bytes without control characters.';
+comment on column rekey.keyrings.tenant_id is 'Tenant the keyring belongs to; the nil UUID: all of them.';
+comment on column rekey.keyrings.rotate_every is 'Cryptoperiod (SP 800-57): time between scheduled rotations, one minute or more; NULL: none.';
+comment on column rekey.keyrings.next_rotation_at is 'When the next scheduled rotation is due.';
+comment on column rekey.keyrings.created_at is 'When it was created.';
+comment on column rekey.keyrings.rotated_at is 'When its active version was made.';
+comment on column rekey.keyrings.retired_at is 'When it was retired: it takes no new values.';
+
+create table rekey.encryption_keys (
+  id bigint generated by default as identity constraint encryption_keys_pkey primary key,
+  keyring_id integer not null constraint encryption_keys_keyring_fkey references rekey.keyrings,
+  version integer not null constraint encryption_keys_version_check check (version > 0),
+  state text not null constraint encryption_keys_state_check
+    check (state in ('active', 'decrypt_only', 'disabled', 'compromised', 'destroy_scheduled', 'destroyed')),
+  is_active boolean not null generated always as (state = 'active') stored,
+  wrapped_key bytea,
+  kek_id integer not null constraint encryption_keys_kek_fkey references rekey.keks,
+  created_at timestamptz not null default now(),
+  activated_at timestamptz,
+  deactivated_at timestamptz,
+  compromised_at timestamptz,
+  destroy_after timestamptz,
+  destroyed_at timestamptz,
+  scheduled_from text,
+  constraint encryption_keys_keyring_version_key unique (keyring_id, version),
+  constraint encryption_keys_wrapped_key_check check ((state = 'destroyed') = (wrapped_key is null)),
+  constraint encryption_keys_destroyed_at_check check ((state = 'destroyed') = (destroyed_at is not null)),
+  constraint encryption_keys_destroy_after_check
+    check ((state = 'destroy_scheduled') = (scheduled_from is not null) and (state <> 'destroy_scheduled' or destroy_after is not null))
+);
+create unique index encryption_keys_active_key on rekey.encryption_keys (keyring_id) where state = 'active';
+create index encryption_keys_destroy_after on rekey.encryption_keys (destroy_after) where state = 'destroy_scheduled';
+comment on table rekey.encryption_keys is 'Data-encryption keys (DEKs), one row for each version of a keyring, wrapped under a KEK.';
+comment on column rekey.encryption_keys.id is 'Row number.';
+comment on column rekey.encryption_keys.keyring_id is 'The keyring.';
+comment on column rekey.encryption_keys.version is 'Version within the keyring, from 1.';
+comment on column rekey.encryption_keys.state is 'SP 800-57 state: active, decrypt_only (deactivated), disabled (suspended), compromised, destroy_scheduled, destroyed.';
+comment on column rekey.encryption_keys.is_active is 'Whether new values are encrypted with it.';
+comment on column rekey.encryption_keys.wrapped_key is 'The 64-byte key sealed under the KEK (docs/format.md); NULL once destroyed.';
+comment on column rekey.encryption_keys.kek_id is 'The KEK that wraps it.';
+comment on column rekey.encryption_keys.created_at is 'When it was made.';
+comment on column rekey.encryption_keys.activated_at is 'When it last became active.';
+comment on column rekey.encryption_keys.deactivated_at is 'When it last ceased to be active.';
+comment on column rekey.encryption_keys.compromised_at is 'When it was marked compromised.';
+comment on column rekey.encryption_keys.destroy_after is 'Before this time it is not destroyed.';
+comment on column rekey.encryption_keys.destroyed_at is 'When its wrapped key was overwritten.';
+comment on column rekey.encryption_keys.scheduled_from is 'State that a cancelled destruction returns to.';
+
+-- sql/schema/40_secrets.sql
+create table rekey.secrets (
+  tenant_id uuid not null default '00000000-0000-0000-0000-000000000000',
+  id uuid not null default gen_random_uuid(),
+  name text not null constraint secrets_name_check check (octet_length(name) between 1 and 255 and name !~ '[[:cntrl:]]'),
+  keyring_id integer not null constraint secrets_keyring_fkey references rekey.keyrings,
+  ciphertext bytea not null,
+  key_version integer not null generated always as (
+    (get_byte(ciphertext, 7) << 24) | (get_byte(ciphertext, 8) << 16) | (get_byte(ciphertext, 9) << 8) | get_byte(ciphertext, 10)
+  ) stored,
+  description text,
+  created_at timestamptz not null default now(),
+  updated_at timestamptz not null default now(),
+  constraint secrets_pkey primary key (tenant_id, id),
+  constraint secrets_tenant_name_key unique (tenant_id, name),
+  constraint secrets_ciphertext_check check (
+    octet_length(ciphertext) >= 75
+    and substr(ciphertext, 1, 7) = '\x524b01'::bytea || int4send(keyring_id))
+) with (fillfactor = 50);
+create index secrets_keyring_id on rekey.secrets (keyring_id);
+-- Ciphertext does not compress: trying to costs time and gains nothing.
+alter table rekey.secrets alter column ciphertext set storage external;
+alter table rekey.secrets enable row level security;
+comment on table rekey.secrets is 'Secrets, encrypted. Write with rekey.set_secret(), read with rekey.get_secret(). Half of each page is left free, so that a rotation updates in place.';
+comment on column rekey.secrets.tenant_id is 'Tenant; the nil UUID where there is only one.';
+comment on column rekey.secrets.id is 'Identity of the secret within the tenant; part of what its ciphertext is bound to.';
+comment on column rekey.secrets.name is 'Name, unique within the tenant, 1 to 255 bytes without control characters.';
+comment on column rekey.secrets.keyring_id is 'Keyring it is encrypted with.';
+comment on column rekey.secrets.ciphertext is 'Envelope of format 1 (docs/format.md), bound to (secret, tenant_id, id).';
+comment on column rekey.secrets.key_version is 'Key version, read from the envelope.';
+comment on column rekey.secrets.description is 'Free text, not encrypted.';
+comment on column rekey.secrets.created_at is 'When the secret was made.';
+comment on column rekey.secrets.updated_at is 'When its value last changed; a rotation leaves it.';
+
+-- sql/schema/50_rotations.sql
+create table rekey.rotations (
+  id bigint generated by default as identity constraint rotations_pkey primary key,
+  keyring_id integer not null constraint rotations_keyring_fkey references rekey.keyrings,
+  from_versions integer[] not null,
+  to_version integer not null,
+  -- The version that was active before: what a rollback makes active again.
+  previous_version integer,
+  state text not null default 'queued' constraint rotations_state_check check (state in (
+    'queued', 'running', 'paused', 'verifying', 'completed', 'completed_with_failures', 'failed', 'rolled_back', 'superseded')),
+  trigger text not null constraint rotations_trigger_check
+    check (trigger in ('manual', 'schedule', 'compromise', 'rollback', 'adoption')),
+  reason text,
+  requested_by text not null,
+  rows_total bigint,
+  rows_done bigint not null default 0,
+  rows_failed bigint not null default 0,
+  attempts integer not null default 0,
+  last_error text,
+  next_attempt_at timestamptz,
+  blocked_by jsonb,
+  blocked_since timestamptz,
+  -- Number of the pass over the tables it takes part in, and how many it has begun.
+  pass_id bigint,
+  passes integer not null default 0,
+  -- When every writer of an older version was seen to be gone.
+  barrier_at timestamptz,
+  created_at timestamptz not null default now(),
+  started_at timestamptz,
+  finished_at timestamptz,
+  constraint rotations_to_version_fkey foreign key (keyring_id, to_version) references rekey.encryption_keys (keyring_id, version)
+);
+create unique index rotations_under_way_key on rekey.rotations (keyring_id)
+  where state in ('queued', 'running', 'paused', 'verifying', 'failed');
+create index rotations_keyring_id on rekey.rotations (keyring_id, id);
+create index rotations_open on rekey.rotations (id) where state in ('queued', 'running', 'verifying');
+comment on table rekey.rotations is 'Rotations: which keyring goes from which versions to which, and how far it is.';
+
+create sequence rekey._pass_id;
+
+-- What is still to be swept: a worker locks a row, moves first on, and deletes it at the end.
+create table rekey._chunks (
+  id bigint generated by default as identity constraint _chunks_pkey primary key,
+  pass_id bigint not null,
+  urgent boolean not null,
+  target text not null,
+  relation regclass not null,
+  first tid not null,
+  until_block bigint not null,
+  batch_rows integer not null default 1000,
+  batch_blocks integer not null
+);
+create index _chunks_pass_id on rekey._chunks (pass_id);
+comment on table rekey._chunks is 'Block ranges that the rotations of a pass have yet to sweep.';
+
+create table rekey.rotation_failures (
+  id bigint generated by default as identity constraint rotation_failures_pkey primary key,
+  rotation_id bigint not null constraint rotation_failures_rotation_fkey references rekey.rotations,
+  keyring_id integer not null constraint rotation_failures_keyring_fkey references rekey.keyrings,
+  target text not null,
+  relation text not null,
+  row_key text not null,
+  version integer not null,
+  reason text not null,
+  created_at timestamptz not null default now(),
+  resolved_at timestamptz,
+  resolution text constraint rotation_failures_resolution_check check (resolution in ('retry', 'discard', 'cleared')),
+  resolved_by text,
+  resolve_reason text,
+  constraint rotation_failures_resolved_check check ((resolved_at is null) = (resolution is null))
+);
+create unique index rotation_failures_open_key on rekey.rotation_failures (keyring_id, target, row_key)
+  where resolved_at is null;
+comment on table rekey.rotation_failures is 'Quarantine: rows that did not open in a rotation. They are left as they were, and keep their key from destruction.';
+comment on column rekey.rotation_failures.row_key is 'Primary key of the row, its parts as text, separated by a slash.';
+
+-- sql/schema/60_audit.sql
+create table rekey.audit_log (
+  id bigint constraint audit_log_pkey primary key,
+  at timestamptz not null,
+  actor text not null,
+  role text not null,
+  jwt_subject text,
+  event text not null constraint audit_log_event_check check (event in (
+    'keyring.created', 'keyring.retired',
+    'key.created', 'key.activated', 'key.deactivated', 'key.disabled', 'key.enabled', 'key.compromised',
+    'key.destroy_scheduled', 'key.destroy_cancelled', 'key.destroyed',
+    'rotation.requested', 'rotation.started', 'rotation.error', 'rotation.row_failed', 'rotation.failure_resolved',
+    'rotation.retried', 'rotation.paused', 'rotation.resumed', 'rotation.rolled_back', 'rotation.completed', 'rotation.failed',
+    'kek.registered', 'kek.rotated', 'kek.lost', 'column.protected', 'column.unprotected',
+    'schedule.changed', 'setting.changed', 'access.denied')),
+  keyring text,
+  version integer,
+  rotation_id bigint,
+  details jsonb not null default '{}',
+  prev_hash bytea not null,
+  hash bytea not null
+);
+comment on table rekey.audit_log is 'What happened to keys, in a hash chain. Rows are only ever added; rekey.verify_audit_log() checks it.';
+comment on column rekey.audit_log.id is 'Number in the chain, from 1, without gaps.';
+comment on column rekey.audit_log.at is 'When.';
+comment on column rekey.audit_log.actor is 'The role that logged in (session_user).';
+comment on column rekey.audit_log.role is 'The role it had set (SET ROLE), or none.';
+comment on column rekey.audit_log.jwt_subject is 'Subject of the JWT, behind PostgREST.';
+comment on column rekey.audit_log.event is 'What happened.';
+comment on column rekey.audit_log.keyring is 'Keyring it happened to.';
+comment on column rekey.audit_log.version is 'Key version it happened to; for kek events the number of the KEK.';
+comment on column rekey.audit_log.rotation_id is 'Rotation it happened in.';
+comment on column rekey.audit_log.details is 'More of it. Never a key or a value.';
+comment on column rekey.audit_log.prev_hash is 'Hash of the entry before.';
+comment on column rekey.audit_log.hash is 'SHA-256 over prev_hash and every other column (docs/format.md).';
+
+-- Its row lock puts the writers of the chain in a row, at any isolation level.
+create table rekey._audit_head (
+  singleton boolean constraint _audit_head_pkey primary key default true constraint _audit_head_singleton_check check (singleton),
+  id bigint not null,
+  hash bytea not null
+);
+comment on table rekey._audit_head is 'One row: number and hash of the last entry of the audit log.';
+
+-- sql/schema/70_types.sql
+create type rekey.key_rows as (keyring text, version integer, state text, rows bigint, relations text[]);
+comment on type rekey.key_rows is 'Result of rekey.key_usage(): rows that stand on a key version, and the relations they are in.';
+
+create type rekey.verified_rows as (relation text, keyring text, version integer, rows bigint, failed bigint);
+comment on type rekey.verified_rows is 'Result of rekey.verify_ciphertexts(): rows of a relation on a key version, and how many of them do not open.';
+
+-- sql/code/10_aead.sql
+-- The cipher: AEAD_AES_256_CBC_HMAC_SHA_512 of RFC 7518, 5.2.5, on pgcrypto. Nothing else calls pgcrypto's ciphers.
+-- These functions are written so that the planner inlines them: key bytes then never are parameters of a statement.
+
+create or replace function rekey._refuse_lengths(key integer, iv integer, message integer) returns bytea
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception 'AEAD_AES_256_CBC_HMAC_SHA_512 takes a key of 64 bytes, an IV of 16, and a message: got %, % and %',
+    coalesce(key::text, 'NULL'), coalesce(iv::text, 'NULL'), coalesce(message::text, 'NULL')
+    using errcode = 'invalid_parameter_value';
+end
+$$;
+comment on function rekey._refuse_lengths is 'Raises 22023: pgcrypto itself pads and cuts in silence.';
+
+create or replace function rekey._random_bytes(count integer) returns bytea
+language sql volatile parallel safe
+return gen_random_bytes(count);
+comment on function rekey._random_bytes is 'count (1 to 1024) bytes from the random number generator of pgcrypto.';
+
+create or replace function rekey._mac(key bytea, aad bytea, iv bytea, ciphertext bytea) returns bytea
+language sql immutable parallel safe
+return substr(
+  hmac(aad || iv || ciphertext || int8send(octet_length(aad)::bigint * 8), substr(key, 1, 32), 'sha512'), 1, 32);
+comment on function rekey._mac is 'Authentication tag: the first half of HMAC-SHA-512 under the first half of the key.';
+
+create or replace function rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) returns bytea
+language sql immutable parallel safe
+return case
+  when octet_length(key) = 64 and octet_length(iv) = 16 and plaintext is not null and aad is not null then
+    encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs')
+    || rekey._mac(key, aad, iv, encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs'))
+  else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(plaintext)) end;
+comment on function rekey._aead_encrypt is
+  'Ciphertext and tag of plaintext under a 64-byte key (MAC key, encryption key) and a 16-byte IV, authenticating aad too. 22023 for other lengths and NULL.';
+
+-- The tags are compared as hashes under the MAC key, which no caller has: how long the comparison takes tells nothing.
+create or replace function rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea) returns bytea
+language sql immutable parallel safe
+return case
+  when octet_length(key) = 64 and octet_length(iv) = 16 and aad is not null
+       and octet_length(sealed) >= 48 and octet_length(sealed) % 16 = 0 then
+    case when sha256(substr(key, 1, 32) || substr(sealed, octet_length(sealed) - 31))
+              = sha256(substr(key, 1, 32) || rekey._mac(key, aad, iv, substr(sealed, 1, octet_length(sealed) - 32))) then
+      decrypt_iv(substr(sealed, 1, octet_length(sealed) - 32), substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs')
+    end
+  else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(sealed)) end;
+comment on function rekey._aead_decrypt is
+  'Plaintext of what rekey._aead_encrypt sealed; NULL where the tag is wrong. 22023 for lengths that cannot be and NULL.';
+
+-- sql/code/11_envelope.sql
+-- Format 1 (docs/format.md): 52 4B 01 | keyring, int4 | version, int4 | IV, 16 bytes | ciphertext | tag, 32 bytes.
+
+create or replace function rekey._part(part text) returns bytea
+language sql stable parallel safe
+return coalesce(int4send(octet_length(convert_to(part, 'UTF8'))) || convert_to(part, 'UTF8'), '\xffffffff'::bytea);
+comment on function rekey._part is 'One part of a context: its length as int4, then its UTF-8 bytes; NULL is the length -1.';
+
+create or replace function rekey._context(parts text[]) returns bytea
+language sql stable parallel safe
+return (select coalesce(string_agg(rekey._part(p.part), ''::bytea order by p.place), ''::bytea)
+        from unnest(parts) with ordinality as p(part, place));
+comment on function rekey._context is 'A whole context: its parts one after the other.';
+
+create or replace function rekey._header(keyring_id integer, version integer) returns bytea
+language sql immutable parallel safe
+return '\x524b01'::bytea || int4send(keyring_id) || int4send(version);
+comment on function rekey._header is 'The first 11 bytes of an envelope.';
+
+create or replace function rekey._int4(bytes bytea, place integer) returns integer
+language sql immutable parallel safe
+return (get_byte(bytes, place) << 24) | (get_byte(bytes, place + 1) << 16) | (get_byte(bytes, place + 2) << 8) | get_byte(bytes, place + 3);
+comment on function rekey._int4 is 'The big-endian int4 at place (from 0).';
+
+create or replace function rekey._is_envelope(value bytea) returns boolean
+language sql immutable parallel safe
+return coalesce(octet_length(value) >= 75 and octet_length(value) % 16 = 11 and substr(value, 1, 3) = '\x524b01'::bytea, false);
+comment on function rekey._is_envelope is 'Whether value has the shape of an envelope. Says nothing of its tag.';
+
+create or replace function rekey._from_text(value text) returns bytea
+language sql immutable parallel safe
+return case when value ~ '^rk1:([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$'
+  and encode(decode(substr(value, 5), 'base64'), 'base64') is not null
+  and translate(encode(decode(substr(value, 5), 'base64'), 'base64'), E'\n', '') = substr(value, 5)
+  then decode(substr(value, 5), 'base64') end;
+comment on function rekey._from_text is 'Envelope of its text form, rk1: and base64 without line breaks; NULL for any other text.';
+
+create or replace function rekey._to_text(envelope bytea) returns text
+language sql immutable parallel safe
+return 'rk1:' || translate(encode(envelope, 'base64'), E'\n', '');
+comment on function rekey._to_text is 'The text form of an envelope.';
+
+-- sql/code/20_audit.sql
+-- The audit log: a hash chain. Its head is locked last in a transaction, and briefly.
+
+create or replace function rekey._claims() returns jsonb
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_claims text := nullif(current_setting('request.jwt.claims', true), '');
+begin
+  if v_claims is null then
+    return null;
+  end if;
+  return case when jsonb_typeof(v_claims::jsonb) = 'object' then v_claims::jsonb else '{}' end;
+exception when invalid_text_representation or untranslatable_character then
+  return '{}';
+end
+$$;
+comment on function rekey._claims is 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
+
+create or replace function rekey._caller() returns name
+language sql stable parallel restricted
+return coalesce(nullif(current_setting('role'), 'none'), session_user)::name;
+comment on function rekey._caller is 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in.';
+
+create or replace function rekey._audit_hash(entry rekey.audit_log) returns bytea
+language sql stable
+return sha256(
+  entry.prev_hash || rekey._part(entry.id::text)
+  || rekey._part(to_char(entry.at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'))
+  || rekey._part(entry.actor) || rekey._part(entry.role) || rekey._part(entry.jwt_subject) || rekey._part(entry.event)
+  || rekey._part(entry.keyring) || rekey._part(entry.version::text) || rekey._part(entry.rotation_id::text)
+  || rekey._part(entry.details::text));
+comment on function rekey._audit_hash is 'The hash of an audit entry (docs/format.md).';
+
+create or replace function rekey._audit_all(events jsonb) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_head rekey._audit_head;
+  v_entry rekey.audit_log;
+  v_entries rekey.audit_log[];
+  v_event jsonb;
+  v_place integer := 0;
+begin
+  if jsonb_array_length(events) = 0 then
+    return;
+  end if;
+  insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
+  select * into strict v_head from rekey._audit_head for update;
+  v_entry.actor := session_user;
+  v_entry.role := current_setting('role');
+  v_entry.jwt_subject := rekey._claims() ->> 'sub';
+  for v_event in select e.value from jsonb_array_elements(events) with ordinality e(value, place) order by e.place loop
+    v_place := v_place + 1;
+    v_entry.id := v_head.id + v_place;
+    v_entry.at := clock_timestamp();
+    v_entry.event := v_event ->> 'event';
+    v_entry.keyring := v_event ->> 'keyring';
+    v_entry.version := v_event ->> 'version';
+    v_entry.rotation_id := v_event ->> 'rotation_id';
+    v_entry.details := coalesce(v_event -> 'details', '{}');
+    v_entry.prev_hash := v_head.hash;
+    v_entry.hash := rekey._audit_hash(v_entry);
+    v_head.hash := v_entry.hash;
+    v_entries[v_place] := v_entry;
+  end loop;
+  insert into rekey.audit_log select e.* from unnest(v_entries) e;
+  update rekey._audit_head set id = v_entry.id, hash = v_entry.hash;
+end
+$$;
+comment on function rekey._audit_all is 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details.';
+
+create or replace function rekey._audit(
+  event text, keyring text = null, version integer = null, rotation_id bigint = null, details jsonb = '{}'
+) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform rekey._audit_all(jsonb_build_array(jsonb_build_object(
+    'event', _audit.event, 'keyring', _audit.keyring, 'version', _audit.version,
+    'rotation_id', _audit.rotation_id, 'details', jsonb_strip_nulls(_audit.details))));
+end
+$$;
+comment on function rekey._audit is 'Adds one entry to the audit log.';
+
+create or replace function rekey._refuse_change() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception '% on rekey.% is refused', tg_op, tg_table_name
+    using errcode = 'insufficient_privilege', hint = 'Nothing is ever taken out of this table.';
+end
+$$;
+comment on function rekey._refuse_change is 'Trigger: refuses every statement it is set on (42501).';
+
+create or replace trigger audit_log_append_only before update or delete or truncate on rekey.audit_log
+  for each statement execute function rekey._refuse_change();
+create or replace trigger encryption_keys_keep before delete or truncate on rekey.encryption_keys
+  for each statement execute function rekey._refuse_change();
+
+grant select on rekey.audit_log to rekey_auditor;
+
+create or replace function rekey.audit_checkpoint() returns jsonb
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select jsonb_build_object(
+    'id', coalesce(h.id, 0), 'hash', encode(coalesce(h.hash, sha256('pg_rekey/v1/audit')), 'hex'),
+    'entries', (select count(*) from rekey.audit_log),
+    'at', to_char(clock_timestamp() at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), 'database', current_database())
+  from (select) as one left join rekey._audit_head h on true;
+end;
+comment on function rekey.audit_checkpoint is
+  'The end of the audit log now: number and hash of its last entry, count of its entries. Sign it and keep it elsewhere (pg-rekey audit checkpoint): it is the anchor of rekey.verify_audit_log().';
+grant execute on function rekey.audit_checkpoint to rekey_auditor, rekey_operator;
+
+create or replace function rekey.verify_audit_log(anchor jsonb = null,
+  out valid boolean, out entries bigint, out first_bad bigint, out reason text)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_head rekey._audit_head;
+begin
+  if anchor is not null and not coalesce(
+       jsonb_typeof(anchor) = 'object' and anchor ->> 'id' ~ '^\d{1,18}$' and anchor ->> 'hash' ~ '^[0-9a-f]{64}$', false) then
+    raise exception 'the anchor has no id and hash'
+      using errcode = 'invalid_parameter_value', hint = 'Give what rekey.audit_checkpoint() returned.';
+  end if;
+  select * into v_head from rekey._audit_head;
+  v_head.id := coalesce(v_head.id, 0);
+  v_head.hash := coalesce(v_head.hash, sha256('pg_rekey/v1/audit'));
+  select count(*) into entries from rekey.audit_log;
+
+  select c.id, c.why into first_bad, reason
+  from (
+    select e.id,
+      case
+        when e.id <> e.place then 'an entry is missing before it'
+        when e.prev_hash <> e.hash_before then 'it does not follow from the entry before it'
+        when e.hash <> e.computed then 'it was changed'
+      end as why
+    from (
+      select a.id, a.prev_hash, a.hash, rekey._audit_hash(a) as computed,
+        row_number() over chain as place,
+        lag(a.hash, 1, sha256('pg_rekey/v1/audit')) over chain as hash_before
+      from rekey.audit_log a
+      window chain as (order by a.id)
+    ) e
+  ) c
+  where c.why is not null
+  order by c.id
+  limit 1;
+
+  if reason is null and (v_head.id <> entries
+      or v_head.hash <> coalesce((select a.hash from rekey.audit_log a where a.id = entries), sha256('pg_rekey/v1/audit'))) then
+    first_bad := entries + 1;
+    reason := 'entries are missing at the end';
+  end if;
+  if reason is null and anchor is not null then
+    if (anchor ->> 'id')::bigint > entries then
+      first_bad := entries + 1;
+      reason := 'the log ends before the anchor';
+    elsif (anchor ->> 'hash') <> encode(coalesce(
+        (select a.hash from rekey.audit_log a where a.id = (anchor ->> 'id')::bigint), sha256('pg_rekey/v1/audit')), 'hex') then
+      first_bad := (anchor ->> 'id')::bigint;
+      reason := 'the log is not the one that was anchored';
+    end if;
+  end if;
+  valid := reason is null;
+end
+$$;
+comment on function rekey.verify_audit_log is
+  'Checks the chain of the audit log. valid: whether it holds; entries: how many there are; first_bad and reason: the first one that does not fit. anchor: an earlier result of rekey.audit_checkpoint(), kept elsewhere; without one, a chain that was computed anew is not found out. 22023 for an anchor that is none.';
+grant execute on function rekey.verify_audit_log to rekey_auditor, rekey_operator;
+
+-- sql/code/30_settings.sql
+create or replace function rekey._settings() returns rekey.settings
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings rekey.settings;
+begin
+  select * into v_settings from rekey.settings;
+  if not found then
+    raise exception 'pg_rekey is installed but not set up' using errcode = 'RK001',
+      hint = 'Register a KEK: pg-rekey init, or select rekey.register_kek().';
+  end if;
+  return v_settings;
+end
+$$;
+comment on function rekey._settings is 'The settings. RK001 before rekey.register_kek().';
+
+create or replace function rekey._ensure_rows() returns void
+language sql
+set search_path = pg_catalog, pg_temp
+begin atomic
+  insert into rekey.settings default values on conflict do nothing;
+  insert into rekey._worker default values on conflict do nothing;
+end;
+comment on function rekey._ensure_rows is 'Makes the rows that there is one of. (The installation makes none: a restored dump brings its own.)';
+
+-- Executable by administrators because rekey.set_setting() runs with its caller's rights.
+create or replace function rekey._store_setting(name text, value text) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_type text;
+  v_default text;
+  v_old text;
+begin
+  select format_type(a.atttypid, null), pg_get_expr(d.adbin, d.adrelid)
+  into v_type, v_default
+  from pg_attribute a
+  left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+  where a.attrelid = 'rekey.settings'::regclass and a.attname = _store_setting.name and a.attnum > 0
+    and not a.attisdropped and a.attname <> 'singleton';
+  if not found then
+    raise exception 'no such setting: %', coalesce(quote_literal(name), 'NULL') using errcode = 'invalid_parameter_value',
+      hint = 'See rekey.setting_status for their names.';
+  end if;
+  if _store_setting.name = 'tenant_check' and value is not null and to_regprocedure(value || '(uuid)') is null then
+    raise exception 'there is no function %(uuid)', value using errcode = 'invalid_parameter_value',
+      hint = 'Give the name of a function (uuid) returns boolean, with its schema.';
+  end if;
+  perform rekey._ensure_rows();
+  select to_jsonb(s) ->> _store_setting.name into v_old from rekey.settings s for update;
+  begin
+    if value is null then
+      execute format('update rekey.settings set %I = default', _store_setting.name);
+    else
+      execute format('update rekey.settings set %I = $1::%s', _store_setting.name, v_type) using value;
+    end if;
+  exception when check_violation or data_exception then
+    raise exception 'setting % cannot be %', name, quote_literal(value) using errcode = 'invalid_parameter_value',
+      hint = (select col_description('rekey.settings'::regclass, a.attnum)
+              from pg_attribute a where a.attrelid = 'rekey.settings'::regclass and a.attname = _store_setting.name);
+  end;
+  perform rekey._audit('setting.changed', details => jsonb_build_object(
+    'name', name, 'from', v_old, 'to', (select to_jsonb(s) ->> _store_setting.name from rekey.settings s)));
+end
+$$;
+comment on function rekey._store_setting is 'What rekey.set_setting() does with the rights of rekey_owner.';
+grant execute on function rekey._store_setting to rekey_admin;
+
+create or replace function rekey.set_setting(name text, value text) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform rekey._store_setting(name, value);
+  if name = 'kek_provider' and value = 'vault' and to_regclass('vault.decrypted_secrets') is not null then
+    if not (has_schema_privilege('rekey_owner', 'vault', 'usage')
+            and has_table_privilege('rekey_owner', 'vault.decrypted_secrets', 'select')) then
+      grant usage on schema vault to rekey_owner;
+      grant select on vault.decrypted_secrets to rekey_owner;
+    end if;
+    -- Supabase's view decrypts with its reader's rights.
+    if to_regprocedure('vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
+       and not has_function_privilege('rekey_owner', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)', 'execute') then
+      execute 'grant execute on function vault._crypto_aead_det_decrypt(bytea, bytea, bigint, bytea, bytea) to rekey_owner';
+    end if;
+  elsif name = 'kek_provider' and value = 'file'
+        and not has_function_privilege('rekey_owner', 'pg_catalog.pg_read_binary_file(text,bigint,bigint,boolean)', 'execute') then
+    grant execute on function pg_catalog.pg_read_binary_file(text, bigint, bigint, boolean) to rekey_owner;
+  end if;
+end
+$$;
+comment on function rekey.set_setting is
+  'Changes a setting (columns of rekey.settings); value NULL: back to its default. With kek_provider vault or file it also grants rekey_owner what reading the KEK there takes, with the rights of the caller. 22023 for a name or value that cannot be.';
+grant execute on function rekey.set_setting to rekey_admin;
+
+create or replace view rekey.setting_status as
+select a.attname::text as name, to_jsonb(s) ->> a.attname as value, col_description(a.attrelid, a.attnum) as description
+from pg_attribute a
+cross join rekey.settings s
+where a.attrelid = 'rekey.settings'::regclass and a.attnum > 0 and not a.attisdropped and a.attname <> 'singleton';
+comment on view rekey.setting_status is 'The settings: name, value, and what it means.';
+grant select on rekey.setting_status to rekey_admin, rekey_operator, rekey_auditor;
+
+-- sql/code/31_kek.sql
+-- Key bytes go through plain assignments of expressions that the planner can inline, with variables as arguments: a
+-- statement's parameters, and those of a function that is not inlined, can be logged.
+-- The key-encryption key: how a session brings it, where else it may be read, and what it derives.
+
+create or replace function rekey._fingerprint(kek bytea) returns text
+language sql immutable parallel safe
+return encode(substr(hmac('pg_rekey/v1/fingerprint'::bytea, kek, 'sha256'), 1, 16), 'hex');
+comment on function rekey._fingerprint is 'By which a KEK is recognised; tells nothing of it.';
+
+create or replace function rekey._wrapping_key(kek bytea) returns bytea
+language sql immutable parallel safe
+return hmac('pg_rekey/v1/wrap'::bytea, kek, 'sha512');
+comment on function rekey._wrapping_key is 'The 64-byte AEAD key that wraps DEKs, derived from a KEK.';
+
+-- backend_start would say more than the postmaster's start, but is hidden from a role that may not see other sessions.
+create or replace function rekey._session_aad(scope text) returns bytea
+language sql stable
+return rekey._part('session') || rekey._part(scope) || rekey._part(pg_backend_pid()::text)
+  || rekey._part(extract(epoch from pg_postmaster_start_time())::text) || rekey._part(session_user::text)
+  || case when scope <> 's' then rekey._part(extract(epoch from transaction_timestamp())::text) else ''::bytea end;
+comment on function rekey._session_aad is 'What an unlocked session is bound to: server process, server start, login, and unless scope is s the transaction.';
+
+create or replace function rekey.unlock(kek bytea, scope text = 'transaction') returns text
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_first text;
+  v_second text;
+  v_active text;
+  v_seal bytea;
+  v_iv bytea;
+  v_aad bytea;
+  v_sealed bytea;
+  v_set text;
+begin
+  if scope is null or scope not in ('transaction', 'session', 'replacement') then
+    raise exception 'scope is transaction, session or replacement' using errcode = 'invalid_parameter_value';
+  end if;
+  if coalesce(octet_length(kek), 0) not in (32, 64) then
+    raise exception 'a KEK has 32 bytes' using errcode = 'invalid_parameter_value',
+      hint = 'pg-rekey kek generate makes one. With 64 bytes, the current KEK and the next one are given together.';
+  end if;
+  v_first := rekey._fingerprint(substr(kek, 1, 32));
+  if octet_length(kek) = 64 then
+    v_second := rekey._fingerprint(substr(kek, 33, 32));
+  end if;
+  select k.fingerprint into v_active from rekey.keks k where k.state = 'active';
+  if v_active not in (v_first, coalesce(v_second, v_first)) and scope <> 'replacement' then
+    raise exception 'wrong KEK' using errcode = 'RK002',
+      hint = format('The active KEK has the fingerprint %s; pg-rekey kek check says which one a copy is.', v_active);
+  end if;
+  select s.key into v_seal from rekey._session_key s;
+  if not found then
+    insert into rekey._session_key (key) values (rekey._random_bytes(64)) on conflict do nothing;
+    select s.key into strict v_seal from rekey._session_key s;
+  end if;
+  v_iv := rekey._random_bytes(16);
+  v_aad := rekey._session_aad(left(scope, 1));
+  v_sealed := rekey._aead_encrypt(v_seal, v_iv, kek, v_aad);
+  v_set := set_config('rekey.unlocked', left(scope, 1) || encode(v_iv || v_sealed, 'hex'), scope <> 'session');
+  return case when v_second = v_active then v_second else v_first end;
+end
+$$;
+comment on function rekey.unlock(bytea, text) is
+  'Lets this transaction or session use the KEK. kek: 32 bytes, or 64: the current and the next one. scope: transaction (till its end), session (till rekey.lock(); not behind a transaction pooler) or replacement (as transaction, for a KEK that is to replace a lost one). Returns the fingerprint. A bind parameter may be logged by the server: rekey.unlock_copied() avoids that. RK002: it is not the active KEK; 22023: wrong length or scope.';
+grant execute on function rekey.unlock(bytea, text) to rekey_admin, rekey_operator, rekey_app;
+
+-- Runs with the caller's rights: what stands in pg_temp is the caller's, and may be a view.
+create or replace function rekey.unlock_copied(scope text = 'transaction') returns text
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_kek bytea;
+  v_fingerprint text;
+begin
+  select string_agg(k.kek, ''::bytea order by k.ctid) into v_kek from pg_temp.pg_rekey_kek k;
+  v_fingerprint := rekey.unlock(v_kek, scope);
+  return v_fingerprint;
+end
+$$;
+comment on function rekey.unlock_copied is
+  'As rekey.unlock(), with the KEK from the temporary table pg_rekey_kek (kek bytea), which a binary COPY filled and no log shows: one row, or two: the current and the next KEK. 42P01 without that table.';
+grant execute on function rekey.unlock_copied to rekey_admin, rekey_operator, rekey_app;
+
+create or replace function rekey.lock() returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform set_config('rekey.unlocked', '', false), set_config('rekey.unlocked', '', true);
+end
+$$;
+comment on function rekey.lock is 'Forgets the KEK of this session and transaction.';
+grant execute on function rekey.lock to rekey_admin, rekey_operator, rekey_app;
+
+create or replace function rekey._parse_kek(value text) returns bytea
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_trimmed text := btrim(value, E' \t\r\n');
+begin
+  if v_trimmed ~ '^[0-9A-Fa-f]{64}$' then
+    return decode(v_trimmed, 'hex');
+  elsif v_trimmed ~ '^[A-Za-z0-9+/]{43}=$' then
+    return decode(v_trimmed, 'base64');
+  end if;
+  return null;
+end
+$$;
+comment on function rekey._parse_kek is 'The 32 bytes of a KEK in hex or base64; NULL for anything else.';
+
+create or replace function rekey._session_keks() returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_set text := current_setting('rekey.unlocked', true);
+  v_seal bytea;
+  v_bytes bytea;
+  v_iv bytea;
+  v_aad bytea;
+  v_keks bytea;
+begin
+  -- IV, 32 or 64 bytes with padding, tag, in hex
+  if coalesce(length(v_set), 0) not in (193, 257) or v_set !~ '^[tsr][0-9a-f]+$' then
+    return null;
+  end if;
+  select s.key into v_seal from rekey._session_key s;
+  v_bytes := decode(substr(v_set, 2), 'hex');
+  v_iv := substr(v_bytes, 1, 16);
+  v_bytes := substr(v_bytes, 17);
+  v_aad := rekey._session_aad(left(v_set, 1));
+  v_keks := rekey._aead_decrypt(v_seal, v_iv, v_bytes, v_aad);
+  return v_keks;
+end
+$$;
+comment on function rekey._session_keks is 'The KEK, or the current and the next one, that this session unlocked itself with; NULL if it did not.';
+
+create or replace function rekey._provided_keks() returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings rekey.settings := rekey._settings();
+  v_text text;
+  v_next_text text;
+  v_kek bytea;
+  v_next bytea;
+begin
+  if v_settings.kek_provider = 'vault' then
+    execute 'select (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1),
+                    (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1 || ''_new'')'
+      into v_text, v_next_text using v_settings.kek_secret_name;
+  elsif v_settings.kek_provider = 'file' then
+    v_text := encode(pg_read_binary_file(v_settings.kek_file, 0, 200, true), 'escape');
+    v_next_text := encode(pg_read_binary_file(v_settings.kek_file || '_new', 0, 200, true), 'escape');
+  end if;
+  v_kek := rekey._parse_kek(v_text);
+  v_next := rekey._parse_kek(v_next_text);
+  return coalesce(v_kek || v_next, v_kek, v_next);
+exception
+  when insufficient_privilege or undefined_table or undefined_function or invalid_schema_name or system_error or io_error then
+    raise exception 'the KEK provider % cannot be read: %', v_settings.kek_provider, sqlerrm using errcode = 'RK001',
+      hint = format('Run select rekey.set_setting(''kek_provider'', %L) as a role that may grant what it needs.', v_settings.kek_provider);
+end
+$$;
+comment on function rekey._provided_keks is 'The KEK, and the next one where there is one, from the Vault or the file that the settings name; NULL without. RK001: it cannot be read.';
+
+create or replace function rekey._keks() returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keks bytea := rekey._session_keks();
+begin
+  if v_keks is null then
+    v_keks := rekey._provided_keks();
+  end if;
+  if v_keks is null then
+    raise exception 'the KEK is not available' using errcode = 'RK001',
+      hint = case (rekey._settings()).kek_provider
+        when 'session' then 'Unlock first: rekey.unlock(), pg_rekey.unlock() in Python, or PG_REKEY_KEK for pg-rekey.'
+        when 'vault' then format('The Vault has no secret %L of 64 hex characters or base64.', (rekey._settings()).kek_secret_name)
+        else format('The file %L in the data directory is missing or holds no key.', (rekey._settings()).kek_file)
+      end;
+  end if;
+  return v_keks;
+end
+$$;
+comment on function rekey._keks is 'The KEK that can be had now, or the current and the next one. RK001: none.';
+
+create or replace function rekey._kek(out id integer, out kek bytea)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_fingerprint text;
+  v_keks bytea;
+begin
+  select k.id, k.fingerprint into _kek.id, v_fingerprint from rekey.keks k where k.state = 'active';
+  if not found then
+    raise exception 'no KEK is registered' using errcode = 'RK001',
+      hint = 'Register one: pg-rekey init, or select rekey.register_kek().';
+  end if;
+  v_keks := rekey._keks();
+  for v_place in 0 .. octet_length(v_keks) / 32 - 1 loop
+    kek := substr(v_keks, 1 + 32 * v_place, 32);
+    if rekey._fingerprint(kek) = v_fingerprint then
+      return;
+    end if;
+  end loop;
+  raise exception 'wrong KEK' using errcode = 'RK002',
+    hint = format('The active KEK has the fingerprint %s; pg-rekey kek check says which one a copy is.', v_fingerprint);
+end
+$$;
+comment on function rekey._kek is 'The active KEK and its number. RK001: not available; RK002: another one is.';
+
+create or replace function rekey._lock_kek() returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  for v_try in 1 .. 5 loop
+    perform from rekey.keks k where k.state = 'active' for share;
+    exit when found or not exists (select from rekey.keks);
+  end loop;
+end
+$$;
+comment on function rekey._lock_kek is 'Keeps the active KEK from being replaced until the end of the transaction: taken by whoever makes a DEK.';
+
+create or replace function rekey._new_kek() returns bytea
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keks bytea := rekey._keks();
+  v_kek bytea;
+  v_fingerprint text;
+begin
+  for v_place in 0 .. octet_length(v_keks) / 32 - 1 loop
+    v_kek := substr(v_keks, 1 + 32 * v_place, 32);
+    v_fingerprint := rekey._fingerprint(v_kek);
+    if not exists (select from rekey.keks k where k.fingerprint = v_fingerprint) then
+      return v_kek;
+    end if;
+  end loop;
+  return null;
+end
+$$;
+comment on function rekey._new_kek is 'The first KEK at hand that is not registered; NULL without.';
+
+create or replace function rekey.register_kek(replace_lost boolean = false) returns integer
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_active rekey.keks;
+  v_kek bytea;
+  v_fingerprint text;
+  v_id integer;
+begin
+  perform rekey._ensure_rows();
+  select * into v_active from rekey.keks where state = 'active' for update;
+  if found and not replace_lost then
+    return (select k.id from rekey._kek() k);  -- safe to repeat, and refuses another KEK
+  end if;
+  v_kek := rekey._new_kek();
+  if v_kek is null then
+    raise exception 'that KEK is registered already' using errcode = 'RK006',
+      hint = 'A KEK that was retired or lost does not become active again. pg-rekey kek generate makes a new one.';
+  end if;
+  v_fingerprint := rekey._fingerprint(v_kek);
+  update rekey.keks set state = 'lost', retired_at = now() where id = v_active.id;
+  insert into rekey.keks (fingerprint) values (v_fingerprint) returning id into v_id;
+  if v_active.id is not null then
+    perform rekey._replace_lost_keys(v_active.id);
+    perform rekey._audit('kek.lost', version => v_active.id);
+  end if;
+  perform rekey._audit('kek.registered', version => v_id, details => jsonb_build_object('fingerprint', v_fingerprint));
+  return v_id;
+end
+$$;
+comment on function rekey.register_kek is
+  'Registers the KEK that this session, the Vault or the file holds, and returns its number; repeated, it only checks it. replace_lost => true declares the active KEK lost for ever: what it wraps cannot be opened any more, every keyring gets a new version under the new KEK. RK001: no KEK at hand; RK002: another one is active; RK006: it was in use before.';
+grant execute on function rekey.register_kek to rekey_admin;
+
+create or replace function rekey.rotate_kek() returns integer
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_old_id integer;
+  v_old bytea;
+  v_new_id integer;
+  v_new bytea;
+  v_fingerprint text;
+  v_dek bytea;
+  v_wrapped bytea;
+  v_key record;
+  v_count integer := 0;
+begin
+  perform from rekey.keks k where k.state = 'active' for update;
+  select k.id, k.kek into v_old_id, v_old from rekey._kek() k;
+  v_new := rekey._new_kek();
+  if v_new is null then
+    raise exception 'there is no next KEK' using errcode = 'RK001',
+      hint = 'Give the current and the next one: PG_REKEY_NEW_KEK for pg-rekey, the Vault secret or file with _new appended, or 64 bytes to rekey.unlock().';
+  end if;
+  v_fingerprint := rekey._fingerprint(v_new);
+  v_old := rekey._wrapping_key(v_old);
+  v_new := rekey._wrapping_key(v_new);
+  update rekey.keks set state = 'retired', retired_at = now() where id = v_old_id;
+  insert into rekey.keks (fingerprint) values (v_fingerprint) returning id into v_new_id;
+  for v_key in
+    select k.id, k.keyring_id, k.version, k.wrapped_key from rekey.encryption_keys k
+    where k.kek_id = v_old_id and k.state <> 'destroyed'
+    order by k.id for update
+  loop
+    v_dek := rekey._unwrap(v_old, v_old_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+    if v_dek is null then
+      raise exception 'version % of keyring % cannot be unwrapped: nothing was changed', v_key.version,
+        (select r.name from rekey.keyrings r where r.id = v_key.keyring_id)
+        using errcode = 'RK003', hint = 'Its wrapped key is damaged. Restore rekey.encryption_keys from a backup first.';
+    end if;
+    v_wrapped := rekey._wrap(v_new, v_new_id, v_key.keyring_id, v_key.version, v_dek, rekey._random_bytes(16));
+    update rekey.encryption_keys set wrapped_key = v_wrapped, kek_id = v_new_id where id = v_key.id;
+    v_count := v_count + 1;
+  end loop;
+  perform rekey._audit('kek.rotated', version => v_new_id,
+    details => jsonb_build_object('from', v_old_id, 'fingerprint', v_fingerprint, 'keys', v_count));
+  return v_new_id;
+end
+$$;
+comment on function rekey.rotate_kek is
+  'Wraps every DEK anew under the next KEK, in one transaction; no data is touched. Needs the current and the next KEK at hand. Returns the number of the new one. Keep the old one as long as backups. RK001: one is missing; RK003: a wrapped key is damaged.';
+grant execute on function rekey.rotate_kek to rekey_admin;
+grant select on rekey.keks to rekey_admin, rekey_operator, rekey_auditor;
+
+-- sql/code/32_keys.sql
+-- Data-encryption keys: wrapping, the state graph, and which one writers use.
+
+create or replace function rekey._wrap_aad(kek_id integer, keyring_id integer, version integer) returns bytea
+language sql stable parallel safe
+return rekey._header(keyring_id, version) || rekey._part('dek') || rekey._part(keyring_id::text) || rekey._part(version::text)
+  || rekey._part(kek_id::text);
+comment on function rekey._wrap_aad is 'What a wrapped DEK is bound to.';
+
+create or replace function rekey._wrap(
+  wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea
+) returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
+begin
+  return rekey._header(keyring_id, version) || iv || rekey._aead_encrypt(wrapping_key, iv, dek, v_aad);
+end
+$$;
+comment on function rekey._wrap is 'A DEK sealed under the wrapping key of a KEK.';
+
+create or replace function rekey._unwrap(
+  wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea
+) returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
+  v_iv bytea := substr(wrapped_key, 12, 16);
+  v_sealed bytea := substr(wrapped_key, 28);
+begin
+  -- header, IV, 64 bytes with padding, tag
+  if octet_length(wrapped_key) is distinct from 139 then
+    return null;
+  end if;
+  return rekey._aead_decrypt(wrapping_key, v_iv, v_sealed, v_aad);
+end
+$$;
+comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it does not open.';
+
+create or replace function rekey._deks(keyrings integer[], versions integer[], sweeping boolean = false)
+returns table (keyring_id integer, version integer, key bytea, problem text)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_kek_id integer;
+  v_wrapping bytea;
+  v_key record;
+begin
+  select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+  v_wrapping := rekey._wrapping_key(v_wrapping);
+  for v_key in
+    select k.keyring_id, k.version, k.state, k.kek_id, k.wrapped_key, e.state as kek_state
+    from (select distinct u.keyring_id, u.version from unnest(keyrings, versions) as u(keyring_id, version)) w
+    join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.version = w.version
+    join rekey.keks e on e.id = k.kek_id
+  loop
+    keyring_id := v_key.keyring_id;
+    version := v_key.version;
+    key := null;
+    problem := case
+      when v_key.state in ('disabled', 'destroyed') or v_key.state = 'destroy_scheduled' and not sweeping
+        then format('key version %s is %s', v_key.version, v_key.state)
+      when v_key.kek_state = 'lost' then format('key version %s is wrapped under KEK %s, which is lost', v_key.version, v_key.kek_id)
+      end;
+    if problem is null then
+      key := rekey._unwrap(v_wrapping, v_key.kek_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+      if key is null then
+        problem := format('the wrapped key of version %s is damaged', v_key.version);
+      end if;
+    end if;
+    return next;
+  end loop;
+end
+$$;
+comment on function rekey._deks is
+  'Unwraps the keys of these versions, once each. key is NULL, and problem says why, where it may not or cannot be used. sweeping: versions scheduled for destruction open too. RK001, RK002 without the KEK.';
+
+create or replace function rekey._check_key_change() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if (new.keyring_id, new.version) is distinct from (old.keyring_id, old.version) then
+    raise exception 'a key keeps its keyring and version' using errcode = 'RK006';
+  end if;
+  if new.state <> old.state and not (old.state, new.state) in (
+    ('active', 'decrypt_only'), ('active', 'compromised'),
+    ('decrypt_only', 'active'), ('decrypt_only', 'disabled'), ('decrypt_only', 'compromised'), ('decrypt_only', 'destroy_scheduled'),
+    ('disabled', 'decrypt_only'), ('disabled', 'destroy_scheduled'),
+    ('compromised', 'destroy_scheduled'),
+    ('destroy_scheduled', 'destroyed'))
+    and not (old.state = 'destroy_scheduled' and new.state = old.scheduled_from) then
+    raise exception 'a key cannot go from % to %', old.state, new.state using errcode = 'RK006';
+  end if;
+  return new;
+end
+$$;
+comment on function rekey._check_key_change is 'Trigger: lets the state of a key move only along the graph of docs/design.md (RK006).';
+create or replace trigger encryption_keys_state before update on rekey.encryption_keys
+  for each row execute function rekey._check_key_change();
+
+create or replace function rekey._keyring(name text, lock boolean = false) returns rekey.keyrings
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+begin
+  if lock then
+    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name for update;
+  else
+    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name;
+  end if;
+  if v_keyring.id is null then
+    raise exception 'no such keyring: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
+      hint = 'rekey.create_keyring() makes one.';
+  end if;
+  return v_keyring;
+end
+$$;
+comment on function rekey._keyring is 'The keyring of that name, its row locked if asked for. RK007: there is none.';
+
+create or replace function rekey._key(keyring_id integer, version integer) returns rekey.encryption_keys
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_key rekey.encryption_keys;
+begin
+  select * into v_key from rekey.encryption_keys k where k.keyring_id = _key.keyring_id and k.version = _key.version for update;
+  if not found then
+    raise exception 'the keyring has no version %', coalesce(version::text, 'NULL') using errcode = 'RK007',
+      hint = 'See rekey.key_status for its versions.';
+  end if;
+  return v_key;
+end
+$$;
+comment on function rekey._key is 'The key of that version, its row locked. RK007: there is none.';
+
+create or replace function rekey._active_versions(keyrings integer[]) returns integer[]
+language sql stable
+return (
+  select array_agg(k.version order by w.place)
+  from unnest(keyrings) with ordinality as w(keyring_id, place)
+  left join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.state = 'active');
+comment on function rekey._active_versions is 'The active version of each keyring; NULL where it has none.';
+
+-- A writer's promise to whoever waits for a version to fall out of use: a shared advisory lock on (keyring, version),
+-- taken before the version is looked at for the last time.
+create or replace function rekey._lock_active(keyrings integer[]) returns integer[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_versions integer[] := rekey._active_versions(keyrings);
+  v_locked integer[];
+begin
+  loop
+    perform pg_advisory_xact_lock_shared(w.keyring_id, w.version)
+    from (select u.keyring_id, u.version from unnest(keyrings, v_versions) as u(keyring_id, version)
+          where u.version is not null order by 1) w;
+    v_locked := v_versions;
+    v_versions := rekey._active_versions(keyrings);
+    exit when v_versions is not distinct from v_locked;
+  end loop;
+  if current_setting('transaction_isolation') <> 'read committed' then
+    -- This snapshot may be older than a rotation. A row lock sees the row as it is now: 40001 where it was changed.
+    begin
+      perform from rekey.encryption_keys k
+      where (k.keyring_id, k.version) in (select u.keyring_id, u.version from unnest(keyrings, v_versions) as u(keyring_id, version))
+      for share nowait;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;
+      when lock_not_available then null;  -- a rotation that has not committed: its barrier will see our lock
+    end;
+  end if;
+  return v_versions;
+end
+$$;
+comment on function rekey._lock_active is
+  'The active versions of these keyrings, none of which falls out of use before this transaction ends. NULL for a retired keyring. 40001 in REPEATABLE READ and SERIALIZABLE, where a rotation was committed since the snapshot.';
+
+create or replace function rekey._new_keys(keyrings integer[], versions integer[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_kek_id integer;
+  v_wrapping bytea;
+  v_dek bytea;
+  v_wrapped bytea[];
+begin
+  select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+  v_wrapping := rekey._wrapping_key(v_wrapping);
+  for v_place in 1 .. cardinality(keyrings) loop
+    v_dek := rekey._random_bytes(64);
+    v_wrapped[v_place] := rekey._wrap(
+      v_wrapping, v_kek_id, keyrings[v_place], versions[v_place], v_dek, rekey._random_bytes(16));
+  end loop;
+  insert into rekey.encryption_keys (keyring_id, version, state, wrapped_key, kek_id, activated_at)
+  select n.keyring_id, n.version, 'active', n.wrapped_key, v_kek_id, now()
+  from unnest(keyrings, versions, v_wrapped) as n(keyring_id, version, wrapped_key);
+end
+$$;
+comment on function rekey._new_keys is 'Makes these versions and makes them active; the versions before must have been deactivated. The caller holds rekey._lock_kek().';
+
+create or replace function rekey.create_keyring(
+  name text, tenant_id uuid = '00000000-0000-0000-0000-000000000000', rotate_every interval = null
+) returns rekey.keyrings
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+  v_bytes bytea;
+begin
+  if tenant_id is null then
+    raise exception 'a keyring has a tenant' using errcode = 'invalid_parameter_value',
+      hint = 'Leave tenant_id out for a keyring of all tenants.';
+  end if;
+  perform rekey._lock_kek();
+  loop
+    v_bytes := rekey._random_bytes(4);
+    v_keyring.id := rekey._int4(v_bytes, 0) & 2147483647;
+    exit when v_keyring.id > 0 and not exists (select from rekey.keyrings k where k.id = v_keyring.id);
+  end loop;
+  begin
+    insert into rekey.keyrings (id, name, tenant_id, rotate_every, next_rotation_at)
+    values (v_keyring.id, create_keyring.name, create_keyring.tenant_id, create_keyring.rotate_every, now() + create_keyring.rotate_every)
+    returning * into v_keyring;
+  exception
+    when check_violation or not_null_violation or datetime_field_overflow then
+      raise exception 'a keyring cannot be named % and rotate every %', coalesce(quote_literal(name), 'NULL'), coalesce(rotate_every::text, 'NULL')
+        using errcode = 'invalid_parameter_value',
+          hint = 'The name has 1 to 63 bytes and no control characters; the interval is between 1 minute and 36500 days.';
+    when unique_violation then
+      raise exception 'there is a keyring % already', quote_literal(name) using errcode = 'unique_violation';
+  end;
+  perform rekey._new_keys(array[v_keyring.id], array[1]);
+  perform rekey._audit_all(jsonb_build_array(
+    jsonb_build_object('event', 'keyring.created', 'keyring', name, 'details',
+      jsonb_build_object('tenant_id', tenant_id, 'rotate_every', rotate_every)),
+    jsonb_build_object('event', 'key.created', 'keyring', name, 'version', 1),
+    jsonb_build_object('event', 'key.activated', 'keyring', name, 'version', 1)));
+  return v_keyring;
+end
+$$;
+comment on function rekey.create_keyring is
+  'Makes a keyring and its version 1. name: 1 to 63 bytes, unique in the database. tenant_id: whose it is. rotate_every: its cryptoperiod; the first scheduled rotation is due after it. 22023: name or interval cannot be; 23505: the name is taken; RK001, RK002: KEK.';
+grant execute on function rekey.create_keyring to rekey_admin;
+grant select on rekey.keyrings to rekey_admin, rekey_operator, rekey_auditor, rekey_app;
+
+create or replace function rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamptz = null) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update rekey.encryption_keys k
+  set state = _move_key.state,
+      scheduled_from = case when _move_key.state = 'destroy_scheduled' then key.state end,
+      deactivated_at = case when key.state = 'active' then now() else k.deactivated_at end,
+      compromised_at = case when _move_key.state = 'compromised' then coalesce(k.compromised_at, now()) else k.compromised_at end,
+      destroy_after = _move_key.destroy_after
+  where k.id = key.id;
+  perform rekey._audit(event, (select r.name from rekey.keyrings r where r.id = key.keyring_id), key.version,
+    details => jsonb_build_object('reason', reason, 'destroy_after', destroy_after));
+end
+$$;
+comment on function rekey._move_key is 'Moves a key to another state, and says so in the audit log.';
+
+create or replace function rekey._refuse_needed(keyring_id integer, version integer) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rotation bigint;
+begin
+  select r.id into v_rotation from rekey.rotations r
+  where r.keyring_id = _refuse_needed.keyring_id and (_refuse_needed.version = any (r.from_versions) or r.to_version = _refuse_needed.version)
+    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed');
+  if found then
+    raise exception 'version % is needed by rotation %', version, v_rotation using errcode = 'RK005',
+      hint = 'Let the rotation complete first.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_needed is 'RK005 where a rotation under way needs the version.';
+
+create or replace function rekey.disable_key(keyring text, version integer, reason text = null) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_key rekey.encryption_keys := rekey._key(v_keyring.id, version);
+begin
+  if v_key.state <> 'decrypt_only' then
+    raise exception 'version % is %, only a decrypt_only one can be disabled', version, v_key.state using errcode = 'RK006';
+  end if;
+  perform rekey._refuse_needed(v_keyring.id, version);
+  perform rekey._move_key(v_key, 'disabled', 'key.disabled', reason);
+end
+$$;
+comment on function rekey.disable_key is
+  'Suspends a version: what stands on it does not open until rekey.enable_key(). RK005: a rotation needs it; RK006: it is not decrypt_only; RK007: there is none.';
+grant execute on function rekey.disable_key to rekey_admin;
+
+create or replace function rekey.enable_key(keyring text, version integer, reason text = null) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_key rekey.encryption_keys := rekey._key(v_keyring.id, version);
+begin
+  if v_key.state <> 'disabled' then
+    raise exception 'version % is %, only a disabled one can be enabled', version, v_key.state using errcode = 'RK006';
+  end if;
+  perform rekey._move_key(v_key, 'decrypt_only', 'key.enabled', reason);
+end
+$$;
+comment on function rekey.enable_key is 'Lets a disabled version open again. RK006: it is not disabled; RK007: there is none.';
+grant execute on function rekey.enable_key to rekey_admin;
+
+create or replace view rekey.key_status as
+select r.name as keyring, r.tenant_id, k.version, k.state, k.kek_id, e.state as kek_state,
+  k.created_at, k.activated_at, k.deactivated_at, k.compromised_at, k.destroy_after, k.destroyed_at
+from rekey.encryption_keys k
+join rekey.keyrings r on r.id = k.keyring_id
+join rekey.keks e on e.id = k.kek_id;
+comment on view rekey.key_status is 'Every key version, its state and its times. kek_state lost: it cannot be opened any more.';
+grant select on rekey.key_status to rekey_admin, rekey_operator, rekey_auditor;
+
+-- sql/code/40_tenants.sql
+-- Who reaches which tenant.
+
+-- Owned by rekey_sweeper (footer.sql): the user's function runs with no right of ours.
+create or replace function rekey._call_tenant_check(function_name text, tenant_id uuid) returns boolean
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answer boolean;
+begin
+  execute format('select %s($1)', function_name::regproc) into v_answer using tenant_id;
+  return coalesce(v_answer, false);
+end
+$$;
+comment on function rekey._call_tenant_check is 'Asks the function that the setting tenant_check names.';
+
+create or replace function rekey.can_access_tenant(tenant_id uuid) returns boolean
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_caller name := rekey._caller();
+  v_check text;
+  v_app jsonb;
+begin
+  if tenant_id is null then
+    return false;
+  end if;
+  if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+    return true;
+  end if;
+  select s.tenant_check into v_check from rekey.settings s;
+  if v_check is not null then
+    return rekey._call_tenant_check(v_check, tenant_id);
+  end if;
+  v_app := rekey._claims();
+  if v_app is null then
+    return tenant_id = '00000000-0000-0000-0000-000000000000' and pg_has_role(v_caller, 'rekey_app', 'usage');
+  end if;
+  v_app := v_app -> 'app_metadata';
+  return coalesce(
+    lower(v_app ->> 'tenant_id') = tenant_id::text
+    or jsonb_typeof(v_app -> 'tenant_ids') = 'array' and exists (
+      select from jsonb_array_elements_text(v_app -> 'tenant_ids') t where lower(t) = tenant_id::text), false);
+end
+$$;
+comment on function rekey.can_access_tenant is
+  'Whether the caller reaches the secrets of this tenant. rekey_admin and service_role reach all; else the function named by the setting tenant_check decides; else a JWT reaches app_metadata.tenant_id and tenant_ids; else a rekey_app connection reaches the nil tenant.';
+grant execute on function rekey.can_access_tenant to rekey_app;
+
+create or replace function rekey._check_tenant(tenant_id uuid) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not rekey.can_access_tenant(tenant_id) then
+    raise exception 'no access to this tenant' using errcode = 'insufficient_privilege';
+  end if;
+end
+$$;
+comment on function rekey._check_tenant is 'Raises 42501 where rekey.can_access_tenant() says no.';
+
+do $$
+begin
+  if not exists (select from pg_policies where schemaname = 'rekey' and policyname = 'secrets_tenant') then
+    create policy secrets_tenant on rekey.secrets for select to rekey_app using (rekey.can_access_tenant(tenant_id));
+  end if;
+end
+$$;
+comment on policy secrets_tenant on rekey.secrets is 'Rows of the tenants that the caller reaches. Writing goes through rekey.set_secret().';
+grant select on rekey.secrets to rekey_app;
+
+-- sql/code/41_encrypt.sql
+-- Encrypting and decrypting single values. The key never leaves these functions.
+
+create or replace function rekey._max_bytes() returns integer
+language sql immutable parallel safe
+return 33554432;
+comment on function rekey._max_bytes is 'Longest plaintext, in bytes: 32 MiB. An envelope is in memory several times while it is made.';
+
+create or replace function rekey._seal(keyring_id integer, plaintext bytea, context bytea) returns bytea
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_version integer;
+  v_key bytea;
+  v_iv bytea;
+  v_aad bytea;
+begin
+  if octet_length(plaintext) > rekey._max_bytes() then
+    raise exception 'a value has at most % bytes, this one has %', rekey._max_bytes(), octet_length(plaintext)
+      using errcode = 'invalid_parameter_value';
+  end if;
+  v_version := (rekey._lock_active(array[keyring_id]))[1];
+  if v_version is null then
+    raise exception 'the keyring is retired' using errcode = 'RK006';
+  end if;
+  select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
+  if v_key is null then
+    raise exception 'the active key version % cannot be used', v_version using errcode = 'RK006',
+      hint = 'Rotate the keyring: rekey.rotate_keys().';
+  end if;
+  v_iv := rekey._random_bytes(16);
+  v_aad := rekey._header(keyring_id, v_version) || context;
+  return rekey._header(keyring_id, v_version) || v_iv || rekey._aead_encrypt(v_key, v_iv, plaintext, v_aad);
+end
+$$;
+comment on function rekey._seal is 'Envelope of plaintext under the active version of the keyring, which it keeps in use until the transaction ends.';
+
+create or replace function rekey._open(envelope bytea, context bytea) returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring integer;
+  v_version integer;
+  v_key bytea;
+  v_problem text;
+  v_iv bytea;
+  v_sealed bytea;
+  v_aad bytea;
+  v_plaintext bytea;
+begin
+  if rekey._is_envelope(envelope) then
+    v_keyring := rekey._int4(envelope, 3);
+    v_version := rekey._int4(envelope, 7);
+    select d.key, d.problem into v_key, v_problem from rekey._deks(array[v_keyring], array[v_version]) d;
+    if v_problem is not null then
+      raise exception 'cannot open ciphertext: %', v_problem using errcode = 'RK006';
+    end if;
+    if v_key is not null then
+      v_iv := substr(envelope, 12, 16);
+      v_sealed := substr(envelope, 28);
+      v_aad := substr(envelope, 1, 11) || context;
+      v_plaintext := rekey._aead_decrypt(v_key, v_iv, v_sealed, v_aad);
+    end if;
+  end if;
+  if v_plaintext is null then
+    raise exception 'cannot open ciphertext' using errcode = 'RK003',
+      hint = 'It was damaged, or sealed for another context: tenant, row, column, or parts in another order.';
+  end if;
+  return v_plaintext;
+end
+$$;
+comment on function rekey._open is 'Plaintext of an envelope. RK003: it does not open; RK006: its key may not be used.';
+
+create or replace function rekey._check_context(context text[], keyring_tenant uuid) returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if context is null or array_ndims(context) > 1 then
+    raise exception 'context is an array of text' using errcode = 'invalid_parameter_value',
+      hint = 'An empty array, the default, binds the value to nothing but its keyring.';
+  end if;
+  if context[array_lower(context, 1)] in ('secret', 'dek', 'session') then
+    raise exception 'the context label % is reserved', context[array_lower(context, 1)] using errcode = 'insufficient_privilege',
+      hint = 'Secrets are read with rekey.get_secret().';
+  end if;
+  perform rekey._check_tenant(keyring_tenant);
+  return rekey._context(context);
+end
+$$;
+comment on function rekey._check_context is 'The bytes of a context that a caller gave, once he may use it. 42501: reserved label, or a keyring of another tenant.';
+
+create or replace function rekey.encrypt(plaintext bytea, keyring text = 'default', context text[] = '{}') returns bytea
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+  v_context bytea;
+  v_envelope bytea;
+begin
+  if plaintext is null then
+    return null;
+  end if;
+  v_keyring := rekey._keyring(keyring);
+  v_context := rekey._check_context(context, v_keyring.tenant_id);
+  v_envelope := rekey._seal(v_keyring.id, plaintext, v_context);
+  return v_envelope;
+end
+$$;
+comment on function rekey.encrypt(bytea, text, text[]) is
+  'Encrypts a value of at most 32 MiB with the active version of keyring. context: what the value belongs to (its column, its row); the same is needed to open it. NULL stays NULL. 22023: too long; 42501: reserved context or another tenant''s keyring; RK001, RK002: KEK; RK006: retired keyring; RK007: no such keyring.';
+grant execute on function rekey.encrypt(bytea, text, text[]) to rekey_app;
+
+create or replace function rekey.encrypt(plaintext text, keyring text = 'default', context text[] = '{}') returns bytea
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context);
+end
+$$;
+comment on function rekey.encrypt(text, text, text[]) is 'As rekey.encrypt(bytea, ...), of the UTF-8 bytes of a text.';
+grant execute on function rekey.encrypt(text, text, text[]) to rekey_app;
+
+create or replace function rekey.encrypt_text(plaintext text, keyring text = 'default', context text[] = '{}') returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_envelope bytea := rekey.encrypt(plaintext, keyring, context);
+begin
+  return 'rk1:' || translate(encode(v_envelope, 'base64'), E'\n', '');
+end
+$$;
+comment on function rekey.encrypt_text is 'As rekey.encrypt(text, ...), in the text form of an envelope: rk1: and base64.';
+grant execute on function rekey.encrypt_text to rekey_app;
+
+create or replace function rekey.decrypt(ciphertext bytea, context text[] = '{}') returns bytea
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tenant uuid;
+  v_context bytea;
+  v_plaintext bytea;
+begin
+  if ciphertext is null then
+    return null;
+  end if;
+  if rekey._is_envelope(ciphertext) then
+    select k.tenant_id into v_tenant from rekey.keyrings k where k.id = rekey._int4(ciphertext, 3);
+  end if;
+  v_context := rekey._check_context(context, coalesce(v_tenant, '00000000-0000-0000-0000-000000000000'));
+  v_plaintext := rekey._open(ciphertext, v_context);
+  return v_plaintext;
+end
+$$;
+comment on function rekey.decrypt(bytea, text[]) is
+  'Opens what rekey.encrypt() made, with the same context. NULL stays NULL. Writes nothing. 42501: reserved context or another tenant''s keyring; RK001, RK002: KEK; RK003: it does not open; RK006: its key is disabled, scheduled for destruction or destroyed.';
+grant execute on function rekey.decrypt(bytea, text[]) to rekey_app;
+
+create or replace function rekey.decrypt(ciphertext text, context text[] = '{}') returns bytea
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_plaintext bytea;
+begin
+  if ciphertext is null then
+    return null;
+  end if;
+  v_plaintext := rekey.decrypt(coalesce(rekey._from_text(ciphertext), ''::bytea), context);
+  return v_plaintext;
+end
+$$;
+comment on function rekey.decrypt(text, text[]) is 'As rekey.decrypt(bytea, ...), of the text form of an envelope.';
+grant execute on function rekey.decrypt(text, text[]) to rekey_app;
+
+create or replace function rekey.decrypt_text(ciphertext bytea, context text[] = '{}') returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_plaintext bytea := rekey.decrypt(ciphertext, context);
+begin
+  return convert_from(v_plaintext, 'UTF8');
+end
+$$;
+comment on function rekey.decrypt_text(bytea, text[]) is 'As rekey.decrypt(), of a value that was text.';
+grant execute on function rekey.decrypt_text(bytea, text[]) to rekey_app;
+
+create or replace function rekey.decrypt_text(ciphertext text, context text[] = '{}') returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_plaintext bytea := rekey.decrypt(ciphertext, context);
+begin
+  return convert_from(v_plaintext, 'UTF8');
+end
+$$;
+comment on function rekey.decrypt_text(text, text[]) is 'As rekey.decrypt(), of the text form of a value that was text.';
+grant execute on function rekey.decrypt_text(text, text[]) to rekey_app;
+
+-- sql/code/42_secrets.sql
+-- Secrets: rekey.secrets with a name, for applications that have no table of their own.
+
+create or replace function rekey._secret_context(tenant_id uuid, id uuid) returns bytea
+language sql stable parallel safe
+return rekey._part('secret') || rekey._part(tenant_id::text) || rekey._part(id::text);
+comment on function rekey._secret_context is 'What the ciphertext of a secret is bound to.';
+
+create or replace function rekey.set_secret(
+  name text, value text, tenant_id uuid = '00000000-0000-0000-0000-000000000000', keyring text = 'default', description text = null
+) returns uuid
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+  v_id uuid;
+  v_known boolean;
+  v_bytes bytea;
+  v_context bytea;
+  v_envelope bytea;
+begin
+  perform rekey._check_tenant(tenant_id);
+  v_keyring := rekey._keyring(keyring);
+  if v_keyring.tenant_id not in (tenant_id, '00000000-0000-0000-0000-000000000000') then
+    raise exception 'the keyring belongs to another tenant' using errcode = 'insufficient_privilege';
+  end if;
+  if name is null or octet_length(name) not between 1 and 255 or name ~ '[[:cntrl:]]' then
+    raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
+  end if;
+  if value is null then
+    raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.';
+  end if;
+  v_bytes := convert_to(value, 'UTF8');
+  loop
+    -- The id first, then the seal: a value sealed for an id that is thrown away could never be opened.
+    select s.id into v_id from rekey.secrets s
+    where s.tenant_id = set_secret.tenant_id and s.name = set_secret.name for no key update;
+    v_known := found;
+    if not v_known then
+      v_id := gen_random_uuid();
+    end if;
+    v_context := rekey._secret_context(tenant_id, v_id);
+    v_envelope := rekey._seal(v_keyring.id, v_bytes, v_context);
+    if v_known then
+      update rekey.secrets s
+      set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
+          description = coalesce(set_secret.description, s.description)
+      where s.tenant_id = set_secret.tenant_id and s.id = v_id;
+      return v_id;
+    end if;
+    insert into rekey.secrets (tenant_id, id, name, keyring_id, ciphertext, description)
+    values (set_secret.tenant_id, v_id, set_secret.name, v_keyring.id, v_envelope, set_secret.description)
+    on conflict do nothing;
+    if found then
+      return v_id;
+    end if;
+  end loop;
+end
+$$;
+comment on function rekey.set_secret is
+  'Stores a secret under its name, new or in place of the value before, and returns its id. value: at most 32 MiB of UTF-8. keyring: default, or one of the tenant''s own. description: NULL leaves the one that is there. 22023: name or value cannot be; 42501: another tenant; RK001, RK002: KEK; RK006: retired keyring; RK007: no such keyring.';
+grant execute on function rekey.set_secret to rekey_app;
+
+create or replace function rekey.get_secret(name text, tenant_id uuid = '00000000-0000-0000-0000-000000000000') returns text
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id uuid;
+  v_envelope bytea;
+  v_context bytea;
+  v_bytes bytea;
+begin
+  perform rekey._check_tenant(tenant_id);
+  select s.id, s.ciphertext into v_id, v_envelope from rekey.secrets s
+  where s.tenant_id = get_secret.tenant_id and s.name = get_secret.name;
+  if not found then
+    raise exception 'no such secret: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007';
+  end if;
+  v_context := rekey._secret_context(tenant_id, v_id);
+  v_bytes := rekey._open(v_envelope, v_context);
+  return convert_from(v_bytes, 'UTF8');
+end
+$$;
+comment on function rekey.get_secret is
+  'The value of a secret. Writes nothing, and works on a standby. 42501: another tenant; RK001, RK002: KEK; RK003: it does not open; RK006: its key may not be used; RK007: no such secret.';
+grant execute on function rekey.get_secret to rekey_app;
+
+create or replace function rekey.delete_secret(name text, tenant_id uuid = '00000000-0000-0000-0000-000000000000') returns boolean
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform rekey._check_tenant(tenant_id);
+  delete from rekey.secrets s where s.tenant_id = delete_secret.tenant_id and s.name = delete_secret.name;
+  return found;
+end
+$$;
+comment on function rekey.delete_secret is 'Deletes a secret; false where there was none. 42501: another tenant.';
+grant execute on function rekey.delete_secret to rekey_app;
+
+create or replace function rekey.read_secrets(
+  names text[] = null, tenant_id uuid = '00000000-0000-0000-0000-000000000000'
+) returns table (name text, value text)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_unreadable text;
+begin
+  perform rekey._check_tenant(tenant_id);
+  -- No ORDER BY: a sort could write values to a temporary file.
+  for name, value in
+    select o.name, convert_from(o.plaintext, 'UTF8')
+    from (
+      select w.name, case when w.key is not null then rekey._aead_decrypt(w.key, w.iv, w.sealed, w.aad) end as plaintext
+      from (
+        select s.name, d.key, substr(s.ciphertext, 12, 16) as iv, substr(s.ciphertext, 28) as sealed,
+          substr(s.ciphertext, 1, 11) || rekey._secret_context(s.tenant_id, s.id) as aad
+        from rekey.secrets s
+        left join (
+          select k.* from rekey._deks(
+            (select array_agg(v.keyring_id) from (
+               select distinct t.keyring_id, t.key_version from rekey.secrets t
+               where t.tenant_id = read_secrets.tenant_id and (names is null or t.name = any (names))) v),
+            (select array_agg(v.key_version) from (
+               select distinct t.keyring_id, t.key_version from rekey.secrets t
+               where t.tenant_id = read_secrets.tenant_id and (names is null or t.name = any (names))) v)) k
+          offset 0
+        ) d on d.keyring_id = s.keyring_id and d.version = s.key_version
+        where s.tenant_id = read_secrets.tenant_id and (names is null or s.name = any (names))
+          and rekey._is_envelope(s.ciphertext)
+        offset 0
+      ) w
+      offset 0
+    ) o
+  loop
+    if value is null then
+      v_unreadable := coalesce(v_unreadable, name);
+    else
+      return next;
+    end if;
+  end loop;
+  if v_unreadable is not null then
+    raise exception 'cannot open ciphertext of secret %', quote_literal(v_unreadable) using errcode = 'RK003',
+      hint = 'Leave it out of names to read the others. rekey.get_secret() says more.';
+  end if;
+end
+$$;
+comment on function rekey.read_secrets is
+  'Many secrets of a tenant at once, in no order; names NULL: all of them. Names that there are not are left out. 42501: another tenant; RK001, RK002: KEK; RK003: one of them does not open.';
+grant execute on function rekey.read_secrets to rekey_app;
+
+create or replace view rekey.decrypted_secrets with (security_invoker = true) as
+select s.tenant_id, s.id, s.name, rekey.get_secret(s.name, s.tenant_id) as value, s.description, s.key_version, s.created_at, s.updated_at
+from rekey.secrets s;
+comment on view rekey.decrypted_secrets is 'The secrets of the tenants that the caller reaches, with their values, opened one by one: select by name. rekey.read_secrets() is faster for many.';
+grant select on rekey.decrypted_secrets to rekey_app;
+
+-- sql/code/50_targets.sql
+-- The tables that a rotation sweeps. Each has two functions in schema rekey_targets, owned by the table's owner:
+--   <name>_sweep(first, until, keyrings, versions, max_rows, max_bytes): re-encrypts what stands in that range of row
+--     pointers on another version than the given one
+--   <name>_count(keyrings, opening): counts rows by keyring and version, in one snapshot; opening: checks every tag
+-- rekey.secrets is the first target.
+
+create or replace function rekey._targets()
+returns table (target text, relation regclass, function_name name, indexed boolean)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select 'rekey.secrets', 'rekey.secrets'::regclass, 'secrets'::name, true;
+end;
+comment on function rekey._targets is
+  'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast.';
+
+create or replace function rekey._reencrypt(ciphertexts bytea[], contexts bytea[], out resealed bytea[], out problems text[])
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyrings integer[];
+  v_versions integer[];
+  v_from_keyrings integer[];
+  v_from_versions integer[];
+begin
+  select array_agg(distinct rekey._int4(u.ciphertext, 3)) into v_keyrings
+  from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext);
+  v_versions := rekey._lock_active(v_keyrings);
+  select array_agg(w.keyring_id), array_agg(w.version) into v_from_keyrings, v_from_versions
+  from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
+        from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext)) w;
+
+  select array_agg(n.sealed order by n.place), array_agg(n.problem order by n.place) into resealed, problems
+  from (
+    select o.place,
+      case when o.plaintext is not null and o.new_key is not null then
+        o.new_header || o.new_iv || rekey._aead_encrypt(o.new_key, o.new_iv, o.plaintext, o.new_aad) end as sealed,
+      case when o.plaintext is null then coalesce(o.old_problem, 'does not open: damaged, or of another row')
+           when o.new_key is null then coalesce(o.new_problem, 'the keyring has no active version') end as problem
+    from (
+      select p.place, p.old_problem, p.new_key, p.new_problem, p.new_header, p.new_header || p.context as new_aad,
+        case when p.new_key is not null then rekey._random_bytes(16) end as new_iv,
+        case when p.old_key is not null then rekey._aead_decrypt(p.old_key, p.iv, p.sealed, p.aad) end as plaintext
+      from (
+        select u.place, u.context, d.key as old_key, a.key as new_key, a.problem as new_problem,
+          substr(u.ciphertext, 12, 16) as iv, substr(u.ciphertext, 28) as sealed, substr(u.ciphertext, 1, 11) || u.context as aad,
+          rekey._header(a.keyring_id, a.version) as new_header,
+          case when not u.well_formed then 'is no envelope'
+               when d.keyring_id is null then 'there is no such key version'
+               else d.problem end as old_problem
+        from (
+          select c.place, c.ciphertext, c.context, rekey._is_envelope(c.ciphertext) as well_formed,
+            case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 3) end as keyring_id,
+            case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 7) end as version
+          from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+          offset 0
+        ) u
+        left join rekey._deks(v_from_keyrings, v_from_versions, sweeping => true) d
+          on d.keyring_id = u.keyring_id and d.version = u.version
+        left join rekey._deks(v_keyrings, v_versions) a on a.keyring_id = u.keyring_id
+        offset 0
+      ) p
+      offset 0
+    ) o
+    offset 0
+  ) n;
+end
+$$;
+comment on function rekey._reencrypt is
+  'Re-encrypts envelopes under the active version of their keyring, in their order; each is checked first. Where one does not open, its place in resealed is NULL and problems says why. Gives back no plaintext.';
+
+create or replace function rekey._check(ciphertexts bytea[], contexts bytea[]) returns text[]
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyrings integer[];
+  v_versions integer[];
+  v_problems text[];
+begin
+  select array_agg(w.keyring_id), array_agg(w.version) into v_keyrings, v_versions
+  from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
+        from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext)) w;
+
+  select array_agg(o.problem order by o.place) into v_problems
+  from (
+    select p.place,
+      case when p.old_key is null then p.problem
+           when rekey._aead_decrypt(p.old_key, p.iv, p.sealed, p.aad) is null then 'does not open: damaged, or of another row' end as problem
+    from (
+      select u.place, d.key as old_key, substr(u.ciphertext, 12, 16) as iv, substr(u.ciphertext, 28) as sealed,
+        substr(u.ciphertext, 1, 11) || u.context as aad,
+        case when not u.well_formed then 'is no envelope'
+             when d.keyring_id is null then 'there is no such key version'
+             else d.problem end as problem
+      from (
+        select c.place, c.ciphertext, c.context, rekey._is_envelope(c.ciphertext) as well_formed,
+          case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 3) end as keyring_id,
+          case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 7) end as version
+        from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+        offset 0
+      ) u
+      left join rekey._deks(v_keyrings, v_versions, sweeping => true) d
+        on d.keyring_id = u.keyring_id and d.version = u.version
+      offset 0
+    ) p
+    offset 0
+  ) o;
+  return v_problems;
+end
+$$;
+comment on function rekey._check is 'Opens envelopes and says, in their order, why one does not open; NULL where it does.';
+
+create or replace function rekey_targets.secrets_sweep(
+  first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
+  out next tid, out done_keyrings integer[], out done_rows bigint[],
+  out failed_keyrings integer[], out failed_versions integer[], out failed_keys text[], out failed_problems text[]
+)
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rows tid[];
+  v_ciphertexts bytea[];
+  v_contexts bytea[];
+  v_found integer;
+  v_last tid;
+  v_resealed bytea[];
+  v_problems text[];
+begin
+  with due as materialized (
+    select s.ctid as row, s.tenant_id, s.id, s.ciphertext
+    from rekey.secrets s
+    join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
+    where s.ctid >= first and s.ctid < until
+    order by s.ctid
+    limit max_rows
+    for update of s skip locked
+  ), sized as (
+    select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
+    from due d
+  )
+  select array_agg(t.row order by t.row), array_agg(t.ciphertext order by t.row),
+    array_agg(rekey._secret_context(t.tenant_id, t.id) order by t.row), (select count(*) from due)
+  into v_rows, v_ciphertexts, v_contexts, v_found
+  from sized t
+  where t.before < max_bytes;
+
+  if v_found > 0 then
+    v_last := v_rows[cardinality(v_rows)];
+    select r.resealed, r.problems into v_resealed, v_problems from rekey._reencrypt(v_ciphertexts, v_contexts) r;
+    with changed as (
+      update rekey.secrets s set ciphertext = u.resealed
+      from unnest(v_rows, v_resealed) as u(row, resealed)
+      where s.ctid = u.row and u.resealed is not null
+      returning s.keyring_id
+    )
+    select array_agg(c.keyring_id), array_agg(c.rows) into done_keyrings, done_rows
+    from (select keyring_id, count(*) as rows from changed group by keyring_id) c;
+    if array_position(v_resealed, null) is not null then
+      select array_agg(s.keyring_id), array_agg(s.key_version), array_agg(s.tenant_id || '/' || s.id), array_agg(u.problem)
+      into failed_keyrings, failed_versions, failed_keys, failed_problems
+      from unnest(v_rows, v_resealed, v_problems) as u(row, resealed, problem)
+      join rekey.secrets s on s.ctid = u.row
+      where u.resealed is null;
+    end if;
+    if v_found >= max_rows or cardinality(v_rows) < v_found then
+      -- The rows that follow the last one that was treated.
+      next := format('(%s,%s)', split_part(trim(v_last::text, '()'), ',', 1), split_part(trim(v_last::text, '()'), ',', 2)::integer + 1)::tid;
+    end if;
+  end if;
+  set constraints all immediate;
+end
+$$;
+comment on function rekey_targets.secrets_sweep is
+  'Re-encrypts the due rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and max_bytes of ciphertext. next: where to go on, NULL at the end of the range.';
+
+create or replace function rekey_targets.secrets_count(keyrings integer[], opening boolean)
+returns table (keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_blocks bigint := pg_relation_size('rekey.secrets') / current_setting('block_size')::integer;
+  v_first bigint := 0;
+  v_step bigint := 256;
+begin
+  if not opening then
+    return query
+      select s.keyring_id, s.key_version, count(*), 0::bigint, null::text[], null::text[]
+      from rekey.secrets s
+      where keyrings is null or s.keyring_id = any (keyrings)
+      group by s.keyring_id, s.key_version;
+    return;
+  end if;
+  -- The few rows of small keyrings are found by the index, all at once; many are read 2 MB at a time.
+  if keyrings is not null and (select count(*) from (select from rekey.secrets s where s.keyring_id = any (keyrings) limit 5000) few) < 5000 then
+    v_step := v_blocks;
+  end if;
+  -- STABLE: every statement in here sees the snapshot of the calling one.
+  while v_first < v_blocks loop
+    return query
+      with found as materialized (
+        select s.keyring_id, s.key_version, s.ciphertext, rekey._secret_context(s.tenant_id, s.id) as context,
+          s.tenant_id, s.id, row_number() over () as place
+        from rekey.secrets s
+        where (keyrings is null or s.keyring_id = any (keyrings))
+          and s.ctid >= format('(%s,0)', v_first)::tid and s.ctid < format('(%s,0)', v_first + v_step)::tid
+      ), checked as (
+        select p.place, p.problem
+        from (select rekey._check(array_agg(f.ciphertext order by f.place), array_agg(f.context order by f.place)) as problems
+              from found f) c, unnest(c.problems) with ordinality as p(problem, place)
+      )
+      select f.keyring_id, f.key_version, count(*), count(c.problem),
+        array_agg(f.tenant_id || '/' || f.id) filter (where c.problem is not null),
+        array_agg(c.problem) filter (where c.problem is not null)
+      from found f
+      join checked c on c.place = f.place
+      group by f.keyring_id, f.key_version;
+    v_first := v_first + v_step;
+  end loop;
+end
+$$;
+comment on function rekey_targets.secrets_count is
+  'Counts rekey.secrets by keyring and version; keyrings NULL: all. opening: checks every tag too; failed_keys and failed_problems name what does not open.';
+
+-- These two are owned by rekey_sweeper (footer.sql), which has no other right: whatever a target's function has become,
+-- it gains nothing from being called here.
+create or replace function rekey._call_sweep(
+  function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
+  out next tid, out done_keyrings integer[], out done_rows bigint[],
+  out failed_keyrings integer[], out failed_versions integer[], out failed_keys text[], out failed_problems text[]
+)
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_sweep')
+  into next, done_keyrings, done_rows, failed_keyrings, failed_versions, failed_keys, failed_problems
+  using first, until, keyrings, versions, max_rows, max_bytes;
+  set constraints all immediate;
+end
+$$;
+comment on function rekey._call_sweep is 'Calls the sweep function of a target.';
+
+create or replace function rekey._call_count(function_name name, keyrings integer[], opening boolean)
+returns table (keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count')
+    using keyrings, opening;
+end
+$$;
+comment on function rekey._call_count is 'Calls the count function of a target.';
+
+create or replace function rekey._count(keyrings integer[], opening boolean)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    select t.target, t.relation, c.keyring_id, c.version, c.rows, c.failed, c.failed_keys, c.failed_problems
+    from rekey._targets() t
+    cross join lateral rekey._call_count(t.function_name, _count.keyrings, opening) c;
+end
+$$;
+comment on function rekey._count is
+  'Counts every target by keyring and version, in the snapshot of the caller''s statement; a combination may come in several rows.';
+
+create or replace function rekey._refuse_snapshot() returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'this runs in READ COMMITTED only' using errcode = 'active_sql_transaction',
+      hint = 'An older snapshot does not see every row that stands on a key.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_snapshot is 'Raises 25001 outside READ COMMITTED.';
+
+create or replace function rekey.key_usage(keyring text = null) returns setof rekey.key_rows
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids integer[] := case when key_usage.keyring is not null then array[(rekey._keyring(key_usage.keyring)).id] end;
+begin
+  perform rekey._refuse_snapshot();
+  return query
+    with counted as (
+      select c.keyring_id, c.version, sum(c.rows)::bigint as rows, array_agg(distinct c.relation::text) as relations
+      from rekey._count(v_ids, false) c
+      group by c.keyring_id, c.version
+    )
+    select r.name, coalesce(k.version, c.version), coalesce(k.state, 'unknown'), coalesce(c.rows, 0), coalesce(c.relations, '{}')
+    from (select * from rekey.encryption_keys k where v_ids is null or k.keyring_id = any (v_ids)) k
+    full join counted c on c.keyring_id = k.keyring_id and c.version = k.version
+    join rekey.keyrings r on r.id = coalesce(k.keyring_id, c.keyring_id)
+    order by 1, 2;
+end
+$$;
+comment on function rekey.key_usage is
+  'A census: how many rows stand on each key version, and in which relations. keyring NULL: all. Reads every protected row. 25001: not in READ COMMITTED; RK007: no such keyring.';
+grant execute on function rekey.key_usage to rekey_admin, rekey_operator;
+
+create or replace function rekey.verify_ciphertexts(keyring text = null) returns setof rekey.verified_rows
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids integer[] := case when verify_ciphertexts.keyring is not null then array[(rekey._keyring(verify_ciphertexts.keyring)).id] end;
+begin
+  return query
+    select c.relation::text, r.name, c.version, sum(c.rows)::bigint, sum(c.failed)::bigint
+    from rekey._count(v_ids, true) c
+    join rekey.keyrings r on r.id = c.keyring_id
+    group by 1, 2, 3
+    order by 1, 2, 3;
+end
+$$;
+comment on function rekey.verify_ciphertexts is
+  'Checks that every protected row opens, and shows nothing of what is in it. keyring NULL: all. RK001, RK002: KEK; RK007: no such keyring.';
+grant execute on function rekey.verify_ciphertexts to rekey_admin, rekey_operator;
+
+-- sql/code/60_rotate.sql
+-- Beginning a rotation: a new version, active at once; the rows follow (61_engine.sql).
+
+create or replace view rekey.rotation_status as
+select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
+  r.attempts, r.last_error, r.next_attempt_at, r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at
+from rekey.rotations r
+join rekey.keyrings k on k.id = r.keyring_id;
+comment on view rekey.rotation_status is 'Every rotation and how far it is.';
+comment on column rekey.rotation_status.id is 'Number of the rotation.';
+comment on column rekey.rotation_status.keyring is 'Keyring that is rotated.';
+comment on column rekey.rotation_status.tenant_id is 'Tenant of the keyring.';
+comment on column rekey.rotation_status.state is 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
+comment on column rekey.rotation_status.trigger is 'Why: manual, schedule, compromise, rollback, adoption.';
+comment on column rekey.rotation_status.from_versions is 'Versions whose rows it takes along.';
+comment on column rekey.rotation_status.to_version is 'Version it brings them to.';
+comment on column rekey.rotation_status.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
+comment on column rekey.rotation_status.rows_done is 'Rows re-encrypted.';
+comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: rekey.failure_status names them.';
+comment on column rekey.rotation_status.attempts is 'Failed batches in a row.';
+comment on column rekey.rotation_status.last_error is 'The last error.';
+comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), or rows (rows, why).';
+comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
+comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
+comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
+comment on column rekey.rotation_status.started_at is 'When the first row was looked at.';
+comment on column rekey.rotation_status.finished_at is 'When it ended.';
+grant select on rekey.rotation_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace function rekey._is_under_way(state text) returns boolean
+language sql immutable parallel safe
+return state in ('queued', 'running', 'paused', 'verifying', 'failed');
+comment on function rekey._is_under_way is 'Whether a rotation in this state still has work to do.';
+
+create or replace function rekey._queue_sweep(keyring_id integer, trigger text, reason text, previous_version integer = null) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id bigint;
+begin
+  insert into rekey.rotations (keyring_id, from_versions, to_version, previous_version, trigger, reason, requested_by)
+  select a.keyring_id,
+    array(select k.version from rekey.encryption_keys k
+          where k.keyring_id = a.keyring_id and k.version <> a.version and k.state <> 'destroyed' order by k.version),
+    a.version, _queue_sweep.previous_version, _queue_sweep.trigger, _queue_sweep.reason, rekey._caller()
+  from rekey.encryption_keys a
+  where a.keyring_id = _queue_sweep.keyring_id and a.state = 'active'
+  returning id into v_id;
+  return v_id;
+end
+$$;
+comment on function rekey._queue_sweep is 'Queues a rotation that brings every row of a keyring to its active version. The caller holds the row of the keyring.';
+
+create or replace function rekey._rotate(keyrings integer[], trigger text, reason text, supersede boolean) returns setof bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_due integer[];
+  v_from integer[];
+  v_to integer[];
+begin
+  if keyrings = '{}' then
+    return;
+  end if;
+  perform rekey._lock_kek();
+  perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for update;
+  if supersede then
+    update rekey.rotations r
+    set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state);
+  end if;
+  select array_agg(k.id order by k.id), array_agg(a.version order by k.id),
+    array_agg((select max(m.version) + 1 from rekey.encryption_keys m where m.keyring_id = k.id) order by k.id)
+  into v_due, v_from, v_to
+  from rekey.keyrings k
+  join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
+  where k.id = any (keyrings) and k.retired_at is null
+    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state));
+  if v_due is null then
+    return;
+  end if;
+
+  update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now()
+  where k.keyring_id = any (v_due) and k.state = 'active';
+  perform rekey._new_keys(v_due, v_to);
+  -- A transaction with an older snapshot must not pass by a rotation: it fails on this row (40001).
+  update rekey.keyrings k set rotated_at = now() where k.id = any (v_due);
+  return query
+    insert into rekey.rotations (keyring_id, from_versions, to_version, previous_version, trigger, reason, requested_by)
+    select d.keyring_id,
+      array(select k.version from rekey.encryption_keys k
+            where k.keyring_id = d.keyring_id and k.version <> d.to_version and k.state <> 'destroyed' order by k.version),
+      d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._caller()
+    from unnest(v_due, v_from, v_to) as d(keyring_id, from_version, to_version)
+    returning id;
+  perform rekey._audit_all((
+    select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', e.version, 'rotation_id', e.rotation_id,
+                                        'details', e.details) order by d.place, e.place)
+    from unnest(v_due, v_from, v_to) with ordinality as d(keyring_id, from_version, to_version, place)
+    join rekey.keyrings k on k.id = d.keyring_id
+    join rekey.rotations r on r.keyring_id = d.keyring_id and r.state = 'queued'
+    cross join lateral (values
+      (1, 'rotation.requested', d.to_version, r.id,
+        jsonb_strip_nulls(jsonb_build_object('trigger', r.trigger, 'reason', r.reason, 'from_versions', r.from_versions, 'supersede', nullif(_rotate.supersede, false)))),
+      (2, 'key.created', d.to_version, r.id, '{}'::jsonb),
+      (3, 'key.deactivated', d.from_version, r.id, '{}'),
+      (4, 'key.activated', d.to_version, r.id, '{}')
+    ) as e(place, event, version, rotation_id, details)));
+end
+$$;
+comment on function rekey._rotate is
+  'Makes and activates the next version of each of these keyrings and queues their rotations, whose numbers it returns. Keyrings under way are left out unless supersede.';
+
+create or replace function rekey.rotate_keys(keyring text = null, reason text = null, supersede boolean = false)
+returns setof rekey.rotation_status
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+  v_ids integer[];
+  v_new bigint[];
+  v_rotation bigint;
+begin
+  if keyring is not null then
+    v_keyring := rekey._keyring(keyring);
+    if v_keyring.retired_at is not null then
+      raise exception 'keyring % is retired', quote_literal(keyring) using errcode = 'RK006';
+    end if;
+    v_ids := array[v_keyring.id];
+  else
+    v_ids := array(select k.id from rekey.keyrings k where k.retired_at is null);
+  end if;
+  v_new := array(select r from rekey._rotate(v_ids, 'manual', reason, coalesce(supersede, false)) r);
+  if keyring is not null and v_new = '{}' then
+    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+    raise exception 'keyring % is under way in rotation %', quote_literal(keyring), v_rotation using errcode = 'RK004',
+      hint = 'Wait for it, or let this one take its rows along: supersede => true.';
+  end if;
+  return query
+    select s.* from rekey.rotation_status s
+    where s.id = any (v_new)
+       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state))
+    order by s.id;
+end
+$$;
+comment on function rekey.rotate_keys is
+  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; those under way are returned as they are. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
+grant execute on function rekey.rotate_keys to rekey_admin;
+
+create or replace function rekey._rotation(id bigint, out rotation rekey.rotations, out keyring text)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring_id integer;
+begin
+  select r.keyring_id into v_keyring_id from rekey.rotations r where r.id = _rotation.id;
+  if not found then
+    raise exception 'no such rotation: %', coalesce(id::text, 'NULL') using errcode = 'RK007',
+      hint = 'See rekey.rotation_status.';
+  end if;
+  -- The keyring first, as everywhere.
+  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for update;
+  select * into rotation from rekey.rotations r where r.id = _rotation.id for update;
+end
+$$;
+comment on function rekey._rotation is 'A rotation and the name of its keyring, the rows of both locked. RK007: there is none.';
+
+create or replace function rekey.pause_rotation(id bigint) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+begin
+  select * into v_found from rekey._rotation(id);
+  if (v_found.rotation).state not in ('queued', 'running', 'verifying') then
+    raise exception 'rotation % is %: it cannot be paused', id, (v_found.rotation).state using errcode = 'RK006';
+  end if;
+  update rekey.rotations r set state = 'paused', pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.id = pause_rotation.id;
+  perform rekey._audit('rotation.paused', v_found.keyring, (v_found.rotation).to_version, id);
+end
+$$;
+comment on function rekey.pause_rotation is
+  'Pauses the re-encryption; the batch in hand still ends. The new version stays active, and everything readable. RK006: not under way; RK007: no such rotation.';
+grant execute on function rekey.pause_rotation to rekey_admin;
+
+create or replace function rekey.resume_rotation(id bigint) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+begin
+  select * into v_found from rekey._rotation(id);
+  if (v_found.rotation).state <> 'paused' then
+    raise exception 'rotation % is %, not paused', id, (v_found.rotation).state using errcode = 'RK006';
+  end if;
+  update rekey.rotations r set state = 'queued' where r.id = resume_rotation.id;
+  perform rekey._audit('rotation.resumed', v_found.keyring, (v_found.rotation).to_version, id);
+end
+$$;
+comment on function rekey.resume_rotation is 'Lets a paused rotation go on. RK006: it is not paused; RK007: no such rotation.';
+grant execute on function rekey.resume_rotation to rekey_admin;
+
+create or replace function rekey._refuse_older(rotation rekey.rotations) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (select from rekey.rotations r where r.keyring_id = rotation.keyring_id and r.id > rotation.id) then
+    raise exception 'rotation % is not the last one of its keyring', rotation.id using errcode = 'RK006',
+      hint = 'A later one takes its rows along.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_older is 'RK006 where the keyring has a later rotation.';
+
+create or replace function rekey.retry_rotation(id bigint) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+begin
+  select * into v_found from rekey._rotation(id);
+  if (v_found.rotation).state not in ('failed', 'completed_with_failures') then
+    raise exception 'rotation % is %: there is nothing to retry', id, (v_found.rotation).state using errcode = 'RK006';
+  end if;
+  perform rekey._refuse_older(v_found.rotation);
+  update rekey.rotation_failures f
+  set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
+  where f.rotation_id = retry_rotation.id and f.resolved_at is null;
+  update rekey.rotations r
+  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+  where r.id = retry_rotation.id;
+  perform rekey._audit('rotation.retried', v_found.keyring, (v_found.rotation).to_version, id);
+end
+$$;
+comment on function rekey.retry_rotation is
+  'Lets a failed rotation go on where it stopped, or tries the rows again that a completed one left in quarantine. RK006: neither failed nor with failures, or not the last one of its keyring; RK007: no such rotation.';
+grant execute on function rekey.retry_rotation to rekey_admin;
+
+create or replace function rekey.rollback_rotation(id bigint, reason text = null) returns setof rekey.rotation_status
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+  v_old rekey.encryption_keys;
+  v_new bigint;
+begin
+  select * into v_found from rekey._rotation(id);
+  perform rekey._refuse_older(v_found.rotation);
+  if (v_found.rotation).previous_version is null or (v_found.rotation).trigger = 'compromise'
+     or (v_found.rotation).state in ('rolled_back', 'superseded') then
+    raise exception 'rotation % cannot be rolled back: % after %', id, (v_found.rotation).state, (v_found.rotation).trigger
+      using errcode = 'RK006';
+  end if;
+  v_old := rekey._key((v_found.rotation).keyring_id, (v_found.rotation).previous_version);
+  if v_old.state <> 'decrypt_only' then
+    raise exception 'version % is %: it cannot become active again', v_old.version, v_old.state using errcode = 'RK006';
+  end if;
+  if (select e.state from rekey.keks e where e.id = v_old.kek_id) = 'lost' then
+    raise exception 'version % is wrapped under a KEK that is lost', v_old.version using errcode = 'RK006';
+  end if;
+  update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now()
+  where k.keyring_id = v_old.keyring_id and k.state = 'active';
+  update rekey.encryption_keys k set state = 'active', activated_at = now() where k.id = v_old.id;
+  update rekey.keyrings k set rotated_at = now() where k.id = v_old.keyring_id;
+  update rekey.rotations r
+  set state = 'rolled_back', finished_at = coalesce(r.finished_at, now()), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.id = rollback_rotation.id;
+  v_new := rekey._queue_sweep(v_old.keyring_id, 'rollback', reason);
+  perform rekey._audit_all(jsonb_build_array(
+    jsonb_build_object('event', 'rotation.rolled_back', 'keyring', v_found.keyring, 'version', (v_found.rotation).to_version,
+      'rotation_id', id, 'details', jsonb_strip_nulls(jsonb_build_object('reason', reason))),
+    jsonb_build_object('event', 'key.deactivated', 'keyring', v_found.keyring, 'version', (v_found.rotation).to_version, 'rotation_id', v_new),
+    jsonb_build_object('event', 'key.activated', 'keyring', v_found.keyring, 'version', v_old.version, 'rotation_id', v_new),
+    jsonb_build_object('event', 'rotation.requested', 'keyring', v_found.keyring, 'version', v_old.version, 'rotation_id', v_new,
+      'details', jsonb_build_object('trigger', 'rollback', 'rolls_back', id))));
+  return query select s.* from rekey.rotation_status s where s.id = v_new;
+end
+$$;
+comment on function rekey.rollback_rotation is
+  'Makes the version before active again, at once, and queues the rotation back, which it returns. Everything stays readable. RK006: not the last rotation of its keyring, after a compromise, or the version before is no longer decrypt_only; RK007: no such rotation.';
+grant execute on function rekey.rollback_rotation to rekey_admin;
+
+create or replace function rekey.mark_key_compromised(keyring text, version integer, reason text = null) returns setof rekey.rotation_status
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+  v_key rekey.encryption_keys;
+  v_rotation bigint;
+begin
+  if exists (select from rekey.keyrings k join rekey.encryption_keys e on e.keyring_id = k.id
+             where k.name = keyring and e.version = mark_key_compromised.version and e.state = 'active') then
+    perform rekey._lock_kek();  -- before the row of the keyring, as everywhere
+  end if;
+  v_keyring := rekey._keyring(keyring, lock => true);
+  v_key := rekey._key(v_keyring.id, version);
+  if v_key.state not in ('active', 'decrypt_only') then
+    raise exception 'version % is %, only an active or decrypt_only one can be marked', version, v_key.state using errcode = 'RK006';
+  end if;
+  if v_key.state = 'active' then
+    select r into v_rotation from rekey._rotate(array[v_keyring.id], 'compromise', reason, true) r;
+    v_key := rekey._key(v_keyring.id, version);
+  end if;
+  perform rekey._move_key(v_key, 'compromised', 'key.compromised', reason);
+  if v_rotation is null then
+    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+    if v_rotation is null and v_keyring.retired_at is null then
+      v_rotation := rekey._queue_sweep(v_keyring.id, 'compromise', reason);
+      perform rekey._audit('rotation.requested', keyring, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
+        jsonb_build_object('trigger', 'compromise', 'reason', reason));
+    end if;
+  end if;
+  return query select s.* from rekey.rotation_status s where s.id = v_rotation;
+end
+$$;
+comment on function rekey.mark_key_compromised is
+  'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+grant execute on function rekey.mark_key_compromised to rekey_admin;
+
+create or replace function rekey._replace_lost_keys(kek_id integer) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from rekey._rotate(
+    array(select k.keyring_id from rekey.encryption_keys k where k.state = 'active' and k.kek_id = _replace_lost_keys.kek_id),
+    'manual', format('KEK %s is lost', kek_id), true);
+end
+$$;
+comment on function rekey._replace_lost_keys is 'Gives every keyring whose active version was wrapped under a lost KEK a new one.';
+
+create or replace view rekey.failure_status as
+select f.id, f.rotation_id, k.name as keyring, f.target, f.row_key, f.version, f.reason, f.created_at, f.resolved_at, f.resolution,
+  f.resolved_by, f.resolve_reason
+from rekey.rotation_failures f
+join rekey.keyrings k on k.id = f.keyring_id;
+comment on view rekey.failure_status is 'The quarantine: rows that did not open. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
+grant select on rekey.failure_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace function rekey.resolve_failure(id bigint, action text, reason text = null) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_failure rekey.rotation_failures;
+  v_found record;
+begin
+  if action is null or action not in ('retry', 'discard') then
+    raise exception 'action is retry or discard' using errcode = 'invalid_parameter_value';
+  end if;
+  select * into v_failure from rekey.rotation_failures f where f.id = resolve_failure.id;
+  if not found then
+    raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.';
+  end if;
+  select * into v_found from rekey._rotation(v_failure.rotation_id);
+  update rekey.rotation_failures f
+  set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
+  where f.id = resolve_failure.id and f.resolved_at is null;
+  if not found then
+    raise exception 'failure % is resolved already', id using errcode = 'RK006';
+  end if;
+  update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
+  if action = 'retry' and not exists (
+       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
+    perform rekey._refuse_older(v_found.rotation);
+    update rekey.rotations r
+    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+    where r.id = v_failure.rotation_id;
+  end if;
+  perform rekey._audit('rotation.failure_resolved', v_found.keyring, v_failure.version, v_failure.rotation_id,
+    jsonb_build_object('target', v_failure.target, 'row', v_failure.row_key, 'action', action, 'reason', reason));
+end
+$$;
+comment on function rekey.resolve_failure is
+  'Closes an entry of the quarantine. action: retry (the row is tried again) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
+grant execute on function rekey.resolve_failure to rekey_admin;
+
+-- sql/code/61_engine.sql
+-- The engine: sweeps, waits for writers, verifies. One step is one transaction; any number of workers may step at once.
+--
+-- queued -> (plan) running: its keyring is due in a pass over the targets, split into chunks
+-- running -> (sweep the chunks, batch by batch) verifying, once no chunk of the pass is left
+-- verifying -> (barrier: no writer of an older version is left; then one snapshot of every row) completed,
+--              or running again if rows moved behind the sweep
+
+create or replace function rekey._lock_holders(keyring_id integer, versions integer[], since timestamptz = null) returns jsonb
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
+    'pid', l.pid, 'role', a.usename,
+    'prepared', p.gid, 'age_seconds', extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared, since))::bigint)))
+  from pg_locks l
+  left join pg_stat_activity a on a.pid = l.pid
+  left join pg_prepared_xacts p on l.pid is null and l.virtualtransaction = '-1/' || p.transaction
+  where l.locktype = 'advisory' and l.objsubid = 2 and l.granted
+    and l.database = (select d.oid from pg_database d where d.datname = current_database())
+    and l.classid = keyring_id::oid and l.objid::bigint = any (versions::bigint[]);
+end;
+comment on function rekey._lock_holders is 'Who still writes with these versions. since: what counts as the beginning of a transaction whose own is hidden from us.';
+
+create or replace function rekey._barrier(keyring_id integer, versions integer[]) returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_free boolean := true;
+  v_version integer;
+begin
+  begin
+    foreach v_version in array versions loop
+      v_free := pg_try_advisory_xact_lock(keyring_id, v_version);
+      exit when not v_free;
+    end loop;
+    raise exception using errcode = 'RKEND';
+  exception when sqlstate 'RKEND' then
+    null;  -- gives the locks back at once: nobody is to wait for them
+  end;
+  return v_free;
+end
+$$;
+comment on function rekey._barrier is 'Whether no transaction is left that encrypts with one of these versions. They are no longer active: none can begin to.';
+
+create or replace function rekey._record_error(rotations bigint[], message text, code text) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_max integer := (rekey._settings()).max_attempts;
+begin
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  update rekey.rotations r
+  set attempts = r.attempts + 1, last_error = message,
+      state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
+      pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
+      next_attempt_at = case when r.attempts + 1 < v_max then
+        clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
+  where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying');
+  perform rekey._audit_all(coalesce((
+    select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+      'details', jsonb_build_object('attempt', r.attempts, 'sqlstate', code, 'error', message)) order by r.id, e.event)
+    from rekey.rotations r
+    join rekey.keyrings k on k.id = r.keyring_id
+    join (values ('rotation.error'), ('rotation.failed')) as e(event) on e.event = 'rotation.error' or r.state = 'failed'
+    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying', 'failed')), '[]'));
+end
+$$;
+comment on function rekey._record_error is 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed.';
+
+create or replace function rekey._quarantine(
+  target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]
+) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_events jsonb;
+begin
+  with found as (
+    select distinct on (f.keyring_id, f.row_key) f.keyring_id, f.version, f.row_key, f.problem, r.id as rotation_id, k.name as keyring
+    from unnest(keyrings, versions, row_keys, problems) as f(keyring_id, version, row_key, problem)
+    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
+    join rekey.keyrings k on k.id = f.keyring_id
+  ), moved as (
+    -- Known from an earlier rotation or pass.
+    update rekey.rotation_failures q set rotation_id = f.rotation_id, version = f.version, reason = f.problem
+    from found f
+    where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.row_key = f.row_key and q.resolved_at is null
+    returning q.keyring_id, q.row_key
+  ), added as (
+    insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason)
+    select f.rotation_id, f.keyring_id, _quarantine.target, _quarantine.relation::text, f.row_key, f.version, f.problem
+    from found f
+    where not exists (select from moved m where m.keyring_id = f.keyring_id and m.row_key = f.row_key)
+    on conflict do nothing
+    returning rotation_id, keyring_id, row_key, version, reason
+  )
+  select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', k.name, 'version', a.version,
+    'rotation_id', a.rotation_id,
+    'details', jsonb_build_object('target', _quarantine.target, 'row', a.row_key, 'problem', a.reason)))
+  into v_events
+  from added a join rekey.keyrings k on k.id = a.keyring_id;
+  perform rekey._audit_all(coalesce(v_events, '[]'));
+end
+$$;
+comment on function rekey._quarantine is 'Notes rows that did not open, once each.';
+
+create or replace function rekey._plan(out event text, out keyring_count integer, out detail jsonb)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids bigint[];
+  v_keyrings integer[];
+  v_pass bigint;
+  v_urgent boolean;
+begin
+  select array_agg(r.id), array_agg(r.keyring_id), bool_or(r.trigger = 'compromise') into v_ids, v_keyrings, v_urgent
+  from (select * from rekey.rotations r
+        where r.state in ('queued', 'running') and r.pass_id is null
+          and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp()
+        order by r.id for update skip locked) r;
+  if v_ids is null then
+    return;
+  end if;
+  begin
+    v_pass := nextval('rekey._pass_id');
+    with due as (
+      select r.keyring_id, r.to_version from rekey.rotations r where r.id = any (v_ids)
+    ), counted as (
+      select c.target, c.relation, c.keyring_id, sum(c.rows) as rows
+      from rekey._count(v_keyrings, false) c
+      join due d on d.keyring_id = c.keyring_id and d.to_version <> c.version
+      group by c.target, c.relation, c.keyring_id
+    ), sizes as (
+      select t.target, t.relation, t.indexed, pg_relation_size(t.relation) / current_setting('block_size')::integer as blocks,
+        sum(c.rows) as rows
+      from counted c
+      join rekey._targets() t on t.relation = c.relation and t.target = c.target
+      group by t.target, t.relation, t.indexed
+    ), chunked as (
+      insert into rekey._chunks (pass_id, urgent, target, relation, first, until_block, batch_blocks)
+      select v_pass, v_urgent, s.target, s.relation, format('(%s,0)', f.first)::tid,
+        case when s.indexed and s.rows < s.blocks then s.blocks else least(f.first + 4096, s.blocks) end,
+        -- A few rows of an indexed table: the index finds them, so one range will do.
+        case when s.indexed and s.rows < s.blocks then s.blocks else 64 end
+      from sizes s
+      cross join lateral generate_series(0, case when s.indexed and s.rows < s.blocks then 0 else s.blocks - 1 end, 4096) as f(first)
+    )
+    update rekey.rotations r
+    set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
+        next_attempt_at = null,
+        rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.keyring_id = r.keyring_id), 0)
+    where r.id = any (v_ids);
+    perform rekey._audit_all(coalesce((
+      select jsonb_agg(jsonb_build_object('event', 'rotation.started', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+        'details', jsonb_build_object('rows', r.rows_total)) order by r.id)
+      from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
+      where r.id = any (v_ids) and r.passes = 1), '[]'));
+    event := 'planned';
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('pass', v_pass, 'rotations', v_ids[1:20]);
+  exception
+    when sqlstate 'RK001' or sqlstate 'RK002' then
+      raise;
+    when query_canceled or others then
+      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+  end;
+end
+$$;
+comment on function rekey._plan is 'Begins a pass for every rotation that waits for one: counts what there is to do and splits it into chunks.';
+
+create or replace function rekey._sweep_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings rekey.settings := rekey._settings();
+  v_begin timestamptz := clock_timestamp();
+  v_chunk rekey._chunks;
+  v_ids bigint[];
+  v_keyrings integer[];
+  v_versions integer[];
+  v_function name;
+  v_first_block bigint;
+  v_until_block bigint;
+  v_max_rows integer;
+  v_next_batch timestamptz;
+  v_batch record;
+  v_factor double precision;
+begin
+  select c.* into v_chunk from rekey._chunks c
+  where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
+                  and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp())
+  order by c.urgent desc, c.pass_id desc, c.id
+  limit 1 for update of c skip locked;
+  if not found then
+    return;
+  end if;
+  v_max_rows := v_chunk.batch_rows;
+  if v_settings.max_rows_per_second is not null then
+    -- All workers share the throttle, one batch after the other.
+    select w.next_batch_at into v_next_batch from rekey._worker w for update;
+    if v_next_batch > clock_timestamp() then
+      event := 'waiting';
+      keyring_count := 0;
+      wait := v_next_batch - clock_timestamp();
+      return;
+    end if;
+    v_max_rows := least(v_max_rows, greatest(v_settings.max_rows_per_second / 5, 1));
+  end if;
+
+  select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id)
+  into v_ids, v_keyrings, v_versions
+  from rekey.rotations r
+  where r.pass_id = v_chunk.pass_id and r.state = 'running' and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp();
+  select t.function_name into v_function from rekey._targets() t where t.target = v_chunk.target and t.relation = v_chunk.relation;
+  v_first_block := split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint;
+  v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
+
+  begin
+    perform set_config('rekey.sweeping', 'on', true);
+    select s.* into v_batch from rekey._call_sweep(
+      v_function, v_chunk.first, format('(%s,0)', v_until_block)::tid, v_keyrings, v_versions, v_max_rows, 16777216) s;
+    perform set_config('rekey.sweeping', '', true);
+
+    rows := coalesce((select sum(n) from unnest(v_batch.done_rows) n), 0);
+    if rows > 0 then
+      perform from rekey.rotations r where r.id = any (v_ids) and r.keyring_id = any (v_batch.done_keyrings) order by r.id for no key update;
+      update rekey.rotations r set rows_done = r.rows_done + d.rows, attempts = 0
+      from unnest(v_batch.done_keyrings, v_batch.done_rows) as d(keyring_id, rows)
+      where r.id = any (v_ids) and r.keyring_id = d.keyring_id;
+    end if;
+    if v_settings.max_rows_per_second is not null then
+      update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second';
+    end if;
+
+    if v_batch.next is null and v_until_block >= v_chunk.until_block then
+      delete from rekey._chunks c where c.id = v_chunk.id;
+    else
+      -- The next batch takes about batch_target.
+      v_factor := greatest(0.5, least(2.0,
+        extract(epoch from v_settings.batch_target) / greatest(extract(epoch from clock_timestamp() - v_begin), 0.000001)));
+      update rekey._chunks c
+      set first = coalesce(v_batch.next, format('(%s,0)', v_until_block)::tid),
+          batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
+          batch_blocks = case when c.batch_blocks >= 4096 then c.batch_blocks
+                              when v_batch.next is not null then c.batch_blocks
+                              else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
+      where c.id = v_chunk.id;
+    end if;
+    if v_batch.failed_keys is not null then
+      -- The rotations before the audit log, as everywhere.
+      perform from rekey.rotations r where r.id = any (v_ids) and r.keyring_id = any (v_batch.failed_keyrings) order by r.id for no key update;
+      perform rekey._quarantine(v_chunk.target, v_chunk.relation, v_batch.failed_keyrings, v_batch.failed_versions,
+        v_batch.failed_keys, v_batch.failed_problems);
+      update rekey.rotations r
+      set rows_failed = (select count(*) from rekey.rotation_failures f where f.rotation_id = r.id and f.resolved_at is null)
+      where r.id = any (v_ids) and r.keyring_id = any (v_batch.failed_keyrings);
+    end if;
+    event := 'batch';
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
+      'failed', coalesce(cardinality(v_batch.failed_keys), 0),
+      'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
+  exception
+    when sqlstate 'RK001' or sqlstate 'RK002' then
+      raise;
+    when query_canceled or others then
+      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+      rows := 0;
+      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+  end;
+end
+$$;
+comment on function rekey._sweep_batch is 'Sweeps one batch of one chunk, if there is one that no other worker has in hand.';
+
+create or replace function rekey._verify(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids bigint[];
+  v_keyrings integer[];
+  v_results jsonb;
+  v_found record;
+  v_failure record;
+  v_failed bigint;
+  v_completed bigint[] := '{}';
+begin
+  select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
+  from rekey.rotations r
+  where r.state = 'verifying' and r.barrier_at is not null and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp();
+  if v_ids is null then
+    return;
+  end if;
+  rows := 0;
+  begin
+    -- One statement, one snapshot: no row escapes by moving.
+    with counted as materialized (
+      select c.* from rekey._count(v_keyrings, true) c
+    ), summed as (
+      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
+        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation, 'version', c.version,
+          'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
+      from counted c
+      join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
+      group by c.keyring_id
+    )
+    select jsonb_agg(to_jsonb(s)) into v_results from summed s;
+
+    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+    for v_found in
+      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.behind, 0) as behind, coalesce(s.failures, '[]') as failures
+      from rekey.rotations r
+      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
+      where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
+      order by r.id
+    loop
+      rows := rows + v_found.rows;
+      for v_failure in
+        select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
+        from jsonb_to_recordset(v_found.failures) as f(target text, relation text, version integer, keys text[], problems text[])
+        cross join lateral unnest(f.keys, f.problems) as k(row_key, problem)
+        group by f.target, f.relation
+      loop
+        perform rekey._quarantine(v_failure.target, v_failure.relation::regclass,
+          array_fill(v_found.keyring_id, array[cardinality(v_failure.row_keys)]), v_failure.versions, v_failure.row_keys, v_failure.problems);
+      end loop;
+      update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null
+        and not exists (
+          select from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
+          where f.target = q.target and q.row_key = any (f.keys));
+      select count(*) into v_failed from rekey.rotation_failures q where q.rotation_id = v_found.id and q.resolved_at is null;
+      if v_found.behind > 0 then
+        update rekey.rotations r
+        set state = 'running', rows_failed = v_failed,
+            blocked_by = jsonb_build_array(jsonb_build_object('rows', v_found.behind, 'why', 'locked or moved')),
+            blocked_since = coalesce(r.blocked_since, now()),
+            next_attempt_at = case when v_found.passes > 1 then
+              clock_timestamp() + least(power(2, v_found.passes - 2), 30) * interval '1 second' end
+        where r.id = v_found.id;
+        continue;
+      end if;
+      update rekey.rotations r
+      set state = case when v_failed > 0 then 'completed_with_failures' else 'completed' end, rows_failed = v_failed,
+          rows_total = r.rows_done + v_failed,  -- what was written or deleted meanwhile needed no sweep
+          blocked_by = null, blocked_since = null, next_attempt_at = null, finished_at = clock_timestamp()
+      where r.id = v_found.id;
+      v_completed := v_completed || v_found.id;
+    end loop;
+    perform rekey._audit_all(coalesce((
+      select jsonb_agg(jsonb_build_object('event', 'rotation.completed', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+        'details', jsonb_build_object('state', r.state, 'rows', r.rows_done, 'failures', r.rows_failed)) order by r.id)
+      from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
+      where r.id = any (v_completed)), '[]'));
+    event := case when v_completed = '{}' then 'verified' else 'completed' end;
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
+  exception
+    when sqlstate 'RK001' or sqlstate 'RK002' then
+      raise;
+    when query_canceled or others then
+      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+  end;
+end
+$$;
+comment on function rekey._verify is
+  'Opens every row of the keyrings whose rotations passed the barrier, and completes those that have none left on an older version.';
+
+create or replace function rekey._coordinate(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rotation record;
+begin
+  -- Passes whose rotations were all paused or superseded leave chunks that nobody needs.
+  delete from rekey._chunks c
+  where c.id in (
+    select d.id from rekey._chunks d
+    where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
+    for update skip locked);
+
+  update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null
+  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id);
+  get diagnostics keyring_count = row_count;
+  if keyring_count > 0 then
+    event := 'swept';
+    return;
+  end if;
+
+  keyring_count := 0;
+  for v_rotation in
+    select r.id, r.keyring_id, r.from_versions from rekey.rotations r
+    where r.state = 'verifying' and r.barrier_at is null and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp()
+    order by r.id limit 500 for no key update skip locked
+  loop
+    if rekey._barrier(v_rotation.keyring_id, v_rotation.from_versions) then
+      update rekey.rotations r set barrier_at = clock_timestamp(), blocked_by = null, blocked_since = null, next_attempt_at = null
+      where r.id = v_rotation.id;
+      keyring_count := keyring_count + 1;
+      event := 'swept';
+    else
+      update rekey.rotations r
+      set blocked_by = rekey._lock_holders(v_rotation.keyring_id, v_rotation.from_versions, coalesce(r.blocked_since, now())),
+          blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '500 milliseconds'
+      where r.id = v_rotation.id;
+      event := coalesce(event, 'blocked');
+      detail := coalesce(detail, jsonb_build_object('rotation', v_rotation.id));
+    end if;
+  end loop;
+  if event is not null then
+    return;
+  end if;
+
+  select p.event, p.keyring_count, p.detail into event, keyring_count, detail from rekey._plan() p;
+end
+$$;
+comment on function rekey._coordinate is 'What one worker does for all: ends passes, tries the barrier, begins passes.';
+
+create or replace function rekey.rotation_step(
+  out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
+)
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_next timestamptz;
+begin
+  perform rekey._refuse_snapshot();
+  keyring_count := 0;
+  rows := 0;
+  if not exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying')) then
+    event := 'idle';
+    return;
+  end if;
+  perform from rekey._kek();
+
+  select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+  if event is null and pg_try_advisory_xact_lock(0, 1) then
+    select c.event, c.keyring_count, c.rows, c.detail into event, keyring_count, rows, detail from rekey._coordinate() c;
+  end if;
+  if event is null and pg_try_advisory_xact_lock(0, 2) then
+    select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
+  end if;
+  if event is null then
+    -- Something is under way, and nothing to be done now: another worker has it in hand, or its time has not come.
+    event := 'waiting';
+    select min(r.next_attempt_at) into v_next from rekey.rotations r where r.state in ('queued', 'running', 'verifying');
+    wait := greatest(interval '50 milliseconds', least(coalesce(v_next - clock_timestamp(), interval '50 milliseconds'), interval '1 second'));
+  elsif event = 'blocked' then
+    wait := interval '500 milliseconds';
+  end if;
+  keyring_count := coalesce(keyring_count, 0);
+  rows := coalesce(rows, 0);
+exception when sqlstate 'RK001' or sqlstate 'RK002' then
+  event := 'locked';
+  keyring_count := 0;
+  rows := 0;
+  wait := interval '10 seconds';
+  detail := jsonb_build_object('error', sqlerrm, 'sqlstate', sqlstate);
+end
+$$;
+comment on function rekey.rotation_step is
+  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: batch, planned, swept, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+grant execute on function rekey.rotation_step to rekey_admin, rekey_operator;
+
+create or replace procedure rekey.run_rotations(max_duration interval = '50 s')
+language plpgsql
+as $$
+declare
+  v_until timestamptz := pg_catalog.clock_timestamp() operator(pg_catalog.+) max_duration;
+  v_step record;
+begin
+  if v_until is null then
+    raise exception 'max_duration is an interval' using errcode = 'invalid_parameter_value';
+  end if;
+  loop
+    select s.event, s.wait into v_step from rekey.rotation_step() s;
+    commit;
+    exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])
+           or pg_catalog.clock_timestamp() operator(pg_catalog.>=) v_until;
+    if v_step.wait is not null then
+      perform pg_catalog.pg_sleep_for(v_step.wait);
+    end if;
+  end loop;
+end
+$$;
+comment on procedure rekey.run_rotations is
+  'Works on the rotations under way, a commit after each step, until nothing is left, the KEK is missing, or max_duration has passed. Call it outside a transaction.';
+grant execute on procedure rekey.run_rotations to rekey_admin, rekey_operator;
+
+-- sql/code/62_destruction.sql
+-- Destroying key versions, and retiring keyrings.
+
+create or replace function rekey._refuse_in_use(keyring rekey.keyrings, version integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rows bigint;
+  v_failures bigint;
+begin
+  perform rekey._refuse_snapshot();
+  perform rekey._refuse_needed(keyring.id, version);
+  if not rekey._barrier(keyring.id, array[version]) then
+    raise exception 'version % of keyring % is in use by an open transaction', version, quote_literal(keyring.name) using errcode = 'RK005',
+      hint = format('Waiting for %s', rekey._lock_holders(keyring.id, array[version]));
+  end if;
+  -- After the barrier, and in a statement of its own: it sees every row that was ever written with this version.
+  select sum(c.rows) into v_rows from rekey._count(array[keyring.id], false) c where c.version = _refuse_in_use.version;
+  select count(*) into v_failures from rekey.rotation_failures f
+  where f.keyring_id = keyring.id and f.version = _refuse_in_use.version and f.resolved_at is null;
+  if v_rows > 0 or v_failures > 0 then
+    raise exception 'version % of keyring % is in use: % rows, % rows in quarantine', version, quote_literal(keyring.name),
+      coalesce(v_rows, 0), v_failures using errcode = 'RK005',
+      hint = 'Rotate the keyring, and resolve its failures: rekey.rotate_keys(), rekey.failure_status.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_in_use is 'RK005 where a rotation, an open transaction, a row or a row in quarantine still needs the version.';
+
+create or replace function rekey.schedule_key_destruction(keyring text, version integer, wait interval = null) returns timestamptz
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_wait interval := coalesce(wait, (rekey._settings()).destroy_wait);
+  v_keyring rekey.keyrings;
+  v_key rekey.encryption_keys;
+begin
+  if v_wait not between '0 s' and '3650 days' then
+    raise exception 'wait is between 0 and 3650 days' using errcode = 'invalid_parameter_value';
+  end if;
+  v_keyring := rekey._keyring(keyring, lock => true);
+  v_key := rekey._key(v_keyring.id, version);
+  if v_key.state not in ('decrypt_only', 'disabled', 'compromised') then
+    raise exception 'version % is %: it cannot be scheduled for destruction', version, v_key.state using errcode = 'RK006';
+  end if;
+  perform rekey._refuse_in_use(v_keyring, version);
+  perform rekey._move_key(v_key, 'destroy_scheduled', 'key.destroy_scheduled', null, now() + v_wait);
+  return now() + v_wait;
+end
+$$;
+comment on function rekey.schedule_key_destruction is
+  'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, and can be cancelled. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
+grant execute on function rekey.schedule_key_destruction to rekey_admin;
+
+create or replace function rekey.cancel_key_destruction(keyring text, version integer) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_key rekey.encryption_keys := rekey._key(v_keyring.id, version);
+begin
+  if v_key.state <> 'destroy_scheduled' then
+    raise exception 'version % is %, not scheduled for destruction', version, v_key.state using errcode = 'RK006';
+  end if;
+  perform rekey._move_key(v_key, v_key.scheduled_from, 'key.destroy_cancelled', null);
+end
+$$;
+comment on function rekey.cancel_key_destruction is 'Cancels a scheduled destruction: the version returns to the state it came from. RK006: none is scheduled; RK007: there is no such version.';
+grant execute on function rekey.cancel_key_destruction to rekey_admin;
+
+create or replace function rekey._destroy_due(clock_jumped boolean) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_due record;
+  v_keyring rekey.keyrings;
+  v_key rekey.encryption_keys;
+  v_postponed text;
+  v_events jsonb := '[]';
+begin
+  for v_due in
+    select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
+    where k.state = 'destroy_scheduled' and k.destroy_after <= now()
+    order by k.keyring_id, k.version
+  loop
+    v_keyring := rekey._keyring(v_due.name, lock => true);
+    v_key := rekey._key(v_keyring.id, v_due.version);
+    continue when v_key.state <> 'destroy_scheduled' or v_key.destroy_after > now();
+    v_postponed := case when clock_jumped then 'more than a day since the last tick: the clock may be wrong' end;
+    if v_postponed is null then
+      begin
+        perform rekey._refuse_in_use(v_keyring, v_due.version);
+      exception when sqlstate 'RK005' then
+        v_postponed := sqlerrm;
+      end;
+    end if;
+    if v_postponed is not null then
+      update rekey.encryption_keys k set destroy_after = now() + interval '1 day' where k.id = v_key.id;
+      v_events := v_events || jsonb_build_object('event', 'key.destroy_scheduled', 'keyring', v_due.name, 'version', v_due.version,
+        'details', jsonb_build_object('postponed', v_postponed, 'destroy_after', now() + interval '1 day'));
+      continue;
+    end if;
+    update rekey.encryption_keys k
+    set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
+    where k.id = v_key.id;
+    v_events := v_events || jsonb_build_object('event', 'key.destroyed', 'keyring', v_due.name, 'version', v_due.version);
+  end loop;
+  perform rekey._audit_all(v_events);
+end
+$$;
+comment on function rekey._destroy_due is
+  'Destroys the versions whose time has come and that nothing needs; the others wait one more day, as all do after a jump of the clock.';
+
+create or replace function rekey.retire_keyring(name text) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(name, lock => true);
+  v_key rekey.encryption_keys;
+  v_rows bigint;
+  v_rotation bigint;
+begin
+  perform rekey._refuse_snapshot();
+  if v_keyring.retired_at is not null then
+    raise exception 'keyring % is retired already', quote_literal(name) using errcode = 'RK006';
+  end if;
+  select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+  if found then
+    raise exception 'keyring % is under way in rotation %', quote_literal(name), v_rotation using errcode = 'RK004';
+  end if;
+  select * into v_key from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active' for update;
+  -- Held till the end: a writer that comes now finds no active version afterwards.
+  if not pg_try_advisory_xact_lock(v_keyring.id, v_key.version) then
+    raise exception 'keyring % is in use by an open transaction', quote_literal(name) using errcode = 'RK005',
+      hint = format('Waiting for %s', rekey._lock_holders(v_keyring.id, array[v_key.version]));
+  end if;
+  select sum(c.rows) into v_rows from rekey._count(array[v_keyring.id], false) c;
+  if v_rows > 0 then
+    raise exception 'keyring % is in use: % rows', quote_literal(name), v_rows using errcode = 'RK005',
+      hint = 'Delete its rows, or move them to another keyring, first.';
+  end if;
+  update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now() where k.id = v_key.id;
+  update rekey.keyrings k set retired_at = now(), rotated_at = now(), rotate_every = null, next_rotation_at = null where k.id = v_keyring.id;
+  perform rekey._audit_all(jsonb_build_array(
+    jsonb_build_object('event', 'keyring.retired', 'keyring', name),
+    jsonb_build_object('event', 'key.deactivated', 'keyring', name, 'version', v_key.version)));
+end
+$$;
+comment on function rekey.retire_keyring is
+  'Retires a keyring that no row uses any more: it takes no new values and is not rotated, and its last version can be destroyed. 25001: not in READ COMMITTED; RK004: a rotation is under way; RK005: rows or open transactions use it; RK006: retired already; RK007: there is none.';
+grant execute on function rekey.retire_keyring to rekey_admin;
+
+-- sql/code/70_schedule.sql
+-- What happens unattended: schedules, and the tick that pg_cron or the orchestrator calls.
+
+create or replace function rekey.set_schedule(keyring text, rotate_every interval, first_at timestamptz = null) returns timestamptz
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+  v_first timestamptz;
+begin
+  if v_keyring.retired_at is not null then
+    raise exception 'keyring % is retired', quote_literal(keyring) using errcode = 'RK006';
+  end if;
+  begin
+    v_first := coalesce(first_at, now() + rotate_every);
+    if rotate_every is null then
+      raise check_violation;
+    end if;
+    update rekey.keyrings k set rotate_every = set_schedule.rotate_every, next_rotation_at = v_first where k.id = v_keyring.id;
+  exception when check_violation or datetime_field_overflow then
+    raise exception 'a keyring cannot rotate every % from % on', coalesce(rotate_every::text, 'NULL'), coalesce(first_at::text, 'NULL')
+      using errcode = 'invalid_parameter_value', hint = 'The interval is between 1 minute and 36500 days, the first time finite.';
+  end;
+  perform rekey._audit('schedule.changed', keyring,
+    details => jsonb_build_object('rotate_every', rotate_every, 'next_rotation_at', v_first));
+  return v_first;
+end
+$$;
+comment on function rekey.set_schedule is
+  'Has a keyring rotated every so often (its cryptoperiod: 1 minute to 36500 days). first_at: when first; NULL, the default: after one cryptoperiod. Returns that time. 22023: interval or time cannot be; RK006: retired; RK007: there is none.';
+grant execute on function rekey.set_schedule to rekey_admin;
+
+create or replace function rekey.clear_schedule(keyring text) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
+begin
+  if v_keyring.rotate_every is not null then
+    update rekey.keyrings k set rotate_every = null, next_rotation_at = null where k.id = v_keyring.id;
+    perform rekey._audit('schedule.changed', keyring, details => jsonb_build_object('cleared', true));
+  end if;
+end
+$$;
+comment on function rekey.clear_schedule is 'Ends the schedule of a keyring. RK007: there is none.';
+grant execute on function rekey.clear_schedule to rekey_admin;
+
+create or replace view rekey.schedule_status as
+select k.name as keyring, k.tenant_id, k.rotate_every, k.next_rotation_at,
+  coalesce(k.next_rotation_at < now() - interval '10 minutes', false) as overdue
+from rekey.keyrings k
+where k.retired_at is null;
+comment on view rekey.schedule_status is 'When each keyring is rotated next; overdue: it should have been 10 minutes ago.';
+grant select on rekey.schedule_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace view rekey.worker_status as
+select w.last_tick_at, w.last_tick_seconds, w.locked_since, w.last_error, w.last_census_at
+from rekey._worker w;
+comment on view rekey.worker_status is 'When the unattended work last ran, how many seconds it took, since when it lacks the KEK, what failed in it, and when rows were last counted.';
+grant select on rekey.worker_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace function rekey._rotate_due() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_due integer[];
+begin
+  select array_agg(k.id) into v_due
+  from (select k.id from rekey.keyrings k
+        where k.next_rotation_at <= now()
+          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state))) k;
+  if v_due is null then
+    return;
+  end if;
+  perform from rekey._kek();
+  perform rekey._lock_kek();
+  -- Looked at again under its lock: another tick may have been here.
+  v_due := array(select k.id from rekey.keyrings k where k.id = any (v_due) and k.next_rotation_at <= now() order by k.id for update);
+  perform from rekey._rotate(v_due, 'schedule', null, false);
+  update rekey.keyrings k set next_rotation_at = now() + k.rotate_every where k.id = any (v_due);
+end
+$$;
+comment on function rekey._rotate_due is 'Begins the rotations whose time has come; the next one is due a cryptoperiod from now.';
+
+create or replace function rekey._census() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stale record;
+  v_id bigint;
+  v_events jsonb := '[]';
+begin
+  perform rekey._refuse_snapshot();
+  for v_stale in
+    select c.keyring_id, r.name, sum(c.rows) as rows, a.version
+    from rekey._count(null, false) c
+    join rekey.keyrings r on r.id = c.keyring_id
+    join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
+    join rekey.keks e on e.id = k.kek_id
+    join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
+    where k.state in ('decrypt_only', 'compromised', 'destroy_scheduled') and e.state <> 'lost'
+      and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state))
+    group by c.keyring_id, r.name, a.version
+    -- Rows that were given up stay where they are.
+    having sum(c.rows) > (select count(distinct (f.target, f.row_key)) from rekey.rotation_failures f
+                          where f.keyring_id = c.keyring_id and f.version <> a.version
+                            and (f.resolved_at is null or f.resolution = 'discard'))
+    order by c.keyring_id
+  loop
+    perform rekey._keyring(v_stale.name, lock => true);
+    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state));
+    v_id := rekey._queue_sweep(v_stale.keyring_id, 'schedule', 'rows on an older version, found by the census');
+    v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
+      'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
+  end loop;
+  update rekey._worker w set last_census_at = now();
+  perform rekey._audit_all(v_events);
+end
+$$;
+comment on function rekey._census is
+  'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep.';
+
+-- Executable by operators because rekey.tick(), which commits, runs with its caller's rights.
+create or replace function rekey._tick_duty(duty text, begun timestamptz) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_worker rekey._worker;
+begin
+  perform rekey._refuse_snapshot();
+  select * into v_worker from rekey._worker;
+  if not found then
+    return;  -- not set up yet
+  end if;
+  begin
+    case duty
+      when 'schedules' then perform rekey._rotate_due();
+      when 'destructions' then perform rekey._destroy_due(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
+      when 'census' then
+        if coalesce(now() - v_worker.last_census_at > interval '1 day', true) then
+          perform rekey._census();
+        end if;
+      when 'end' then
+        update rekey._worker w set last_tick_at = begun, last_tick_seconds = extract(epoch from clock_timestamp() - begun),
+          last_error = case when w.last_error_at >= begun then w.last_error end;
+    end case;
+    if duty = 'schedules' and v_worker.locked_since is not null then
+      perform from rekey._kek();
+      update rekey._worker w set locked_since = null;
+    end if;
+  exception
+    when sqlstate 'RK001' or sqlstate 'RK002' then
+      -- Noted once: whoever has the KEK, the orchestrator's worker for one, will do it.
+      if v_worker.locked_since is null then
+        update rekey._worker w set locked_since = now();
+        perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
+      end if;
+    when others then
+      update rekey._worker w set last_error = format('%s: %s', duty, sqlerrm), last_error_at = clock_timestamp();
+      if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) then
+        perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
+      end if;
+  end;
+end
+$$;
+comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts, and does not stop the others.';
+grant execute on function rekey._tick_duty to rekey_operator;
+
+create or replace function rekey._prune_run_details() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if to_regclass('cron.job_run_details') is not null then
+    execute $sql$
+      delete from cron.job_run_details d
+      where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$;
+  end if;
+exception when insufficient_privilege then
+  null;  -- somebody else's job
+end
+$$;
+comment on function rekey._prune_run_details is 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller.';
+grant execute on function rekey._prune_run_details to rekey_operator;
+
+create or replace procedure rekey.tick()
+language plpgsql
+as $$
+declare
+  v_begun timestamptz := pg_catalog.clock_timestamp();
+begin
+  perform rekey._tick_duty('schedules', v_begun);
+  commit;
+  perform rekey._tick_duty('destructions', v_begun);
+  commit;
+  perform rekey._tick_duty('census', v_begun);
+  commit;
+  call rekey.run_rotations('50 s');
+  perform rekey._prune_run_details();
+  commit;
+  perform rekey._tick_duty('end', v_begun);
+end
+$$;
+comment on procedure rekey.tick is
+  'The unattended work: rotations that are due, their re-encryption for up to 50 seconds, retries, due destructions, and once a day a count of all rows. pg_cron or pg-rekey work calls it. Call it outside a transaction.';
+grant execute on procedure rekey.tick to rekey_operator;
+
+create or replace function rekey.schedule_worker(schedule text = null) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_version text;
+  v_schedule text;
+  v_job bigint;
+begin
+  select e.extversion into v_version from pg_extension e where e.extname = 'pg_cron';
+  if not found then
+    raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
+      hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
+                    current_database());
+  end if;
+  v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
+  begin
+    execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+  exception when invalid_parameter_value or raise_exception or internal_error then
+    raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
+  end;
+  if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
+    -- No job of ours runs as a superuser.
+    execute 'grant usage on schema cron to rekey_worker';
+    execute 'select cron.alter_job($1, username => $2)' using v_job, 'rekey_worker';
+  end if;
+  return v_job;
+end
+$$;
+comment on function rekey.schedule_worker is
+  'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database; 22023: it does not take the schedule.';
+grant execute on function rekey.schedule_worker to rekey_admin;
+
+create or replace function rekey.unschedule_worker() returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_count integer := 0;
+  v_job bigint;
+begin
+  if to_regclass('cron.job') is null then
+    return false;
+  end if;
+  for v_job in execute $sql$ select j.jobid from cron.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$ loop
+    execute 'select cron.unschedule($1)' using v_job;
+    v_count := v_count + 1;
+  end loop;
+  return v_count > 0;
+end
+$$;
+comment on function rekey.unschedule_worker is 'Ends the pg_cron job of rekey.schedule_worker(); false where there was none.';
+grant execute on function rekey.unschedule_worker to rekey_admin;
+
+-- sql/code/80_metrics.sql
+create or replace function rekey.version() returns text
+language sql immutable parallel safe
+return '0.1.0';
+comment on function rekey.version is 'Version of pg_rekey in this database.';
+grant execute on function rekey.version to rekey_admin, rekey_operator, rekey_auditor, rekey_app;
+
+create or replace function rekey.metrics() returns table (name text, labels jsonb, value double precision)
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with states as (
+    select unnest('{queued,running,paused,verifying,failed}'::text[]) as state
+  ), rotated as (
+    select r.state, r.trigger, count(*) as n from rekey.rotations r group by r.state, r.trigger
+  ), finished as (
+    select extract(epoch from r.finished_at - r.created_at) as seconds, r.rows_done
+    from rekey.rotations r
+    where r.state in ('completed', 'completed_with_failures')
+    order by r.finished_at desc limit 1
+  ), unhealthy as (
+    select k.name,
+      case when exists (select from rekey.rotations r where r.keyring_id = k.id and r.state = 'failed') then 'failed'
+           when exists (select from rekey.rotation_failures f where f.keyring_id = k.id and f.resolved_at is null) then 'failures'
+           when k.next_rotation_at < now() - interval '10 minutes' then 'overdue' end as why
+    from rekey.keyrings k where k.retired_at is null
+  )
+  select m.name, m.labels, m.value::double precision
+  from (
+    select 'pg_rekey_rotations' as name, jsonb_build_object('state', s.state) as labels,
+      (select coalesce(sum(r.n), 0) from rotated r where r.state = s.state) as value
+    from states s
+    union all select 'pg_rekey_rotations_total', jsonb_build_object('state', r.state, 'trigger', r.trigger), r.n
+      from rotated r where r.state not in (select s.state from states s)
+    union all select 'pg_rekey_last_rotation_duration_seconds', '{}', f.seconds from finished f
+    union all select 'pg_rekey_rotation_rows_total', '{}', coalesce(sum(r.rows_done), 0) from rekey.rotations r
+    union all select 'pg_rekey_rotation_failures_open', '{}', count(*) from rekey.rotation_failures f where f.resolved_at is null
+    union all select 'pg_rekey_oldest_unfinished_rotation_seconds', '{}', coalesce(extract(epoch from now() - min(r.created_at)), 0)
+      from rekey.rotations r where rekey._is_under_way(r.state)
+    union all select 'pg_rekey_rotation_blocked_seconds', '{}', coalesce(extract(epoch from now() - min(r.blocked_since)), 0)
+      from rekey.rotations r where rekey._is_under_way(r.state) and r.blocked_since is not null
+    union all select 'pg_rekey_last_tick_timestamp_seconds', '{}', coalesce(extract(epoch from w.last_tick_at), 0) from rekey._worker w
+    union all select 'pg_rekey_last_tick_duration_seconds', '{}', coalesce(w.last_tick_seconds, 0) from rekey._worker w
+    union all select 'pg_rekey_locked', '{}', (w.locked_since is not null)::integer from rekey._worker w
+    union all select 'pg_rekey_keyrings', '{}', count(*) from rekey.keyrings k where k.retired_at is null
+    union all select 'pg_rekey_keyrings_overdue', '{}', count(*) from rekey.keyrings k where k.next_rotation_at < now() - interval '10 minutes'
+    union all select 'pg_rekey_keyrings_unscheduled', '{}', count(*) from rekey.keyrings k where k.retired_at is null and k.rotate_every is null
+    union all select 'pg_rekey_keys', jsonb_build_object('state', k.state), count(*) from rekey.encryption_keys k group by k.state
+    union all select 'pg_rekey_keyring_unhealthy', jsonb_build_object('keyring', u.name, 'why', u.why), 1 from unhealthy u where u.why is not null
+    union all select 'pg_rekey_audit_entries', '{}', coalesce(max(h.id), 0) from rekey._audit_head h
+    union all select 'pg_rekey_kek_age_seconds', '{}', extract(epoch from now() - e.created_at) from rekey.keks e where e.state = 'active'
+  ) m;
+end;
+comment on function rekey.metrics is 'Figures for monitoring (docs/operations.md): name, labels, value. pg-rekey metrics prints them for Prometheus.';
+grant execute on function rekey.metrics to rekey_admin, rekey_operator, rekey_auditor;
+
+-- sql/footer.sql
+-- Who owns what, and who may do nothing. Safe to repeat.
+revoke all on all routines in schema rekey, rekey_targets from public;
+
+do $$
+declare
+  v_object record;
+  v_role name;
+begin
+  -- Default privileges of Supabase and others.
+  for v_role in select r.rolname from pg_roles r where r.rolname in ('anon', 'authenticated', 'service_role') loop
+    execute format('revoke all on all routines in schema rekey, rekey_targets from %I', v_role);
+    execute format('revoke all on all tables in schema rekey, rekey_targets from %I', v_role);
+    execute format('revoke all on all sequences in schema rekey, rekey_targets from %I', v_role);
+  end loop;
+
+  execute 'alter schema rekey owner to rekey_owner';
+  execute 'alter schema rekey_targets owner to rekey_owner';
+  for v_object in
+    select format('%I.%I', n.nspname, c.relname) as name,
+      case c.relkind when 'v' then 'view' when 'S' then 'sequence' when 'c' then 'type' else 'table' end as kind
+    from pg_class c
+    join pg_namespace n on n.oid = c.relnamespace
+    where n.nspname in ('rekey', 'rekey_targets') and c.relkind in ('r', 'v', 'S', 'c')
+      and c.relowner <> 'rekey_owner'::regrole
+      -- An identity's sequence goes with its table.
+      and not exists (select from pg_depend d where d.objid = c.oid and d.classid = 'pg_class'::regclass and d.deptype = 'i' and c.relkind = 'S')
+  loop
+    execute format('alter %s %s owner to rekey_owner', v_object.kind, v_object.name);
+  end loop;
+
+  -- To be given a function, a role needs CREATE on its schema, for that moment.
+  execute 'grant create on schema rekey to rekey_sweeper';
+  for v_object in
+    select p.oid::regprocedure::text as name,
+      case when n.nspname = 'rekey' and p.proname in ('_call_sweep', '_call_count', '_call_tenant_check') then 'rekey_sweeper' else 'rekey_owner' end as owner
+    from pg_proc p
+    join pg_namespace n on n.oid = p.pronamespace
+    where (n.nspname = 'rekey' or n.nspname = 'rekey_targets' and p.proname in ('secrets_sweep', 'secrets_count'))
+  loop
+    execute format('alter routine %s owner to %I', v_object.name, v_object.owner);
+  end loop;
+  execute 'revoke create on schema rekey from rekey_sweeper';
+end
+$$;
+grant execute on function rekey._call_sweep, rekey._call_count, rekey._call_tenant_check to rekey_owner;
+grant execute on function rekey_targets.secrets_sweep, rekey_targets.secrets_count to rekey_sweeper;
