@@ -1,0 +1,107 @@
+"""`pg-rekey keys`: key versions and their states."""
+
+import click
+
+from pg_rekey import db
+from pg_rekey.cli.base import (
+    Output,
+    confirm,
+    database,
+    fetch,
+    fetch_one,
+    keyring_option,
+    reason_option,
+    yes_option,
+)
+
+
+@click.group()
+def keys() -> None:
+    """Key versions: list, disable, mark as compromised, destroy."""
+
+
+@keys.command("list")
+@keyring_option
+@database()
+def list_(connection: db.Connection, out: Output, keyring: str | None) -> None:
+    """List the key versions with their states."""
+    rows = fetch(connection, db.query("keys"), keyring, keyring)
+    columns = ("keyring", "version", "state", "kek_id", "activated_at", "deactivated_at", "destroy_after")
+    out.table(rows, columns, empty="no keys")
+
+
+@keys.command()
+@keyring_option
+@database(unlocked=True)
+def usage(connection: db.Connection, out: Output, keyring: str | None) -> None:
+    """Count the rows that stand on each version."""
+    out.table(fetch(connection, "select * from rekey.key_usage(%s)", keyring), empty="no keys")
+
+
+@keys.command()
+@click.argument("keyring")
+@click.argument("version", type=int)
+@reason_option
+@database()
+def disable(connection: db.Connection, out: Output, keyring: str, version: int, reason: str | None) -> None:
+    """Suspend a version: nothing opens with it until it is enabled again."""
+    connection.execute("select rekey.disable_key(%s, %s, %s)", [keyring, version, reason])
+    _show(connection, out, keyring, version)
+
+
+@keys.command()
+@click.argument("keyring")
+@click.argument("version", type=int)
+@reason_option
+@database()
+def enable(connection: db.Connection, out: Output, keyring: str, version: int, reason: str | None) -> None:
+    """Let a suspended version open again."""
+    connection.execute("select rekey.enable_key(%s, %s, %s)", [keyring, version, reason])
+    _show(connection, out, keyring, version)
+
+
+@keys.command()
+@click.argument("keyring")
+@click.argument("version", type=int)
+@reason_option
+@database(unlocked=True)
+def compromise(
+    connection: db.Connection, out: Output, keyring: str, version: int, reason: str | None
+) -> None:
+    """Mark a version as compromised: at once it encrypts nothing any more, and its rows are re-encrypted."""
+    connection.execute("select rekey.mark_key_compromised(%s, %s, %s)", [keyring, version, reason])
+    _show(connection, out, keyring, version)
+
+
+@keys.command()
+@click.argument("keyring")
+@click.argument("version", type=int)
+@click.option("--wait", metavar="INTERVAL", help="Time until then; by default the setting destroy_wait.")
+@yes_option
+@database(unlocked=True)
+def schedule_destruction(
+    connection: db.Connection, out: Output, keyring: str, version: int, wait: str | None, yes: bool
+) -> None:
+    """Have a version destroyed for good once the wait is over; refused while a row needs it."""
+    confirm(connection, f"Destroy version {version} of keyring {keyring} when the wait is over?", yes)
+    connection.execute(
+        "select rekey.schedule_key_destruction(%s, %s, %s::interval)", [keyring, version, wait]
+    )
+    _show(connection, out, keyring, version)
+
+
+@keys.command()
+@click.argument("keyring")
+@click.argument("version", type=int)
+@database()
+def cancel_destruction(connection: db.Connection, out: Output, keyring: str, version: int) -> None:
+    """Cancel a destruction that has not happened yet."""
+    connection.execute("select rekey.cancel_key_destruction(%s, %s)", [keyring, version])
+    _show(connection, out, keyring, version)
+
+
+def _show(connection: db.Connection, out: Output, keyring: str, version: int) -> None:
+    statement = "select * from rekey.key_status where keyring = %s and version = %s"
+    row = fetch_one(connection, statement, keyring, version)
+    after = f", after {row['destroy_after']:%Y-%m-%d %H:%M %Z}" if row["state"] == "destroy_scheduled" else ""
+    out.done(f"version {version} of keyring {keyring} is {row['state']}{after}", **row)

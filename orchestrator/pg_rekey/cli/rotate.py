@@ -1,0 +1,186 @@
+"""`pg-rekey rotate`: a new key now, and, with --wait, every row re-encrypted before it ends."""
+
+import time
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from pg_rekey import db, worker
+from pg_rekey.cli.base import Output, Row, fetch, fetch_one, output, reason_option, scalar
+from pg_rekey.cli.rotations import COLUMNS
+from pg_rekey.errors import FINDINGS, INTERRUPTED, LOCKED, UNFINISHED, Problem
+
+# Opening twice, sealing, and writing, in openings: what rotations of 60,000 rows took.
+WORK_PER_OPENING = 3.0
+
+
+@click.command()
+@click.option("--keyring", metavar="NAME", help="Rotate this keyring; not needed where there is only one.")
+@click.option("--all", "everything", is_flag=True, help="Rotate every keyring.")
+@click.option("--wait", is_flag=True, help="Re-encrypt here and now, and wait until every row is verified.")
+@click.option(
+    "--dry-run", is_flag=True, help="Open every row, change nothing, tell what a rotation would be."
+)
+@click.option("--supersede", is_flag=True, help="Take over the rows of a rotation that is under way.")
+@reason_option
+@output
+def rotate(
+    out: Output,
+    keyring: str | None,
+    everything: bool,
+    wait: bool,
+    dry_run: bool,
+    supersede: bool,
+    reason: str | None,
+) -> None:
+    """Make a new key version, active at once, and queue the re-encryption of all rows.
+
+    Without --wait the worker does it: pg_cron, or `pg-rekey work`. With it, exit code 4 says that a rotation
+    failed, left rows that do not open, or was paused or replaced by another.
+    """
+    if keyring and everything:
+        raise click.UsageError("--keyring and --all exclude each other")
+    if dry_run and (wait or supersede):
+        raise click.UsageError("--dry-run changes nothing: neither --wait nor --supersede go with it")
+    with worker.connect() if wait else db.connect() as connection:
+        if not wait and db.in_environment():
+            db.unlock(connection)
+        if not everything:
+            keyring = _choose(connection, keyring)
+        if dry_run:
+            _dry_run(connection, out, keyring)
+            connection.rollback()
+            return
+        statement = "select * from rekey.rotate_keys(%s, %s, %s)"
+        rotations = fetch(connection, statement, keyring, reason, supersede)
+        if wait:
+            rotations = _follow(connection, out, [row["id"] for row in rotations])
+        out.table(rotations, COLUMNS, empty="there is no keyring to rotate")
+    if wait and any(row["state"] != "completed" for row in rotations):
+        raise click.exceptions.Exit(UNFINISHED)
+
+
+def _choose(connection: db.Connection, keyring: str | None) -> str:
+    """Return the keyring that is meant."""
+    if keyring is not None:
+        return keyring
+    statement = "select name from rekey.keyrings where retired_at is null order by name limit 11"
+    rows = fetch(connection, statement)
+    names = [str(row["name"]) for row in rows]
+    if not names:
+        raise Problem("there is no keyring", "Run `pg-rekey init`.")
+    if len(names) > 1:
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise click.UsageError(f"which keyring? --all, or --keyring with one of: {shown}")
+    return names[0]
+
+
+def _dry_run(connection: db.Connection, out: Output, keyring: str | None) -> None:
+    begun = time.monotonic()
+    rows = fetch(connection, "select * from rekey.verify_ciphertexts(%s)", keyring)
+    seconds = time.monotonic() - begun
+    total = sum(row["rows"] for row in rows)
+    failed = sum(row["failed"] for row in rows)
+    pace = scalar(connection, db.query("pace"))
+    estimate = total / pace if pace else seconds * WORK_PER_OPENING
+    source = f"at the {pace:,.0f} rows/s of the last ones" if pace else "a guess: there was none yet to go by"
+    if out.json:
+        out.document(
+            {"rows": total, "failed": failed, "opened_in": seconds, "estimate": estimate, "relations": rows}
+        )
+    else:
+        out.table(rows, empty="there is nothing encrypted")
+        out.say(f"{total:,} rows opened in {seconds:.1f} s, {failed} do not open; nothing was changed")
+        out.say(f"a rotation takes about {estimate:.0f} s ({source})")
+    if failed:
+        raise click.exceptions.Exit(FINDINGS)
+
+
+def _follow(connection: db.Connection, out: Output, ids: list[int]) -> list[Row]:
+    """Take the steps of these rotations until they have ended, and show how far they are."""
+    console = Console(stderr=True, highlight=False)
+    columns: tuple[ProgressColumn, ...] = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Pace(),
+        TimeRemainingColumn(),
+    )
+    name = f"rotation {ids[0]}" if len(ids) == 1 else f"{len(ids)} rotations"
+    told = ""
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task(name, total=None)
+            while True:
+                state = fetch_one(connection, db.query("progress"), ids)
+                waiting = describe(state["blocked_by"])
+                progress.update(
+                    task,
+                    total=state["total"],
+                    completed=state["done"] or 0,
+                    description=f"{name} waits for {waiting}" if waiting else name,
+                )
+                if waiting != told and not console.is_terminal:
+                    click.echo(f"waits for {waiting}" if waiting else "goes on", err=True)
+                told = waiting
+                if not state["unfinished"]:
+                    break
+                _steps(connection, ids)
+    except KeyboardInterrupt:
+        raise Problem(
+            f"interrupted: {name} stays queued, and everything can be read and written",
+            "`pg-rekey work` goes on with it; so does pg_cron, where it runs the worker.",
+            INTERRUPTED,
+        ) from None
+    if state["paused"]:
+        click.echo("somebody paused it: `pg-rekey rotations resume` goes on", err=True)
+    return fetch(connection, "select * from rekey.rotation_status where id = any(%s) order by id", ids)
+
+
+def _steps(connection: db.Connection, ids: list[int]) -> None:
+    """Work for a moment: the time between two looks at the progress."""
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until:
+        step = worker.step(connection)
+        if step["event"] == "locked":
+            message = f"{step['detail']['error']}: the rotation stays queued"
+            raise Problem(message, "`pg-rekey work` goes on with it.", LOCKED)
+        if step["wait"] is not None:
+            time.sleep(step["wait"].total_seconds())
+        if step["event"] in ("idle", "completed"):
+            return
+
+
+def describe(blockers: list[dict[str, Any]] | None) -> str:
+    """Say what a rotation waits for."""
+    return "; ".join(_describe_one(blocker) for blocker in blockers or [])
+
+
+def _describe_one(blocker: dict[str, Any]) -> str:
+    if "rows" in blocker:
+        return f"{blocker['rows']} rows that are {blocker['why']}"
+    age = f"open for {blocker.get('age_seconds', 0)} s"
+    if "prepared" in blocker:
+        return f"the prepared transaction {blocker['prepared']!r}, {age}"
+    return f"the transaction of pid {blocker.get('pid')}, {blocker.get('role')}, {age}"
+
+
+class _Pace(ProgressColumn):
+    """Rows a second."""
+
+    def render(self, task: Task) -> Text:
+        """Show the pace of the last moments."""
+        return Text(f"{task.speed:,.0f} rows/s" if task.speed else "")

@@ -1,0 +1,114 @@
+"""`pg-rekey rotations`: what is under way, what was, and what went wrong."""
+
+import click
+
+from pg_rekey import db
+from pg_rekey.cli.base import Output, database, fetch, fetch_one, keyring_option, reason_option
+from pg_rekey.errors import FAILED, Problem
+
+COLUMNS = (
+    "id",
+    "keyring",
+    "state",
+    "trigger",
+    "to_version",
+    "rows_total",
+    "rows_done",
+    "rows_failed",
+    "finished_at",
+)
+
+
+@click.group()
+def rotations() -> None:
+    """Rotations: list, pause, resume, retry, roll back; rows that did not open."""
+
+
+@rotations.command("list")
+@keyring_option
+@click.option(
+    "--limit", type=click.IntRange(1), default=20, show_default=True, help="How many of the newest."
+)
+@database()
+def list_(connection: db.Connection, out: Output, keyring: str | None, limit: int) -> None:
+    """List rotations, newest first."""
+    rows = fetch(connection, db.query("rotations"), keyring, keyring, limit)
+    out.table(rows, COLUMNS, empty="no rotations")
+
+
+@rotations.command()
+@click.argument("rotation", type=int)
+@database()
+def show(connection: db.Connection, out: Output, rotation: int) -> None:
+    """Show all about one rotation."""
+    rows = fetch(connection, _STATUS, rotation)
+    if not rows:
+        raise Problem(f"no such rotation: {rotation}", "`pg-rekey rotations list` shows them.", FAILED)
+    out.record(rows[0])
+
+
+@rotations.command()
+@click.argument("rotation", type=int)
+@database()
+def pause(connection: db.Connection, out: Output, rotation: int) -> None:
+    """Pause a rotation: reads and writes go on, nothing more is re-encrypted."""
+    connection.execute("select rekey.pause_rotation(%s)", [rotation])
+    _show(connection, out, rotation)
+
+
+@rotations.command()
+@click.argument("rotation", type=int)
+@database()
+def resume(connection: db.Connection, out: Output, rotation: int) -> None:
+    """Go on with a paused rotation."""
+    connection.execute("select rekey.resume_rotation(%s)", [rotation])
+    _show(connection, out, rotation)
+
+
+@rotations.command()
+@click.argument("rotation", type=int)
+@database()
+def retry(connection: db.Connection, out: Output, rotation: int) -> None:
+    """Go on with a failed rotation where it stopped, or try its failed rows again."""
+    connection.execute("select rekey.retry_rotation(%s)", [rotation])
+    _show(connection, out, rotation)
+
+
+@rotations.command()
+@click.argument("rotation", type=int)
+@reason_option
+@database(unlocked=True)
+def rollback(connection: db.Connection, out: Output, rotation: int, reason: str | None) -> None:
+    """Make the old version active again and re-encrypt back; nothing is unreadable at any moment."""
+    connection.execute("select rekey.rollback_rotation(%s, %s)", [rotation, reason])
+    _show(connection, out, rotation)
+
+
+@rotations.command()
+@click.argument("rotation", type=int, required=False)
+@click.option("--all", "everything", is_flag=True, help="Those that are resolved too.")
+@database()
+def failures(connection: db.Connection, out: Output, rotation: int | None, everything: bool) -> None:
+    """List rows that did not open: they stay as they were, and keep their key from being destroyed."""
+    columns = ("id", "rotation_id", "keyring", "target", "row_key", "version", "reason", "resolution")
+    rows = fetch(connection, db.query("failures"), rotation, rotation, everything)
+    out.table(rows, columns, empty="no failures")
+
+
+@rotations.command()
+@click.argument("failure", type=int)
+@click.argument("action", type=click.Choice(["retry", "discard"]))
+@reason_option
+@database(unlocked=True)
+def resolve(connection: db.Connection, out: Output, failure: int, action: str, reason: str | None) -> None:
+    """Close an entry of `failures`: retry once the row is mended, or discard the hope of it."""
+    connection.execute("select rekey.resolve_failure(%s, %s, %s)", [failure, action, reason])
+    out.done(f"failure {failure}: {action}", failure=failure, action=action)
+
+
+_STATUS = "select * from rekey.rotation_status where id = %s"
+
+
+def _show(connection: db.Connection, out: Output, rotation: int) -> None:
+    row = fetch_one(connection, _STATUS, rotation)
+    out.done(f"rotation {rotation} of keyring {row['keyring']} is {row['state']}", **row)

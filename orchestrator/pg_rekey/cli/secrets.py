@@ -1,0 +1,139 @@
+"""`pg-rekey secrets`: values in, values out, never through an argument."""
+
+import getpass
+import sys
+from pathlib import Path
+from uuid import UUID
+
+import click
+
+from pg_rekey import db, envfile
+from pg_rekey.cli.base import (
+    FilePath,
+    InputPath,
+    Output,
+    confirm,
+    database,
+    fetch,
+    scalar,
+    tenant_option,
+    write_new,
+    yes_option,
+)
+from pg_rekey.errors import FAILED, USAGE, Problem
+
+keyring_option = click.option("--keyring", metavar="NAME", default="default", help="Keyring to encrypt with.")
+
+
+@click.group()
+def secrets() -> None:
+    """Secrets: set, get, list, and whole .env files."""
+
+
+@secrets.command("set")
+@click.argument("name")
+@click.option("--file", "path", type=InputPath, help="Take the value from this file.")
+@tenant_option
+@keyring_option
+@click.option("--description", help="What it is for; not encrypted.")
+@database(unlocked=True)
+def set_(
+    connection: db.Connection,
+    out: Output,
+    name: str,
+    path: Path | None,
+    tenant: UUID,
+    keyring: str,
+    description: str | None,
+) -> None:
+    """Store a secret. The value comes from a file, or standard input without its last line break."""
+    identity = scalar(connection, db.query("set secret"), name, _value(path), tenant, keyring, description)
+    out.done(f"secret {name} stored", name=name, id=identity)
+
+
+@secrets.command()
+@click.argument("name")
+@tenant_option
+@database(unlocked=True)
+def get(connection: db.Connection, out: Output, name: str, tenant: UUID) -> None:
+    """Print the value of a secret."""
+    value = scalar(connection, "select rekey.get_secret(%s, %s)", name, tenant)
+    if out.json:
+        out.document({"name": name, "value": value})
+    else:
+        click.echo(value, nl=sys.stdout.isatty())
+
+
+@secrets.command("list")
+@tenant_option
+@database()
+def list_(connection: db.Connection, out: Output, tenant: UUID) -> None:
+    """List the names of secrets, without their values."""
+    out.table(fetch(connection, db.query("secrets"), tenant), empty="no secrets")
+
+
+@secrets.command()
+@click.argument("name")
+@tenant_option
+@database()
+def rm(connection: db.Connection, out: Output, name: str, tenant: UUID) -> None:
+    """Delete a secret."""
+    if not scalar(connection, "select rekey.delete_secret(%s, %s)", name, tenant):
+        raise Problem(f"no such secret: {name}", "`pg-rekey secrets list` shows them.", FAILED)
+    out.done(f"secret {name} deleted", name=name)
+
+
+@secrets.command("import")
+@click.argument("path", type=InputPath)
+@tenant_option
+@keyring_option
+@database(unlocked=True)
+def import_(connection: db.Connection, out: Output, path: Path, tenant: UUID, keyring: str) -> None:
+    """Store all values of a .env file, in one transaction. ${...} is stored as it stands."""
+    values = envfile.read(path)
+    rows = fetch(connection, "select name, value from rekey.read_secrets(%s, %s)", list(values), tenant)
+    known = {row["name"]: row["value"] for row in rows}
+    changed = {name: value for name, value in values.items() if known.get(name) != value}
+    for name, value in changed.items():
+        connection.execute(db.query("set secret"), (name, value, tenant, keyring, None))
+    created = sorted(changed.keys() - known.keys())
+    updated = sorted(changed.keys() & known.keys())
+    unchanged = sorted(values.keys() - changed.keys())
+    out.done(
+        f"{len(created)} created, {len(updated)} updated, {len(unchanged)} unchanged",
+        created=created,
+        updated=updated,
+        unchanged=unchanged,
+    )
+
+
+@secrets.command()
+@click.option("--out", "path", type=FilePath, help="A new file, readable by its owner only.")
+@tenant_option
+@yes_option
+@database(unlocked=True)
+def export(connection: db.Connection, out: Output, path: Path | None, tenant: UUID, yes: bool) -> None:
+    """Print all secrets of a tenant as a .env file that python-dotenv reads back to the same values."""
+    if path is None and sys.stdout.isatty():
+        confirm(connection, "Show every secret on this terminal?", yes)
+    rows = fetch(connection, "select name, value from rekey.read_secrets(tenant_id => %s)", tenant)
+    values = {row["name"]: row["value"] for row in rows}
+    if path is not None:
+        write_new(path, envfile.write(values))
+        out.done(f"{len(values)} secrets written to {path}", path=str(path), secrets=len(values))
+    elif out.json:
+        out.document(values)
+    else:
+        click.echo(envfile.write(values), nl=False)
+
+
+def _value(path: Path | None) -> str:
+    if path is not None:
+        value = path.read_bytes().decode()
+    elif sys.stdin.isatty():
+        value = getpass.getpass("Value (not shown): ")
+    else:
+        value = sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+    if "\0" in value:
+        raise Problem("text in PostgreSQL cannot hold a NUL byte", "Store it as base64.", USAGE)
+    return value

@@ -1,0 +1,32 @@
+"""`pg-rekey settings`: how the engine of this database works."""
+
+import click
+
+from pg_rekey import db
+from pg_rekey.cli.base import Output, database, fetch, fetch_one
+
+
+@click.group()
+def settings() -> None:
+    """Settings of the engine, kept in the database; every change is audited."""
+
+
+@settings.command()
+@database()
+def show(connection: db.Connection, out: Output) -> None:
+    """Show all settings with their meaning."""
+    out.table(fetch(connection, "select * from rekey.setting_status order by name"))
+
+
+@settings.command("set")
+@click.argument("name")
+@click.argument("value", required=False)
+@click.option("--default", "reset", is_flag=True, help="Back to the default.")
+@database()
+def set_(connection: db.Connection, out: Output, name: str, value: str | None, reset: bool) -> None:
+    """Change a setting."""
+    if (value is None) != reset:
+        raise click.UsageError("give a VALUE or --default")
+    connection.execute("select rekey.set_setting(%s, %s)", [name, value])
+    row = fetch_one(connection, "select name, value from rekey.setting_status where name = %s", name)
+    out.done(f"{name} is {row['value'] if row['value'] is not None else 'not set'}", **row)

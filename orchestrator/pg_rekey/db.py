@@ -1,0 +1,169 @@
+"""Connections, named queries, and unlocking: the only module that knows how pg-rekey talks to a server."""
+
+import functools
+import os
+import re
+from importlib import resources
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import click
+import psycopg
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import DictRow, dict_row
+
+from pg_rekey import kek as keks
+from pg_rekey.errors import USAGE, Problem
+
+Connection = psycopg.Connection[DictRow]
+Scope = Literal["transaction", "session", "replacement"]
+
+
+@functools.cache
+def query(name: str) -> str:
+    """Return the statement that queries.sql has under this name."""
+    text = resources.files("pg_rekey").joinpath("queries.sql").read_text(encoding="utf-8")
+    found = re.search(rf"^-- name: {name}\n(.*?)(?=^-- name: |\Z)", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise KeyError(name)
+    return found[1].strip()
+
+
+def dsn() -> str:
+    """Return the connection string of the environment, checked; empty: libpq's own variables decide."""
+    for variable in ("PG_REKEY_DSN", "DATABASE_URL"):
+        if value := os.environ.get(variable):
+            _check(variable, value)
+            return value
+    return ""
+
+
+def connect(*, autocommit: bool = False, database: str | None = None) -> Connection:
+    """Connect to the database of the environment, or another one there; notices go to standard error."""
+    connection = psycopg.connect(
+        make_conninfo(dsn(), dbname=database),
+        autocommit=autocommit,
+        row_factory=dict_row,
+        application_name="pg-rekey",
+        # Prepared statements do not survive a transaction pooler.
+        prepare_threshold=None,
+    )
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+    connection.add_notice_handler(_show_notice)
+    return connection
+
+
+def where(connection: psycopg.Connection[Any]) -> str:
+    """Say which database this is, for a person who is about to change it."""
+    info = connection.info
+    host = info.host or info.hostaddr
+    port = "" if host.startswith("/") else f":{info.port}"
+    return f"database {info.dbname} on {host}{port} as {info.user}"
+
+
+def unlock(
+    connection: psycopg.Connection[Any],
+    kek: bytes | str | None = None,
+    scope: Scope = "transaction",
+    new_kek: bytes | str | None = None,
+) -> str:
+    """Let the transaction or session of a connection use the KEK, and return the KEK's fingerprint.
+
+    Without ``kek`` it comes from the environment: PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND,
+    and the next one from PG_REKEY_NEW_KEK and so on; the one that the database has as active is used. The KEK
+    reaches the server by a binary COPY, which no log shows.
+
+    Scope ``transaction`` lasts to the end of the transaction, which is begun if there is none; ``session`` to
+    the end of the connection, and does not belong behind a transaction pooler.
+    """
+    if scope != "session" and connection.info.transaction_status == pq.TransactionStatus.IDLE:
+        if connection.autocommit:
+            raise Problem(
+                "unlocking a transaction needs one: this connection is in autocommit mode",
+                "Use `with connection.transaction()`, or scope='session'.",
+                USAGE,
+            )
+        connection.execute("select")
+    if kek is not None:
+        return _send(connection, [_bytes(given) for given in (kek, new_kek) if given is not None], scope)
+    try:
+        return _send(connection, _from_environment(), scope)
+    except psycopg.Error as error:
+        if error.sqlstate != "RK002":
+            raise
+    # A KEK rotation may have passed between reading the environment and asking the database.
+    return _send(connection, _from_environment(), scope)
+
+
+def in_environment() -> bool:
+    """Tell whether the environment gives a KEK, the current or the next one."""
+    return any(os.environ.get(f"{name}{kind}") for name in (keks.CURRENT, keks.NEXT) for kind in _KINDS)
+
+
+_KINDS = ("", "_FILE", "_COMMAND")
+
+
+def copy_keks(connection: psycopg.Connection[Any], given: list[bytes]) -> None:
+    """Put KEKs into the temporary table pg_rekey_kek by binary COPY, which no log shows."""
+    connection.execute("create temporary table pg_rekey_kek (kek bytea) on commit drop")
+    with connection.cursor() as cursor, cursor.copy("copy pg_temp.pg_rekey_kek from stdin binary") as copy:
+        copy.set_types(["bytea"])
+        for one in given:
+            copy.write_row([one])
+
+
+def _send(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
+    with connection.transaction():
+        copy_keks(connection, given)
+        with connection.cursor(row_factory=psycopg.rows.scalar_row) as cursor:
+            fingerprint = cursor.execute("select rekey.unlock_copied(%s)", [scope]).fetchone()
+        connection.execute("drop table pg_temp.pg_rekey_kek")
+    return str(fingerprint)
+
+
+def _from_environment() -> list[bytes]:
+    following = keks.read(keks.NEXT)
+    current = keks.read() if following else keks.require()
+    return [one for one in (current, following) if one]
+
+
+def _bytes(kek: bytes | str) -> bytes:
+    if isinstance(kek, str):
+        return keks.parse(kek)
+    if len(kek) != 32:
+        raise Problem("a KEK has 32 bytes", None, USAGE)
+    return kek
+
+
+def _show_notice(notice: psycopg.errors.Diagnostic) -> None:
+    click.echo(f"{notice.severity}: {notice.message_primary}", err=True)
+
+
+def _check(variable: str, value: str) -> None:
+    """Refuse what libpq would refuse, without libpq's words: those can hold the password."""
+    scheme = re.match(r"([A-Za-z][\w+.:-]*)://", value)
+    if scheme and scheme[1] not in ("postgres", "postgresql"):
+        raise Problem(
+            f"{variable} starts with {scheme[1]}://, which libpq does not know",
+            "Write postgresql:// with nothing after it: +psycopg and the like belong to other libraries.",
+            USAGE,
+        )
+    if scheme and "@" in value and re.search(r"[/@#?]", value[scheme.end() : value.rindex("@")]):
+        raise Problem(f"{variable} has a password with characters that a URL cannot hold", _ENCODE, USAGE)
+    try:
+        conninfo_to_dict(value)
+    except psycopg.Error:
+        parameters = re.findall(r"[?&]([^=&]+)=", f"?{urlsplit(value).query}") if scheme else []
+        known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+        if unknown := [name for name in parameters if name not in known]:
+            raise Problem(
+                f"{variable} has parameters that libpq does not know: {', '.join(unknown)}",
+                "Take them out: `pgbouncer`, `connection_limit`, `schema` and the like are Prisma's.",
+                USAGE,
+            ) from None
+        message = f"{variable} is not a connection string that libpq understands"
+        raise Problem(message, _ENCODE, USAGE) from None
+
+
+_ENCODE = "In a URL, write / as %2F, @ as %40, # as %23, ? as %3F and % as %25 within the password."

@@ -1,0 +1,121 @@
+"""What could be wrong with an installation, and what to do about it."""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import psycopg
+
+from pg_rekey import db
+from pg_rekey import kek as keks
+
+Severity = Literal["critical", "warning", "info"]
+CHECKS = (
+    "logging",
+    "definer functions",
+    "grants",
+    "server version",
+    "KEK",
+    "worker",
+    "schedules",
+    "rotations",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that should be looked at; an info is no more than that."""
+
+    severity: Severity
+    finding: str
+    advice: str
+
+    def row(self) -> dict[str, Any]:
+        """Return it as a row of a table."""
+        return asdict(self)
+
+
+def examine(connection: db.Connection) -> list[Finding]:
+    """Return what is not as it should be, the worst first."""
+    found = [*_environment(), *_pooler(connection)]
+    missing = _statement(connection, "installed")
+    if missing:
+        found += missing
+    else:
+        for name in CHECKS:
+            found += _guarded(connection, name, partial(_statement, connection, name))
+        found += _guarded(connection, "pg_cron", lambda: list(_cron(connection)))
+    return sorted(found, key=lambda finding: ("critical", "warning", "info").index(finding.severity))
+
+
+def _statement(connection: db.Connection, name: str) -> list[Finding]:
+    return [Finding(**row) for row in connection.execute(db.query(f"doctor: {name}")).fetchall()]
+
+
+def _guarded(connection: db.Connection, name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    try:
+        with connection.transaction():
+            return check()
+    except psycopg.errors.InsufficientPrivilege:
+        return [Finding("info", f"this role may not examine: {name}", "Run it as a member of rekey_admin.")]
+
+
+def _environment() -> Iterator[Finding]:
+    for variable in (f"{keks.CURRENT}_FILE", f"{keks.NEXT}_FILE"):
+        path = os.environ.get(variable)
+        if path and os.path.exists(path):
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            if mode & 0o077:
+                yield Finding(
+                    "critical", f"others can read {variable} (mode {mode:04o})", f"chmod 600 {path}"
+                )
+
+
+def _pooler(connection: db.Connection) -> Iterator[Finding]:
+    row = connection.execute("select pg_backend_pid() as pid").fetchone()
+    if row and row["pid"] != connection.info.backend_pid:
+        yield Finding(
+            "warning",
+            "there is a connection pooler between here and the server",
+            "In transaction mode, unlock transactions only; `work` and `rotate` need a direct connection.",
+        )
+
+
+def _jobs(connection: db.Connection, database: str) -> list[dict[str, Any]]:
+    return connection.execute(db.query("cron jobs"), [database]).fetchall()
+
+
+def _cron(connection: db.Connection) -> Iterator[Finding]:
+    [here] = connection.execute(db.query("init")).fetchall()
+    if here["pg_cron"]:
+        jobs = _jobs(connection, here["database"])
+    elif here["cron_database"] not in (None, here["database"]):
+        try:
+            with db.connect(database=here["cron_database"]) as other:
+                jobs = _jobs(other, here["database"])
+        except (psycopg.OperationalError, psycopg.errors.UndefinedTable):
+            return
+    else:
+        return
+    fix = "Run `pg-rekey init` again: it puts the job right."
+    if not jobs:
+        yield Finding("info", "pg_cron has no job for this database that this role can see", fix)
+    if len(jobs) > 1:
+        yield Finding("warning", f"pg_cron has {len(jobs)} jobs for the worker", "cron.unschedule() others.")
+    for job in jobs:
+        name = f"pg_cron's job {job['jobid']}"
+        if job["command"].strip().rstrip(";").lower() != "call rekey.tick()":
+            yield Finding("warning", f"{name} is not one bare `call rekey.tick()`", fix)
+        if not job["active"]:
+            yield Finding("warning", f"{name} is not active", fix)
+        if job["superuser"]:
+            yield Finding("warning", f"{name} runs as the superuser {job['username']}", fix)
+    if jobs and connection.execute(db.query("kek provider")).fetchall() == [{"value": "session"}]:
+        yield Finding(
+            "warning",
+            "pg_cron rotates nothing: the server itself has no KEK",
+            "`pg-rekey kek store`, or `pg-rekey work --forever` with the KEK.",
+        )

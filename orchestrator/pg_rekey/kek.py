@@ -1,0 +1,114 @@
+"""Key-encryption keys from the environment: read, checked, and never shown."""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+from pg_rekey.errors import LOCKED, Problem
+
+CURRENT = "PG_REKEY_KEK"
+NEXT = "PG_REKEY_NEW_KEK"
+COMMAND_TIMEOUT = 30.0
+_LABEL = b"pg_rekey/v1/fingerprint"
+
+
+def generate() -> str:
+    """Make a new KEK, as 64 hexadecimal characters."""
+    return secrets.token_hex(32)
+
+
+def fingerprint(kek: bytes) -> str:
+    """Return what the database knows a KEK by; the KEK does not follow from it."""
+    return hmac.digest(kek, _LABEL, hashlib.sha256)[:16].hex()
+
+
+def parse(text: str, source: str = "the KEK") -> bytes:
+    """Return the 32 bytes of a KEK written as hexadecimal or base64; the error does not show the value."""
+    trimmed = text.strip()
+    if re.fullmatch(r"[0-9A-Fa-f]{64}", trimmed):
+        return bytes.fromhex(trimmed)
+    try:
+        kek = base64.b64decode(trimmed, validate=True)
+    except (binascii.Error, ValueError):
+        kek = b""
+    if len(kek) == 32:
+        return kek
+    raise Problem(
+        f"{source} is neither 64 hexadecimal characters nor base64 of 32 bytes",
+        "`pg-rekey kek generate` makes a KEK.",
+        LOCKED,
+    )
+
+
+def read(name: str = CURRENT) -> bytes | None:
+    """Return the KEK that NAME, NAME_FILE or NAME_COMMAND gives, or None where none of them is set."""
+    given = {
+        variable: value
+        for variable in (name, f"{name}_FILE", f"{name}_COMMAND")
+        if (value := os.environ.get(variable))
+    }
+    if not given:
+        return None
+    if len(given) > 1:
+        raise Problem(f"{' and '.join(given)} are set together", "Set only one of them.", LOCKED)
+    [(variable, value)] = given.items()
+    if variable == name:
+        return parse(value, variable)
+    return read_file(value, variable) if variable.endswith("_FILE") else _run(value, variable)
+
+
+def require(name: str = CURRENT) -> bytes:
+    """Return the KEK from the environment, or say what to set."""
+    kek = read(name)
+    if kek is None:
+        raise Problem(
+            f"no KEK: none of {name}, {name}_FILE and {name}_COMMAND is set",
+            "`pg-rekey kek generate` makes one. Keep it where the database's backups are not.",
+            LOCKED,
+        )
+    return kek
+
+
+def read_file(path: str | Path, source: str = "the file") -> bytes:
+    """Return the KEK that a file holds."""
+    try:
+        return parse(Path(path).read_text(encoding="ascii"), source)
+    except OSError as error:
+        raise Problem(f"{source} cannot be read: {error.strerror}", None, LOCKED) from None
+    except UnicodeDecodeError:
+        return parse("", source)
+
+
+def _run(command: str, source: str) -> bytes:
+    """Return the KEK that a command prints. No shell, a time limit, and its output is never shown."""
+    try:
+        process = subprocess.Popen(
+            shlex.split(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except (OSError, ValueError, IndexError):
+        raise Problem(f"{source} cannot be run", "It is run without a shell.", LOCKED) from None
+    with process:
+        try:
+            output, _ = process.communicate(timeout=COMMAND_TIMEOUT)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise Problem(f"{source} took longer than {COMMAND_TIMEOUT:g} s", None, LOCKED) from None
+    if process.returncode != 0:
+        raise Problem(
+            f"{source} ended with exit code {process.returncode}", "Its output is not shown.", LOCKED
+        )
+    return parse(output.decode("ascii", "replace"), f"what {source} prints")

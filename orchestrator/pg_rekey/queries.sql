@@ -1,0 +1,274 @@
+-- Statements of the orchestrator that take more than a line, each with its name and what it is for.
+
+-- name: init
+-- description: What `init` finds: the installation, pgcrypto, and where pg_cron lives.
+select current_database()::text as database,
+  to_regclass('rekey.settings') is not null as installed,
+  exists (select from pg_extension where extname = 'pgcrypto') as pgcrypto,
+  to_regnamespace('extensions') is not null as extensions_schema,
+  exists (select from pg_extension where extname = 'pg_cron') as pg_cron,
+  (select setting from pg_settings where name = 'cron.database_name') as cron_database
+
+-- name: kek provider
+-- description: Where the server finds the KEK by itself; no row before pg_rekey is set up.
+select value from rekey.setting_status where name = 'kek_provider'
+
+-- name: cron elsewhere
+-- description: The call that schedules the worker of this database from the one that pg_cron lives in.
+select format(
+  'select cron.schedule_in_database(%L, %L, %L, %L, %L);',
+  'pg_rekey', '* * * * *', 'call rekey.tick()', current_database(),
+  case when exists (select from pg_roles where rolname = 'rekey_worker') then 'rekey_worker' else current_user end)
+
+-- name: set schedule
+-- description: A schedule that begins after one interval.
+select rekey.set_schedule(%s, %s::interval)
+
+-- name: set schedule from
+-- description: A schedule with its first time.
+select rekey.set_schedule(%s, %s::interval, %s::timestamptz)
+
+-- name: set schedule if changed
+-- description: A schedule, left alone where the keyring has it already.
+select rekey.set_schedule(given.keyring, given.rotate_every)
+from (values (%s, %s::interval)) as given (keyring, rotate_every)
+where not exists (
+  select from rekey.keyrings k where k.name = given.keyring and k.rotate_every = given.rotate_every)
+
+-- name: status keyrings
+-- description: Every keyring with its active version and whether it is on time.
+select k.name as keyring, v.version, v.activated_at as since, s.next_rotation_at,
+  case when s.overdue then 'overdue' when s.rotate_every is null then 'none' else 'on time' end as schedule
+from rekey.keyrings k
+join rekey.schedule_status s on s.keyring = k.name
+left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
+order by k.name
+
+-- name: status rotations
+-- description: Rotations under way, and the last ones that left failures.
+select r.id, r.keyring, r.state, r.trigger, r.to_version, r.rows_total, r.rows_done, r.rows_failed, r.blocked_by, r.last_error
+from rekey.rotation_status r
+where r.state in ('queued', 'running', 'paused', 'verifying', 'failed')
+   or exists (select from rekey.failure_status f where f.rotation_id = r.id and f.resolved_at is null)
+order by r.id
+
+-- name: status worker
+-- description: When the unattended work was last done, and where the KEK comes from.
+select (select value from rekey.setting_status where name = 'kek_provider') as kek_provider,
+  (select id from rekey.keks where state = 'active') as kek,
+  w.last_tick_at, w.locked_since, w.last_census_at
+from (select) as one
+left join rekey.worker_status w on true
+
+-- name: keyrings
+-- description: Every keyring with its active version and schedule.
+select k.name, k.tenant_id, v.version as active_version, k.rotate_every, k.next_rotation_at, k.created_at, k.retired_at
+from rekey.keyrings k
+left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
+order by k.name
+
+-- name: keys
+-- description: Key versions of one keyring or of all.
+select * from rekey.key_status
+where %s::text is null or keyring = %s
+order by keyring, version
+
+-- name: rotations
+-- description: The newest rotations of one keyring or of all.
+select * from rekey.rotation_status
+where %s::text is null or keyring = %s
+order by id desc
+limit %s
+
+-- name: progress
+-- description: How far some rotations are, taken together.
+select count(*) filter (where state in ('queued', 'running', 'verifying')) as unfinished,
+  count(*) filter (where state = 'paused') as paused,
+  case when bool_and(rows_total is not null) then sum(rows_total)::bigint end as total,
+  sum(rows_done)::bigint as done,
+  (array_agg(blocked_by) filter (where blocked_by is not null))[1] as blocked_by
+from rekey.rotation_status
+where id = any (%s)
+
+-- name: pace
+-- description: Rows a second of the last rotations that had enough rows to tell.
+select (sum(rows_done) / sum(extract(epoch from finished_at - started_at)))::double precision as rows_per_second
+from (
+  select rows_done, started_at, finished_at from rekey.rotation_status
+  where state = 'completed' and rows_done >= 1000 and finished_at > started_at
+  order by id desc limit 5
+) as lately
+
+-- name: failures
+-- description: Rows in quarantine, those of one rotation or of all, with or without those that are resolved.
+select * from rekey.failure_status
+where (%s::bigint is null or rotation_id = %s) and (%s or resolved_at is null)
+order by id
+
+-- name: secrets
+-- description: Names of the secrets of a tenant.
+select s.name, k.name as keyring, s.key_version, s.description, s.created_at, s.updated_at
+from rekey.secrets s
+join rekey.keyrings k on k.id = s.keyring_id
+where s.tenant_id = %s
+order by s.name
+
+-- name: set secret
+-- description: Store one secret.
+select rekey.set_secret(%s, %s, tenant_id => %s, keyring => %s, description => %s)
+
+-- name: audit log
+-- description: The newest entries of the audit log, of one keyring or all.
+select * from rekey.audit_log
+where %s::text is null or keyring = %s
+order by id desc
+limit %s
+
+-- name: kek place
+-- description: Where the server looks for the KEK.
+select max(value) filter (where name = 'kek_secret_name') || %s as kek_secret_name,
+  max(value) filter (where name = 'kek_file') || %s as kek_file,
+  to_regclass('vault.secrets') is not null as has_vault
+from rekey.setting_status
+
+-- name: store in vault
+-- description: The copied KEK becomes a new secret of the Vault.
+select vault.create_secret(encode(k.kek, 'hex'), %s, 'Key-encryption key of pg_rekey')
+from pg_temp.pg_rekey_kek k
+
+-- name: update vault
+-- description: The copied KEK replaces a secret of the Vault.
+select vault.update_secret(s.id, encode(k.kek, 'hex'))
+from vault.secrets s, pg_temp.pg_rekey_kek k
+where s.name = %s
+
+-- name: doctor: installed
+-- description: Whether there is anything to examine.
+select 'critical' as severity, 'pg_rekey is not installed in this database' as finding, 'Run `pg-rekey init`.' as advice
+where to_regclass('rekey.settings') is null
+
+-- name: doctor: logging
+-- description: Server settings that write values of statements or parameters to a log.
+select 'warning' as severity, format('%s is %s: %s', name, value, why) as finding, advice
+from (
+  select g.name, current_setting(g.name, true) as value, g.why, g.advice
+  from (values
+    ('log_statement', 'statements with the values in them are logged',
+      'Set log_statement to ddl or none, or send secrets only as bind parameters.'),
+    ('log_min_duration_statement', 'slow statements are logged with their parameters', 'Set log_parameter_max_length to 0.'),
+    ('log_min_duration_sample', 'sampled statements are logged with their parameters', 'Set log_parameter_max_length to 0.'),
+    ('log_parameter_max_length_on_error', 'failed statements are logged with their parameters', 'Set it to 0.'),
+    ('auto_explain.log_nested_statements', 'statements within functions are logged', 'Set it to off.'),
+    ('auto_explain.log_parameter_max_length', 'plans are logged with their parameters', 'Set it to 0.'),
+    ('pgaudit.log_parameter', 'audited statements are logged with their parameters', 'Set it to off.'),
+    ('pg_stat_statements.track', 'with track_utility, statements are kept as they were written',
+      'Set it to top, or pg_stat_statements.track_utility to off.')
+  ) as g (name, why, advice)
+) s
+where case s.name
+  when 'log_statement' then s.value = 'all'
+  when 'log_min_duration_statement' then s.value <> '-1' and current_setting('log_parameter_max_length') <> '0'
+  when 'log_min_duration_sample' then s.value <> '-1' and current_setting('log_parameter_max_length') <> '0'
+    and current_setting('log_statement_sample_rate')::float8 > 0
+  when 'log_parameter_max_length_on_error' then s.value <> '0'
+  when 'auto_explain.log_nested_statements' then s.value = 'on' and current_setting('auto_explain.log_min_duration', true) <> '-1'
+  when 'auto_explain.log_parameter_max_length' then s.value <> '0' and current_setting('auto_explain.log_min_duration', true) <> '-1'
+  when 'pgaudit.log_parameter' then s.value = 'on' and current_setting('pgaudit.log', true) <> 'none'
+  when 'pg_stat_statements.track' then s.value = 'all' and current_setting('pg_stat_statements.track_utility', true) = 'on'
+  else false
+end
+
+-- name: doctor: definer functions
+-- description: Functions that would run with the rights of a superuser.
+select 'critical' as severity, format('%s runs with the rights of the superuser %I', p.oid::regprocedure, r.rolname) as finding,
+  'Run `pg-rekey sql` again as its owner, or ALTER FUNCTION ... OWNER TO rekey_owner.' as advice
+from pg_proc p
+join pg_namespace n on n.oid = p.pronamespace
+join pg_roles r on r.oid = p.proowner
+where n.nspname = 'rekey' and p.prosecdef and r.rolsuper
+
+-- name: doctor: grants
+-- description: What everybody, or everybody on the web, may call or read.
+select 'critical' as severity, format('%s may use rekey.%s', coalesce(r.rolname, 'PUBLIC'), o.name) as finding,
+  format('REVOKE ALL ON %s FROM %s;', o.what, coalesce(quote_ident(r.rolname), 'PUBLIC')) as advice
+from (
+  select p.proname || '()', 'ROUTINE ' || p.oid::regprocedure, coalesce(p.proacl, acldefault('f', p.proowner))
+  from pg_proc p where p.pronamespace = to_regnamespace('rekey')
+  union all
+  select c.relname, 'TABLE ' || c.oid::regclass, c.relacl
+  from pg_class c where c.relnamespace = to_regnamespace('rekey') and c.relkind in ('r', 'v')
+) as o (name, what, acl)
+cross join lateral aclexplode(o.acl) a
+left join pg_roles r on r.oid = a.grantee
+where a.grantee = 0 or r.rolname in ('anon', 'authenticated')
+
+-- name: doctor: server version
+-- description: Minor versions with known flaws in pgcrypto.
+select case when minor < first then 'critical' else 'warning' end as severity,
+  format('PostgreSQL %s.%s has known flaws in pgcrypto', major, minor) as finding,
+  format('Update the server to %s.%s or later.', major, second) as advice
+from (values (15, 16, 19), (16, 12, 15), (17, 8, 11), (18, 2, 5)) as known (major, first, second)
+join (select current_setting('server_version_num')::int / 10000, current_setting('server_version_num')::int % 10000)
+  as server (number, minor) on server.number = known.major
+where minor < second
+
+-- name: doctor: worker
+-- description: Whether the unattended work is being done.
+select 'critical' as severity, format('the worker has been without the KEK since %s', w.locked_since::timestamptz(0)) as finding,
+  'Run `pg-rekey work --forever` with the KEK, or put it where the server finds it: `pg-rekey kek store`.' as advice
+from rekey.worker_status w where w.locked_since is not null
+union all
+select 'warning', coalesce('no tick since ' || w.last_tick_at::timestamptz(0), 'there has never been a tick'),
+  'Let pg_cron (`pg-rekey init`) or `pg-rekey work --forever` run.'
+from (select) as one left join rekey.worker_status w on true
+where coalesce(w.last_tick_at < now() - interval '5 minutes', true)
+
+-- name: doctor: schedules
+-- description: Keyrings that are overdue or never rotate.
+select 'warning' as severity, format('keyring %s is overdue since %s', s.keyring, s.next_rotation_at::timestamptz(0)) as finding,
+  'Look at `pg-rekey status`; `pg-rekey work` does what is due.' as advice
+from rekey.schedule_status s where s.overdue
+union all
+select 'warning', format('keyring %s has no schedule', s.keyring),
+  format('pg-rekey schedule set %s ''90 days''', s.keyring)
+from rekey.schedule_status s where s.rotate_every is null
+
+-- name: doctor: rotations
+-- description: Rotations that ended badly.
+select 'critical' as severity, format('rotation %s of keyring %s failed: %s', r.id, r.keyring, r.last_error) as finding,
+  format('pg-rekey rotations retry %s', r.id) as advice
+from rekey.rotation_status r where r.state = 'failed'
+union all
+select 'critical', format('%s rows did not open in rotation %s of keyring %s', count(*), f.rotation_id, f.keyring),
+  format('pg-rekey rotations failures %s', f.rotation_id)
+from rekey.failure_status f where f.resolved_at is null
+group by f.rotation_id, f.keyring
+
+-- name: doctor: KEK
+-- description: Where the KEK is, and whether it is still there.
+select 'warning' as severity, 'the KEK is in the database that it protects' as finding,
+  'PCI DSS 3.6.1.2 forbids it. Use the provider file, or session with `pg-rekey work --forever`.' as advice
+from rekey.setting_status s where s.name = 'kek_provider' and s.value = 'vault'
+union all
+select 'critical', 'no KEK is registered', 'Run `pg-rekey init`.'
+where not exists (select from rekey.keks where state = 'active')
+
+-- name: cron jobs
+-- description: The worker's jobs of a database, as far as this role may see them.
+select j.jobid, j.command, j.active, j.username, r.rolsuper as superuser
+from cron.job j
+left join pg_roles r on r.rolname = j.username
+where j.database = %s and position('rekey.tick' in lower(j.command)) > 0
+
+-- name: set secrets
+-- description: Store many secrets of one tenant.
+select count(rekey.set_secret(s.name, s.value, tenant_id => given.tenant_id, keyring => given.keyring))
+from (values (%s::uuid, %s)) as given (tenant_id, keyring), unnest(%s::text[], %s::text[]) as s (name, value)
+
+-- name: demo damage
+-- description: Flip a bit in the ciphertext of a secret; return what it was.
+update rekey.secrets s
+set ciphertext = set_byte(s.ciphertext, 40, get_byte(s.ciphertext, 40) # 1)
+from rekey.secrets o
+where o.tenant_id = s.tenant_id and o.id = s.id and s.name = %s
+returning o.ciphertext, s.id

@@ -1,0 +1,151 @@
+"""The worker: does what is due, batch by batch, where pg_cron or the KEK is not in the server."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+import psycopg
+
+from pg_rekey import db
+from pg_rekey.errors import LOCKED, Problem
+
+TICK_SECONDS = 10.0
+LONGEST_PAUSE = 30.0
+QUIET = ("waiting", "idle")
+
+
+def connect() -> db.Connection:
+    """Connect for work of many transactions: in autocommit mode, unlocked until the connection is closed."""
+    connection = db.connect(autocommit=True)
+    try:
+        # Opening every row of a large table is one statement.
+        connection.execute("set statement_timeout = 0")
+        if db.in_environment():
+            db.unlock(connection, scope="session")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def step(connection: db.Connection) -> dict[str, Any]:
+    """Take one step of the rotations under way, in a transaction of its own."""
+    with connection.transaction():
+        [row] = connection.execute("select * from rekey.rotation_step()").fetchall()
+    return row
+
+
+def log(event: str, **fields: Any) -> None:
+    """Print a JSON log line."""
+    line = {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+    line |= {name: value for name, value in fields.items() if value is not None}
+    click.echo(json.dumps(line, default=str, ensure_ascii=False))
+
+
+class Worker:
+    """Does the duties of rekey.tick() in steps that it can end between."""
+
+    def __init__(self, *, forever: bool, health_file: Path | None = None) -> None:
+        self._forever = forever
+        self._health_file = health_file
+        self._stop = threading.Event()
+        self._batches = 0
+        self._pause = 1.0
+
+    def stop(self, *_: object) -> None:
+        """End after the batch in hand."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Work until everything is done or, forever, until told to stop, and reconnect."""
+        with _on_signal(self.stop):
+            connected = False
+            while not self._stop.is_set():
+                try:
+                    with connect() as connection:
+                        connected = True
+                        log("connected", database=connection.info.dbname)
+                        self._work(connection)
+                except (psycopg.OperationalError, Problem) as error:
+                    if not self._forever or (not connected and isinstance(error, Problem)):
+                        raise
+                    log("error", error=_one_line(error), retry_in=self._pause)
+                    self._stop.wait(self._pause)
+                    self._pause = min(self._pause * 2, LONGEST_PAUSE)
+                else:
+                    break
+            log("stopped", batches=self._batches)
+
+    def _work(self, connection: db.Connection) -> None:
+        while not self._stop.is_set():
+            [clock] = connection.execute("select clock_timestamp() as now").fetchall()
+            begun = clock["now"]
+            until = time.monotonic() + TICK_SECONDS
+            for duty in ("schedules", "destructions", "census"):
+                connection.execute("select rekey._tick_duty(%s, %s)", [duty, begun])
+            idle = self._sweep(connection, until)
+            connection.execute("select rekey._tick_duty('end', %s)", [begun])
+            if idle and not self._forever:
+                return
+            if idle:
+                self._stop.wait(max(0.0, until - time.monotonic()))
+
+    def _sweep(self, connection: db.Connection, until: float) -> bool:
+        """Take steps until the next tick is due; tell whether nothing is left to do."""
+        while not self._stop.is_set() and time.monotonic() < until:
+            self._healthy()
+            begun = time.monotonic()
+            done = step(connection)
+            event, detail = done["event"], done["detail"] or {}
+            if event == "idle":
+                self._pause = 1.0
+                return True
+            if event == "batch":
+                self._batches += 1
+            if event not in QUIET:
+                log(
+                    event,
+                    batch=self._batches if event == "batch" else None,
+                    rows=done["rows"],
+                    keyrings=done["keyring_count"],
+                    milliseconds=round((time.monotonic() - begun) * 1000),
+                    **detail,
+                )
+            if event == "locked":
+                raise Problem(detail.get("error", "the KEK is not available"), None, LOCKED)
+            self._pause = 1.0
+            if done["wait"] is not None:
+                self._stop.wait(done["wait"].total_seconds())
+        return False
+
+    def _healthy(self) -> None:
+        if self._health_file is not None:
+            self._health_file.touch()
+
+
+@contextmanager
+def _on_signal(handler: Callable[..., None]) -> Iterator[None]:
+    """Call a handler on SIGTERM and SIGINT; the second one ends the process at once."""
+
+    def once(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+        handler(number, frame)
+
+    before = {number: signal.signal(number, once) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,177 @@
+"""`pg-rekey secrets`, and .env files in and out."""
+
+import contextlib
+import getpass
+import io
+import stat
+import sys
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from dotenv import dotenv_values
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cli_fixtures import Cli
+from helpers import Connection, value
+from pg_rekey import envfile
+from pg_rekey.cli import secrets
+from pg_rekey.errors import LOCKED, USAGE, Problem
+
+pytest_plugins = ["cli_fixtures"]
+
+ENV = """\
+# a comment
+export PLAIN=value
+SINGLE='it''s # not a comment'
+DOUBLE="tab\\tquote\\" ${NOT_REPLACED}"
+
+SPACED = a b c   # a comment
+EMPTY=
+BARE
+MULTI="-----BEGIN-----
+line two
+-----END-----"
+TWICE=first
+TWICE=second
+"""
+TENANT = UUID(int=7)
+
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
+
+
+def test_parse() -> None:
+    assert envfile.parse(ENV.replace("it''s", "its")) == {
+        "PLAIN": "value",
+        "SINGLE": "its # not a comment",
+        "DOUBLE": 'tab\tquote" ${NOT_REPLACED}',
+        "SPACED": "a b c",
+        "EMPTY": "",
+        "MULTI": "-----BEGIN-----\nline two\n-----END-----",
+        "TWICE": "second",
+    }
+
+
+@given(st.dictionaries(st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,9}", fullmatch=True), texts, max_size=4))
+def test_what_is_written_is_read_back(values: dict[str, str]) -> None:
+    file = io.StringIO(envfile.write(values), newline=None)
+    assert dotenv_values(stream=file, interpolate=False) == values
+
+
+@pytest.mark.parametrize("name", ["it's", "", " ", "a\nb", "export x"])
+def test_names_that_a_file_cannot_hold_are_named(name: str) -> None:
+    with contextlib.suppress(Problem):
+        assert envfile.parse(envfile.write({"good": "x", name: "value"})) == {"good": "x", name: "value"}
+        return
+    with pytest.raises(Problem, match="cannot hold "):
+        envfile.write({"good": "x", name: "value"})
+
+
+def test_set_and_get(cli_ready: Cli, tmp_path: Path) -> None:
+    cli_ready("secrets", "set", "a", stdin="from a pipe\n")
+    assert cli_ready("secrets", "get", "a") == "from a pipe"
+    path = tmp_path / "value"
+    path.write_bytes(b"two\nlines\n")
+    identity = cli_ready.json("secrets", "set", "a", "--file", path, "--description", "why")["id"]
+    assert cli_ready.json("secrets", "get", "a") == {"name": "a", "value": "two\nlines\n"}
+    assert cli_ready.json("secrets", "set", "a", stdin="again")["id"] == identity
+    [row] = cli_ready.json("secrets", "list")
+    assert (row["name"], row["description"], row["keyring"]) == ("a", "why", "default")
+    assert "again" not in cli_ready("secrets", "list")
+
+
+def test_value_typed_at_a_terminal(cli_ready: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(getpass, "getpass", lambda _: "typed")
+    monkeypatch.setattr(secrets, "sys", type("Fake", (), {"stdin": Terminal(), "stdout": sys.stdout}))
+    cli_ready("secrets", "set", "a")
+    monkeypatch.undo()
+    assert "typed" not in cli_ready.out + cli_ready.err
+
+
+def test_values_that_cannot_be(cli_ready: Cli) -> None:
+    cli_ready("secrets", "set", "a", stdin="nul\0byte", code=USAGE)
+    assert "NUL" in cli_ready.err
+    cli_ready("secrets", "set", "", stdin="value", code=1)
+    assert "22023" in cli_ready.err
+    cli_ready("secrets", "set", "a", "--keyring", "none", stdin="value", code=1)
+    assert "RK007" in cli_ready.err
+    cli_ready("secrets", "set", "a", "value", stdin="", code=USAGE)
+    cli_ready("secrets", "set", "a", "--tenant", "nobody", stdin="value", code=USAGE)
+    assert cli_ready("secrets", "list") == "no secrets\n"
+
+
+def test_not_utf8(cli_ready: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "binary"
+    path.write_bytes(b"canary\xff")
+    cli_ready("secrets", "set", "a", "--file", path, code=1)
+    assert "UTF-8" in cli_ready.err
+    assert "canary" not in cli_ready.err
+
+
+def test_delete(cli_ready: Cli) -> None:
+    cli_ready("secrets", "set", "a", stdin="value")
+    assert cli_ready("secrets", "rm", "a") == "secret a deleted\n"
+    cli_ready("secrets", "rm", "a", code=1)
+    cli_ready("secrets", "get", "a", code=1)
+    assert "RK007" in cli_ready.err
+
+
+def test_without_the_kek(cli_ready: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PG_REKEY_KEK")
+    cli_ready("secrets", "set", "a", stdin="value", code=LOCKED)
+    assert "PG_REKEY_KEK" in cli_ready.err
+
+
+def test_tenants_do_not_mix(cli_ready: Cli) -> None:
+    cli_ready("keyrings", "create", "seven", "--tenant", str(TENANT))
+    cli_ready("secrets", "set", "a", "--tenant", str(TENANT), "--keyring", "seven", stdin="theirs")
+    cli_ready("secrets", "set", "a", stdin="ours")
+    assert cli_ready("secrets", "get", "a") == "ours"
+    assert cli_ready("secrets", "get", "a", "--tenant", str(TENANT)) == "theirs"
+    assert cli_ready.json("secrets", "export", "--tenant", str(TENANT)) == {"a": "theirs"}
+
+
+def test_import_and_export(cli_ready: Cli, tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text(ENV.replace("it''s", "its"))
+    assert cli_ready("secrets", "import", path) == "7 created, 0 updated, 0 unchanged\n"
+    path.write_text(path.read_text().replace("second", "third"))
+    report = cli_ready.json("secrets", "import", path)
+    assert (report["created"], report["updated"], len(report["unchanged"])) == ([], ["TWICE"], 6)
+
+    out = tmp_path / "out.env"
+    assert cli_ready("secrets", "export", "--out", out) == f"7 secrets written to {out}\n"
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    assert dotenv_values(out, interpolate=False) == envfile.read(path)
+    assert cli_ready("secrets", "export") == out.read_text()
+    cli_ready("secrets", "export", "--out", out, code=1)
+
+
+def test_export_to_a_terminal_asks(cli_ready: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli_ready("secrets", "set", "a", stdin="value")
+    terminal = type("Terminal", (), {"isatty": lambda _: True})()
+    monkeypatch.setattr(secrets, "sys", type("Fake", (), {"stdout": terminal}))
+    cli_ready("secrets", "export", stdin="n\n", code=1)
+    assert "value" not in cli_ready.out
+    assert cli_ready("secrets", "export", "--yes") == "a='value'\n"
+
+
+def test_import_is_one_transaction(cli_ready: Cli, ready: Connection, tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text(f"GOOD=1\n'{'x' * 300}'=2\n")
+    cli_ready("secrets", "import", path, code=1)
+    assert value(ready, "select count(*) from rekey.secrets") == 0
+
+
+def test_import_of_what_is_no_env_file(cli_ready: Cli, tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text("GOOD=1\nBAD='canary\n")
+    cli_ready("secrets", "import", path, code=1)
+    assert f"line 2 of {path}" in cli_ready.err
+    assert "canary" not in cli_ready.err
+    cli_ready("secrets", "import", tmp_path / "none", code=USAGE)
