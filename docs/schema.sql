@@ -394,8 +394,8 @@ begin
     v_entry.at := clock_timestamp();
     v_entry.event := v_event ->> 'event';
     v_entry.keyring := v_event ->> 'keyring';
-    v_entry.version := v_event ->> 'version';
-    v_entry.rotation_id := v_event ->> 'rotation_id';
+    v_entry.version := (v_event ->> 'version')::integer;
+    v_entry.rotation_id := (v_event ->> 'rotation_id')::bigint;
     v_entry.details := coalesce(v_event -> 'details', '{}');
     v_entry.prev_hash := v_head.hash;
     v_entry.hash := rekey._audit_hash(v_entry);
@@ -611,6 +611,10 @@ CREATE FUNCTION rekey._call_count(function_name name, keyrings integer[], openin
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
   return query execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count')
     using keyrings, opening;
 end
@@ -635,6 +639,10 @@ CREATE FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyr
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_sweep does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_sweep')
   into next, done_keyrings, done_rows, failed_keyrings, failed_versions, failed_keys, failed_problems
   using first, until, keyrings, versions, max_rows, max_bytes;
@@ -663,7 +671,11 @@ CREATE FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) RET
 declare
   v_answer boolean;
 begin
-  execute format('select %s($1)', function_name::regproc) into v_answer using tenant_id;
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_tenant_check does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  execute format('select %s($1)', (function_name || '(uuid)')::regprocedure::oid::regproc) into v_answer using tenant_id;
   return coalesce(v_answer, false);
 end
 $_$;
@@ -707,7 +719,7 @@ CREATE FUNCTION rekey._census() RETURNS void
 declare
   v_stale record;
   v_id bigint;
-  v_events jsonb := '[]';
+  v_events jsonb := '[]'::jsonb;
 begin
   perform rekey._refuse_snapshot();
   for v_stale in
@@ -910,7 +922,7 @@ begin
   end if;
   return case when jsonb_typeof(v_claims::jsonb) = 'object' then v_claims::jsonb else '{}' end;
 exception when invalid_text_representation or untranslatable_character then
-  return '{}';
+  return '{}'::jsonb;
 end
 $$;
 
@@ -946,7 +958,7 @@ COMMENT ON FUNCTION rekey._context(parts text[]) IS 'A whole context: its parts 
 -- Name: _coordinate(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) RETURNS record
+CREATE FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -997,13 +1009,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) IS 'What one worker does for all: ends passes, tries the barrier, begins passes.';
+COMMENT ON FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb) IS 'What one worker does for all: ends passes, tries the barrier, begins passes.';
 
 
 --
@@ -1041,11 +1053,10 @@ CREATE FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping boo
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_kek_id integer;
   v_wrapping bytea;
   v_key record;
 begin
-  select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+  select k.kek into v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
   for v_key in
     select k.keyring_id, k.version, k.state, k.kek_id, k.wrapped_key, e.state as kek_state
@@ -1095,7 +1106,7 @@ declare
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
   v_postponed text;
-  v_events jsonb := '[]';
+  v_events jsonb := '[]'::jsonb;
 begin
   for v_due in
     select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
@@ -1605,7 +1616,8 @@ declare
   v_keyring rekey.keyrings;
 begin
   if lock then
-    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name for update;
+    -- Not FOR UPDATE: the foreign key of rekey.secrets would keep writers waiting.
+    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name for no key update;
   else
     select * into v_keyring from rekey.keyrings k where k.name = _keyring.name;
   end if;
@@ -1684,7 +1696,11 @@ CREATE FUNCTION rekey._lock_holders(keyring_id integer, versions integer[], sinc
  SELECT jsonb_agg(jsonb_strip_nulls(jsonb_build_object('pid', l.pid, 'role', a.usename, 'prepared', p.gid, 'age_seconds', (EXTRACT(epoch FROM (clock_timestamp() - COALESCE(a.xact_start, p.prepared, _lock_holders.since))))::bigint))) AS jsonb_agg
     FROM ((pg_locks l
       LEFT JOIN pg_stat_activity a ON ((a.pid = l.pid)))
-      LEFT JOIN pg_prepared_xacts p ON (((l.pid IS NULL) AND (l.virtualtransaction = ('-1/'::text || p.transaction)))))
+      LEFT JOIN LATERAL ( SELECT x.gid,
+             x.prepared
+            FROM (pg_locks t
+              JOIN pg_prepared_xacts x ON ((x.transaction = t.transactionid)))
+           WHERE ((l.pid IS NULL) AND (t.pid IS NULL) AND (t.locktype = 'transactionid'::text) AND (t.virtualtransaction = l.virtualtransaction))) p ON (true))
    WHERE ((l.locktype = 'advisory'::text) AND (l.objsubid = 2) AND l.granted AND (l.database = ( SELECT d.oid
             FROM pg_database d
            WHERE (d.datname = current_database()))) AND (l.classid = (_lock_holders.keyring_id)::oid) AND ((l.objid)::bigint = ANY ((_lock_holders.versions)::bigint[])));
@@ -2033,7 +2049,8 @@ begin
   v_next := rekey._parse_kek(v_next_text);
   return coalesce(v_kek || v_next, v_kek, v_next);
 exception
-  when insufficient_privilege or undefined_table or undefined_function or invalid_schema_name or system_error or io_error then
+  when insufficient_privilege or undefined_table or undefined_function or invalid_schema_name or wrong_object_type
+    or system_error or io_error then
     raise exception 'the KEK provider % cannot be read: %', v_settings.kek_provider, sqlerrm using errcode = 'RK001',
       hint = format('Run select rekey.set_setting(''kek_provider'', %L) as a role that may grant what it needs.', v_settings.kek_provider);
 end
@@ -2423,6 +2440,167 @@ COMMENT ON TABLE rekey.rotations IS 'Rotations: which keyring goes from which ve
 
 
 --
+-- Name: COLUMN rotations.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.id IS 'Number of the rotation.';
+
+
+--
+-- Name: COLUMN rotations.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.keyring_id IS 'Keyring that is rotated.';
+
+
+--
+-- Name: COLUMN rotations.from_versions; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.from_versions IS 'Versions whose rows it takes along.';
+
+
+--
+-- Name: COLUMN rotations.to_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.to_version IS 'Version it brings them to.';
+
+
+--
+-- Name: COLUMN rotations.previous_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.previous_version IS 'Version that was active before: what a rollback makes active again; NULL where there is none to go back to.';
+
+
+--
+-- Name: COLUMN rotations.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.state IS 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
+
+
+--
+-- Name: COLUMN rotations.trigger; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.trigger IS 'Why: manual, schedule, compromise, rollback, adoption.';
+
+
+--
+-- Name: COLUMN rotations.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.reason IS 'What whoever asked for it said.';
+
+
+--
+-- Name: COLUMN rotations.requested_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.requested_by IS 'Who asked for it.';
+
+
+--
+-- Name: COLUMN rotations.rows_total; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.rows_total IS 'Rows to re-encrypt; NULL until they are counted.';
+
+
+--
+-- Name: COLUMN rotations.rows_done; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.rows_done IS 'Rows re-encrypted.';
+
+
+--
+-- Name: COLUMN rotations.rows_failed; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.rows_failed IS 'Rows in quarantine.';
+
+
+--
+-- Name: COLUMN rotations.attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.attempts IS 'Failed batches in a row.';
+
+
+--
+-- Name: COLUMN rotations.last_error; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.last_error IS 'The last error.';
+
+
+--
+-- Name: COLUMN rotations.next_attempt_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.next_attempt_at IS 'It goes on after this time; NULL: at once.';
+
+
+--
+-- Name: COLUMN rotations.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.blocked_by IS 'What it waits for.';
+
+
+--
+-- Name: COLUMN rotations.blocked_since; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.blocked_since IS 'Since when it waits for that.';
+
+
+--
+-- Name: COLUMN rotations.pass_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.pass_id IS 'Number of the pass over the tables that it takes part in.';
+
+
+--
+-- Name: COLUMN rotations.passes; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.passes IS 'Passes that it has begun.';
+
+
+--
+-- Name: COLUMN rotations.barrier_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.barrier_at IS 'When every writer of an older version was seen to be gone.';
+
+
+--
+-- Name: COLUMN rotations.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.created_at IS 'When it was asked for; from then on new values are encrypted with to_version.';
+
+
+--
+-- Name: COLUMN rotations.started_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.started_at IS 'When the first row was looked at.';
+
+
+--
+-- Name: COLUMN rotations.finished_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.finished_at IS 'When it ended.';
+
+
+--
 -- Name: _refuse_older(rekey.rotations); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2516,7 +2694,7 @@ begin
     return;
   end if;
   perform rekey._lock_kek();
-  perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for update;
+  perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for no key update;
   if supersede then
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
@@ -2593,7 +2771,7 @@ begin
   perform from rekey._kek();
   perform rekey._lock_kek();
   -- Looked at again under its lock: another tick may have been here.
-  v_due := array(select k.id from rekey.keyrings k where k.id = any (v_due) and k.next_rotation_at <= now() order by k.id for update);
+  v_due := array(select k.id from rekey.keyrings k where k.id = any (v_due) and k.next_rotation_at <= now() order by k.id for no key update);
   perform from rekey._rotate(v_due, 'schedule', null, false);
   update rekey.keyrings k set next_rotation_at = now() + k.rotate_every where k.id = any (v_due);
 end
@@ -2626,7 +2804,7 @@ begin
       hint = 'See rekey.rotation_status.';
   end if;
   -- The keyring first, as everywhere.
-  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for update;
+  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for no key update;
   select * into rotation from rekey.rotations r where r.id = _rotation.id for update;
 end
 $$;
@@ -2799,22 +2977,21 @@ CREATE FUNCTION rekey._store_setting(name text, value text) RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 declare
-  v_type text;
-  v_default text;
+  v_type regtype;
   v_old text;
 begin
-  select format_type(a.atttypid, null), pg_get_expr(d.adbin, d.adrelid)
-  into v_type, v_default
+  select a.atttypid into v_type
   from pg_attribute a
-  left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
   where a.attrelid = 'rekey.settings'::regclass and a.attname = _store_setting.name and a.attnum > 0
     and not a.attisdropped and a.attname <> 'singleton';
   if not found then
     raise exception 'no such setting: %', coalesce(quote_literal(name), 'NULL') using errcode = 'invalid_parameter_value',
       hint = 'See rekey.setting_status for their names.';
   end if;
-  if _store_setting.name = 'tenant_check' and value is not null and to_regprocedure(value || '(uuid)') is null then
-    raise exception 'there is no function %(uuid)', value using errcode = 'invalid_parameter_value',
+  if _store_setting.name = 'tenant_check' and value is not null and (
+       cardinality(parse_ident(value)) <> 2
+       or not exists (select from pg_proc p where p.oid = to_regprocedure(value || '(uuid)') and p.prorettype = 'boolean'::regtype)) then
+    raise exception 'there is no function %(uuid) returns boolean', value using errcode = 'invalid_parameter_value',
       hint = 'Give the name of a function (uuid) returns boolean, with its schema.';
   end if;
   perform rekey._ensure_rows();
@@ -3109,9 +3286,10 @@ begin
         update rekey._worker w set last_tick_at = begun, last_tick_seconds = extract(epoch from clock_timestamp() - begun),
           last_error = case when w.last_error_at >= begun then w.last_error end;
     end case;
-    if duty = 'schedules' and v_worker.locked_since is not null then
+    if duty = 'schedules' and (v_worker.locked_since is not null
+        or exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying'))) then
       perform from rekey._kek();
-      update rekey._worker w set locked_since = null;
+      update rekey._worker w set locked_since = null where w.locked_since is not null;
     end if;
   exception
     when sqlstate 'RK001' or sqlstate 'RK002' then
@@ -3204,7 +3382,7 @@ declare
   v_found record;
   v_failure record;
   v_failed bigint;
-  v_completed bigint[] := '{}';
+  v_completed bigint[] := '{}'::bigint[];
 begin
   select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
   from rekey.rotations r
@@ -4245,10 +4423,94 @@ COMMENT ON TABLE rekey.rotation_failures IS 'Quarantine: rows that did not open 
 
 
 --
+-- Name: COLUMN rotation_failures.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.id IS 'Number of the entry.';
+
+
+--
+-- Name: COLUMN rotation_failures.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.rotation_id IS 'Rotation in which the row did not open, the last one.';
+
+
+--
+-- Name: COLUMN rotation_failures.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.keyring_id IS 'Keyring of the row.';
+
+
+--
+-- Name: COLUMN rotation_failures.target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.target IS 'Target the row is in.';
+
+
+--
+-- Name: COLUMN rotation_failures.relation; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.relation IS 'Table the row is in.';
+
+
+--
 -- Name: COLUMN rotation_failures.row_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
 COMMENT ON COLUMN rekey.rotation_failures.row_key IS 'Primary key of the row, its parts as text, separated by a slash.';
+
+
+--
+-- Name: COLUMN rotation_failures.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.version IS 'Key version the row stands on.';
+
+
+--
+-- Name: COLUMN rotation_failures.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.reason IS 'Why it did not open.';
+
+
+--
+-- Name: COLUMN rotation_failures.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.created_at IS 'When it first did not open.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolved_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolved_at IS 'When the entry was closed; NULL: it is open.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolution; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolution IS 'retry (tried again), discard (given up), cleared (the row opens again, or is gone); NULL while it is open.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolved_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolved_by IS 'Who closed it.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolve_reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolve_reason IS 'What whoever closed it said.';
 
 
 --
@@ -4892,7 +5154,7 @@ begin
 
   select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
   if event is null and pg_try_advisory_xact_lock(0, 1) then
-    select c.event, c.keyring_count, c.rows, c.detail into event, keyring_count, rows, detail from rekey._coordinate() c;
+    select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
   end if;
   if event is null and pg_try_advisory_xact_lock(0, 2) then
     select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
@@ -5019,8 +5281,14 @@ begin
                     current_database());
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
+  -- Looked for by what it does: cron.schedule() finds a job only under the name of its caller.
+  execute $sql$ select min(j.jobid) from cron.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$ into v_job;
   begin
-    execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+    if v_job is null then
+      execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+    else
+      execute 'select cron.alter_job($1, schedule => $2, active => true)' using v_job, v_schedule;
+    end if;
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
   end;
@@ -5540,7 +5808,7 @@ begin
     where s.ctid >= first and s.ctid < until
     order by s.ctid
     limit max_rows
-    for update of s skip locked
+    for no key update of s skip locked
   ), sized as (
     select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
     from due d
@@ -6343,10 +6611,10 @@ REVOKE ALL ON FUNCTION rekey._context(parts text[]) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb) FROM PUBLIC;
 
 
 --
