@@ -341,6 +341,33 @@ COMMENT ON FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aa
 
 
 --
+-- Name: _as_text(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._as_text(bytes bytea) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return convert_from(bytes, 'UTF8');
+exception when character_not_in_repertoire or untranslatable_character then
+  -- PostgreSQL's own message would quote some of the bytes.
+  raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
+    hint = 'rekey.decrypt() returns its bytes.';
+end
+$$;
+
+
+ALTER FUNCTION rekey._as_text(bytes bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _as_text(bytes bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._as_text(bytes bytea) IS 'Text of UTF-8 bytes. 22021: they are none.';
+
+
+--
 -- Name: _audit(text, text, integer, bigint, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -1271,7 +1298,7 @@ COMMENT ON COLUMN rekey.settings.max_attempts IS 'Failed batches in a row after 
 -- Name: COLUMN settings.tenant_check; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.tenant_check IS 'Name of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
+COMMENT ON COLUMN rekey.settings.tenant_check IS 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
 
 
 --
@@ -1531,7 +1558,7 @@ CREATE TABLE rekey.keyrings (
     rotated_at timestamp with time zone DEFAULT now() NOT NULL,
     retired_at timestamp with time zone,
     CONSTRAINT keyrings_id_check CHECK ((id > 0)),
-    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[[:cntrl:]]'::text))),
+    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[\u0001-\u001F\u007F]'::text))),
     CONSTRAINT keyrings_next_rotation_at_check CHECK (isfinite(next_rotation_at)),
     CONSTRAINT keyrings_retired_check CHECK (((retired_at IS NULL) OR (rotate_every IS NULL))),
     CONSTRAINT keyrings_rotate_every_check CHECK (((rotate_every >= '00:01:00'::interval) AND (rotate_every <= '36500 days'::interval))),
@@ -2205,22 +2232,27 @@ CREATE FUNCTION rekey._record_error(rotations bigint[], message text, code text)
     AS $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  v_events jsonb;
 begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
-  update rekey.rotations r
-  set attempts = r.attempts + 1, last_error = message,
-      state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
-      pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
-      next_attempt_at = case when r.attempts + 1 < v_max then
-        clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
-  where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying');
-  perform rekey._audit_all(coalesce((
-    select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
-      'details', jsonb_build_object('attempt', r.attempts, 'sqlstate', code, 'error', message)) order by r.id, e.event)
-    from rekey.rotations r
-    join rekey.keyrings k on k.id = r.keyring_id
-    join (values ('rotation.error'), ('rotation.failed')) as e(event) on e.event = 'rotation.error' or r.state = 'failed'
-    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying', 'failed')), '[]'));
+  with noted as (
+    update rekey.rotations r
+    set attempts = r.attempts + 1, last_error = message,
+        state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
+        pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
+        next_attempt_at = case when r.attempts + 1 < v_max then
+          clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
+    -- Not one that another worker's error has failed meanwhile.
+    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying')
+    returning r.id, r.keyring_id, r.to_version, r.state, r.attempts
+  )
+  select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+    'details', jsonb_build_object('attempt', r.attempts, 'sqlstate', code, 'error', message)) order by r.id, e.event)
+  into v_events
+  from noted r
+  join rekey.keyrings k on k.id = r.keyring_id
+  join (values ('rotation.error'), ('rotation.failed')) as e(event) on e.event = 'rotation.error' or r.state = 'failed';
+  perform rekey._audit_all(coalesce(v_events, '[]'));
 end
 $$;
 
@@ -2919,6 +2951,9 @@ begin
     return null;
   end if;
   select s.key into v_seal from rekey._session_key s;
+  if not found then
+    return null;
+  end if;
   v_bytes := decode(substr(v_set, 2), 'hex');
   v_iv := substr(v_bytes, 1, 16);
   v_bytes := substr(v_bytes, 17);
@@ -3156,7 +3191,7 @@ CREATE TABLE rekey.secrets (
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     updated_at timestamp with time zone DEFAULT now() NOT NULL,
     CONSTRAINT secrets_ciphertext_check CHECK (((octet_length(ciphertext) >= 75) AND (substr(ciphertext, 1, 7) = ('\x524b01'::bytea || int4send(keyring_id))))),
-    CONSTRAINT secrets_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 255)) AND (name !~ '[[:cntrl:]]'::text)))
+    CONSTRAINT secrets_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 255)) AND (name !~ '[\u0001-\u001F\u007F]'::text)))
 )
 WITH (fillfactor='50');
 ALTER TABLE ONLY rekey.secrets ALTER COLUMN ciphertext SET STORAGE EXTERNAL;
@@ -3806,13 +3841,13 @@ COMMENT ON FUNCTION rekey.decrypt(ciphertext text, context text[]) IS 'As rekey.
 --
 
 CREATE FUNCTION rekey.decrypt_text(ciphertext bytea, context text[] DEFAULT '{}'::text[]) RETURNS text
-    LANGUAGE plpgsql STABLE
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
 begin
-  return convert_from(v_plaintext, 'UTF8');
+  return rekey._as_text(v_plaintext);
 end
 $$;
 
@@ -3823,7 +3858,7 @@ ALTER FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) OWNER TO rek
 -- Name: FUNCTION decrypt_text(ciphertext bytea, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) IS 'As rekey.decrypt(), of a value that was text.';
+COMMENT ON FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) IS 'As rekey.decrypt(), of a value that was text. 22021: it was not.';
 
 
 --
@@ -3831,13 +3866,13 @@ COMMENT ON FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) IS 'As 
 --
 
 CREATE FUNCTION rekey.decrypt_text(ciphertext text, context text[] DEFAULT '{}'::text[]) RETURNS text
-    LANGUAGE plpgsql STABLE
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
 begin
-  return convert_from(v_plaintext, 'UTF8');
+  return rekey._as_text(v_plaintext);
 end
 $$;
 
@@ -3848,7 +3883,7 @@ ALTER FUNCTION rekey.decrypt_text(ciphertext text, context text[]) OWNER TO reke
 -- Name: FUNCTION decrypt_text(ciphertext text, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.decrypt_text(ciphertext text, context text[]) IS 'As rekey.decrypt(), of the text form of a value that was text.';
+COMMENT ON FUNCTION rekey.decrypt_text(ciphertext text, context text[]) IS 'As rekey.decrypt(), of the text form of a value that was text. 22021: it was not.';
 
 
 --
@@ -5373,7 +5408,7 @@ begin
   if v_keyring.tenant_id not in (tenant_id, '00000000-0000-0000-0000-000000000000') then
     raise exception 'the keyring belongs to another tenant' using errcode = 'insufficient_privilege';
   end if;
-  if name is null or octet_length(name) not between 1 and 255 or name ~ '[[:cntrl:]]' then
+  if name is null or octet_length(name) not between 1 and 255 or name ~ '[\u0001-\u001F\u007F]' then
     raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
   end if;
   if value is null then
@@ -6486,6 +6521,13 @@ REVOKE ALL ON FUNCTION rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aa
 --
 
 REVOKE ALL ON FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _as_text(bytes bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._as_text(bytes bytea) FROM PUBLIC;
 
 
 --

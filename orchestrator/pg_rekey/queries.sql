@@ -56,7 +56,7 @@ order by r.id
 -- description: When the unattended work was last done, and where the KEK comes from.
 select (select value from rekey.setting_status where name = 'kek_provider') as kek_provider,
   (select id from rekey.keks where state = 'active') as kek,
-  w.last_tick_at, w.locked_since, w.last_census_at
+  w.last_tick_at, w.locked_since, w.last_error, w.last_census_at
 from (select) as one
 left join rekey.worker_status w on true
 
@@ -217,6 +217,9 @@ where minor < second
 select 'critical' as severity, format('the worker has been without the KEK since %s', w.locked_since::timestamptz(0)) as finding,
   'Run `pg-rekey work --forever` with the KEK, or put it where the server finds it: `pg-rekey kek store`.' as advice
 from rekey.worker_status w where w.locked_since is not null
+union all
+select 'warning', format('the last tick failed: %s', w.last_error), 'The audit log has it as rotation.error.'
+from rekey.worker_status w where w.last_error is not null
 union all
 select 'warning', coalesce('no tick since ' || w.last_tick_at::timestamptz(0), 'there has never been a tick'),
   'Let pg_cron (`pg-rekey init`) or `pg-rekey work --forever` run.'

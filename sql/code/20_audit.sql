@@ -12,7 +12,7 @@ begin
   end if;
   return case when jsonb_typeof(v_claims::jsonb) = 'object' then v_claims::jsonb else '{}' end;
 exception when invalid_text_representation or untranslatable_character then
-  return '{}';
+  return '{}'::jsonb;
 end
 $$;
 comment on function rekey._claims is 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
@@ -57,8 +57,8 @@ begin
     v_entry.at := clock_timestamp();
     v_entry.event := v_event ->> 'event';
     v_entry.keyring := v_event ->> 'keyring';
-    v_entry.version := v_event ->> 'version';
-    v_entry.rotation_id := v_event ->> 'rotation_id';
+    v_entry.version := (v_event ->> 'version')::integer;
+    v_entry.rotation_id := (v_event ->> 'rotation_id')::bigint;
     v_entry.details := coalesce(v_event -> 'details', '{}');
     v_entry.prev_hash := v_head.hash;
     v_entry.hash := rekey._audit_hash(v_entry);

@@ -30,22 +30,21 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_type text;
-  v_default text;
+  v_type regtype;
   v_old text;
 begin
-  select format_type(a.atttypid, null), pg_get_expr(d.adbin, d.adrelid)
-  into v_type, v_default
+  select a.atttypid into v_type
   from pg_attribute a
-  left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
   where a.attrelid = 'rekey.settings'::regclass and a.attname = _store_setting.name and a.attnum > 0
     and not a.attisdropped and a.attname <> 'singleton';
   if not found then
     raise exception 'no such setting: %', coalesce(quote_literal(name), 'NULL') using errcode = 'invalid_parameter_value',
       hint = 'See rekey.setting_status for their names.';
   end if;
-  if _store_setting.name = 'tenant_check' and value is not null and to_regprocedure(value || '(uuid)') is null then
-    raise exception 'there is no function %(uuid)', value using errcode = 'invalid_parameter_value',
+  if _store_setting.name = 'tenant_check' and value is not null and (
+       cardinality(parse_ident(value)) <> 2
+       or not exists (select from pg_proc p where p.oid = to_regprocedure(value || '(uuid)') and p.prorettype = 'boolean'::regtype)) then
+    raise exception 'there is no function %(uuid) returns boolean', value using errcode = 'invalid_parameter_value',
       hint = 'Give the name of a function (uuid) returns boolean, with its schema.';
   end if;
   perform rekey._ensure_rows();

@@ -129,6 +129,9 @@ begin
     return null;
   end if;
   select s.key into v_seal from rekey._session_key s;
+  if not found then
+    return null;
+  end if;
   v_bytes := decode(substr(v_set, 2), 'hex');
   v_iv := substr(v_bytes, 1, 16);
   v_bytes := substr(v_bytes, 17);
@@ -162,7 +165,8 @@ begin
   v_next := rekey._parse_kek(v_next_text);
   return coalesce(v_kek || v_next, v_kek, v_next);
 exception
-  when insufficient_privilege or undefined_table or undefined_function or invalid_schema_name or system_error or io_error then
+  when insufficient_privilege or undefined_table or undefined_function or invalid_schema_name or wrong_object_type
+    or system_error or io_error then
     raise exception 'the KEK provider % cannot be read: %', v_settings.kek_provider, sqlerrm using errcode = 'RK001',
       hint = format('Run select rekey.set_setting(''kek_provider'', %L) as a role that may grant what it needs.', v_settings.kek_provider);
 end

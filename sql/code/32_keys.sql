@@ -46,11 +46,10 @@ language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_kek_id integer;
   v_wrapping bytea;
   v_key record;
 begin
-  select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+  select k.kek into v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
   for v_key in
     select k.keyring_id, k.version, k.state, k.kek_id, k.wrapped_key, e.state as kek_state
@@ -111,7 +110,8 @@ declare
   v_keyring rekey.keyrings;
 begin
   if lock then
-    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name for update;
+    -- Not FOR UPDATE: the foreign key of rekey.secrets would keep writers waiting.
+    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name for no key update;
   else
     select * into v_keyring from rekey.keyrings k where k.name = _keyring.name;
   end if;

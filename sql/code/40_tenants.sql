@@ -1,6 +1,8 @@
 -- Who reaches which tenant.
 
--- Owned by rekey_sweeper (footer.sql): the user's function runs with no right of ours.
+-- Owned by rekey_sweeper (footer.sql): the user's function runs with no right of ours. It can alter this one though, even
+-- into SECURITY INVOKER, since it runs as its owner: so the body, which it cannot change, begins by refusing to run as
+-- anybody else, in terms that no search path changes.
 create or replace function rekey._call_tenant_check(function_name text, tenant_id uuid) returns boolean
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -8,7 +10,11 @@ as $$
 declare
   v_answer boolean;
 begin
-  execute format('select %s($1)', function_name::regproc) into v_answer using tenant_id;
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_tenant_check does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  execute format('select %s($1)', (function_name || '(uuid)')::regprocedure::oid::regproc) into v_answer using tenant_id;
   return coalesce(v_answer, false);
 end
 $$;

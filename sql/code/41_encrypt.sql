@@ -178,28 +178,42 @@ $$;
 comment on function rekey.decrypt(text, text[]) is 'As rekey.decrypt(bytea, ...), of the text form of an envelope.';
 grant execute on function rekey.decrypt(text, text[]) to rekey_app;
 
-create or replace function rekey.decrypt_text(ciphertext bytea, context text[] = '{}') returns text
+create or replace function rekey._as_text(bytes bytea) returns text
 language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return convert_from(bytes, 'UTF8');
+exception when character_not_in_repertoire or untranslatable_character then
+  -- PostgreSQL's own message would quote some of the bytes.
+  raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
+    hint = 'rekey.decrypt() returns its bytes.';
+end
+$$;
+comment on function rekey._as_text is 'Text of UTF-8 bytes. 22021: they are none.';
+
+create or replace function rekey.decrypt_text(ciphertext bytea, context text[] = '{}') returns text
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
 begin
-  return convert_from(v_plaintext, 'UTF8');
+  return rekey._as_text(v_plaintext);
 end
 $$;
-comment on function rekey.decrypt_text(bytea, text[]) is 'As rekey.decrypt(), of a value that was text.';
+comment on function rekey.decrypt_text(bytea, text[]) is 'As rekey.decrypt(), of a value that was text. 22021: it was not.';
 grant execute on function rekey.decrypt_text(bytea, text[]) to rekey_app;
 
 create or replace function rekey.decrypt_text(ciphertext text, context text[] = '{}') returns text
-language plpgsql stable
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
 begin
-  return convert_from(v_plaintext, 'UTF8');
+  return rekey._as_text(v_plaintext);
 end
 $$;
-comment on function rekey.decrypt_text(text, text[]) is 'As rekey.decrypt(), of the text form of a value that was text.';
+comment on function rekey.decrypt_text(text, text[]) is 'As rekey.decrypt(), of the text form of a value that was text. 22021: it was not.';
 grant execute on function rekey.decrypt_text(text, text[]) to rekey_app;

@@ -24,7 +24,7 @@ begin
   if v_keyring.tenant_id not in (tenant_id, '00000000-0000-0000-0000-000000000000') then
     raise exception 'the keyring belongs to another tenant' using errcode = 'insufficient_privilege';
   end if;
-  if name is null or octet_length(name) not between 1 and 255 or name ~ '[[:cntrl:]]' then
+  if name is null or octet_length(name) not between 1 and 255 or name ~ '[\u0001-\u001F\u007F]' then
     raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
   end if;
   if value is null then

@@ -136,7 +136,7 @@ begin
     where s.ctid >= first and s.ctid < until
     order by s.ctid
     limit max_rows
-    for update of s skip locked
+    for no key update of s skip locked
   ), sized as (
     select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
     from due d
@@ -226,7 +226,7 @@ comment on function rekey_targets.secrets_count is
   'Counts rekey.secrets by keyring and version; keyrings NULL: all. opening: checks every tag too; failed_keys and failed_problems name what does not open.';
 
 -- These two are owned by rekey_sweeper (footer.sql), which has no other right: whatever a target's function has become,
--- it gains nothing from being called here.
+-- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql).
 create or replace function rekey._call_sweep(
   function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
   out next tid, out done_keyrings integer[], out done_rows bigint[],
@@ -236,6 +236,10 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_sweep does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_sweep')
   into next, done_keyrings, done_rows, failed_keyrings, failed_versions, failed_keys, failed_problems
   using first, until, keyrings, versions, max_rows, max_bytes;
@@ -250,6 +254,10 @@ language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
   return query execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count')
     using keyrings, opening;
 end

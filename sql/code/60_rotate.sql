@@ -65,7 +65,7 @@ begin
     return;
   end if;
   perform rekey._lock_kek();
-  perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for update;
+  perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for no key update;
   if supersede then
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
@@ -163,7 +163,7 @@ begin
       hint = 'See rekey.rotation_status.';
   end if;
   -- The keyring first, as everywhere.
-  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for update;
+  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for no key update;
   select * into rotation from rekey.rotations r where r.id = _rotation.id for update;
 end
 $$;

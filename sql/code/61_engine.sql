@@ -14,7 +14,10 @@ begin atomic
     'prepared', p.gid, 'age_seconds', extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared, since))::bigint)))
   from pg_locks l
   left join pg_stat_activity a on a.pid = l.pid
-  left join pg_prepared_xacts p on l.pid is null and l.virtualtransaction = '-1/' || p.transaction
+  -- A prepared transaction has no process; its locks share a virtual number with the lock on its own transaction.
+  left join lateral (
+    select x.gid, x.prepared from pg_locks t join pg_prepared_xacts x on x.transaction = t.transactionid
+    where l.pid is null and t.pid is null and t.locktype = 'transactionid' and t.virtualtransaction = l.virtualtransaction) p on true
   where l.locktype = 'advisory' and l.objsubid = 2 and l.granted
     and l.database = (select d.oid from pg_database d where d.datname = current_database())
     and l.classid = keyring_id::oid and l.objid::bigint = any (versions::bigint[]);
@@ -49,22 +52,27 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  v_events jsonb;
 begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
-  update rekey.rotations r
-  set attempts = r.attempts + 1, last_error = message,
-      state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
-      pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
-      next_attempt_at = case when r.attempts + 1 < v_max then
-        clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
-  where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying');
-  perform rekey._audit_all(coalesce((
-    select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
-      'details', jsonb_build_object('attempt', r.attempts, 'sqlstate', code, 'error', message)) order by r.id, e.event)
-    from rekey.rotations r
-    join rekey.keyrings k on k.id = r.keyring_id
-    join (values ('rotation.error'), ('rotation.failed')) as e(event) on e.event = 'rotation.error' or r.state = 'failed'
-    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying', 'failed')), '[]'));
+  with noted as (
+    update rekey.rotations r
+    set attempts = r.attempts + 1, last_error = message,
+        state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
+        pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
+        next_attempt_at = case when r.attempts + 1 < v_max then
+          clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
+    -- Not one that another worker's error has failed meanwhile.
+    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying')
+    returning r.id, r.keyring_id, r.to_version, r.state, r.attempts
+  )
+  select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+    'details', jsonb_build_object('attempt', r.attempts, 'sqlstate', code, 'error', message)) order by r.id, e.event)
+  into v_events
+  from noted r
+  join rekey.keyrings k on k.id = r.keyring_id
+  join (values ('rotation.error'), ('rotation.failed')) as e(event) on e.event = 'rotation.error' or r.state = 'failed';
+  perform rekey._audit_all(coalesce(v_events, '[]'));
 end
 $$;
 comment on function rekey._record_error is 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed.';
@@ -291,7 +299,7 @@ declare
   v_found record;
   v_failure record;
   v_failed bigint;
-  v_completed bigint[] := '{}';
+  v_completed bigint[] := '{}'::bigint[];
 begin
   select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
   from rekey.rotations r
@@ -376,7 +384,7 @@ $$;
 comment on function rekey._verify is
   'Opens every row of the keyrings whose rotations passed the barrier, and completes those that have none left on an older version.';
 
-create or replace function rekey._coordinate(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
+create or replace function rekey._coordinate(out event text, out keyring_count integer, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -447,7 +455,7 @@ begin
 
   select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
   if event is null and pg_try_advisory_xact_lock(0, 1) then
-    select c.event, c.keyring_count, c.rows, c.detail into event, keyring_count, rows, detail from rekey._coordinate() c;
+    select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
   end if;
   if event is null and pg_try_advisory_xact_lock(0, 2) then
     select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;

@@ -79,7 +79,7 @@ declare
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
   v_postponed text;
-  v_events jsonb := '[]';
+  v_events jsonb := '[]'::jsonb;
 begin
   for v_due in
     select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id

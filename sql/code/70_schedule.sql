@@ -77,7 +77,7 @@ begin
   perform from rekey._kek();
   perform rekey._lock_kek();
   -- Looked at again under its lock: another tick may have been here.
-  v_due := array(select k.id from rekey.keyrings k where k.id = any (v_due) and k.next_rotation_at <= now() order by k.id for update);
+  v_due := array(select k.id from rekey.keyrings k where k.id = any (v_due) and k.next_rotation_at <= now() order by k.id for no key update);
   perform from rekey._rotate(v_due, 'schedule', null, false);
   update rekey.keyrings k set next_rotation_at = now() + k.rotate_every where k.id = any (v_due);
 end
@@ -91,7 +91,7 @@ as $$
 declare
   v_stale record;
   v_id bigint;
-  v_events jsonb := '[]';
+  v_events jsonb := '[]'::jsonb;
 begin
   perform rekey._refuse_snapshot();
   for v_stale in
@@ -148,9 +148,10 @@ begin
         update rekey._worker w set last_tick_at = begun, last_tick_seconds = extract(epoch from clock_timestamp() - begun),
           last_error = case when w.last_error_at >= begun then w.last_error end;
     end case;
-    if duty = 'schedules' and v_worker.locked_since is not null then
+    if duty = 'schedules' and (v_worker.locked_since is not null
+        or exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying'))) then
       perform from rekey._kek();
-      update rekey._worker w set locked_since = null;
+      update rekey._worker w set locked_since = null where w.locked_since is not null;
     end if;
   exception
     when sqlstate 'RK001' or sqlstate 'RK002' then
@@ -225,8 +226,14 @@ begin
                     current_database());
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
+  -- Looked for by what it does: cron.schedule() finds a job only under the name of its caller.
+  execute $sql$ select min(j.jobid) from cron.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$ into v_job;
   begin
-    execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+    if v_job is null then
+      execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+    else
+      execute 'select cron.alter_job($1, schedule => $2, active => true)' using v_job, v_schedule;
+    end if;
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
   end;

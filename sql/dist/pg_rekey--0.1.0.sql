@@ -5,6 +5,8 @@
 -- pg_rekey 0.1.0: key rotation and online re-encryption on pgcrypto and pg_cron.
 -- The whole script runs in one transaction. Early-bound function bodies find pgcrypto through the search_path
 -- pinned here, wherever it is installed.
+set local search_path = pg_catalog, pg_temp;
+
 do $$
 begin
   if current_setting('server_version_num')::int < 150000 then
@@ -18,10 +20,10 @@ begin
 end
 $$;
 
-select pg_catalog.set_config('search_path', 'pg_catalog, ' || pg_catalog.quote_ident(n.nspname) || ', pg_temp', true)
+select pg_catalog.set_config('search_path', pg_catalog.format('pg_catalog, %I, pg_temp', n.nspname), true)
 from pg_catalog.pg_extension e
-join pg_catalog.pg_namespace n on n.oid = e.extnamespace
-where e.extname = 'pgcrypto';
+join pg_catalog.pg_namespace n on n.oid operator(pg_catalog.=) e.extnamespace
+where e.extname operator(pg_catalog.=) 'pgcrypto';
 
 -- sql/schema/10_roles.sql
 -- Roles belong to the whole cluster: a second database uses the ones that are there, if they are what they should be.
@@ -119,7 +121,7 @@ comment on column rekey.settings.destroy_wait is 'Time between the request to de
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
 comment on column rekey.settings.max_attempts is 'Failed batches in a row after which a rotation is failed.';
-comment on column rekey.settings.tenant_check is 'Name of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
+comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
 comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
 
 create table rekey._worker (
@@ -162,7 +164,7 @@ create table rekey.keyrings (
   -- Random, so that keyrings of two databases can be brought together.
   id integer constraint keyrings_pkey primary key constraint keyrings_id_check check (id > 0),
   name text not null constraint keyrings_name_key unique
-    constraint keyrings_name_check check (octet_length(name) between 1 and 63 and name !~ '[[:cntrl:]]'),
+    constraint keyrings_name_check check (octet_length(name) between 1 and 63 and name !~ '[\u0001-\u001F\u007F]'),
   tenant_id uuid not null default '00000000-0000-0000-0000-000000000000',
   rotate_every interval constraint keyrings_rotate_every_check check (rotate_every between '1 minute' and '36500 days'),
   next_rotation_at timestamptz constraint keyrings_next_rotation_at_check check (isfinite(next_rotation_at)),
@@ -227,7 +229,7 @@ comment on column rekey.encryption_keys.scheduled_from is 'State that a cancelle
 create table rekey.secrets (
   tenant_id uuid not null default '00000000-0000-0000-0000-000000000000',
   id uuid not null default gen_random_uuid(),
-  name text not null constraint secrets_name_check check (octet_length(name) between 1 and 255 and name !~ '[[:cntrl:]]'),
+  name text not null constraint secrets_name_check check (octet_length(name) between 1 and 255 and name !~ '[\u0001-\u001F\u007F]'),
   keyring_id integer not null constraint secrets_keyring_fkey references rekey.keyrings,
   ciphertext bytea not null,
   key_version integer not null generated always as (
@@ -263,7 +265,6 @@ create table rekey.rotations (
   keyring_id integer not null constraint rotations_keyring_fkey references rekey.keyrings,
   from_versions integer[] not null,
   to_version integer not null,
-  -- The version that was active before: what a rollback makes active again.
   previous_version integer,
   state text not null default 'queued' constraint rotations_state_check check (state in (
     'queued', 'running', 'paused', 'verifying', 'completed', 'completed_with_failures', 'failed', 'rolled_back', 'superseded')),
@@ -279,10 +280,8 @@ create table rekey.rotations (
   next_attempt_at timestamptz,
   blocked_by jsonb,
   blocked_since timestamptz,
-  -- Number of the pass over the tables it takes part in, and how many it has begun.
   pass_id bigint,
   passes integer not null default 0,
-  -- When every writer of an older version was seen to be gone.
   barrier_at timestamptz,
   created_at timestamptz not null default now(),
   started_at timestamptz,
@@ -294,6 +293,29 @@ create unique index rotations_under_way_key on rekey.rotations (keyring_id)
 create index rotations_keyring_id on rekey.rotations (keyring_id, id);
 create index rotations_open on rekey.rotations (id) where state in ('queued', 'running', 'verifying');
 comment on table rekey.rotations is 'Rotations: which keyring goes from which versions to which, and how far it is.';
+comment on column rekey.rotations.id is 'Number of the rotation.';
+comment on column rekey.rotations.keyring_id is 'Keyring that is rotated.';
+comment on column rekey.rotations.from_versions is 'Versions whose rows it takes along.';
+comment on column rekey.rotations.to_version is 'Version it brings them to.';
+comment on column rekey.rotations.previous_version is 'Version that was active before: what a rollback makes active again; NULL where there is none to go back to.';
+comment on column rekey.rotations.state is 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
+comment on column rekey.rotations.trigger is 'Why: manual, schedule, compromise, rollback, adoption.';
+comment on column rekey.rotations.reason is 'What whoever asked for it said.';
+comment on column rekey.rotations.requested_by is 'Who asked for it.';
+comment on column rekey.rotations.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
+comment on column rekey.rotations.rows_done is 'Rows re-encrypted.';
+comment on column rekey.rotations.rows_failed is 'Rows in quarantine.';
+comment on column rekey.rotations.attempts is 'Failed batches in a row.';
+comment on column rekey.rotations.last_error is 'The last error.';
+comment on column rekey.rotations.next_attempt_at is 'It goes on after this time; NULL: at once.';
+comment on column rekey.rotations.blocked_by is 'What it waits for.';
+comment on column rekey.rotations.blocked_since is 'Since when it waits for that.';
+comment on column rekey.rotations.pass_id is 'Number of the pass over the tables that it takes part in.';
+comment on column rekey.rotations.passes is 'Passes that it has begun.';
+comment on column rekey.rotations.barrier_at is 'When every writer of an older version was seen to be gone.';
+comment on column rekey.rotations.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
+comment on column rekey.rotations.started_at is 'When the first row was looked at.';
+comment on column rekey.rotations.finished_at is 'When it ended.';
 
 create sequence rekey._pass_id;
 
@@ -331,6 +353,18 @@ create table rekey.rotation_failures (
 create unique index rotation_failures_open_key on rekey.rotation_failures (keyring_id, target, row_key)
   where resolved_at is null;
 comment on table rekey.rotation_failures is 'Quarantine: rows that did not open in a rotation. They are left as they were, and keep their key from destruction.';
+comment on column rekey.rotation_failures.id is 'Number of the entry.';
+comment on column rekey.rotation_failures.rotation_id is 'Rotation in which the row did not open, the last one.';
+comment on column rekey.rotation_failures.keyring_id is 'Keyring of the row.';
+comment on column rekey.rotation_failures.target is 'Target the row is in.';
+comment on column rekey.rotation_failures.relation is 'Table the row is in.';
+comment on column rekey.rotation_failures.version is 'Key version the row stands on.';
+comment on column rekey.rotation_failures.reason is 'Why it did not open.';
+comment on column rekey.rotation_failures.created_at is 'When it first did not open.';
+comment on column rekey.rotation_failures.resolved_at is 'When the entry was closed; NULL: it is open.';
+comment on column rekey.rotation_failures.resolution is 'retry (tried again), discard (given up), cleared (the row opens again, or is gone); NULL while it is open.';
+comment on column rekey.rotation_failures.resolved_by is 'Who closed it.';
+comment on column rekey.rotation_failures.resolve_reason is 'What whoever closed it said.';
 comment on column rekey.rotation_failures.row_key is 'Primary key of the row, its parts as text, separated by a slash.';
 
 -- sql/schema/60_audit.sql
@@ -492,7 +526,7 @@ begin
   end if;
   return case when jsonb_typeof(v_claims::jsonb) = 'object' then v_claims::jsonb else '{}' end;
 exception when invalid_text_representation or untranslatable_character then
-  return '{}';
+  return '{}'::jsonb;
 end
 $$;
 comment on function rekey._claims is 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
@@ -537,8 +571,8 @@ begin
     v_entry.at := clock_timestamp();
     v_entry.event := v_event ->> 'event';
     v_entry.keyring := v_event ->> 'keyring';
-    v_entry.version := v_event ->> 'version';
-    v_entry.rotation_id := v_event ->> 'rotation_id';
+    v_entry.version := (v_event ->> 'version')::integer;
+    v_entry.rotation_id := (v_event ->> 'rotation_id')::bigint;
     v_entry.details := coalesce(v_event -> 'details', '{}');
     v_entry.prev_hash := v_head.hash;
     v_entry.hash := rekey._audit_hash(v_entry);
@@ -690,22 +724,21 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_type text;
-  v_default text;
+  v_type regtype;
   v_old text;
 begin
-  select format_type(a.atttypid, null), pg_get_expr(d.adbin, d.adrelid)
-  into v_type, v_default
+  select a.atttypid into v_type
   from pg_attribute a
-  left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
   where a.attrelid = 'rekey.settings'::regclass and a.attname = _store_setting.name and a.attnum > 0
     and not a.attisdropped and a.attname <> 'singleton';
   if not found then
     raise exception 'no such setting: %', coalesce(quote_literal(name), 'NULL') using errcode = 'invalid_parameter_value',
       hint = 'See rekey.setting_status for their names.';
   end if;
-  if _store_setting.name = 'tenant_check' and value is not null and to_regprocedure(value || '(uuid)') is null then
-    raise exception 'there is no function %(uuid)', value using errcode = 'invalid_parameter_value',
+  if _store_setting.name = 'tenant_check' and value is not null and (
+       cardinality(parse_ident(value)) <> 2
+       or not exists (select from pg_proc p where p.oid = to_regprocedure(value || '(uuid)') and p.prorettype = 'boolean'::regtype)) then
+    raise exception 'there is no function %(uuid) returns boolean', value using errcode = 'invalid_parameter_value',
       hint = 'Give the name of a function (uuid) returns boolean, with its schema.';
   end if;
   perform rekey._ensure_rows();
@@ -895,6 +928,9 @@ begin
     return null;
   end if;
   select s.key into v_seal from rekey._session_key s;
+  if not found then
+    return null;
+  end if;
   v_bytes := decode(substr(v_set, 2), 'hex');
   v_iv := substr(v_bytes, 1, 16);
   v_bytes := substr(v_bytes, 17);
@@ -928,7 +964,8 @@ begin
   v_next := rekey._parse_kek(v_next_text);
   return coalesce(v_kek || v_next, v_kek, v_next);
 exception
-  when insufficient_privilege or undefined_table or undefined_function or invalid_schema_name or system_error or io_error then
+  when insufficient_privilege or undefined_table or undefined_function or invalid_schema_name or wrong_object_type
+    or system_error or io_error then
     raise exception 'the KEK provider % cannot be read: %', v_settings.kek_provider, sqlerrm using errcode = 'RK001',
       hint = format('Run select rekey.set_setting(''kek_provider'', %L) as a role that may grant what it needs.', v_settings.kek_provider);
 end
@@ -1154,11 +1191,10 @@ language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_kek_id integer;
   v_wrapping bytea;
   v_key record;
 begin
-  select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+  select k.kek into v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
   for v_key in
     select k.keyring_id, k.version, k.state, k.kek_id, k.wrapped_key, e.state as kek_state
@@ -1219,7 +1255,8 @@ declare
   v_keyring rekey.keyrings;
 begin
   if lock then
-    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name for update;
+    -- Not FOR UPDATE: the foreign key of rekey.secrets would keep writers waiting.
+    select * into v_keyring from rekey.keyrings k where k.name = _keyring.name for no key update;
   else
     select * into v_keyring from rekey.keyrings k where k.name = _keyring.name;
   end if;
@@ -1447,7 +1484,9 @@ grant select on rekey.key_status to rekey_admin, rekey_operator, rekey_auditor;
 -- sql/code/40_tenants.sql
 -- Who reaches which tenant.
 
--- Owned by rekey_sweeper (footer.sql): the user's function runs with no right of ours.
+-- Owned by rekey_sweeper (footer.sql): the user's function runs with no right of ours. It can alter this one though, even
+-- into SECURITY INVOKER, since it runs as its owner: so the body, which it cannot change, begins by refusing to run as
+-- anybody else, in terms that no search path changes.
 create or replace function rekey._call_tenant_check(function_name text, tenant_id uuid) returns boolean
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -1455,7 +1494,11 @@ as $$
 declare
   v_answer boolean;
 begin
-  execute format('select %s($1)', function_name::regproc) into v_answer using tenant_id;
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_tenant_check does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  execute format('select %s($1)', (function_name || '(uuid)')::regprocedure::oid::regproc) into v_answer using tenant_id;
   return coalesce(v_answer, false);
 end
 $$;
@@ -1698,30 +1741,44 @@ $$;
 comment on function rekey.decrypt(text, text[]) is 'As rekey.decrypt(bytea, ...), of the text form of an envelope.';
 grant execute on function rekey.decrypt(text, text[]) to rekey_app;
 
-create or replace function rekey.decrypt_text(ciphertext bytea, context text[] = '{}') returns text
+create or replace function rekey._as_text(bytes bytea) returns text
 language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return convert_from(bytes, 'UTF8');
+exception when character_not_in_repertoire or untranslatable_character then
+  -- PostgreSQL's own message would quote some of the bytes.
+  raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
+    hint = 'rekey.decrypt() returns its bytes.';
+end
+$$;
+comment on function rekey._as_text is 'Text of UTF-8 bytes. 22021: they are none.';
+
+create or replace function rekey.decrypt_text(ciphertext bytea, context text[] = '{}') returns text
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
 begin
-  return convert_from(v_plaintext, 'UTF8');
+  return rekey._as_text(v_plaintext);
 end
 $$;
-comment on function rekey.decrypt_text(bytea, text[]) is 'As rekey.decrypt(), of a value that was text.';
+comment on function rekey.decrypt_text(bytea, text[]) is 'As rekey.decrypt(), of a value that was text. 22021: it was not.';
 grant execute on function rekey.decrypt_text(bytea, text[]) to rekey_app;
 
 create or replace function rekey.decrypt_text(ciphertext text, context text[] = '{}') returns text
-language plpgsql stable
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
 begin
-  return convert_from(v_plaintext, 'UTF8');
+  return rekey._as_text(v_plaintext);
 end
 $$;
-comment on function rekey.decrypt_text(text, text[]) is 'As rekey.decrypt(), of the text form of a value that was text.';
+comment on function rekey.decrypt_text(text, text[]) is 'As rekey.decrypt(), of the text form of a value that was text. 22021: it was not.';
 grant execute on function rekey.decrypt_text(text, text[]) to rekey_app;
 
 -- sql/code/42_secrets.sql
@@ -1751,7 +1808,7 @@ begin
   if v_keyring.tenant_id not in (tenant_id, '00000000-0000-0000-0000-000000000000') then
     raise exception 'the keyring belongs to another tenant' using errcode = 'insufficient_privilege';
   end if;
-  if name is null or octet_length(name) not between 1 and 255 or name ~ '[[:cntrl:]]' then
+  if name is null or octet_length(name) not between 1 and 255 or name ~ '[\u0001-\u001F\u007F]' then
     raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
   end if;
   if value is null then
@@ -2023,7 +2080,7 @@ begin
     where s.ctid >= first and s.ctid < until
     order by s.ctid
     limit max_rows
-    for update of s skip locked
+    for no key update of s skip locked
   ), sized as (
     select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
     from due d
@@ -2113,7 +2170,7 @@ comment on function rekey_targets.secrets_count is
   'Counts rekey.secrets by keyring and version; keyrings NULL: all. opening: checks every tag too; failed_keys and failed_problems name what does not open.';
 
 -- These two are owned by rekey_sweeper (footer.sql), which has no other right: whatever a target's function has become,
--- it gains nothing from being called here.
+-- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql).
 create or replace function rekey._call_sweep(
   function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
   out next tid, out done_keyrings integer[], out done_rows bigint[],
@@ -2123,6 +2180,10 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_sweep does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_sweep')
   into next, done_keyrings, done_rows, failed_keyrings, failed_versions, failed_keys, failed_problems
   using first, until, keyrings, versions, max_rows, max_bytes;
@@ -2137,6 +2198,10 @@ language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
   return query execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count')
     using keyrings, opening;
 end
@@ -2283,7 +2348,7 @@ begin
     return;
   end if;
   perform rekey._lock_kek();
-  perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for update;
+  perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for no key update;
   if supersede then
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
@@ -2381,7 +2446,7 @@ begin
       hint = 'See rekey.rotation_status.';
   end if;
   -- The keyring first, as everywhere.
-  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for update;
+  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for no key update;
   select * into rotation from rekey.rotations r where r.id = _rotation.id for update;
 end
 $$;
@@ -2621,7 +2686,10 @@ begin atomic
     'prepared', p.gid, 'age_seconds', extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared, since))::bigint)))
   from pg_locks l
   left join pg_stat_activity a on a.pid = l.pid
-  left join pg_prepared_xacts p on l.pid is null and l.virtualtransaction = '-1/' || p.transaction
+  -- A prepared transaction has no process; its locks share a virtual number with the lock on its own transaction.
+  left join lateral (
+    select x.gid, x.prepared from pg_locks t join pg_prepared_xacts x on x.transaction = t.transactionid
+    where l.pid is null and t.pid is null and t.locktype = 'transactionid' and t.virtualtransaction = l.virtualtransaction) p on true
   where l.locktype = 'advisory' and l.objsubid = 2 and l.granted
     and l.database = (select d.oid from pg_database d where d.datname = current_database())
     and l.classid = keyring_id::oid and l.objid::bigint = any (versions::bigint[]);
@@ -2656,22 +2724,27 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  v_events jsonb;
 begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
-  update rekey.rotations r
-  set attempts = r.attempts + 1, last_error = message,
-      state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
-      pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
-      next_attempt_at = case when r.attempts + 1 < v_max then
-        clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
-  where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying');
-  perform rekey._audit_all(coalesce((
-    select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
-      'details', jsonb_build_object('attempt', r.attempts, 'sqlstate', code, 'error', message)) order by r.id, e.event)
-    from rekey.rotations r
-    join rekey.keyrings k on k.id = r.keyring_id
-    join (values ('rotation.error'), ('rotation.failed')) as e(event) on e.event = 'rotation.error' or r.state = 'failed'
-    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying', 'failed')), '[]'));
+  with noted as (
+    update rekey.rotations r
+    set attempts = r.attempts + 1, last_error = message,
+        state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
+        pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
+        next_attempt_at = case when r.attempts + 1 < v_max then
+          clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
+    -- Not one that another worker's error has failed meanwhile.
+    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying')
+    returning r.id, r.keyring_id, r.to_version, r.state, r.attempts
+  )
+  select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+    'details', jsonb_build_object('attempt', r.attempts, 'sqlstate', code, 'error', message)) order by r.id, e.event)
+  into v_events
+  from noted r
+  join rekey.keyrings k on k.id = r.keyring_id
+  join (values ('rotation.error'), ('rotation.failed')) as e(event) on e.event = 'rotation.error' or r.state = 'failed';
+  perform rekey._audit_all(coalesce(v_events, '[]'));
 end
 $$;
 comment on function rekey._record_error is 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed.';
@@ -2898,7 +2971,7 @@ declare
   v_found record;
   v_failure record;
   v_failed bigint;
-  v_completed bigint[] := '{}';
+  v_completed bigint[] := '{}'::bigint[];
 begin
   select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
   from rekey.rotations r
@@ -2983,7 +3056,7 @@ $$;
 comment on function rekey._verify is
   'Opens every row of the keyrings whose rotations passed the barrier, and completes those that have none left on an older version.';
 
-create or replace function rekey._coordinate(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
+create or replace function rekey._coordinate(out event text, out keyring_count integer, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -3054,7 +3127,7 @@ begin
 
   select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
   if event is null and pg_try_advisory_xact_lock(0, 1) then
-    select c.event, c.keyring_count, c.rows, c.detail into event, keyring_count, rows, detail from rekey._coordinate() c;
+    select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
   end if;
   if event is null and pg_try_advisory_xact_lock(0, 2) then
     select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
@@ -3188,7 +3261,7 @@ declare
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
   v_postponed text;
-  v_events jsonb := '[]';
+  v_events jsonb := '[]'::jsonb;
 begin
   for v_due in
     select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
@@ -3343,7 +3416,7 @@ begin
   perform from rekey._kek();
   perform rekey._lock_kek();
   -- Looked at again under its lock: another tick may have been here.
-  v_due := array(select k.id from rekey.keyrings k where k.id = any (v_due) and k.next_rotation_at <= now() order by k.id for update);
+  v_due := array(select k.id from rekey.keyrings k where k.id = any (v_due) and k.next_rotation_at <= now() order by k.id for no key update);
   perform from rekey._rotate(v_due, 'schedule', null, false);
   update rekey.keyrings k set next_rotation_at = now() + k.rotate_every where k.id = any (v_due);
 end
@@ -3357,7 +3430,7 @@ as $$
 declare
   v_stale record;
   v_id bigint;
-  v_events jsonb := '[]';
+  v_events jsonb := '[]'::jsonb;
 begin
   perform rekey._refuse_snapshot();
   for v_stale in
@@ -3414,9 +3487,10 @@ begin
         update rekey._worker w set last_tick_at = begun, last_tick_seconds = extract(epoch from clock_timestamp() - begun),
           last_error = case when w.last_error_at >= begun then w.last_error end;
     end case;
-    if duty = 'schedules' and v_worker.locked_since is not null then
+    if duty = 'schedules' and (v_worker.locked_since is not null
+        or exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying'))) then
       perform from rekey._kek();
-      update rekey._worker w set locked_since = null;
+      update rekey._worker w set locked_since = null where w.locked_since is not null;
     end if;
   exception
     when sqlstate 'RK001' or sqlstate 'RK002' then
@@ -3491,8 +3565,14 @@ begin
                     current_database());
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
+  -- Looked for by what it does: cron.schedule() finds a job only under the name of its caller.
+  execute $sql$ select min(j.jobid) from cron.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$ into v_job;
   begin
-    execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+    if v_job is null then
+      execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+    else
+      execute 'select cron.alter_job($1, schedule => $2, active => true)' using v_job, v_schedule;
+    end if;
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
   end;

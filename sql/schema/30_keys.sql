@@ -19,7 +19,7 @@ create table rekey.keyrings (
   -- Random, so that keyrings of two databases can be brought together.
   id integer constraint keyrings_pkey primary key constraint keyrings_id_check check (id > 0),
   name text not null constraint keyrings_name_key unique
-    constraint keyrings_name_check check (octet_length(name) between 1 and 63 and name !~ '[[:cntrl:]]'),
+    constraint keyrings_name_check check (octet_length(name) between 1 and 63 and name !~ '[\u0001-\u001F\u007F]'),
   tenant_id uuid not null default '00000000-0000-0000-0000-000000000000',
   rotate_every interval constraint keyrings_rotate_every_check check (rotate_every between '1 minute' and '36500 days'),
   next_rotation_at timestamptz constraint keyrings_next_rotation_at_check check (isfinite(next_rotation_at)),

@@ -1,7 +1,7 @@
 create table rekey.secrets (
   tenant_id uuid not null default '00000000-0000-0000-0000-000000000000',
   id uuid not null default gen_random_uuid(),
-  name text not null constraint secrets_name_check check (octet_length(name) between 1 and 255 and name !~ '[[:cntrl:]]'),
+  name text not null constraint secrets_name_check check (octet_length(name) between 1 and 255 and name !~ '[\u0001-\u001F\u007F]'),
   keyring_id integer not null constraint secrets_keyring_fkey references rekey.keyrings,
   ciphertext bytea not null,
   key_version integer not null generated always as (

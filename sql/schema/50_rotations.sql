@@ -3,7 +3,6 @@ create table rekey.rotations (
   keyring_id integer not null constraint rotations_keyring_fkey references rekey.keyrings,
   from_versions integer[] not null,
   to_version integer not null,
-  -- The version that was active before: what a rollback makes active again.
   previous_version integer,
   state text not null default 'queued' constraint rotations_state_check check (state in (
     'queued', 'running', 'paused', 'verifying', 'completed', 'completed_with_failures', 'failed', 'rolled_back', 'superseded')),
@@ -19,10 +18,8 @@ create table rekey.rotations (
   next_attempt_at timestamptz,
   blocked_by jsonb,
   blocked_since timestamptz,
-  -- Number of the pass over the tables it takes part in, and how many it has begun.
   pass_id bigint,
   passes integer not null default 0,
-  -- When every writer of an older version was seen to be gone.
   barrier_at timestamptz,
   created_at timestamptz not null default now(),
   started_at timestamptz,
@@ -34,6 +31,29 @@ create unique index rotations_under_way_key on rekey.rotations (keyring_id)
 create index rotations_keyring_id on rekey.rotations (keyring_id, id);
 create index rotations_open on rekey.rotations (id) where state in ('queued', 'running', 'verifying');
 comment on table rekey.rotations is 'Rotations: which keyring goes from which versions to which, and how far it is.';
+comment on column rekey.rotations.id is 'Number of the rotation.';
+comment on column rekey.rotations.keyring_id is 'Keyring that is rotated.';
+comment on column rekey.rotations.from_versions is 'Versions whose rows it takes along.';
+comment on column rekey.rotations.to_version is 'Version it brings them to.';
+comment on column rekey.rotations.previous_version is 'Version that was active before: what a rollback makes active again; NULL where there is none to go back to.';
+comment on column rekey.rotations.state is 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
+comment on column rekey.rotations.trigger is 'Why: manual, schedule, compromise, rollback, adoption.';
+comment on column rekey.rotations.reason is 'What whoever asked for it said.';
+comment on column rekey.rotations.requested_by is 'Who asked for it.';
+comment on column rekey.rotations.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
+comment on column rekey.rotations.rows_done is 'Rows re-encrypted.';
+comment on column rekey.rotations.rows_failed is 'Rows in quarantine.';
+comment on column rekey.rotations.attempts is 'Failed batches in a row.';
+comment on column rekey.rotations.last_error is 'The last error.';
+comment on column rekey.rotations.next_attempt_at is 'It goes on after this time; NULL: at once.';
+comment on column rekey.rotations.blocked_by is 'What it waits for.';
+comment on column rekey.rotations.blocked_since is 'Since when it waits for that.';
+comment on column rekey.rotations.pass_id is 'Number of the pass over the tables that it takes part in.';
+comment on column rekey.rotations.passes is 'Passes that it has begun.';
+comment on column rekey.rotations.barrier_at is 'When every writer of an older version was seen to be gone.';
+comment on column rekey.rotations.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
+comment on column rekey.rotations.started_at is 'When the first row was looked at.';
+comment on column rekey.rotations.finished_at is 'When it ended.';
 
 create sequence rekey._pass_id;
 
@@ -71,4 +91,16 @@ create table rekey.rotation_failures (
 create unique index rotation_failures_open_key on rekey.rotation_failures (keyring_id, target, row_key)
   where resolved_at is null;
 comment on table rekey.rotation_failures is 'Quarantine: rows that did not open in a rotation. They are left as they were, and keep their key from destruction.';
+comment on column rekey.rotation_failures.id is 'Number of the entry.';
+comment on column rekey.rotation_failures.rotation_id is 'Rotation in which the row did not open, the last one.';
+comment on column rekey.rotation_failures.keyring_id is 'Keyring of the row.';
+comment on column rekey.rotation_failures.target is 'Target the row is in.';
+comment on column rekey.rotation_failures.relation is 'Table the row is in.';
+comment on column rekey.rotation_failures.version is 'Key version the row stands on.';
+comment on column rekey.rotation_failures.reason is 'Why it did not open.';
+comment on column rekey.rotation_failures.created_at is 'When it first did not open.';
+comment on column rekey.rotation_failures.resolved_at is 'When the entry was closed; NULL: it is open.';
+comment on column rekey.rotation_failures.resolution is 'retry (tried again), discard (given up), cleared (the row opens again, or is gone); NULL while it is open.';
+comment on column rekey.rotation_failures.resolved_by is 'Who closed it.';
+comment on column rekey.rotation_failures.resolve_reason is 'What whoever closed it said.';
 comment on column rekey.rotation_failures.row_key is 'Primary key of the row, its parts as text, separated by a slash.';

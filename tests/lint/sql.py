@@ -41,7 +41,9 @@ create table cron.job (jobid bigint, schedule text, command text, database text,
 create table cron.job_run_details (
   jobid bigint, runid bigint, command text, status text, end_time timestamptz);
 create function cron.schedule(text, text, text) returns bigint return 1;
-create function cron.alter_job(job_id bigint, username text) returns void begin atomic; end;
+create function cron.alter_job(
+  job_id bigint, schedule text = null, command text = null, database text = null, username text = null,
+  active boolean = null) returns void begin atomic; end;
 create function cron.unschedule(bigint) returns boolean return true;
 create temporary table pg_rekey_kek (kek bytea);
 """

@@ -1,0 +1,247 @@
+"""No key and no value appears in what the server logs, however loud it is told to be."""
+
+import base64
+import os
+from collections.abc import Callable, Iterator
+from typing import LiteralString
+
+import psycopg
+import pytest
+from psycopg import sql
+
+import reference
+from helpers import Connection, connect, install, unlock, value
+from pg_rekey import local, release
+
+Settings = dict[str, str]
+
+LOUD: Settings = {
+    "client_min_messages": "log",
+    "log_statement": "all",
+    "log_min_duration_statement": "0",
+    "log_parameter_max_length": "-1",
+    "log_parameter_max_length_on_error": "-1",
+    "log_error_verbosity": "verbose",
+    "debug_print_plan": "on",
+    "auto_explain.log_min_duration": "0",
+    "auto_explain.log_nested_statements": "on",
+    "auto_explain.log_analyze": "on",
+    "auto_explain.log_verbose": "on",
+}
+PGAUDIT: Settings = {
+    "client_min_messages": "log",
+    "log_min_duration_statement": "0",
+    "pgaudit.log": "all",
+    "pgaudit.log_client": "on",
+    "pgaudit.log_parameter": "on",
+    "pgaudit.log_catalog": "on",
+    "pgaudit.log_rows": "on",
+}
+NEXT, REPLACEMENT, WRONG = (os.urandom(32) for _ in range(3))
+VALUE = "plaintext canary 4711 " * 3
+
+
+@pytest.fixture(params=["auto_explain", "pgaudit"])
+def loud(request: pytest.FixtureRequest, make_database: Callable[..., str]) -> Iterator[tuple[str, Settings]]:
+    """DSN of a database, and the settings that make a session log all it can."""
+    if request.param == "auto_explain":
+        dsn = make_database(os.environ["PG_REKEY_TEST_TEMPLATE"])
+        with connect(dsn) as connection:
+            newer = connection.info.server_version >= 160000
+        yield dsn, LOUD | ({"auto_explain.log_parameter_max_length": "-1"} if newer else {})
+        return
+    installation = local.ensure()
+    if not installation.has("pgaudit"):
+        pytest.skip("pgaudit is not installed")
+    with local.Server(settings={"shared_preload_libraries": "pgaudit"}) as server:
+        install(server.dsn(), release.assemble("plain"))
+        yield server.dsn(), PGAUDIT
+
+
+def forms(secret: bytes) -> Iterator[str]:
+    """Yield how bytes may look in a log."""
+    for part in {secret, secret[:32], secret[-32:]}:
+        yield part.hex()
+        yield part.decode("latin-1").lower()
+        yield base64.b64encode(part).decode().rstrip("=").lower()
+        yield "".join(chr(c) if 32 <= c < 127 and c != 92 else f"\\{c:03o}" for c in part).lower()
+        yield " ".join(str(c - 256 if c > 127 else c) for c in part)  # debug_print_plan
+
+
+class Session:
+    """A session whose server messages are kept."""
+
+    def __init__(self, connection: Connection, settings: Settings) -> None:
+        self.log: list[str] = []
+        self.connection = connection
+        connection.add_notice_handler(self.note)
+        connection.execute("load 'auto_explain'")
+        for name, setting in settings.items():
+            connection.execute("select set_config(%s, %s, false)", [name, setting])
+
+    def note(self, message: psycopg.errors.Diagnostic) -> None:
+        fields = (message.message_primary, message.message_detail, message.message_hint, message.context)
+        self.log.extend(field for field in fields if field)
+
+    def run(self, *statements: LiteralString) -> None:
+        for statement in statements:
+            self.connection.execute(statement)
+
+    def fail(self, code: str, statement: LiteralString) -> None:
+        with pytest.raises(psycopg.Error) as caught:
+            self.connection.execute(statement)
+        assert caught.value.sqlstate == code
+        self.note(caught.value.diag)
+
+    def found(self, secret: bytes) -> list[str]:
+        """Return the messages in which these bytes stand."""
+        needles = set(forms(secret))
+        return [text for text in self.log if any(needle in text.lower() for needle in needles)]
+
+
+def deks(connection: Connection, *keks: bytes) -> set[bytes]:
+    """Unwrap every DEK, with an implementation of our own."""
+    rows = connection.execute(
+        "select kek_id, keyring_id, version, wrapped_key from rekey.encryption_keys"
+        " where wrapped_key is not null"
+    ).fetchall()
+    opened = {reference.unwrap(kek, *row) for row in rows for kek in keks}
+    return {dek for dek in opened if dek}
+
+
+def fill(connection: Connection, table: LiteralString, *rows: str | bytes) -> None:
+    """Make a temporary table with one column v, filled without a statement that shows it."""
+    kind = "text" if isinstance(rows[0], str) else "bytea"
+    connection.execute(
+        sql.SQL("create temporary table {} (v {})").format(sql.Identifier(table), sql.SQL(kind))
+    )
+    with connection.cursor().copy(
+        sql.SQL("copy {} from stdin (format binary)").format(sql.Identifier(table))
+    ) as copy:
+        copy.set_types([kind])
+        for row in rows:
+            copy.write_row([row])
+
+
+def use_all(session: Session, quiet: Connection, kek: bytes) -> set[bytes]:
+    """Call whatever handles a key; return all the DEKs there were."""
+    seen: set[bytes] = set()
+    connection = session.connection
+    unlock(connection, kek)
+    session.run(
+        "select rekey.register_kek()",
+        "select rekey.create_keyring('default')",
+        "select rekey.create_keyring('busy')",
+        "select rekey.create_keyring('empty')",
+    )
+    fill(connection, "plain", VALUE)
+    session.run(
+        "select rekey.set_secret('a', v) from plain",
+        "select rekey.set_secret('a', v) from plain",
+        "select rekey.set_secret('b' || n, v, keyring => 'busy') from plain, generate_series(1, 20) n",
+        "select rekey.get_secret('a')",
+        "select * from rekey.read_secrets()",
+        "select * from rekey.decrypted_secrets",
+        "select rekey.decrypt(rekey.encrypt(v, context => '{c}'), '{c}') from plain",
+        "select rekey.decrypt_text(rekey.encrypt_text(v)) from plain",
+        "select rekey.decrypt_text(rekey.encrypt(convert_to(v, 'UTF8'))) from plain",
+        "select * from rekey.verify_ciphertexts()",
+    )
+    session.fail("RK003", "select rekey.decrypt(rekey.encrypt(v), '{other}') from plain")
+    seen |= deks(quiet, kek)
+
+    session.run(
+        "select * from rekey.rotate_keys()",
+        "select * from rekey.rotation_step()",
+        "call rekey.run_rotations()",
+        "select rekey.rollback_rotation(id) from rekey.rotation_status where keyring = 'default'",
+        "select * from rekey.mark_key_compromised('default', 2)",
+        "select rekey.set_schedule('empty', '1 minute', now() - interval '1 day')",
+        "call rekey.tick()",
+        "select rekey.schedule_key_destruction('busy', 1, '0 s')",
+        "select * from rekey.metrics()",
+        "call rekey.tick()",
+    )
+    seen |= deks(quiet, kek)
+    with connection.transaction():
+        session.run(
+            "set transaction isolation level repeatable read", "select rekey.set_secret('a', v) from plain"
+        )
+
+    session.run("select rekey.lock()")
+    session.fail("RK001", "select rekey.get_secret('a')")
+    with pytest.raises(psycopg.Error) as caught:
+        unlock(connection, WRONG)
+    session.note(caught.value.diag)
+    unlock(connection, kek, NEXT)
+    session.run("select rekey.rotate_kek()", "select rekey.get_secret('a')", "select rekey.lock()")
+    seen |= deks(quiet, NEXT)
+
+    quiet.execute("create schema vault")
+    quiet.execute("create table vault.secrets (name text, decrypted_secret text)")
+    quiet.execute("insert into vault.secrets values ('pg_rekey_kek', %s)", [NEXT.hex()])
+    quiet.execute("create view vault.decrypted_secrets as select * from vault.secrets")
+    session.run(
+        "select rekey.set_setting('kek_provider', 'vault')",
+        "select rekey.get_secret('a')",
+        "select * from rekey.rotate_keys()",
+        "call rekey.tick()",
+    )
+    quiet.execute("update vault.secrets set decrypted_secret = %s", [base64.b64encode(WRONG).decode()])
+    session.fail("RK002", "select rekey.get_secret('a')")
+    seen |= deks(quiet, NEXT)
+
+    quiet.execute(
+        "update rekey.encryption_keys"
+        " set wrapped_key = set_byte(wrapped_key, 40, 7 # get_byte(wrapped_key, 40)) where is_active"
+    )
+    unlock(connection, NEXT, REPLACEMENT)
+    session.fail("RK003", "select rekey.rotate_kek()")
+    session.fail("RK006", "select rekey.set_secret('a', v) from plain")
+    session.run("select * from rekey.verify_ciphertexts()")
+    with connection.transaction():
+        unlock(connection, REPLACEMENT, scope="replacement")
+        session.run("select rekey.register_kek(true)")
+        session.run("select rekey.set_secret('a', v) from plain", "select rekey.get_secret('a')")
+    seen |= deks(quiet, REPLACEMENT)
+    return seen
+
+
+def test_nothing_secret_is_logged(loud: tuple[str, Settings], kek: bytes) -> None:
+    dsn, settings = loud
+    with connect(dsn) as quiet, connect(dsn) as connection:
+        session = Session(connection, settings)
+        keys = use_all(session, quiet, kek)
+        assert len(keys) > 8
+        session_key = value(quiet, "select key from rekey._session_key")
+
+        secrets = {
+            "session key": session_key,
+            "value": VALUE.encode(),
+            "kek": kek,
+            "next kek": NEXT,
+            "replacement": REPLACEMENT,
+            "wrong kek": WRONG,
+        }
+        secrets |= {
+            f"wrapping key of {name}": reference.wrapping_key(secrets[name])
+            for name in ("kek", "next kek", "replacement", "wrong kek")
+        }
+        secrets |= {f"DEK {number}": key for number, key in enumerate(keys)}
+        leaks = {name: found[0][:2000] for name, key in secrets.items() if (found := session.found(key))}
+        assert leaks == {}
+        assert len(session.log) > 1000
+
+        # The trap works: what the rules forbid is seen.
+        canary = os.urandom(32)
+        fill(session.connection, "canary", canary)
+        session.run("""
+            do $$
+            declare
+              v_key bytea;
+            begin
+              select c.v into v_key from pg_temp.canary c;
+              perform set_config('rekey.canary', encode(v_key, 'hex'), true);
+            end
+            $$""")
+        assert session.found(canary)
