@@ -1,0 +1,153 @@
+"""Driving rotations from a test, and what must hold after every one of them."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+
+from helpers import Connection, value
+
+NIL = "00000000-0000-0000-0000-000000000000"
+
+# Seals a whole set at once, as the owner of the keys could; set_secret would take a second for each 5,000.
+FILL: LiteralString = """
+    with key as materialized (
+      select k.id, d.key, rekey._header(k.id, d.version) as header
+      from rekey.keyrings k
+      join rekey.encryption_keys e on e.keyring_id = k.id and e.state = 'active'
+      cross join lateral rekey._deks(array[k.id], array[e.version]) d
+      where k.name = %(keyring)s
+    ), made as materialized (
+      select gen_random_uuid() as id, %(prefix)s || n as name, gen_random_bytes(16) as iv
+      from generate_series(1, %(count)s) n
+    )
+    insert into rekey.secrets (tenant_id, id, name, keyring_id, ciphertext)
+    select %(tenant)s, m.id, m.name, k.id,
+      k.header || m.iv || rekey._aead_encrypt(
+        k.key, m.iv, convert_to(m.name || repeat('.', %(size)s), 'UTF8'),
+        k.header || rekey._secret_context(%(tenant)s, m.id))
+    from made m, key k
+"""
+
+# Flips a bit of s1; a second time, flips it back.
+FLIP: LiteralString = """
+    update rekey.secrets set ciphertext = set_byte(ciphertext, 40, get_byte(ciphertext, 40) # 1)
+    where name = 's1'
+"""
+
+
+def fill(
+    connection: Connection,
+    count: int,
+    *,
+    keyring: str = "default",
+    prefix: str = "s",
+    tenant: str = NIL,
+    size: int = 0,
+) -> dict[str, str]:
+    """Store secrets s1, s2 ... whose values are their names and `size` dots; return them."""
+    connection.execute(
+        FILL, {"keyring": keyring, "prefix": prefix, "count": count, "tenant": tenant, "size": size}
+    )
+    return {f"{prefix}{n}": f"{prefix}{n}" + "." * size for n in range(1, count + 1)}
+
+
+def read(connection: Connection, tenant: str = NIL) -> dict[str, str]:
+    """Return every secret of a tenant."""
+    return dict(connection.execute("select * from rekey.read_secrets(tenant_id => %s)", (tenant,)))
+
+
+def rotate(
+    connection: Connection, keyring: str = "default", reason: str | None = None, *, supersede: bool = False
+) -> int:
+    """Begin a rotation and return its number."""
+    return int(value(connection, "select id from rekey.rotate_keys(%s, %s, %s)", keyring, reason, supersede))
+
+
+def step(connection: Connection) -> tuple[str, int, int, dict[str, Any]]:
+    """Take one step: event, keyrings, rows, detail."""
+    row = connection.execute(
+        "select event, keyring_count, rows, coalesce(detail, '{}') from rekey.rotation_step()"
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1], row[2], row[3]
+
+
+def step_until(connection: Connection, *events: str, seconds: float = 20) -> list[str]:
+    """Step until one of these events; return all of them."""
+    seen: list[str] = []
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        seen.append(step(connection)[0])
+        if seen[-1] in events:
+            return seen
+        if seen[-1] in ("waiting", "blocked"):
+            time.sleep(0.02)
+    raise AssertionError(f"none of {events} within {seconds} s: ... {seen[-20:]}")
+
+
+def run(connection: Connection, max_duration: str = "20 s") -> None:
+    """Work on rotations until none is left; leave no chunk behind."""
+    connection.execute("call rekey.run_rotations(%s)", (max_duration,))
+
+
+def rotation(connection: Connection, number: int, *columns: str) -> Any:
+    """Return columns of a rotation's status; a bare value where it is one column."""
+    with connection.cursor(row_factory=psycopg.rows.dict_row) as cursor:
+        found = cursor.execute("select * from rekey.rotation_status where id = %s", (number,)).fetchone()
+    assert found is not None
+    return found[columns[0]] if len(columns) == 1 else tuple(found[column] for column in columns)
+
+
+def states(connection: Connection, keyring: str = "default") -> dict[int, str]:
+    """Return the state of each version of a keyring."""
+    query: LiteralString = "select version, state from rekey.key_status where keyring = %s order by version"
+    return dict(connection.execute(query, (keyring,)))
+
+
+def on_versions(connection: Connection, keyring: str = "default") -> dict[int, int]:
+    """Return how many secrets stand on each version of a keyring."""
+    query: LiteralString = """
+        select key_version, count(*) from rekey.secrets s join rekey.keyrings k on k.id = s.keyring_id
+        where k.name = %s group by 1 order by 1"""
+    return dict(connection.execute(query, (keyring,)))
+
+
+def events(connection: Connection, number: int | None = None) -> list[str]:
+    """Return the events of the audit log, of one rotation or all, in order."""
+    query: LiteralString = (
+        "select event from rekey.audit_log where %(n)s::bigint is null or rotation_id = %(n)s order by id"
+    )
+    return [event for (event,) in connection.execute(query, {"n": number})]
+
+
+@contextmanager
+def refused(code: str) -> Iterator[None]:
+    """Expect an error with this SQLSTATE."""
+    with pytest.raises(psycopg.Error) as caught:
+        yield
+    assert caught.value.diag.sqlstate == code, caught.value
+
+
+def check(connection: Connection, *models: dict[str, str], tenants: tuple[str, ...] = (NIL,)) -> None:
+    """Assert the invariants: values, versions, IVs, leftovers and the audit chain."""
+    for tenant, model in zip(tenants, models, strict=True):
+        assert read(connection, tenant) == model
+    dead: LiteralString = """
+        select count(*) from rekey.secrets s
+        left join rekey.encryption_keys k on k.keyring_id = s.keyring_id and k.version = s.key_version
+        where coalesce(k.state, 'destroyed') = 'destroyed'"""
+    assert value(connection, dead) == 0
+    active: LiteralString = """
+        select count(*) from rekey.keyrings k where k.retired_at is null and 1 <>
+          (select count(*) from rekey.encryption_keys e where e.keyring_id = k.id and e.is_active)"""
+    assert value(connection, active) == 0
+    reused: LiteralString = "select count(*) - count(distinct substr(ciphertext, 4, 24)) from rekey.secrets"
+    assert value(connection, reused) == 0
+    unfinished: LiteralString = "select count(*) from rekey.rotations where rekey._is_under_way(state)"
+    if value(connection, unfinished) == 0:
+        assert value(connection, "select count(*) from rekey._chunks") == 0
+    assert connection.execute("select valid, reason from rekey.verify_audit_log()").fetchone() == (True, None)
