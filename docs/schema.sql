@@ -3694,7 +3694,7 @@ COMMENT ON FUNCTION rekey.cancel_key_destruction(keyring text, version integer) 
 -- Name: clear_schedule(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.clear_schedule(keyring text) RETURNS void
+CREATE FUNCTION rekey.clear_schedule(keyring text DEFAULT 'default'::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -5605,7 +5605,7 @@ ALTER FUNCTION rekey.unlock_copied(scope text) OWNER TO rekey_owner;
 -- Name: FUNCTION unlock_copied(scope text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.unlock_copied(scope text) IS 'As rekey.unlock(), with the KEK from the temporary table pg_rekey_kek (kek bytea), which a binary COPY filled and no log shows: one row, or two: the current and the next KEK. 42P01 without that table.';
+COMMENT ON FUNCTION rekey.unlock_copied(scope text) IS 'As rekey.unlock(), with the KEK from the temporary table pg_rekey_kek (kek bytea), which a binary COPY filled and no log shows: one row, or two: the current and the next KEK. A standby takes no temporary tables: there, a provider or rekey.unlock() brings the KEK. 42P01 without that table.';
 
 
 --
@@ -5992,6 +5992,62 @@ COMMENT ON VIEW rekey.decrypted_secrets IS 'The secrets of the tenants that the 
 
 
 --
+-- Name: COLUMN decrypted_secrets.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.decrypted_secrets.tenant_id IS 'Tenant of the secret.';
+
+
+--
+-- Name: COLUMN decrypted_secrets.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.decrypted_secrets.id IS 'Its identity within the tenant.';
+
+
+--
+-- Name: COLUMN decrypted_secrets.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.decrypted_secrets.name IS 'Its name.';
+
+
+--
+-- Name: COLUMN decrypted_secrets.value; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.decrypted_secrets.value IS 'Its value, opened.';
+
+
+--
+-- Name: COLUMN decrypted_secrets.description; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.decrypted_secrets.description IS 'Free text, not encrypted.';
+
+
+--
+-- Name: COLUMN decrypted_secrets.key_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.decrypted_secrets.key_version IS 'Key version it stands on.';
+
+
+--
+-- Name: COLUMN decrypted_secrets.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.decrypted_secrets.created_at IS 'When it was made.';
+
+
+--
+-- Name: COLUMN decrypted_secrets.updated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.decrypted_secrets.updated_at IS 'When its value last changed.';
+
+
+--
 -- Name: encryption_keys_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6033,6 +6089,90 @@ ALTER TABLE rekey.failure_status OWNER TO rekey_owner;
 --
 
 COMMENT ON VIEW rekey.failure_status IS 'The quarantine: rows that did not open. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
+
+
+--
+-- Name: COLUMN failure_status.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.id IS 'Number of the entry.';
+
+
+--
+-- Name: COLUMN failure_status.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.rotation_id IS 'Last rotation in which the row did not open.';
+
+
+--
+-- Name: COLUMN failure_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.keyring IS 'Keyring of the row.';
+
+
+--
+-- Name: COLUMN failure_status.target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.target IS 'Table as it was registered.';
+
+
+--
+-- Name: COLUMN failure_status.row_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.row_key IS 'Primary key of the row, its parts separated by a slash.';
+
+
+--
+-- Name: COLUMN failure_status.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.version IS 'Key version that the row names.';
+
+
+--
+-- Name: COLUMN failure_status.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.reason IS 'Why it does not open.';
+
+
+--
+-- Name: COLUMN failure_status.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.created_at IS 'When that was noticed.';
+
+
+--
+-- Name: COLUMN failure_status.resolved_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.resolved_at IS 'When the entry was closed.';
+
+
+--
+-- Name: COLUMN failure_status.resolution; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.resolution IS 'How: retry, discard, or cleared; NULL: it is open.';
+
+
+--
+-- Name: COLUMN failure_status.resolved_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.resolved_by IS 'Who closed it.';
+
+
+--
+-- Name: COLUMN failure_status.resolve_reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.resolve_reason IS 'What he said.';
 
 
 --
@@ -6078,6 +6218,90 @@ ALTER TABLE rekey.key_status OWNER TO rekey_owner;
 --
 
 COMMENT ON VIEW rekey.key_status IS 'Every key version, its state and its times. kek_state lost: it cannot be opened any more.';
+
+
+--
+-- Name: COLUMN key_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.keyring IS 'Name of the keyring.';
+
+
+--
+-- Name: COLUMN key_status.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.tenant_id IS 'Its tenant.';
+
+
+--
+-- Name: COLUMN key_status.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.version IS 'Version within the keyring.';
+
+
+--
+-- Name: COLUMN key_status.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.state IS 'SP 800-57 state, as in rekey.encryption_keys.';
+
+
+--
+-- Name: COLUMN key_status.kek_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.kek_id IS 'Number of the KEK that wraps it.';
+
+
+--
+-- Name: COLUMN key_status.kek_state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.kek_state IS 'State of that KEK.';
+
+
+--
+-- Name: COLUMN key_status.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.created_at IS 'When it was made.';
+
+
+--
+-- Name: COLUMN key_status.activated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.activated_at IS 'When it last became active.';
+
+
+--
+-- Name: COLUMN key_status.deactivated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.deactivated_at IS 'When it last ceased to be active.';
+
+
+--
+-- Name: COLUMN key_status.compromised_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.compromised_at IS 'When it was marked compromised.';
+
+
+--
+-- Name: COLUMN key_status.destroy_after; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.destroy_after IS 'Before this time it is not destroyed.';
+
+
+--
+-- Name: COLUMN key_status.destroyed_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.key_status.destroyed_at IS 'When its wrapped key was overwritten.';
 
 
 --
@@ -6132,6 +6356,41 @@ COMMENT ON VIEW rekey.schedule_status IS 'When each keyring is rotated next; ove
 
 
 --
+-- Name: COLUMN schedule_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.schedule_status.keyring IS 'Name of the keyring.';
+
+
+--
+-- Name: COLUMN schedule_status.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.schedule_status.tenant_id IS 'Its tenant.';
+
+
+--
+-- Name: COLUMN schedule_status.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.schedule_status.rotate_every IS 'Its cryptoperiod; NULL: no schedule.';
+
+
+--
+-- Name: COLUMN schedule_status.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.schedule_status.next_rotation_at IS 'When the next scheduled rotation is due.';
+
+
+--
+-- Name: COLUMN schedule_status.overdue; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.schedule_status.overdue IS 'Whether that was more than 10 minutes ago.';
+
+
+--
 -- Name: setting_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6154,6 +6413,27 @@ COMMENT ON VIEW rekey.setting_status IS 'The settings: name, value, and what it 
 
 
 --
+-- Name: COLUMN setting_status.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.setting_status.name IS 'Name of the setting.';
+
+
+--
+-- Name: COLUMN setting_status.value; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.setting_status.value IS 'Its value as text; NULL: none.';
+
+
+--
+-- Name: COLUMN setting_status.description; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.setting_status.description IS 'What it means.';
+
+
+--
 -- Name: worker_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6173,6 +6453,41 @@ ALTER TABLE rekey.worker_status OWNER TO rekey_owner;
 --
 
 COMMENT ON VIEW rekey.worker_status IS 'When the unattended work last ran, how many seconds it took, since when it lacks the KEK, what failed in it, and when rows were last counted.';
+
+
+--
+-- Name: COLUMN worker_status.last_tick_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.worker_status.last_tick_at IS 'When the last tick began.';
+
+
+--
+-- Name: COLUMN worker_status.last_tick_seconds; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.worker_status.last_tick_seconds IS 'How long it took.';
+
+
+--
+-- Name: COLUMN worker_status.locked_since; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.worker_status.locked_since IS 'Since when work waits for the KEK; NULL: it does not.';
+
+
+--
+-- Name: COLUMN worker_status.last_error; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.worker_status.last_error IS 'What failed in the last tick; NULL: nothing.';
+
+
+--
+-- Name: COLUMN worker_status.last_census_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.worker_status.last_census_at IS 'When every row was last counted.';
 
 
 --
@@ -6448,6 +6763,40 @@ ALTER TABLE ONLY rekey.rotations
 
 ALTER TABLE ONLY rekey.secrets
     ADD CONSTRAINT secrets_keyring_fkey FOREIGN KEY (keyring_id) REFERENCES rekey.keyrings(id);
+
+
+--
+-- Name: keyrings; Type: ROW SECURITY; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey.keyrings ENABLE ROW LEVEL SECURITY;
+
+--
+-- Name: keyrings keyrings_all; Type: POLICY; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE POLICY keyrings_all ON rekey.keyrings FOR SELECT TO rekey_admin, rekey_operator, rekey_auditor USING (true);
+
+
+--
+-- Name: POLICY keyrings_all ON keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON POLICY keyrings_all ON rekey.keyrings IS 'Who administers, works or audits sees every keyring.';
+
+
+--
+-- Name: keyrings keyrings_tenant; Type: POLICY; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE POLICY keyrings_tenant ON rekey.keyrings FOR SELECT TO rekey_app USING (((tenant_id = '00000000-0000-0000-0000-000000000000'::uuid) OR rekey.can_access_tenant(tenant_id)));
+
+
+--
+-- Name: POLICY keyrings_tenant ON keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON POLICY keyrings_tenant ON rekey.keyrings IS 'An application sees the keyrings of all tenants'' use and of the tenants that it reaches.';
 
 
 --

@@ -161,7 +161,8 @@ def test_a_role_with_few_rights(
     ready.execute(f"create role {name} login; grant rekey_app to {name}")
     try:
         monkeypatch.setenv("PG_REKEY_DSN", make_conninfo(db, user=name))
-        found = findings(cli_ready)
+        monkeypatch.setattr(doctor, "CHECKS", [one for one in doctor.CHECKS if one != "server version"])
+        found = {row["finding"]: row["severity"] for row in cli_ready.json("doctor")}
         assert found["this role may not examine: worker"] == "info"
     finally:
         ready.execute(f"drop role {name}")

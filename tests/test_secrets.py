@@ -354,3 +354,14 @@ def test_two_writers_of_one_name(ready: Connection, db: str, kek: bytes, known: 
                 one.execute(write, ["one"])
                 two.execute(write, ["two"])
             check(two, {"n": "one"})
+
+
+def test_an_application_sees_only_the_keyrings_it_may_use(
+    tenants: Connection, login: Callable[..., Connection]
+) -> None:
+    names: LiteralString = "select array_agg(name order by name) from rekey.keyrings"
+    app = login("rekey_app")
+    assert value(app, names) == ["default"]
+    app.execute(CLAIMS, [json.dumps({"app_metadata": {"tenant_id": A}})])
+    assert value(app, names) == ["a", "default"]
+    assert value(login("rekey_app", "rekey_auditor"), names) == ["a", "b", "default"]

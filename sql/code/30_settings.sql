@@ -100,4 +100,7 @@ from pg_attribute a
 cross join rekey.settings s
 where a.attrelid = 'rekey.settings'::regclass and a.attnum > 0 and not a.attisdropped and a.attname <> 'singleton';
 comment on view rekey.setting_status is 'The settings: name, value, and what it means.';
+comment on column rekey.setting_status.name is 'Name of the setting.';
+comment on column rekey.setting_status.value is 'Its value as text; NULL: none.';
+comment on column rekey.setting_status.description is 'What it means.';
 grant select on rekey.setting_status to rekey_admin, rekey_operator, rekey_auditor;

@@ -81,7 +81,7 @@ begin
 end
 $$;
 comment on function rekey.unlock_copied is
-  'As rekey.unlock(), with the KEK from the temporary table pg_rekey_kek (kek bytea), which a binary COPY filled and no log shows: one row, or two: the current and the next KEK. 42P01 without that table.';
+  'As rekey.unlock(), with the KEK from the temporary table pg_rekey_kek (kek bytea), which a binary COPY filled and no log shows: one row, or two: the current and the next KEK. A standby takes no temporary tables: there, a provider or rekey.unlock() brings the KEK. 42P01 without that table.';
 grant execute on function rekey.unlock_copied to rekey_admin, rekey_operator, rekey_app;
 
 create or replace function rekey.lock() returns void

@@ -334,4 +334,16 @@ from rekey.encryption_keys k
 join rekey.keyrings r on r.id = k.keyring_id
 join rekey.keks e on e.id = k.kek_id;
 comment on view rekey.key_status is 'Every key version, its state and its times. kek_state lost: it cannot be opened any more.';
+comment on column rekey.key_status.keyring is 'Name of the keyring.';
+comment on column rekey.key_status.tenant_id is 'Its tenant.';
+comment on column rekey.key_status.version is 'Version within the keyring.';
+comment on column rekey.key_status.state is 'SP 800-57 state, as in rekey.encryption_keys.';
+comment on column rekey.key_status.kek_id is 'Number of the KEK that wraps it.';
+comment on column rekey.key_status.kek_state is 'State of that KEK.';
+comment on column rekey.key_status.created_at is 'When it was made.';
+comment on column rekey.key_status.activated_at is 'When it last became active.';
+comment on column rekey.key_status.deactivated_at is 'When it last ceased to be active.';
+comment on column rekey.key_status.compromised_at is 'When it was marked compromised.';
+comment on column rekey.key_status.destroy_after is 'Before this time it is not destroyed.';
+comment on column rekey.key_status.destroyed_at is 'When its wrapped key was overwritten.';
 grant select on rekey.key_status to rekey_admin, rekey_operator, rekey_auditor;

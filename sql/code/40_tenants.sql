@@ -71,7 +71,16 @@ begin
   if not exists (select from pg_policies where schemaname = 'rekey' and policyname = 'secrets_tenant') then
     create policy secrets_tenant on rekey.secrets for select to rekey_app using (rekey.can_access_tenant(tenant_id));
   end if;
+  if not exists (select from pg_policies where schemaname = 'rekey' and policyname = 'keyrings_tenant') then
+    create policy keyrings_tenant on rekey.keyrings for select to rekey_app
+      using (tenant_id = '00000000-0000-0000-0000-000000000000' or rekey.can_access_tenant(tenant_id));
+  end if;
+  if not exists (select from pg_policies where schemaname = 'rekey' and policyname = 'keyrings_all') then
+    create policy keyrings_all on rekey.keyrings for select to rekey_admin, rekey_operator, rekey_auditor using (true);
+  end if;
 end
 $$;
 comment on policy secrets_tenant on rekey.secrets is 'Rows of the tenants that the caller reaches. Writing goes through rekey.set_secret().';
+comment on policy keyrings_tenant on rekey.keyrings is 'An application sees the keyrings of all tenants'' use and of the tenants that it reaches.';
+comment on policy keyrings_all on rekey.keyrings is 'Who administers, works or audits sees every keyring.';
 grant select on rekey.secrets to rekey_app;

@@ -155,4 +155,12 @@ create or replace view rekey.decrypted_secrets with (security_invoker = true) as
 select s.tenant_id, s.id, s.name, rekey.get_secret(s.name, s.tenant_id) as value, s.description, s.key_version, s.created_at, s.updated_at
 from rekey.secrets s;
 comment on view rekey.decrypted_secrets is 'The secrets of the tenants that the caller reaches, with their values, opened one by one: select by name. rekey.read_secrets() is faster for many.';
+comment on column rekey.decrypted_secrets.tenant_id is 'Tenant of the secret.';
+comment on column rekey.decrypted_secrets.id is 'Its identity within the tenant.';
+comment on column rekey.decrypted_secrets.name is 'Its name.';
+comment on column rekey.decrypted_secrets.value is 'Its value, opened.';
+comment on column rekey.decrypted_secrets.description is 'Free text, not encrypted.';
+comment on column rekey.decrypted_secrets.key_version is 'Key version it stands on.';
+comment on column rekey.decrypted_secrets.created_at is 'When it was made.';
+comment on column rekey.decrypted_secrets.updated_at is 'When its value last changed.';
 grant select on rekey.decrypted_secrets to rekey_app;

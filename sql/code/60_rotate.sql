@@ -346,6 +346,18 @@ select f.id, f.rotation_id, k.name as keyring, f.target, f.row_key, f.version, f
 from rekey.rotation_failures f
 join rekey.keyrings k on k.id = f.keyring_id;
 comment on view rekey.failure_status is 'The quarantine: rows that did not open. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
+comment on column rekey.failure_status.id is 'Number of the entry.';
+comment on column rekey.failure_status.rotation_id is 'Last rotation in which the row did not open.';
+comment on column rekey.failure_status.keyring is 'Keyring of the row.';
+comment on column rekey.failure_status.target is 'Table as it was registered.';
+comment on column rekey.failure_status.row_key is 'Primary key of the row, its parts separated by a slash.';
+comment on column rekey.failure_status.version is 'Key version that the row names.';
+comment on column rekey.failure_status.reason is 'Why it does not open.';
+comment on column rekey.failure_status.created_at is 'When that was noticed.';
+comment on column rekey.failure_status.resolved_at is 'When the entry was closed.';
+comment on column rekey.failure_status.resolution is 'How: retry, discard, or cleared; NULL: it is open.';
+comment on column rekey.failure_status.resolved_by is 'Who closed it.';
+comment on column rekey.failure_status.resolve_reason is 'What he said.';
 grant select on rekey.failure_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey.resolve_failure(id bigint, action text, reason text = null) returns void

@@ -30,7 +30,7 @@ comment on function rekey.set_schedule is
   'Has a keyring rotated every so often (its cryptoperiod: 1 minute to 36500 days). first_at: when first; NULL, the default: after one cryptoperiod. Returns that time. 22023: interval or time cannot be; RK006: retired; RK007: there is none.';
 grant execute on function rekey.set_schedule to rekey_admin;
 
-create or replace function rekey.clear_schedule(keyring text) returns void
+create or replace function rekey.clear_schedule(keyring text = 'default') returns void
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -52,12 +52,22 @@ select k.name as keyring, k.tenant_id, k.rotate_every, k.next_rotation_at,
 from rekey.keyrings k
 where k.retired_at is null;
 comment on view rekey.schedule_status is 'When each keyring is rotated next; overdue: it should have been 10 minutes ago.';
+comment on column rekey.schedule_status.keyring is 'Name of the keyring.';
+comment on column rekey.schedule_status.tenant_id is 'Its tenant.';
+comment on column rekey.schedule_status.rotate_every is 'Its cryptoperiod; NULL: no schedule.';
+comment on column rekey.schedule_status.next_rotation_at is 'When the next scheduled rotation is due.';
+comment on column rekey.schedule_status.overdue is 'Whether that was more than 10 minutes ago.';
 grant select on rekey.schedule_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace view rekey.worker_status as
 select w.last_tick_at, w.last_tick_seconds, w.locked_since, w.last_error, w.last_census_at
 from rekey._worker w;
 comment on view rekey.worker_status is 'When the unattended work last ran, how many seconds it took, since when it lacks the KEK, what failed in it, and when rows were last counted.';
+comment on column rekey.worker_status.last_tick_at is 'When the last tick began.';
+comment on column rekey.worker_status.last_tick_seconds is 'How long it took.';
+comment on column rekey.worker_status.locked_since is 'Since when work waits for the KEK; NULL: it does not.';
+comment on column rekey.worker_status.last_error is 'What failed in the last tick; NULL: nothing.';
+comment on column rekey.worker_status.last_census_at is 'When every row was last counted.';
 grant select on rekey.worker_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._rotate_due() returns void

@@ -30,6 +30,7 @@ create table rekey.keyrings (
   constraint keyrings_retired_check check (retired_at is null or rotate_every is null)
 );
 create index keyrings_next_rotation_at on rekey.keyrings (next_rotation_at) where next_rotation_at is not null;
+alter table rekey.keyrings enable row level security;
 comment on table rekey.keyrings is 'Named lines of DEK versions: one a tenant, one an application, or just default.';
 comment on column rekey.keyrings.id is 'Random positive number; part of every ciphertext.';
 comment on column rekey.keyrings.name is 'Unique name, 1 to 63 bytes without control characters.';

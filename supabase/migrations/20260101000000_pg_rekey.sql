@@ -174,6 +174,7 @@ create table rekey.keyrings (
   constraint keyrings_retired_check check (retired_at is null or rotate_every is null)
 );
 create index keyrings_next_rotation_at on rekey.keyrings (next_rotation_at) where next_rotation_at is not null;
+alter table rekey.keyrings enable row level security;
 comment on table rekey.keyrings is 'Named lines of DEK versions: one a tenant, one an application, or just default.';
 comment on column rekey.keyrings.id is 'Random positive number; part of every ciphertext.';
 comment on column rekey.keyrings.name is 'Unique name, 1 to 63 bytes without control characters.';
@@ -793,6 +794,9 @@ from pg_attribute a
 cross join rekey.settings s
 where a.attrelid = 'rekey.settings'::regclass and a.attnum > 0 and not a.attisdropped and a.attname <> 'singleton';
 comment on view rekey.setting_status is 'The settings: name, value, and what it means.';
+comment on column rekey.setting_status.name is 'Name of the setting.';
+comment on column rekey.setting_status.value is 'Its value as text; NULL: none.';
+comment on column rekey.setting_status.description is 'What it means.';
 grant select on rekey.setting_status to rekey_admin, rekey_operator, rekey_auditor;
 
 -- sql/code/31_kek.sql
@@ -879,7 +883,7 @@ begin
 end
 $$;
 comment on function rekey.unlock_copied is
-  'As rekey.unlock(), with the KEK from the temporary table pg_rekey_kek (kek bytea), which a binary COPY filled and no log shows: one row, or two: the current and the next KEK. 42P01 without that table.';
+  'As rekey.unlock(), with the KEK from the temporary table pg_rekey_kek (kek bytea), which a binary COPY filled and no log shows: one row, or two: the current and the next KEK. A standby takes no temporary tables: there, a provider or rekey.unlock() brings the KEK. 42P01 without that table.';
 grant execute on function rekey.unlock_copied to rekey_admin, rekey_operator, rekey_app;
 
 create or replace function rekey.lock() returns void
@@ -1478,6 +1482,18 @@ from rekey.encryption_keys k
 join rekey.keyrings r on r.id = k.keyring_id
 join rekey.keks e on e.id = k.kek_id;
 comment on view rekey.key_status is 'Every key version, its state and its times. kek_state lost: it cannot be opened any more.';
+comment on column rekey.key_status.keyring is 'Name of the keyring.';
+comment on column rekey.key_status.tenant_id is 'Its tenant.';
+comment on column rekey.key_status.version is 'Version within the keyring.';
+comment on column rekey.key_status.state is 'SP 800-57 state, as in rekey.encryption_keys.';
+comment on column rekey.key_status.kek_id is 'Number of the KEK that wraps it.';
+comment on column rekey.key_status.kek_state is 'State of that KEK.';
+comment on column rekey.key_status.created_at is 'When it was made.';
+comment on column rekey.key_status.activated_at is 'When it last became active.';
+comment on column rekey.key_status.deactivated_at is 'When it last ceased to be active.';
+comment on column rekey.key_status.compromised_at is 'When it was marked compromised.';
+comment on column rekey.key_status.destroy_after is 'Before this time it is not destroyed.';
+comment on column rekey.key_status.destroyed_at is 'When its wrapped key was overwritten.';
 grant select on rekey.key_status to rekey_admin, rekey_operator, rekey_auditor;
 
 -- sql/code/40_tenants.sql
@@ -1554,9 +1570,18 @@ begin
   if not exists (select from pg_policies where schemaname = 'rekey' and policyname = 'secrets_tenant') then
     create policy secrets_tenant on rekey.secrets for select to rekey_app using (rekey.can_access_tenant(tenant_id));
   end if;
+  if not exists (select from pg_policies where schemaname = 'rekey' and policyname = 'keyrings_tenant') then
+    create policy keyrings_tenant on rekey.keyrings for select to rekey_app
+      using (tenant_id = '00000000-0000-0000-0000-000000000000' or rekey.can_access_tenant(tenant_id));
+  end if;
+  if not exists (select from pg_policies where schemaname = 'rekey' and policyname = 'keyrings_all') then
+    create policy keyrings_all on rekey.keyrings for select to rekey_admin, rekey_operator, rekey_auditor using (true);
+  end if;
 end
 $$;
 comment on policy secrets_tenant on rekey.secrets is 'Rows of the tenants that the caller reaches. Writing goes through rekey.set_secret().';
+comment on policy keyrings_tenant on rekey.keyrings is 'An application sees the keyrings of all tenants'' use and of the tenants that it reaches.';
+comment on policy keyrings_all on rekey.keyrings is 'Who administers, works or audits sees every keyring.';
 grant select on rekey.secrets to rekey_app;
 
 -- sql/code/41_encrypt.sql
@@ -1938,6 +1963,14 @@ create or replace view rekey.decrypted_secrets with (security_invoker = true) as
 select s.tenant_id, s.id, s.name, rekey.get_secret(s.name, s.tenant_id) as value, s.description, s.key_version, s.created_at, s.updated_at
 from rekey.secrets s;
 comment on view rekey.decrypted_secrets is 'The secrets of the tenants that the caller reaches, with their values, opened one by one: select by name. rekey.read_secrets() is faster for many.';
+comment on column rekey.decrypted_secrets.tenant_id is 'Tenant of the secret.';
+comment on column rekey.decrypted_secrets.id is 'Its identity within the tenant.';
+comment on column rekey.decrypted_secrets.name is 'Its name.';
+comment on column rekey.decrypted_secrets.value is 'Its value, opened.';
+comment on column rekey.decrypted_secrets.description is 'Free text, not encrypted.';
+comment on column rekey.decrypted_secrets.key_version is 'Key version it stands on.';
+comment on column rekey.decrypted_secrets.created_at is 'When it was made.';
+comment on column rekey.decrypted_secrets.updated_at is 'When its value last changed.';
 grant select on rekey.decrypted_secrets to rekey_app;
 
 -- sql/code/50_targets.sql
@@ -2628,6 +2661,18 @@ select f.id, f.rotation_id, k.name as keyring, f.target, f.row_key, f.version, f
 from rekey.rotation_failures f
 join rekey.keyrings k on k.id = f.keyring_id;
 comment on view rekey.failure_status is 'The quarantine: rows that did not open. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
+comment on column rekey.failure_status.id is 'Number of the entry.';
+comment on column rekey.failure_status.rotation_id is 'Last rotation in which the row did not open.';
+comment on column rekey.failure_status.keyring is 'Keyring of the row.';
+comment on column rekey.failure_status.target is 'Table as it was registered.';
+comment on column rekey.failure_status.row_key is 'Primary key of the row, its parts separated by a slash.';
+comment on column rekey.failure_status.version is 'Key version that the row names.';
+comment on column rekey.failure_status.reason is 'Why it does not open.';
+comment on column rekey.failure_status.created_at is 'When that was noticed.';
+comment on column rekey.failure_status.resolved_at is 'When the entry was closed.';
+comment on column rekey.failure_status.resolution is 'How: retry, discard, or cleared; NULL: it is open.';
+comment on column rekey.failure_status.resolved_by is 'Who closed it.';
+comment on column rekey.failure_status.resolve_reason is 'What he said.';
 grant select on rekey.failure_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey.resolve_failure(id bigint, action text, reason text = null) returns void
@@ -3368,7 +3413,7 @@ comment on function rekey.set_schedule is
   'Has a keyring rotated every so often (its cryptoperiod: 1 minute to 36500 days). first_at: when first; NULL, the default: after one cryptoperiod. Returns that time. 22023: interval or time cannot be; RK006: retired; RK007: there is none.';
 grant execute on function rekey.set_schedule to rekey_admin;
 
-create or replace function rekey.clear_schedule(keyring text) returns void
+create or replace function rekey.clear_schedule(keyring text = 'default') returns void
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -3390,12 +3435,22 @@ select k.name as keyring, k.tenant_id, k.rotate_every, k.next_rotation_at,
 from rekey.keyrings k
 where k.retired_at is null;
 comment on view rekey.schedule_status is 'When each keyring is rotated next; overdue: it should have been 10 minutes ago.';
+comment on column rekey.schedule_status.keyring is 'Name of the keyring.';
+comment on column rekey.schedule_status.tenant_id is 'Its tenant.';
+comment on column rekey.schedule_status.rotate_every is 'Its cryptoperiod; NULL: no schedule.';
+comment on column rekey.schedule_status.next_rotation_at is 'When the next scheduled rotation is due.';
+comment on column rekey.schedule_status.overdue is 'Whether that was more than 10 minutes ago.';
 grant select on rekey.schedule_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace view rekey.worker_status as
 select w.last_tick_at, w.last_tick_seconds, w.locked_since, w.last_error, w.last_census_at
 from rekey._worker w;
 comment on view rekey.worker_status is 'When the unattended work last ran, how many seconds it took, since when it lacks the KEK, what failed in it, and when rows were last counted.';
+comment on column rekey.worker_status.last_tick_at is 'When the last tick began.';
+comment on column rekey.worker_status.last_tick_seconds is 'How long it took.';
+comment on column rekey.worker_status.locked_since is 'Since when work waits for the KEK; NULL: it does not.';
+comment on column rekey.worker_status.last_error is 'What failed in the last tick; NULL: nothing.';
+comment on column rekey.worker_status.last_census_at is 'When every row was last counted.';
 grant select on rekey.worker_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._rotate_due() returns void

@@ -1,0 +1,66 @@
+-- The contract: every public function, its arguments with their names and defaults, and its result.
+begin;
+create extension pgtap;
+
+select plan(44 + 1);
+
+create temporary table contract (name text, arguments text, result text);
+insert into contract values
+  ('audit_checkpoint', '', 'jsonb'),
+  ('can_access_tenant', 'tenant_id uuid', 'boolean'),
+  ('cancel_key_destruction', 'keyring text, version integer', 'void'),
+  ('clear_schedule', 'keyring text', 'void'),
+  ('create_keyring', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, rotate_every interval DEFAULT NULL::interval', 'rekey.keyrings'),
+  ('decrypt', 'ciphertext bytea, context text[] DEFAULT ''{}''::text[]', 'bytea'),
+  ('decrypt', 'ciphertext text, context text[] DEFAULT ''{}''::text[]', 'bytea'),
+  ('decrypt_text', 'ciphertext bytea, context text[] DEFAULT ''{}''::text[]', 'text'),
+  ('decrypt_text', 'ciphertext text, context text[] DEFAULT ''{}''::text[]', 'text'),
+  ('delete_secret', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'boolean'),
+  ('disable_key', 'keyring text, version integer, reason text DEFAULT NULL::text', 'void'),
+  ('enable_key', 'keyring text, version integer, reason text DEFAULT NULL::text', 'void'),
+  ('encrypt', 'plaintext bytea, keyring text DEFAULT ''default''::text, context text[] DEFAULT ''{}''::text[]', 'bytea'),
+  ('encrypt', 'plaintext text, keyring text DEFAULT ''default''::text, context text[] DEFAULT ''{}''::text[]', 'bytea'),
+  ('encrypt_text', 'plaintext text, keyring text DEFAULT ''default''::text, context text[] DEFAULT ''{}''::text[]', 'text'),
+  ('get_secret', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'text'),
+  ('key_usage', 'keyring text DEFAULT NULL::text', 'SETOF rekey.key_rows'),
+  ('lock', '', 'void'),
+  ('mark_key_compromised', 'keyring text, version integer, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
+  ('metrics', '', 'TABLE(name text, labels jsonb, value double precision)'),
+  ('pause_rotation', 'id bigint', 'void'),
+  ('read_secrets', 'names text[] DEFAULT NULL::text[], tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'TABLE(name text, value text)'),
+  ('register_kek', 'replace_lost boolean DEFAULT false', 'integer'),
+  ('resolve_failure', 'id bigint, action text, reason text DEFAULT NULL::text', 'void'),
+  ('resume_rotation', 'id bigint', 'void'),
+  ('retire_keyring', 'name text', 'void'),
+  ('retry_rotation', 'id bigint', 'void'),
+  ('rollback_rotation', 'id bigint, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
+  ('rotate_kek', '', 'integer'),
+  ('rotate_keys', 'keyring text DEFAULT NULL::text, reason text DEFAULT NULL::text, supersede boolean DEFAULT false', 'SETOF rekey.rotation_status'),
+  ('rotation_step', 'OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb', 'record'),
+  ('run_rotations', 'IN max_duration interval DEFAULT ''00:00:50''::interval', 'procedure'),
+  ('schedule_key_destruction', 'keyring text, version integer, wait interval DEFAULT NULL::interval', 'timestamp with time zone'),
+  ('schedule_worker', 'schedule text DEFAULT NULL::text', 'bigint'),
+  ('set_schedule', 'keyring text, rotate_every interval, first_at timestamp with time zone DEFAULT NULL::timestamp with time zone', 'timestamp with time zone'),
+  ('set_secret', 'name text, value text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, keyring text DEFAULT ''default''::text, description text DEFAULT NULL::text', 'uuid'),
+  ('set_setting', 'name text, value text', 'void'),
+  ('tick', '', 'procedure'),
+  ('unlock', 'kek bytea, scope text DEFAULT ''transaction''::text', 'text'),
+  ('unlock_copied', 'scope text DEFAULT ''transaction''::text', 'text'),
+  ('unschedule_worker', '', 'boolean'),
+  ('verify_audit_log', 'anchor jsonb DEFAULT NULL::jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text', 'record'),
+  ('verify_ciphertexts', 'keyring text DEFAULT NULL::text', 'SETOF rekey.verified_rows'),
+  ('version', '', 'text');
+
+select is(
+  array(select pg_get_function_result(p.oid) from pg_proc p
+        where p.pronamespace = 'rekey'::regnamespace and p.proname = c.name
+          and pg_get_function_arguments(p.oid) = c.arguments),
+  array[nullif(c.result, 'procedure')], format('rekey.%s(%s)', c.name, c.arguments))
+from contract c;
+
+select set_eq(
+  $$ select p.proname::text from pg_proc p where p.pronamespace = 'rekey'::regnamespace and p.proname not like '\_%' $$,
+  'select name from contract', 'there are no others');
+
+select * from finish();
+rollback;

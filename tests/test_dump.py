@@ -1,0 +1,226 @@
+"""A dump brings everything along: what is restored opens, rotates and verifies as before."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from conftest import Hosted
+from helpers import Connection, connect, initialize, install, unlock, value
+from pg_rekey import local, release
+
+# Everything that a dump must bring along, and in what order it can be compared.
+STATE = {
+    "settings": "select * from rekey.settings",
+    "worker": "select * from rekey._worker",
+    "session key": "select * from rekey._session_key",
+    "keks": "select * from rekey.keks order by id",
+    "keyrings": "select * from rekey.keyrings order by id",
+    "keys": "select * from rekey.encryption_keys order by id",
+    "secrets": "select * from rekey.secrets order by tenant_id, id",
+    "rotations": "select * from rekey.rotations order by id",
+    "failures": "select * from rekey.rotation_failures order by id",
+    "chunks": "select * from rekey._chunks order by id",
+    "audit": "select * from rekey.audit_log order by id",
+    "head": "select * from rekey._audit_head",
+    "schedules": "select * from rekey.schedule_status order by keyring",
+    "sequences": "select sequencename, last_value from pg_sequences where schemaname = 'rekey' order by 1",
+}
+
+
+@dataclass
+class Tools:
+    """pg_dump and its kin, no older than the server."""
+
+    bindir: Path
+
+    def run(self, program: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run one of them; what it prints as an error belongs to the failure."""
+        done = subprocess.run(
+            [self.bindir / program, *arguments], capture_output=True, text=True, check=False, timeout=60
+        )
+        if check and done.returncode != 0:
+            pytest.fail(f"{program}: {done.stderr}")
+        return done
+
+    def dump(self, dsn: str, path: Path, *options: str) -> None:
+        """Dump a database into a file."""
+        self.run("pg_dump", "--dbname", dsn, "--file", str(path), *options)
+
+    def restore(self, dsn: str, path: Path, *options: str) -> None:
+        """Restore an archive; the first error ends it."""
+        self.run("pg_restore", "--dbname", dsn, "--exit-on-error", *options, str(path))
+
+
+def tools_for(dsn: str) -> Tools:
+    """Return tools that can dump this server, or skip."""
+    if named := os.environ.get("PG_REKEY_TEST_BINDIR"):
+        return Tools(Path(named))
+    installation = local.ensure()
+    with connect(dsn) as connection:
+        major = connection.info.server_version // 10000
+    if installation.major < major:
+        older = f"pg_dump {installation.major} cannot dump a server of version {major}"
+        pytest.skip(f"{older}: PG_REKEY_TEST_BINDIR names another")
+    return Tools(installation.bindir)
+
+
+@pytest.fixture
+def tools(server: str) -> Tools:
+    return tools_for(server)
+
+
+def fill(dsn: str, kek: bytes) -> None:
+    """Leave something in every table: two keyrings, rotations over and half-way, a damaged row."""
+    with connect(dsn) as connection:
+        initialize(connection, kek)
+        connection.execute("select rekey.create_keyring('tenant', gen_random_uuid(), '90 days')")
+        connection.execute(
+            "select rekey.set_secret('name ' || i, 'value ' || i) from generate_series(1, 120) i"
+        )
+        connection.execute("select rekey.set_setting('destroy_wait', '99 days')")
+        connection.execute("select rekey.rotate_keys()")
+        connection.execute("call rekey.run_rotations('10 s')")
+        connection.execute("select rekey.disable_key('tenant', 1)")
+        connection.execute("select rekey.set_secret('damaged', 'lost')")
+        connection.execute("""
+            update rekey.secrets set ciphertext = set_byte(ciphertext, 40, get_byte(ciphertext, 40) # 1)
+            where name = 'damaged'""")
+        connection.execute("select rekey.rotate_keys('default')")
+        connection.execute("call rekey.run_rotations('10 s')")
+        connection.execute("select rekey.set_setting('max_rows_per_second', '50')")
+        connection.execute("select rekey.rotate_keys('default')")
+        for _ in range(2):  # plans, and sweeps the first batch
+            connection.execute("select rekey.rotation_step()")
+        assert value(connection, "select rows_done from rekey.rotation_status order by id desc limit 1") > 0
+        assert all(connection.execute(query.encode()).fetchall() for query in STATE.values())
+
+
+def state(connection: Connection) -> dict[str, list[Any]]:
+    return {name: connection.execute(query.encode()).fetchall() for name, query in STATE.items()}
+
+
+def compare(before: str, after: str) -> None:
+    """Compare what is in two databases."""
+    with connect(before) as old, connect(after) as new:
+        expected, found = state(old), state(new)
+        assert [name for name in STATE if found[name] != expected[name]] == []
+
+
+def check_that_it_works(dsn: str, kek: bytes) -> None:
+    """Open old secrets, write new ones, end the rotation under way, rotate again, verify the chain."""
+    with connect(dsn) as connection:
+        last = value(connection, "select max(id) from rekey.rotations")
+        entries = value(connection, "select max(id) from rekey.audit_log")
+        unlock(connection, kek)
+        assert value(connection, "select rekey.get_secret('name 7')") == "value 7"
+        connection.execute("select rekey.set_secret('name 7', 'changed')")
+        connection.execute("select rekey.set_setting('max_rows_per_second', null)")
+        connection.execute("update rekey._worker set next_batch_at = null")
+        connection.execute("call rekey.run_rotations('20 s')")
+        state_of = "select state from rekey.rotation_status where id = %s"
+        assert value(connection, state_of, last) == "completed_with_failures"
+        connection.execute("select rekey.delete_secret('damaged')")
+        connection.execute("select rekey.rotate_keys()")
+        connection.execute("call rekey.run_rotations('20 s')")
+        assert connection.execute(
+            "select id, state from rekey.rotation_status where id > %s order by id", [last]
+        ).fetchall() == [(last + 1, "completed"), (last + 2, "completed")]
+        connection.execute("select rekey.create_keyring('new')")
+        assert value(connection, "select sum(failed) from rekey.verify_ciphertexts()") == 0
+        assert value(connection, "select rekey.get_secret('name 7')") == "changed"
+        assert value(connection, "select rekey.get_secret('name 120')") == "value 120"
+        assert value(connection, "select destroy_wait::text from rekey.settings") == "99 days"
+        assert value(connection, "select (rekey.verify_audit_log()).valid")
+        assert value(connection, "select max(id) from rekey.audit_log") > entries
+        for statement in ("delete from rekey.audit_log", "truncate rekey.encryption_keys cascade"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(statement.encode())
+
+
+def test_plain_road_custom_format(
+    tools: Tools, db: str, make_database: Callable[..., str], kek: bytes, tmp_path: Path
+) -> None:
+    fill(db, kek)
+    tools.dump(db, tmp_path / "dump", "--format", "custom")
+    restored = make_database()
+    tools.restore(restored, tmp_path / "dump", "--single-transaction")
+    compare(db, restored)
+    check_that_it_works(restored, kek)
+
+
+def test_plain_road_plain_format(
+    tools: Tools, db: str, make_database: Callable[..., str], kek: bytes, tmp_path: Path
+) -> None:
+    fill(db, kek)
+    tools.dump(db, tmp_path / "dump.sql")
+    assert kek.hex() not in (tmp_path / "dump.sql").read_text()
+    restored = make_database()
+    tools.run(
+        "psql", "--no-psqlrc", "-v", "ON_ERROR_STOP=1", "-1", "-q", "-f", str(tmp_path / "dump.sql"), restored
+    )
+    compare(db, restored)
+    check_that_it_works(restored, kek)
+
+
+@pytest.mark.usefixtures("extension_files")
+@pytest.mark.parametrize("format_", ["custom", "plain"])
+def test_extension_road(
+    tools: Tools, make_database: Callable[..., str], kek: bytes, tmp_path: Path, format_: str
+) -> None:
+    dsn, restored = make_database(), make_database()
+    with connect(dsn) as connection:
+        connection.execute("create extension pg_rekey cascade")
+    fill(dsn, kek)
+    tools.dump(dsn, tmp_path / "dump", "--format", format_)
+    if format_ == "custom":
+        tools.restore(restored, tmp_path / "dump", "--single-transaction")
+    else:
+        script = str(tmp_path / "dump")
+        tools.run("psql", "--no-psqlrc", "-v", "ON_ERROR_STOP=1", "-1", "-q", "-f", script, restored)
+    compare(dsn, restored)
+    check_that_it_works(restored, kek)
+    with connect(restored) as connection:
+        assert value(connection, "select count(*) from pg_extension where extname = 'pg_rekey'") == 1
+
+
+SCHEMAS = ("--schema", "rekey", "--schema", "rekey_targets")
+
+
+def test_hosted_road(hosted: Hosted, kek: bytes, tmp_path: Path) -> None:
+    """Migrations make the schema in the new project, the dump brings the rows."""
+    dsn, restored = hosted.make_database(), hosted.make_database()
+    install(dsn, release.assemble("supabase"))
+    fill(dsn, kek)
+    tools = tools_for(dsn)
+    tools.dump(dsn, tmp_path / "dump", "--format", "custom", "--data-only", *SCHEMAS)
+    install(restored, release.assemble("supabase"))
+    tools.restore(restored, tmp_path / "dump", "--single-transaction")
+    compare(dsn, restored)
+    check_that_it_works(restored, kek)
+
+
+def test_hosted_road_whole_schema(hosted: Hosted, kek: bytes, tmp_path: Path) -> None:
+    """Who is no superuser cannot give the dispatchers away: they refuse until the code is loaded again."""
+    dsn, restored = hosted.make_database(), hosted.make_database()
+    install(dsn, release.assemble("supabase"))
+    fill(dsn, kek)
+    tools = tools_for(dsn)
+    tools.dump(dsn, tmp_path / "dump", "--format", "custom", *SCHEMAS)
+    done = tools.run("pg_restore", "--dbname", restored, str(tmp_path / "dump"), check=False)
+    complaints = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(complaints) == 3, done.stderr
+    assert all("permission denied for schema rekey" in line for line in complaints)
+    compare(dsn, restored)
+    with connect(restored) as connection:
+        with pytest.raises(psycopg.Error, match="does not run as rekey_sweeper") as raised:
+            connection.execute("select rekey.key_usage()")
+        assert raised.value.sqlstate == "RK005"
+        with connection.transaction():
+            connection.execute(release.assemble_code().encode())
+    check_that_it_works(restored, kek)

@@ -1,0 +1,409 @@
+"""Who may do what: the catalog against one table, and hostile tries for real."""
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import LiteralString
+
+import psycopg
+import pytest
+from psycopg import errors, sql
+
+from helpers import Connection, connect, unlock, value
+from pg_rekey import release
+
+TABLE = tomllib.loads((Path(__file__).parent / "privileges.toml").read_text())
+OURS = "in ('rekey'::regnamespace, 'rekey_targets'::regnamespace)"
+NIL = "00000000-0000-0000-0000-000000000000"
+OTHER_TENANT = "11111111-1111-1111-1111-111111111111"
+
+
+def grants(connection: Connection, query: str) -> dict[str, list[str]]:
+    return dict(connection.execute(query.encode()).fetchall())
+
+
+def test_functions_are_executed_by_whom_the_table_says(conn: Connection) -> None:
+    found = grants(
+        conn,
+        f"""
+        select p.oid::regprocedure::text,
+          array(select coalesce(g.rolname, 'PUBLIC')::text
+                from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+                left join pg_roles g on g.oid = a.grantee where a.grantee <> p.proowner order by 1)
+        from pg_proc p where p.pronamespace {OURS}""",
+    )
+    assert found == TABLE["execute"] | {name: [] for name in TABLE["private"]["functions"]}
+
+
+def test_relations_are_read_by_whom_the_table_says(conn: Connection) -> None:
+    found = grants(
+        conn,
+        f"""
+        select c.oid::regclass::text,
+          array(select coalesce(g.rolname, 'PUBLIC') || ' ' || a.privilege_type
+                from aclexplode(coalesce(c.relacl, acldefault(
+                  case c.relkind when 'S' then 's'::"char" else 'r' end, c.relowner))) a
+                left join pg_roles g on g.oid = a.grantee where a.grantee <> c.relowner order by 1)
+        from pg_class c where c.relnamespace {OURS} and c.relkind not in ('i', 'c', 't')""",
+    )
+    assert found == TABLE["relations"]
+    columns = (
+        "select count(*) from pg_attribute a join pg_class c on c.oid = a.attrelid where a.attacl is not null"
+    )
+    assert value(conn, f"{columns} and c.relnamespace {OURS}") == 0
+
+
+def test_definer_functions_and_their_owners(conn: Connection) -> None:
+    found = grants(
+        conn,
+        f"""
+        select p.proowner::regrole::text,
+          array_agg(p.oid::regprocedure::text order by p.oid::regprocedure::text)
+        from pg_proc p where p.pronamespace {OURS} and p.prosecdef group by 1""",
+    )
+    assert found == {owner: sorted(names) for owner, names in TABLE["definer"].items()}
+
+
+def test_schemas_and_memberships(conn: Connection) -> None:
+    usage = grants(
+        conn,
+        f"""
+        select n.nspname,
+          array_agg(coalesce(g.rolname, 'PUBLIC') || ' ' || a.privilege_type order by g.rolname)
+        from pg_namespace n cross join aclexplode(n.nspacl) a left join pg_roles g on g.oid = a.grantee
+        where n.oid {OURS} and a.grantee <> n.nspowner group by 1""",
+    )
+    names = ("rekey_admin", "rekey_app", "rekey_auditor", "rekey_operator", "rekey_sweeper")
+    assert usage == {"rekey": [f"{name} USAGE" for name in names], "rekey_targets": ["rekey_sweeper USAGE"]}
+    memberships = """
+        select m.member::regrole::text || ' in ' || m.roleid::regrole::text from pg_auth_members m
+        where m.member::regrole::text ~ '^rekey_(owner|sweeper|admin|operator|auditor|app|worker)$'
+        order by 1"""
+    assert [member for (member,) in conn.execute(memberships)] == [
+        "rekey_admin in rekey_auditor",
+        "rekey_admin in rekey_operator",
+        "rekey_worker in rekey_operator",
+    ]
+
+
+def test_every_plpgsql_function_pins_its_search_path(conn: Connection) -> None:
+    """All but the two procedures that commit: with a SET clause they could not."""
+    without = conn.execute(
+        f"""
+        select p.oid::regprocedure::text from pg_proc p join pg_language l on l.oid = p.prolang
+        where p.pronamespace {OURS} and (l.lanname = 'plpgsql' or p.prosecdef)
+          and p.proconfig is distinct from array['search_path=pg_catalog, pg_temp'] order by 1""".encode()
+    )
+    assert [name for (name,) in without] == ["rekey.run_rotations(interval)", "rekey.tick()"]
+    late_bound = f"""
+        select count(*) from pg_proc p join pg_language l on l.oid = p.prolang
+        where p.pronamespace {OURS} and l.lanname = 'sql' and p.prosqlbody is null"""
+    assert conn.execute(late_bound.encode()).fetchall() == [(0,)]
+
+
+def test_everything_public_has_a_comment(conn: Connection) -> None:
+    bare = conn.execute(
+        f"""
+        select 'routine ' || p.oid::regprocedure from pg_proc p
+        where p.pronamespace {OURS} and obj_description(p.oid, 'pg_proc') is null
+        union all select 'relation ' || c.oid::regclass from pg_class c
+        where c.relnamespace {OURS} and c.relkind in ('r', 'v') and obj_description(c.oid, 'pg_class') is null
+        union all select 'type ' || c.oid::regclass from pg_class c
+        where c.relnamespace {OURS} and c.relkind = 'c' and obj_description(c.reltype, 'pg_type') is null
+        union all select format('column %s.%s', c.oid::regclass, a.attname)
+        from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+        where c.relnamespace {OURS} and c.relkind = 'r' and c.relname not like '\\_%'
+          and col_description(c.oid, a.attnum) is null
+        union all select 'policy ' || p.polname from pg_policy p join pg_class c on c.oid = p.polrelid
+        where c.relnamespace {OURS} and obj_description(p.oid, 'pg_policy') is null
+        union all select 'schema ' || n.nspname from pg_namespace n
+        where n.oid {OURS} and obj_description(n.oid, 'pg_namespace') is null""".encode()
+    )
+    assert [name for (name,) in bare] == []
+
+
+def test_row_level_security_is_on_and_not_forced(conn: Connection) -> None:
+    flags = "select relrowsecurity, relforcerowsecurity from pg_class where oid = 'rekey.secrets'::regclass"
+    assert conn.execute(flags).fetchall() == [(True, False)]
+
+
+@pytest.mark.parametrize("path", sorted(release.SOURCES.glob("**/*.sql")), ids=lambda path: str(path.name))
+def test_every_error_has_a_code(path: Path) -> None:
+    """Except where an error is raised again, or by the name of its condition."""
+    raised = re.findall(r"\braise\s+exception\b.*?;", re.sub(r"--.*", "", path.read_text()), re.DOTALL)
+    assert [statement for statement in raised if "errcode" not in statement] == []
+
+
+@pytest.fixture
+def login(server: str) -> Iterator[dict[str, str]]:
+    """Login roles by the role that they are a member of."""
+    names = {role: f"{role}_{os.getpid()}" for role in ("rekey_app", "rekey_admin", "rekey_operator")}
+    with connect(server) as connection:
+        for role, name in names.items():
+            statement = sql.SQL("create role {} login in role {}")
+            connection.execute(statement.format(sql.Identifier(name), sql.Identifier(role)))
+    yield names
+    with connect(server) as connection:
+        for name in names.values():
+            connection.execute(sql.SQL("drop role {}").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def app(ready: Connection, db: str, kek: bytes, login: dict[str, str]) -> Iterator[Connection]:
+    """An unlocked session of an application, its secret and another tenant's, and a schema for its tricks."""
+    ready.execute("select rekey.set_secret('mine', 'value')")
+    ready.execute("select rekey.set_secret('theirs', 'other', %s)", [OTHER_TENANT])
+    ready.execute("create schema evil; grant all on schema evil to public")
+    with connect(db, user=login["rekey_app"]) as connection:
+        unlock(connection, kek)
+        yield connection
+    with connect(db) as connection:
+        connection.execute("drop schema evil cascade")
+        connection.execute(sql.SQL("drop owned by {}").format(sql.Identifier(login["rekey_app"])))
+
+
+def test_an_application_reads_no_key_material(app: Connection) -> None:
+    for relation, allowed in TABLE["relations"].items():
+        name = sql.SQL(relation)
+        if "rekey_app SELECT" in allowed:
+            app.execute(sql.SQL("select * from {} where false").format(name))
+            continue
+        with pytest.raises(errors.InsufficientPrivilege):
+            app.execute(sql.SQL("select * from {}").format(name))
+    for statement in (
+        "update rekey.secrets set name = 'x'",
+        "delete from rekey.secrets",
+        "insert into rekey.secrets (name, keyring_id, ciphertext) values ('x', 1, '')",
+        "create table rekey.mine ()",
+        "create function rekey_targets.secrets_sweep() returns void return null",
+        "set role rekey_owner",
+        "set role rekey_admin",
+        "set session authorization rekey_owner",
+        "alter role current_user superuser",
+        "grant rekey_admin to current_user",
+    ):
+        with pytest.raises((errors.InsufficientPrivilege, errors.InvalidSchemaName)):
+            app.execute(statement.encode())
+
+
+def test_an_application_calls_only_its_own_functions(
+    app: Connection, ready: Connection, login: dict[str, str]
+) -> None:
+    for signature, allowed in TABLE["execute"].items():
+        asked = value(
+            ready, "select has_function_privilege(%s, %s, 'execute')", login["rekey_app"], signature
+        )
+        assert asked == ("rekey_app" in allowed), signature
+    calls: tuple[LiteralString, ...] = (
+        "select * from rekey._kek()",
+        "select * from rekey._keks()",
+        "select rekey._session_keks()",
+        "select * from rekey._deks('{1}', '{1}')",
+        "select rekey._open('', '')",
+        "select rekey._reencrypt('{}', '{}')",
+        "select rekey._check('{}', '{}')",
+        "select rekey._call_sweep('secrets', '(0,0)', '(9,0)', '{}', '{}', 1, 1)",
+        "select rekey._aead_decrypt('', '', '', '')",
+        "select rekey._wrapping_key('')",
+        "select rekey._store_setting('kek_provider', 'file')",
+        "select rekey.rotate_keys()",
+        "call rekey.tick()",
+        "call rekey.run_rotations()",
+        "select rekey_targets.secrets_count(null, true)",
+    )
+    for call in calls:
+        with pytest.raises(errors.InsufficientPrivilege):
+            app.execute(call)
+
+
+def test_a_view_in_place_of_the_copied_kek_runs_as_its_caller(app: Connection, kek: bytes) -> None:
+    app.execute(
+        "create function evil.who() returns bytea language sql return convert_to(current_user, 'UTF8')"
+    )
+    app.execute("create temporary view pg_rekey_kek as select evil.who() as kek, '(0,1)'::tid as ctid")
+    with pytest.raises(psycopg.Error) as raised:
+        app.execute("select rekey.unlock_copied()")
+    assert raised.value.sqlstate == "22023"  # a name is no KEK, whoever's it is
+    app.execute("create table evil.seen (name text)")
+    app.execute("""
+        create or replace function evil.who() returns bytea language plpgsql as $$
+        begin insert into evil.seen values (current_user); return decode(repeat('00', 32), 'hex'); end $$""")
+    with pytest.raises(psycopg.Error) as raised:
+        app.execute("select rekey.unlock_copied()")
+    assert raised.value.sqlstate == "RK002"
+    app.execute(
+        "create or replace temporary view pg_rekey_kek as select null::bytea as kek, null::tid as ctid"
+    )
+    app.execute("""
+        create or replace function evil.who() returns bytea language plpgsql as $$
+        begin raise exception 'as %', current_user using errcode = 'RKWHO'; end $$""")
+    app.execute(
+        "create or replace temporary view pg_rekey_kek as select evil.who() as kek, '(0,1)'::tid as ctid"
+    )
+    with pytest.raises(psycopg.Error, match=f"as {app.info.user}"):
+        app.execute("select rekey.unlock_copied()")
+
+
+def shadow(connection: Connection) -> None:
+    """Put tables, functions and operators of pg_catalog's and our names in front of everything."""
+    connection.execute("""
+        create temporary table secrets (tenant_id uuid, id uuid, name text, ciphertext bytea);
+        create temporary table encryption_keys (keyring_id integer, version integer, wrapped_key bytea);
+        create temporary table pg_roles (rolname name, rolsuper boolean);
+        create function pg_temp.pg_has_role(name, text, text) returns boolean return true;
+    """)
+    bodies: dict[str, str] = {
+        "octet_length(bytea)": "integer",
+        "substr(bytea, integer, integer)": "bytea",
+        "sha256(bytea)": "bytea",
+        "now()": "timestamptz",
+        "clock_timestamp()": "timestamptz",
+        "pg_has_role(name, text, text)": "boolean",
+        "hmac(bytea, bytea, text)": "bytea",
+        "decrypt_iv(bytea, bytea, bytea, text)": "bytea",
+        "same(text, text)": "boolean",
+        "same(name, name)": "boolean",
+        "same(uuid, uuid)": "boolean",
+        "same(bytea, bytea)": "boolean",
+        "later(timestamptz, timestamptz)": "boolean",
+        "plus(timestamptz, interval)": "timestamptz",
+        "both(bytea, bytea)": "bytea",
+    }
+    for signature, result in bodies.items():
+        connection.execute(
+            f"create function evil.{signature} returns {result} language plpgsql as"
+            " $$ begin raise exception 'hijacked as %', current_user; end $$".encode()
+        )
+    connection.execute("""
+        create operator evil.= (leftarg = text, rightarg = text, function = evil.same);
+        create operator evil.= (leftarg = name, rightarg = name, function = evil.same);
+        create operator evil.= (leftarg = uuid, rightarg = uuid, function = evil.same);
+        create operator evil.= (leftarg = bytea, rightarg = bytea, function = evil.same);
+        create operator evil.<> (leftarg = bytea, rightarg = bytea, function = evil.same);
+        create operator evil.>= (leftarg = timestamptz, rightarg = timestamptz, function = evil.later);
+        create operator evil.+ (leftarg = timestamptz, rightarg = interval, function = evil.plus);
+        create operator evil.|| (leftarg = bytea, rightarg = bytea, function = evil.both);
+        grant execute on all functions in schema evil to public;
+        set search_path = evil, pg_temp, pg_catalog;
+    """)
+
+
+def test_shadows_of_an_application_are_not_seen(app: Connection) -> None:
+    shadow(app)
+    with pytest.raises(errors.RaiseException, match="hijacked"):
+        app.execute("select 'a'::text = 'a'::text")
+    assert value(app, "select rekey.get_secret('mine')") == "value"
+    app.execute("select rekey.set_secret('mine', 'changed')")
+    assert app.execute("select * from rekey.read_secrets()").fetchall() == [("mine", "changed")]
+    assert value(app, "select value from rekey.decrypted_secrets") == "changed"
+    envelope = value(app, "select rekey.encrypt('text'::text, context => '{a}')")
+    assert value(app, "select rekey.decrypt_text(%s::bytea, '{a}')", envelope) == "text"
+    assert value(app, "select rekey.decrypt_text(rekey.encrypt_text('text'))") == "text"
+    assert not value(app, "select rekey.can_access_tenant(%s)", OTHER_TENANT)
+    with pytest.raises(errors.InsufficientPrivilege):
+        app.execute("select rekey.get_secret('theirs', %s)", [OTHER_TENANT])
+
+
+def test_shadows_of_an_operator_are_not_seen(
+    app: Connection, ready: Connection, db: str, kek: bytes, login: dict[str, str]
+) -> None:
+    """The two procedures that commit have no search path of their own."""
+    shadow(app)
+    ready.execute("select rekey.rotate_keys()")
+    with connect(db, user=login["rekey_operator"]) as operator:
+        unlock(operator, kek)
+        operator.execute("set search_path = evil, pg_catalog")
+        operator.execute("call rekey.run_rotations('10 s')")
+        operator.execute("call rekey.tick()")
+    assert value(ready, "select state from rekey.rotation_status") == "completed"
+    assert value(ready, "select last_error from rekey.worker_status") is None
+
+
+def test_rows_of_another_tenant_reach_no_function_of_the_caller(app: Connection) -> None:
+    """A cheap function in a WHERE clause sees a row only after the policy does."""
+    app.execute("create table evil.seen (name text)")
+    app.execute("""
+        create function evil.look(name text) returns boolean language plpgsql cost 0.0001 as $$
+        begin insert into evil.seen values (name); return true; end $$""")
+    names = app.execute("select name from rekey.secrets where evil.look(name)").fetchall()
+    assert names == [("mine",)]
+    assert app.execute("select name from evil.seen").fetchall() == [("mine",)]
+    assert app.execute("select name from rekey.decrypted_secrets").fetchall() == [("mine",)]
+
+
+def test_what_a_session_carries_is_of_no_use_elsewhere(
+    app: Connection, db: str, login: dict[str, str]
+) -> None:
+    carried = value(app, "select current_setting('rekey.unlocked')")
+    with connect(db, user=login["rekey_app"]) as other:
+        other.execute("select set_config('rekey.unlocked', %s, false)", [carried])
+        with pytest.raises(psycopg.Error) as raised:
+            other.execute("select rekey.get_secret('mine')")
+        assert raised.value.sqlstate == "RK001"
+
+
+DISPATCHERS: dict[str, LiteralString] = {
+    "rekey._call_count(name, integer[], boolean)": "select rekey.key_usage()",
+    "rekey._call_sweep(name,tid,tid,integer[],integer[],integer,bigint)": "select rekey.rotation_step()",
+}
+
+
+def test_a_tenant_check_gains_nothing_by_altering_its_dispatcher(
+    app: Connection, ready: Connection, db: str, login: dict[str, str]
+) -> None:
+    """It runs as rekey_sweeper, the dispatcher's owner, and could make that SECURITY INVOKER: rekey_owner."""
+    with connect(db, user=login["rekey_admin"]) as admin:
+        admin.execute("create table evil.ran_as (name text); grant all on evil.ran_as to public")
+        admin.execute("""
+            create function evil.tenant(uuid) returns boolean language plpgsql as $$
+            begin
+              insert into evil.ran_as values (current_user);
+              alter function rekey._call_tenant_check(text, uuid) security invoker;
+              alter function rekey._call_tenant_check(text, uuid) set search_path = evil;
+              return true;
+            end $$""")
+        admin.execute("select rekey.set_setting('tenant_check', 'evil.tenant')")
+    asked: LiteralString = "select rekey.can_access_tenant(gen_random_uuid())"
+    assert value(app, asked)
+    shadow(app)
+    for _ in range(2):
+        with pytest.raises(psycopg.Error, match="does not run as rekey_sweeper") as raised:
+            app.execute(asked)
+        assert raised.value.sqlstate == "RK005"
+    assert ready.execute("select distinct name from evil.ran_as").fetchall() == [("rekey_sweeper",)]
+    # Loading the code again, as an upgrade does, puts it right.
+    with ready.transaction():
+        ready.execute(release.assemble_code().encode())
+    assert value(app, asked)
+
+
+@pytest.mark.parametrize("dispatcher", list(DISPATCHERS))
+def test_an_altered_dispatcher_refuses(ready: Connection, dispatcher: str) -> None:
+    ready.execute("select rekey.set_secret('name', 'value')")
+    ready.execute("select rekey.rotate_keys()")
+    ready.execute("select rekey.rotation_step()")  # plans
+    ready.execute(f"alter function {dispatcher} security invoker".encode())
+    if "_call_sweep" in dispatcher:
+        assert ready.execute("select event, detail ->> 'sqlstate' from rekey.rotation_step()").fetchall() == [
+            ("error", "RK005")
+        ]
+    else:
+        with pytest.raises(psycopg.Error, match="does not run as rekey_sweeper"):
+            ready.execute(DISPATCHERS[dispatcher])
+
+
+def test_the_sweeper_has_no_other_right(conn: Connection) -> None:
+    """Beyond its dispatchers it may execute the functions of targets, and read nothing."""
+    for relation in TABLE["relations"]:
+        assert not value(
+            conn,
+            "select has_table_privilege('rekey_sweeper', %s, 'select, insert, update, delete')",
+            relation,
+        )
+    may = "select has_function_privilege('rekey_sweeper', %s, 'execute')"
+    for signature, allowed in TABLE["execute"].items():
+        owned = signature in TABLE["definer"]["rekey_sweeper"]
+        assert value(conn, may, signature) == ("rekey_sweeper" in allowed or owned), signature
+    assert not any(value(conn, may, signature) for signature in TABLE["private"]["functions"])
