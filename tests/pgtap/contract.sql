@@ -9,7 +9,7 @@ insert into contract values
   ('audit_checkpoint', '', 'jsonb'),
   ('can_access_tenant', 'tenant_id uuid', 'boolean'),
   ('cancel_key_destruction', 'keyring text, version integer', 'void'),
-  ('clear_schedule', 'keyring text', 'void'),
+  ('clear_schedule', 'keyring text DEFAULT ''default''::text', 'void'),
   ('create_keyring', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, rotate_every interval DEFAULT NULL::interval', 'rekey.keyrings'),
   ('decrypt', 'ciphertext bytea, context text[] DEFAULT ''{}''::text[]', 'bytea'),
   ('decrypt', 'ciphertext text, context text[] DEFAULT ''{}''::text[]', 'bytea'),
