@@ -149,7 +149,7 @@ def test_apt_installs_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert local.ensure().major == 16
     assert asked == [
         ("postgresql",),
-        ("postgresql-16-cron", "postgresql-16-pgtap", "postgresql-16-plpgsql-check"),
+        ("postgresql-16-cron", "postgresql-16-pgtap", "postgresql-16-plpgsql-check", "postgresql-16-pgaudit"),
     ]
     assert not marker.exists()
 

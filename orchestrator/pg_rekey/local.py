@@ -27,7 +27,7 @@ import psycopg
 from pg_rekey import release
 
 OLDEST = 15
-COMPANIONS = {"pg_cron": "cron", "pgtap": "pgtap", "plpgsql_check": "plpgsql-check"}
+COMPANIONS = {"pg_cron": "cron", "pgtap": "pgtap", "plpgsql_check": "plpgsql-check", "pgaudit": "pgaudit"}
 DEBIAN_PLACE = Path("/usr/lib/postgresql")
 PLACES = (
     f"{DEBIAN_PLACE}/*/bin",
