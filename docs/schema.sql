@@ -702,7 +702,12 @@ begin
     raise exception 'rekey._call_tenant_check does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
-  execute format('select %s($1)', (function_name || '(uuid)')::regprocedure::oid::regproc) into v_answer using tenant_id;
+  begin
+    execute format('select %s($1)', (function_name || '(uuid)')::regprocedure::oid::regproc) into v_answer using tenant_id;
+    raise exception using errcode = 'RKEND';
+  exception when sqlstate 'RKEND' then
+    null;  -- takes back all but the answer: settings, and deferred triggers that would run with the rights of the caller
+  end;
   return coalesce(v_answer, false);
 end
 $_$;
@@ -744,25 +749,26 @@ CREATE FUNCTION rekey._census() RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+  v_keyrings integer[];
   v_stale record;
   v_id bigint;
   v_events jsonb := '[]'::jsonb;
 begin
   perform rekey._refuse_snapshot();
+  select array_agg(distinct c.keyring_id) into v_keyrings
+  from rekey._count(null, false) c
+  join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
+  where k.state <> 'active'
+    and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
   for v_stale in
-    select c.keyring_id, r.name, sum(c.rows) as rows, a.version
-    from rekey._count(null, false) c
+    -- Rows that do not open are known, from the quarantine.
+    select c.keyring_id, r.name, sum(c.rows - c.failed) as rows, a.version
+    from rekey._count(coalesce(v_keyrings, '{}'), true) c
     join rekey.keyrings r on r.id = c.keyring_id
-    join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
-    join rekey.keks e on e.id = k.kek_id
     join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
-    where k.state in ('decrypt_only', 'compromised', 'destroy_scheduled') and e.state <> 'lost'
-      and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state))
+    where c.version <> a.version
     group by c.keyring_id, r.name, a.version
-    -- Rows that were given up stay where they are.
-    having sum(c.rows) > (select count(distinct (f.target, f.row_key)) from rekey.rotation_failures f
-                          where f.keyring_id = c.keyring_id and f.version <> a.version
-                            and (f.resolved_at is null or f.resolution = 'discard'))
+    having sum(c.rows - c.failed) > 0
     order by c.keyring_id
   loop
     perform rekey._keyring(v_stale.name, lock => true);
@@ -793,6 +799,7 @@ COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an 
 CREATE FUNCTION rekey._check(ciphertexts bytea[], contexts bytea[]) RETURNS text[]
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET work_mem TO '64MB'
     AS $$
 declare
   v_keyrings integer[];
@@ -999,6 +1006,9 @@ begin
     where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
     for update skip locked);
 
+  perform from rekey.rotations r
+  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)
+  order by r.id for no key update;
   update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null
   where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id);
   get diagnostics keyring_count = row_count;
@@ -1010,7 +1020,7 @@ begin
   keyring_count := 0;
   for v_rotation in
     select r.id, r.keyring_id, r.from_versions from rekey.rotations r
-    where r.state = 'verifying' and r.barrier_at is null and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp()
+    where r.state = 'verifying' and r.barrier_at is null and rekey._is_due(r.next_attempt_at)
     order by r.id limit 500 for no key update skip locked
   loop
     if rekey._barrier(v_rotation.keyring_id, v_rotation.from_versions) then
@@ -1078,6 +1088,7 @@ COMMENT ON FUNCTION rekey._count(keyrings integer[], opening boolean) IS 'Counts
 CREATE FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping boolean DEFAULT false) RETURNS TABLE(keyring_id integer, version integer, key bytea, problem text)
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET work_mem TO '64MB'
     AS $$
 declare
   v_wrapping bytea;
@@ -1133,16 +1144,22 @@ declare
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
   v_postponed text;
+  -- After a jump of the clock, what is due within the day may only seem so too.
+  v_until timestamptz := now() + case when clock_jumped then interval '1 day' else interval '0' end;
   v_events jsonb := '[]'::jsonb;
 begin
+  if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled' and k.destroy_after <= v_until) then
+    return;
+  end if;
+  perform rekey._lock_kek();  -- first, as everywhere: a KEK rotation holds every key
   for v_due in
     select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
-    where k.state = 'destroy_scheduled' and k.destroy_after <= now()
+    where k.state = 'destroy_scheduled' and k.destroy_after <= v_until
     order by k.keyring_id, k.version
   loop
     v_keyring := rekey._keyring(v_due.name, lock => true);
     v_key := rekey._key(v_keyring.id, v_due.version);
-    continue when v_key.state <> 'destroy_scheduled' or v_key.destroy_after > now();
+    continue when v_key.state <> 'destroy_scheduled' or v_key.destroy_after > v_until;
     v_postponed := case when clock_jumped then 'more than a day since the last tick: the clock may be wrong' end;
     if v_postponed is null then
       begin
@@ -1186,6 +1203,7 @@ CREATE TABLE rekey._worker (
     last_tick_seconds double precision,
     last_census_at timestamp with time zone,
     locked_since timestamp with time zone,
+    locked_noted_at timestamp with time zone,
     last_error text,
     last_error_at timestamp with time zone,
     next_batch_at timestamp with time zone,
@@ -1401,6 +1419,24 @@ ALTER FUNCTION rekey._int4(bytes bytea, place integer) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._int4(bytes bytea, place integer) IS 'The big-endian int4 at place (from 0).';
+
+
+--
+-- Name: _is_due(timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_due(next_attempt_at timestamp with time zone) RETURNS boolean
+    LANGUAGE sql
+    RETURN ((next_attempt_at IS NULL) OR (NOT ((next_attempt_at >= clock_timestamp()) AND (next_attempt_at <= (clock_timestamp() + '00:10:00'::interval)))));
+
+
+ALTER FUNCTION rekey._is_due(next_attempt_at timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_due(next_attempt_at timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_due(next_attempt_at timestamp with time zone) IS 'Whether a pause is over. None is as long as 10 minutes: a time beyond that was noted by a clock that was wrong.';
 
 
 --
@@ -1986,7 +2022,7 @@ begin
   select array_agg(r.id), array_agg(r.keyring_id), bool_or(r.trigger = 'compromise') into v_ids, v_keyrings, v_urgent
   from (select * from rekey.rotations r
         where r.state in ('queued', 'running') and r.pass_id is null
-          and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp()
+          and rekey._is_due(r.next_attempt_at)
         order by r.id for update skip locked) r;
   if v_ids is null then
     return;
@@ -2001,19 +2037,19 @@ begin
       join due d on d.keyring_id = c.keyring_id and d.to_version <> c.version
       group by c.target, c.relation, c.keyring_id
     ), sizes as (
-      select t.target, t.relation, t.indexed, pg_relation_size(t.relation) / current_setting('block_size')::integer as blocks,
-        sum(c.rows) as rows
+      select t.target, t.relation, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few
       from counted c
-      join rekey._targets() t on t.relation = c.relation and t.target = c.target
-      group by t.target, t.relation, t.indexed
+      join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
+        on t.relation = c.relation and t.target = c.target
+      group by t.target, t.relation, t.blocks, t.indexed
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, target, relation, first, until_block, batch_blocks)
       select v_pass, v_urgent, s.target, s.relation, format('(%s,0)', f.first)::tid,
-        case when s.indexed and s.rows < s.blocks then s.blocks else least(f.first + 4096, s.blocks) end,
+        case when s.few then s.blocks else least(f.first + 4096, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
-        case when s.indexed and s.rows < s.blocks then s.blocks else 64 end
+        case when s.few then s.blocks else 64 end
       from sizes s
-      cross join lateral generate_series(0, case when s.indexed and s.rows < s.blocks then 0 else s.blocks - 1 end, 4096) as f(first)
+      cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, 4096) as f(first)
     )
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
@@ -2273,6 +2309,7 @@ COMMENT ON FUNCTION rekey._record_error(rotations bigint[], message text, code t
 CREATE FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET work_mem TO '64MB'
     AS $$
 declare
   v_keyrings integer[];
@@ -2633,10 +2670,10 @@ COMMENT ON COLUMN rekey.rotations.finished_at IS 'When it ended.';
 
 
 --
--- Name: _refuse_older(rekey.rotations); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _refuse_over(rekey.rotations); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._refuse_older(rotation rekey.rotations) RETURNS void
+CREATE FUNCTION rekey._refuse_over(rotation rekey.rotations) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -2645,17 +2682,20 @@ begin
     raise exception 'rotation % is not the last one of its keyring', rotation.id using errcode = 'RK006',
       hint = 'A later one takes its rows along.';
   end if;
+  if exists (select from rekey.keyrings k where k.id = rotation.keyring_id and k.retired_at is not null) then
+    raise exception 'the keyring of rotation % is retired', rotation.id using errcode = 'RK006';
+  end if;
 end
 $$;
 
 
-ALTER FUNCTION rekey._refuse_older(rotation rekey.rotations) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._refuse_over(rotation rekey.rotations) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _refuse_older(rotation rekey.rotations); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _refuse_over(rotation rekey.rotations); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._refuse_older(rotation rekey.rotations) IS 'RK006 where the keyring has a later rotation.';
+COMMENT ON FUNCTION rekey._refuse_over(rotation rekey.rotations) IS 'RK006 where nothing comes of a rotation any more: the keyring has a later one, or is retired.';
 
 
 --
@@ -2728,6 +2768,7 @@ begin
   perform rekey._lock_kek();
   perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for no key update;
   if supersede then
+    perform from rekey.rotations r where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) order by r.id for no key update;
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
     where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state);
@@ -3082,7 +3123,7 @@ declare
 begin
   select c.* into v_chunk from rekey._chunks c
   where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
-                  and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp())
+                  and rekey._is_due(r.next_attempt_at))
   order by c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
@@ -3092,10 +3133,11 @@ begin
   if v_settings.max_rows_per_second is not null then
     -- All workers share the throttle, one batch after the other.
     select w.next_batch_at into v_next_batch from rekey._worker w for update;
-    if v_next_batch > clock_timestamp() then
+    -- (A time further ahead was noted by a clock that was wrong.)
+    if v_next_batch between clock_timestamp() and clock_timestamp() + interval '1 minute' then
       event := 'waiting';
       keyring_count := 0;
-      wait := v_next_batch - clock_timestamp();
+      wait := least(v_next_batch - clock_timestamp(), interval '1 second');
       return;
     end if;
     v_max_rows := least(v_max_rows, greatest(v_settings.max_rows_per_second / 5, 1));
@@ -3104,7 +3146,7 @@ begin
   select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id)
   into v_ids, v_keyrings, v_versions
   from rekey.rotations r
-  where r.pass_id = v_chunk.pass_id and r.state = 'running' and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp();
+  where r.pass_id = v_chunk.pass_id and r.state = 'running' and rekey._is_due(r.next_attempt_at);
   select t.function_name into v_function from rekey._targets() t where t.target = v_chunk.target and t.relation = v_chunk.relation;
   v_first_block := split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint;
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
@@ -3314,11 +3356,11 @@ begin
       when 'schedules' then perform rekey._rotate_due();
       when 'destructions' then perform rekey._destroy_due(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
       when 'census' then
-        if coalesce(now() - v_worker.last_census_at > interval '1 day', true) then
+        if coalesce(v_worker.last_census_at not between now() - interval '1 day' and now(), true) then
           perform rekey._census();
         end if;
       when 'end' then
-        update rekey._worker w set last_tick_at = begun, last_tick_seconds = extract(epoch from clock_timestamp() - begun),
+        update rekey._worker w set last_tick_at = clock_timestamp(), last_tick_seconds = extract(epoch from clock_timestamp() - begun),
           last_error = case when w.last_error_at >= begun then w.last_error end;
     end case;
     if duty = 'schedules' and (v_worker.locked_since is not null
@@ -3331,6 +3373,10 @@ begin
       -- Noted once: whoever has the KEK, the orchestrator's worker for one, will do it.
       if v_worker.locked_since is null then
         update rekey._worker w set locked_since = now();
+      end if;
+      -- Once a day at most, also where pg_cron has no KEK and a worker beside it has.
+      if coalesce(v_worker.locked_noted_at not between now() - interval '1 day' and now(), true) then
+        update rekey._worker w set locked_noted_at = now();
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
     when others then
@@ -3421,7 +3467,7 @@ declare
 begin
   select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
   from rekey.rotations r
-  where r.state = 'verifying' and r.barrier_at is not null and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp();
+  where r.state = 'verifying' and r.barrier_at is not null and rekey._is_due(r.next_attempt_at);
   if v_ids is null then
     return;
   end if;
@@ -3458,11 +3504,17 @@ begin
         perform rekey._quarantine(v_failure.target, v_failure.relation::regclass,
           array_fill(v_found.keyring_id, array[cardinality(v_failure.row_keys)]), v_failure.versions, v_failure.row_keys, v_failure.problems);
       end loop;
+      with failing as materialized (
+        select f.target, k.row_key
+        from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
+        cross join lateral unnest(f.keys) as k(row_key)
+      ), closed as (
+        select q.id from rekey.rotation_failures q
+        left join failing f on f.target = q.target and f.row_key = q.row_key
+        where q.keyring_id = v_found.keyring_id and q.resolved_at is null and f.row_key is null
+      )
       update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
-      where q.keyring_id = v_found.keyring_id and q.resolved_at is null
-        and not exists (
-          select from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
-          where f.target = q.target and q.row_key = any (f.keys));
+      from closed c where c.id = q.id;
       select count(*) into v_failed from rekey.rotation_failures q where q.rotation_id = v_found.id and q.resolved_at is null;
       if v_found.behind > 0 then
         update rekey.rotations r
@@ -4344,8 +4396,17 @@ begin
   end if;
   perform rekey._move_key(v_key, 'compromised', 'key.compromised', reason);
   if v_rotation is null then
-    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
-    if v_rotation is null and v_keyring.retired_at is null then
+    -- One that is under way takes the rows along, and does not wait any longer, whatever it was.
+    update rekey.rotations r
+    set trigger = 'compromise', attempts = 0, next_attempt_at = null,
+        state = case when r.state in ('paused', 'failed') then 'queued' else r.state end
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state)
+    returning r.id into v_rotation;
+    update rekey._chunks c set urgent = true where c.pass_id = (select r.pass_id from rekey.rotations r where r.id = v_rotation);
+    if v_rotation is not null then
+      perform rekey._audit('rotation.resumed', keyring, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
+        jsonb_build_object('trigger', 'compromise', 'reason', reason));
+    elsif v_keyring.retired_at is null then
       v_rotation := rekey._queue_sweep(v_keyring.id, 'compromise', reason);
       perform rekey._audit('rotation.requested', keyring, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
         jsonb_build_object('trigger', 'compromise', 'reason', reason));
@@ -4736,12 +4797,13 @@ COMMENT ON FUNCTION rekey.pause_rotation(id bigint) IS 'Pauses the re-encryption
 CREATE FUNCTION rekey.read_secrets(names text[] DEFAULT NULL::text[], tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS TABLE(name text, value text)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET work_mem TO '2000000kB'
     AS $$
 declare
   v_unreadable text;
 begin
   perform rekey._check_tenant(tenant_id);
-  -- No ORDER BY: a sort could write values to a temporary file.
+  -- No ORDER BY, for the same reason.
   for name, value in
     select o.name, convert_from(o.plaintext, 'UTF8')
     from (
@@ -4865,7 +4927,7 @@ begin
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
   if action = 'retry' and not exists (
        select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
-    perform rekey._refuse_older(v_found.rotation);
+    perform rekey._refuse_over(v_found.rotation);
     update rekey.rotations r
     set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
     where r.id = v_failure.rotation_id;
@@ -4981,7 +5043,7 @@ begin
   if (v_found.rotation).state not in ('failed', 'completed_with_failures') then
     raise exception 'rotation % is %: there is nothing to retry', id, (v_found.rotation).state using errcode = 'RK006';
   end if;
-  perform rekey._refuse_older(v_found.rotation);
+  perform rekey._refuse_over(v_found.rotation);
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
@@ -5016,7 +5078,7 @@ declare
   v_new bigint;
 begin
   select * into v_found from rekey._rotation(id);
-  perform rekey._refuse_older(v_found.rotation);
+  perform rekey._refuse_over(v_found.rotation);
   if (v_found.rotation).previous_version is null or (v_found.rotation).trigger = 'compromise'
      or (v_found.rotation).state in ('rolled_back', 'superseded') then
     raise exception 'rotation % cannot be rolled back: % after %', id, (v_found.rotation).state, (v_found.rotation).trigger
@@ -5177,6 +5239,7 @@ CREATE FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, O
     AS $$
 declare
   v_next timestamptz;
+  v_blocked jsonb;
 begin
   perform rekey._refuse_snapshot();
   keyring_count := 0;
@@ -5187,20 +5250,36 @@ begin
   end if;
   perform from rekey._kek();
 
-  select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
-  if event is null and pg_try_advisory_xact_lock(0, 1) then
+  -- What was just asked for, or only waits, comes before the batches: a compromised key does not wait for a long sweep.
+  if exists (
+       select from rekey.rotations r
+       where rekey._is_due(r.next_attempt_at) and (
+         r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null
+         or r.state = 'running' and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)))
+     and pg_try_advisory_xact_lock(0, 1) then
     select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
+    if event = 'blocked' then
+      v_blocked := detail;
+      event := null;
+    end if;
   end if;
-  if event is null and pg_try_advisory_xact_lock(0, 2) then
+  if event is null and exists (select from rekey.rotations r where r.state = 'verifying' and r.barrier_at is not null)
+     and pg_try_advisory_xact_lock(0, 2) then
     select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
+  end if;
+  if event is null then
+    select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+  end if;
+  if event is null and v_blocked is not null then
+    event := 'blocked';
+    detail := v_blocked;
+    wait := interval '500 milliseconds';
   end if;
   if event is null then
     -- Something is under way, and nothing to be done now: another worker has it in hand, or its time has not come.
     event := 'waiting';
     select min(r.next_attempt_at) into v_next from rekey.rotations r where r.state in ('queued', 'running', 'verifying');
     wait := greatest(interval '50 milliseconds', least(coalesce(v_next - clock_timestamp(), interval '50 milliseconds'), interval '1 second'));
-  elsif event = 'blocked' then
-    wait := interval '500 milliseconds';
   end if;
   keyring_count := coalesce(keyring_count, 0);
   rows := coalesce(rows, 0);
@@ -5209,6 +5288,13 @@ exception when sqlstate 'RK001' or sqlstate 'RK002' then
   keyring_count := 0;
   rows := 0;
   wait := interval '10 seconds';
+  detail := jsonb_build_object('error', sqlerrm, 'sqlstate', sqlstate);
+when deadlock_detected or serialization_failure or lock_not_available or query_canceled then
+  -- Outside the batches, whose errors are the rotation's: nothing was done, and the next step does it.
+  event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+  keyring_count := 0;
+  rows := 0;
+  wait := interval '1 second';
   detail := jsonb_build_object('error', sqlerrm, 'sqlstate', sqlstate);
 end
 $$;
@@ -5238,6 +5324,8 @@ begin
     raise exception 'max_duration is an interval' using errcode = 'invalid_parameter_value';
   end if;
   loop
+    commit;
+    set transaction isolation level read committed;  -- whatever the default of the role or database
     select s.event, s.wait into v_step from rekey.rotation_step() s;
     commit;
     exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])
@@ -5293,7 +5381,7 @@ ALTER FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wai
 -- Name: FUNCTION schedule_key_destruction(keyring text, version integer, wait interval); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval) IS 'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, and can be cancelled. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
+COMMENT ON FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval) IS 'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, and can be cancelled. What rekey.encrypt() made, and an application keeps in a table of its own, is not counted. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
 
 
 --
@@ -5499,17 +5587,18 @@ CREATE PROCEDURE rekey.tick()
     AS $$
 declare
   v_begun timestamptz := pg_catalog.clock_timestamp();
+  v_duty text;
 begin
-  perform rekey._tick_duty('schedules', v_begun);
-  commit;
-  perform rekey._tick_duty('destructions', v_begun);
-  commit;
-  perform rekey._tick_duty('census', v_begun);
-  commit;
-  call rekey.run_rotations('50 s');
-  perform rekey._prune_run_details();
-  commit;
-  perform rekey._tick_duty('end', v_begun);
+  foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end'] loop
+    commit;
+    set transaction isolation level read committed;  -- whatever the default of the role or database
+    if v_duty operator(pg_catalog.=) 'rotations' then
+      call rekey.run_rotations('50 s');
+      perform rekey._prune_run_details();
+    else
+      perform rekey._tick_duty(v_duty, v_begun);
+    end if;
+  end loop;
 end
 $$;
 
@@ -5768,7 +5857,7 @@ CREATE FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean)
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_blocks bigint := pg_relation_size('rekey.secrets') / current_setting('block_size')::integer;
+  v_blocks bigint;
   v_first bigint := 0;
   v_step bigint := 256;
 begin
@@ -5780,6 +5869,8 @@ begin
       group by s.keyring_id, s.key_version;
     return;
   end if;
+  perform from rekey.secrets where false;  -- its lock keeps the table from being rewritten after it was measured
+  v_blocks := pg_relation_size('rekey.secrets') / current_setting('block_size')::integer;
   -- The few rows of small keyrings are found by the index, all at once; many are read 2 MB at a time.
   if keyrings is not null and (select count(*) from (select from rekey.secrets s where s.keyring_id = any (keyrings) limit 5000) few) < 5000 then
     v_step := v_blocks;
@@ -6459,7 +6550,7 @@ COMMENT ON VIEW rekey.worker_status IS 'When the unattended work last ran, how m
 -- Name: COLUMN worker_status.last_tick_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.worker_status.last_tick_at IS 'When the last tick began.';
+COMMENT ON COLUMN rekey.worker_status.last_tick_at IS 'When the last tick ended.';
 
 
 --
@@ -7065,6 +7156,13 @@ REVOKE ALL ON FUNCTION rekey._int4(bytes bytea, place integer) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _is_due(next_attempt_at timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_due(next_attempt_at timestamp with time zone) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _is_envelope(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7258,10 +7356,10 @@ REVOKE ALL ON FUNCTION rekey._refuse_needed(keyring_id integer, version integer)
 
 
 --
--- Name: FUNCTION _refuse_older(rotation rekey.rotations); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _refuse_over(rotation rekey.rotations); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._refuse_older(rotation rekey.rotations) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._refuse_over(rotation rekey.rotations) FROM PUBLIC;
 
 
 --

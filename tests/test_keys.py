@@ -185,7 +185,7 @@ def test_compromise_of_the_active_version(ready: Connection) -> None:
 def test_compromise_of_an_older_version_joins_what_is_under_way(ready: Connection) -> None:
     under_way = rotate(ready)
     found = ready.execute("select id, trigger from rekey.mark_key_compromised('default', 1)").fetchall()
-    assert found == [(under_way, "manual")]
+    assert found == [(under_way, "compromise")]
     run(ready)
     assert states(ready) == {1: "compromised", 2: "active"}
 

@@ -397,7 +397,17 @@ def test_resolve_by_discard(ready: Connection) -> None:
         ready.execute("select rekey.schedule_key_destruction('default', 1)")
     ready.execute("select rekey._census()")
     assert value(ready, "select count(*) from rekey.rotations") == 1
+    # It does not make the census blind for another row either.
+    ready.execute("create table held as select id, ciphertext from rekey.secrets where name = 's2'")
+    rotate(ready)
+    run(ready)
+    (stale,) = ready.execute("select id from rekey.rotation_failures where resolved_at is null").fetchall()
+    ready.execute("select rekey.resolve_failure(%s, 'discard')", stale)
     ready.execute("delete from rekey.secrets where name = 's1'")
+    ready.execute("update rekey.secrets s set ciphertext = h.ciphertext from held h where h.id = s.id")
+    ready.execute("select rekey._census()")
+    assert value(ready, "select count(*) from rekey.rotations where trigger = 'schedule'") == 1
+    run(ready)
     ready.execute("select rekey.schedule_key_destruction('default', 1)")
     assert states(ready)[1] == "destroy_scheduled"
 
@@ -472,7 +482,7 @@ def test_compromise_of_an_old_version_sweeps_its_rows(ready: Connection) -> None
     model = fill(ready, 3)
     rotate(ready)
     number = value(ready, "select id from rekey.mark_key_compromised('default', 1)")
-    assert rotation(ready, number, "trigger") == "manual"  # the one under way takes its rows along
+    assert rotation(ready, number, "trigger") == "compromise"  # the one under way takes its rows along
     run(ready)
     rotate(ready)
     run(ready)
@@ -480,6 +490,82 @@ def test_compromise_of_an_old_version_sweeps_its_rows(ready: Connection) -> None
     assert rotation(ready, number, "trigger", "to_version") == ("compromise", 3)
     run(ready)
     assert states(ready) == {1: "compromised", 2: "compromised", 3: "active"}
+    check(ready, model)
+
+
+def test_a_compromised_key_does_not_wait_for_a_long_sweep(ready: Connection) -> None:
+    model = fill(ready, 3000)
+    ready.execute("select rekey.create_keyring('small')")
+    model |= fill(ready, 3, keyring="small", prefix="few")
+    long = rotate(ready)
+    step_until(ready, "batch")
+    ready.execute("select rekey.mark_key_compromised('small', 1)")
+    step_until(ready, "completed")
+    assert rotation(ready, long, "state") == "running"
+    assert on_versions(ready, "small") == {2: 3}
+    run(ready)
+    check(ready, model)
+
+
+@pytest.mark.parametrize("state", ["paused", "failed"])
+def test_a_compromise_sets_a_halted_rotation_going(ready: Connection, state: str) -> None:
+    model = fill(ready, 3)
+    number = rotate(ready)
+    ready.execute("update rekey.rotations set state = %s", (state,))
+    assert value(ready, "select id from rekey.mark_key_compromised('default', 1)") == number
+    run(ready)
+    assert rotation(ready, number, "state", "trigger") == ("completed", "compromise")
+    check(ready, model)
+
+
+def test_nothing_revives_a_retired_keyring(ready: Connection) -> None:
+    number, failure = broken(ready)
+    ready.execute("delete from rekey.secrets")
+    ready.execute("select rekey.retire_keyring('default')")
+    for statement in ("rollback_rotation(%(rotation)s)", "retry_rotation(%(rotation)s)"):
+        with refused("RK006"):
+            ready.execute(f"select rekey.{statement}".encode(), {"rotation": number})
+    with refused("RK006"):
+        ready.execute("select rekey.resolve_failure(%s, 'retry')", (failure,))
+    assert set(states(ready).values()) == {"decrypt_only"}
+
+
+def test_a_clock_that_was_wrong_stops_nothing(ready: Connection) -> None:
+    model = fill(ready, 5)
+    number = rotate(ready)
+    ready.execute("select rekey.set_setting('max_rows_per_second', '1000')")
+    ready.execute("update rekey._worker set next_batch_at = now() + interval '60 days'")
+    ready.execute("update rekey.rotations set next_attempt_at = now() + interval '60 days'")
+    run(ready)
+    assert rotation(ready, number, "state") == "completed"
+    check(ready, model)
+
+
+def test_many_unreadable_rows_are_cleared_together(ready: Connection) -> None:
+    fill(ready, 3000)
+    ready.execute(
+        "update rekey.secrets set ciphertext = set_byte(ciphertext, 40, get_byte(ciphertext, 40) # 1)"
+    )
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state", "rows_failed") == ("completed_with_failures", 3000)
+    ready.execute("delete from rekey.secrets where right(name, 1) <> '1'")
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state", "rows_failed") == ("completed_with_failures", 300)
+    counted: LiteralString = "select count(*) from rekey.failure_status where resolution = 'cleared'"
+    assert value(ready, counted) == 2700
+
+
+def test_whatever_the_default_isolation(ready: Connection, db: str) -> None:
+    """A role or database may have another default: the procedures that commit set their own."""
+    model = fill(ready, 3)
+    number = rotate(ready)
+    ready.execute("set default_transaction_isolation = 'repeatable read'")
+    ready.execute("call rekey.tick()")
+    assert rotation(ready, number, "state") == "completed"
+    assert value(ready, "select last_error is null and last_tick_at is not null from rekey.worker_status")
+    ready.execute("reset default_transaction_isolation")
     check(ready, model)
 
 

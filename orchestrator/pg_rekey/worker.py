@@ -28,6 +28,7 @@ def connect() -> db.Connection:
     try:
         # Opening every row of a large table is one statement.
         connection.execute("set statement_timeout = 0")
+        connection.execute("set default_transaction_isolation = 'read committed'")
         if db.in_environment():
             db.unlock(connection, scope="session")
     except BaseException:
@@ -74,8 +75,9 @@ class Worker:
                         connected = True
                         log("connected", database=connection.info.dbname)
                         self._work(connection)
-                except (psycopg.OperationalError, Problem) as error:
-                    if not self._forever or (not connected and isinstance(error, Problem)):
+                except (psycopg.Error, Problem) as error:
+                    # A worker that once worked outlives a KEK rotation, a failover, whatever comes.
+                    if not self._forever or not (connected or isinstance(error, psycopg.OperationalError)):
                         raise
                     log("error", error=_one_line(error), retry_in=self._pause)
                     self._stop.wait(self._pause)

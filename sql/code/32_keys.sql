@@ -44,6 +44,7 @@ create or replace function rekey._deks(keyrings integer[], versions integer[], s
 returns table (keyring_id integer, version integer, key bytea, problem text)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set work_mem = '64MB'  -- keys that do not fit go to a temporary file
 as $$
 declare
   v_wrapping bytea;

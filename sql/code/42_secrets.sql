@@ -104,12 +104,13 @@ create or replace function rekey.read_secrets(
 ) returns table (name text, value text)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
+set work_mem = '2000000kB'  -- values that do not fit go to a temporary file
 as $$
 declare
   v_unreadable text;
 begin
   perform rekey._check_tenant(tenant_id);
-  -- No ORDER BY: a sort could write values to a temporary file.
+  -- No ORDER BY, for the same reason.
   for name, value in
     select o.name, convert_from(o.plaintext, 'UTF8')
     from (

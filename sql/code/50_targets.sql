@@ -17,6 +17,7 @@ comment on function rekey._targets is
 create or replace function rekey._reencrypt(ciphertexts bytea[], contexts bytea[], out resealed bytea[], out problems text[])
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set work_mem = '64MB'  -- as rekey._deks()
 as $$
 declare
   v_keyrings integer[];
@@ -73,6 +74,7 @@ comment on function rekey._reencrypt is
 create or replace function rekey._check(ciphertexts bytea[], contexts bytea[]) returns text[]
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
+set work_mem = '64MB'  -- as rekey._deks()
 as $$
 declare
   v_keyrings integer[];
@@ -182,7 +184,7 @@ language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_blocks bigint := pg_relation_size('rekey.secrets') / current_setting('block_size')::integer;
+  v_blocks bigint;
   v_first bigint := 0;
   v_step bigint := 256;
 begin
@@ -194,6 +196,8 @@ begin
       group by s.keyring_id, s.key_version;
     return;
   end if;
+  perform from rekey.secrets where false;  -- its lock keeps the table from being rewritten after it was measured
+  v_blocks := pg_relation_size('rekey.secrets') / current_setting('block_size')::integer;
   -- The few rows of small keyrings are found by the index, all at once; many are read 2 MB at a time.
   if keyrings is not null and (select count(*) from (select from rekey.secrets s where s.keyring_id = any (keyrings) limit 5000) few) < 5000 then
     v_step := v_blocks;

@@ -67,6 +67,7 @@ begin
   perform rekey._lock_kek();
   perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for no key update;
   if supersede then
+    perform from rekey.rotations r where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) order by r.id for no key update;
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
     where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state);
@@ -207,7 +208,7 @@ $$;
 comment on function rekey.resume_rotation is 'Lets a paused rotation go on. RK006: it is not paused; RK007: no such rotation.';
 grant execute on function rekey.resume_rotation to rekey_admin;
 
-create or replace function rekey._refuse_older(rotation rekey.rotations) returns void
+create or replace function rekey._refuse_over(rotation rekey.rotations) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -216,9 +217,12 @@ begin
     raise exception 'rotation % is not the last one of its keyring', rotation.id using errcode = 'RK006',
       hint = 'A later one takes its rows along.';
   end if;
+  if exists (select from rekey.keyrings k where k.id = rotation.keyring_id and k.retired_at is not null) then
+    raise exception 'the keyring of rotation % is retired', rotation.id using errcode = 'RK006';
+  end if;
 end
 $$;
-comment on function rekey._refuse_older is 'RK006 where the keyring has a later rotation.';
+comment on function rekey._refuse_over is 'RK006 where nothing comes of a rotation any more: the keyring has a later one, or is retired.';
 
 create or replace function rekey.retry_rotation(id bigint) returns void
 language plpgsql security definer
@@ -231,7 +235,7 @@ begin
   if (v_found.rotation).state not in ('failed', 'completed_with_failures') then
     raise exception 'rotation % is %: there is nothing to retry', id, (v_found.rotation).state using errcode = 'RK006';
   end if;
-  perform rekey._refuse_older(v_found.rotation);
+  perform rekey._refuse_over(v_found.rotation);
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
@@ -255,7 +259,7 @@ declare
   v_new bigint;
 begin
   select * into v_found from rekey._rotation(id);
-  perform rekey._refuse_older(v_found.rotation);
+  perform rekey._refuse_over(v_found.rotation);
   if (v_found.rotation).previous_version is null or (v_found.rotation).trigger = 'compromise'
      or (v_found.rotation).state in ('rolled_back', 'superseded') then
     raise exception 'rotation % cannot be rolled back: % after %', id, (v_found.rotation).state, (v_found.rotation).trigger
@@ -314,8 +318,17 @@ begin
   end if;
   perform rekey._move_key(v_key, 'compromised', 'key.compromised', reason);
   if v_rotation is null then
-    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
-    if v_rotation is null and v_keyring.retired_at is null then
+    -- One that is under way takes the rows along, and does not wait any longer, whatever it was.
+    update rekey.rotations r
+    set trigger = 'compromise', attempts = 0, next_attempt_at = null,
+        state = case when r.state in ('paused', 'failed') then 'queued' else r.state end
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state)
+    returning r.id into v_rotation;
+    update rekey._chunks c set urgent = true where c.pass_id = (select r.pass_id from rekey.rotations r where r.id = v_rotation);
+    if v_rotation is not null then
+      perform rekey._audit('rotation.resumed', keyring, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
+        jsonb_build_object('trigger', 'compromise', 'reason', reason));
+    elsif v_keyring.retired_at is null then
       v_rotation := rekey._queue_sweep(v_keyring.id, 'compromise', reason);
       perform rekey._audit('rotation.requested', keyring, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
         jsonb_build_object('trigger', 'compromise', 'reason', reason));
@@ -385,7 +398,7 @@ begin
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
   if action = 'retry' and not exists (
        select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
-    perform rekey._refuse_older(v_found.rotation);
+    perform rekey._refuse_over(v_found.rotation);
     update rekey.rotations r
     set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
     where r.id = v_failure.rotation_id;

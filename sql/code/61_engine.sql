@@ -24,6 +24,11 @@ begin atomic
 end;
 comment on function rekey._lock_holders is 'Who still writes with these versions. since: what counts as the beginning of a transaction whose own is hidden from us.';
 
+create or replace function rekey._is_due(next_attempt_at timestamptz) returns boolean
+language sql volatile
+return next_attempt_at is null or not next_attempt_at between clock_timestamp() and clock_timestamp() + interval '10 minutes';
+comment on function rekey._is_due is 'Whether a pause is over. None is as long as 10 minutes: a time beyond that was noted by a clock that was wrong.';
+
 create or replace function rekey._barrier(keyring_id integer, versions integer[]) returns boolean
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -128,7 +133,7 @@ begin
   select array_agg(r.id), array_agg(r.keyring_id), bool_or(r.trigger = 'compromise') into v_ids, v_keyrings, v_urgent
   from (select * from rekey.rotations r
         where r.state in ('queued', 'running') and r.pass_id is null
-          and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp()
+          and rekey._is_due(r.next_attempt_at)
         order by r.id for update skip locked) r;
   if v_ids is null then
     return;
@@ -143,19 +148,19 @@ begin
       join due d on d.keyring_id = c.keyring_id and d.to_version <> c.version
       group by c.target, c.relation, c.keyring_id
     ), sizes as (
-      select t.target, t.relation, t.indexed, pg_relation_size(t.relation) / current_setting('block_size')::integer as blocks,
-        sum(c.rows) as rows
+      select t.target, t.relation, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few
       from counted c
-      join rekey._targets() t on t.relation = c.relation and t.target = c.target
-      group by t.target, t.relation, t.indexed
+      join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
+        on t.relation = c.relation and t.target = c.target
+      group by t.target, t.relation, t.blocks, t.indexed
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, target, relation, first, until_block, batch_blocks)
       select v_pass, v_urgent, s.target, s.relation, format('(%s,0)', f.first)::tid,
-        case when s.indexed and s.rows < s.blocks then s.blocks else least(f.first + 4096, s.blocks) end,
+        case when s.few then s.blocks else least(f.first + 4096, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
-        case when s.indexed and s.rows < s.blocks then s.blocks else 64 end
+        case when s.few then s.blocks else 64 end
       from sizes s
-      cross join lateral generate_series(0, case when s.indexed and s.rows < s.blocks then 0 else s.blocks - 1 end, 4096) as f(first)
+      cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, 4096) as f(first)
     )
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
@@ -203,7 +208,7 @@ declare
 begin
   select c.* into v_chunk from rekey._chunks c
   where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
-                  and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp())
+                  and rekey._is_due(r.next_attempt_at))
   order by c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
@@ -213,10 +218,11 @@ begin
   if v_settings.max_rows_per_second is not null then
     -- All workers share the throttle, one batch after the other.
     select w.next_batch_at into v_next_batch from rekey._worker w for update;
-    if v_next_batch > clock_timestamp() then
+    -- (A time further ahead was noted by a clock that was wrong.)
+    if v_next_batch between clock_timestamp() and clock_timestamp() + interval '1 minute' then
       event := 'waiting';
       keyring_count := 0;
-      wait := v_next_batch - clock_timestamp();
+      wait := least(v_next_batch - clock_timestamp(), interval '1 second');
       return;
     end if;
     v_max_rows := least(v_max_rows, greatest(v_settings.max_rows_per_second / 5, 1));
@@ -225,7 +231,7 @@ begin
   select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id)
   into v_ids, v_keyrings, v_versions
   from rekey.rotations r
-  where r.pass_id = v_chunk.pass_id and r.state = 'running' and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp();
+  where r.pass_id = v_chunk.pass_id and r.state = 'running' and rekey._is_due(r.next_attempt_at);
   select t.function_name into v_function from rekey._targets() t where t.target = v_chunk.target and t.relation = v_chunk.relation;
   v_first_block := split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint;
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
@@ -303,7 +309,7 @@ declare
 begin
   select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
   from rekey.rotations r
-  where r.state = 'verifying' and r.barrier_at is not null and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp();
+  where r.state = 'verifying' and r.barrier_at is not null and rekey._is_due(r.next_attempt_at);
   if v_ids is null then
     return;
   end if;
@@ -340,11 +346,17 @@ begin
         perform rekey._quarantine(v_failure.target, v_failure.relation::regclass,
           array_fill(v_found.keyring_id, array[cardinality(v_failure.row_keys)]), v_failure.versions, v_failure.row_keys, v_failure.problems);
       end loop;
+      with failing as materialized (
+        select f.target, k.row_key
+        from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
+        cross join lateral unnest(f.keys) as k(row_key)
+      ), closed as (
+        select q.id from rekey.rotation_failures q
+        left join failing f on f.target = q.target and f.row_key = q.row_key
+        where q.keyring_id = v_found.keyring_id and q.resolved_at is null and f.row_key is null
+      )
       update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
-      where q.keyring_id = v_found.keyring_id and q.resolved_at is null
-        and not exists (
-          select from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
-          where f.target = q.target and q.row_key = any (f.keys));
+      from closed c where c.id = q.id;
       select count(*) into v_failed from rekey.rotation_failures q where q.rotation_id = v_found.id and q.resolved_at is null;
       if v_found.behind > 0 then
         update rekey.rotations r
@@ -398,6 +410,9 @@ begin
     where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
     for update skip locked);
 
+  perform from rekey.rotations r
+  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)
+  order by r.id for no key update;
   update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null
   where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id);
   get diagnostics keyring_count = row_count;
@@ -409,7 +424,7 @@ begin
   keyring_count := 0;
   for v_rotation in
     select r.id, r.keyring_id, r.from_versions from rekey.rotations r
-    where r.state = 'verifying' and r.barrier_at is null and coalesce(r.next_attempt_at, '-infinity') <= clock_timestamp()
+    where r.state = 'verifying' and r.barrier_at is null and rekey._is_due(r.next_attempt_at)
     order by r.id limit 500 for no key update skip locked
   loop
     if rekey._barrier(v_rotation.keyring_id, v_rotation.from_versions) then
@@ -443,6 +458,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_next timestamptz;
+  v_blocked jsonb;
 begin
   perform rekey._refuse_snapshot();
   keyring_count := 0;
@@ -453,20 +469,36 @@ begin
   end if;
   perform from rekey._kek();
 
-  select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
-  if event is null and pg_try_advisory_xact_lock(0, 1) then
+  -- What was just asked for, or only waits, comes before the batches: a compromised key does not wait for a long sweep.
+  if exists (
+       select from rekey.rotations r
+       where rekey._is_due(r.next_attempt_at) and (
+         r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null
+         or r.state = 'running' and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)))
+     and pg_try_advisory_xact_lock(0, 1) then
     select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
+    if event = 'blocked' then
+      v_blocked := detail;
+      event := null;
+    end if;
   end if;
-  if event is null and pg_try_advisory_xact_lock(0, 2) then
+  if event is null and exists (select from rekey.rotations r where r.state = 'verifying' and r.barrier_at is not null)
+     and pg_try_advisory_xact_lock(0, 2) then
     select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
+  end if;
+  if event is null then
+    select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+  end if;
+  if event is null and v_blocked is not null then
+    event := 'blocked';
+    detail := v_blocked;
+    wait := interval '500 milliseconds';
   end if;
   if event is null then
     -- Something is under way, and nothing to be done now: another worker has it in hand, or its time has not come.
     event := 'waiting';
     select min(r.next_attempt_at) into v_next from rekey.rotations r where r.state in ('queued', 'running', 'verifying');
     wait := greatest(interval '50 milliseconds', least(coalesce(v_next - clock_timestamp(), interval '50 milliseconds'), interval '1 second'));
-  elsif event = 'blocked' then
-    wait := interval '500 milliseconds';
   end if;
   keyring_count := coalesce(keyring_count, 0);
   rows := coalesce(rows, 0);
@@ -475,6 +507,13 @@ exception when sqlstate 'RK001' or sqlstate 'RK002' then
   keyring_count := 0;
   rows := 0;
   wait := interval '10 seconds';
+  detail := jsonb_build_object('error', sqlerrm, 'sqlstate', sqlstate);
+when deadlock_detected or serialization_failure or lock_not_available or query_canceled then
+  -- Outside the batches, whose errors are the rotation's: nothing was done, and the next step does it.
+  event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+  keyring_count := 0;
+  rows := 0;
+  wait := interval '1 second';
   detail := jsonb_build_object('error', sqlerrm, 'sqlstate', sqlstate);
 end
 $$;
@@ -493,6 +532,8 @@ begin
     raise exception 'max_duration is an interval' using errcode = 'invalid_parameter_value';
   end if;
   loop
+    commit;
+    set transaction isolation level read committed;  -- whatever the default of the role or database
     select s.event, s.wait into v_step from rekey.rotation_step() s;
     commit;
     exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])

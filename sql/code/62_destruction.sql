@@ -50,7 +50,7 @@ begin
 end
 $$;
 comment on function rekey.schedule_key_destruction is
-  'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, and can be cancelled. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
+  'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, and can be cancelled. What rekey.encrypt() made, and an application keeps in a table of its own, is not counted. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
 grant execute on function rekey.schedule_key_destruction to rekey_admin;
 
 create or replace function rekey.cancel_key_destruction(keyring text, version integer) returns void
@@ -79,16 +79,22 @@ declare
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
   v_postponed text;
+  -- After a jump of the clock, what is due within the day may only seem so too.
+  v_until timestamptz := now() + case when clock_jumped then interval '1 day' else interval '0' end;
   v_events jsonb := '[]'::jsonb;
 begin
+  if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled' and k.destroy_after <= v_until) then
+    return;
+  end if;
+  perform rekey._lock_kek();  -- first, as everywhere: a KEK rotation holds every key
   for v_due in
     select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
-    where k.state = 'destroy_scheduled' and k.destroy_after <= now()
+    where k.state = 'destroy_scheduled' and k.destroy_after <= v_until
     order by k.keyring_id, k.version
   loop
     v_keyring := rekey._keyring(v_due.name, lock => true);
     v_key := rekey._key(v_keyring.id, v_due.version);
-    continue when v_key.state <> 'destroy_scheduled' or v_key.destroy_after > now();
+    continue when v_key.state <> 'destroy_scheduled' or v_key.destroy_after > v_until;
     v_postponed := case when clock_jumped then 'more than a day since the last tick: the clock may be wrong' end;
     if v_postponed is null then
       begin

@@ -63,7 +63,7 @@ create or replace view rekey.worker_status as
 select w.last_tick_at, w.last_tick_seconds, w.locked_since, w.last_error, w.last_census_at
 from rekey._worker w;
 comment on view rekey.worker_status is 'When the unattended work last ran, how many seconds it took, since when it lacks the KEK, what failed in it, and when rows were last counted.';
-comment on column rekey.worker_status.last_tick_at is 'When the last tick began.';
+comment on column rekey.worker_status.last_tick_at is 'When the last tick ended.';
 comment on column rekey.worker_status.last_tick_seconds is 'How long it took.';
 comment on column rekey.worker_status.locked_since is 'Since when work waits for the KEK; NULL: it does not.';
 comment on column rekey.worker_status.last_error is 'What failed in the last tick; NULL: nothing.';
@@ -99,25 +99,26 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_keyrings integer[];
   v_stale record;
   v_id bigint;
   v_events jsonb := '[]'::jsonb;
 begin
   perform rekey._refuse_snapshot();
+  select array_agg(distinct c.keyring_id) into v_keyrings
+  from rekey._count(null, false) c
+  join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
+  where k.state <> 'active'
+    and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
   for v_stale in
-    select c.keyring_id, r.name, sum(c.rows) as rows, a.version
-    from rekey._count(null, false) c
+    -- Rows that do not open are known, from the quarantine.
+    select c.keyring_id, r.name, sum(c.rows - c.failed) as rows, a.version
+    from rekey._count(coalesce(v_keyrings, '{}'), true) c
     join rekey.keyrings r on r.id = c.keyring_id
-    join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
-    join rekey.keks e on e.id = k.kek_id
     join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
-    where k.state in ('decrypt_only', 'compromised', 'destroy_scheduled') and e.state <> 'lost'
-      and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state))
+    where c.version <> a.version
     group by c.keyring_id, r.name, a.version
-    -- Rows that were given up stay where they are.
-    having sum(c.rows) > (select count(distinct (f.target, f.row_key)) from rekey.rotation_failures f
-                          where f.keyring_id = c.keyring_id and f.version <> a.version
-                            and (f.resolved_at is null or f.resolution = 'discard'))
+    having sum(c.rows - c.failed) > 0
     order by c.keyring_id
   loop
     perform rekey._keyring(v_stale.name, lock => true);
@@ -151,11 +152,11 @@ begin
       when 'schedules' then perform rekey._rotate_due();
       when 'destructions' then perform rekey._destroy_due(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
       when 'census' then
-        if coalesce(now() - v_worker.last_census_at > interval '1 day', true) then
+        if coalesce(v_worker.last_census_at not between now() - interval '1 day' and now(), true) then
           perform rekey._census();
         end if;
       when 'end' then
-        update rekey._worker w set last_tick_at = begun, last_tick_seconds = extract(epoch from clock_timestamp() - begun),
+        update rekey._worker w set last_tick_at = clock_timestamp(), last_tick_seconds = extract(epoch from clock_timestamp() - begun),
           last_error = case when w.last_error_at >= begun then w.last_error end;
     end case;
     if duty = 'schedules' and (v_worker.locked_since is not null
@@ -168,6 +169,10 @@ begin
       -- Noted once: whoever has the KEK, the orchestrator's worker for one, will do it.
       if v_worker.locked_since is null then
         update rekey._worker w set locked_since = now();
+      end if;
+      -- Once a day at most, also where pg_cron has no KEK and a worker beside it has.
+      if coalesce(v_worker.locked_noted_at not between now() - interval '1 day' and now(), true) then
+        update rekey._worker w set locked_noted_at = now();
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
     when others then
@@ -203,17 +208,18 @@ language plpgsql
 as $$
 declare
   v_begun timestamptz := pg_catalog.clock_timestamp();
+  v_duty text;
 begin
-  perform rekey._tick_duty('schedules', v_begun);
-  commit;
-  perform rekey._tick_duty('destructions', v_begun);
-  commit;
-  perform rekey._tick_duty('census', v_begun);
-  commit;
-  call rekey.run_rotations('50 s');
-  perform rekey._prune_run_details();
-  commit;
-  perform rekey._tick_duty('end', v_begun);
+  foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end'] loop
+    commit;
+    set transaction isolation level read committed;  -- whatever the default of the role or database
+    if v_duty operator(pg_catalog.=) 'rotations' then
+      call rekey.run_rotations('50 s');
+      perform rekey._prune_run_details();
+    else
+      perform rekey._tick_duty(v_duty, v_begun);
+    end if;
+  end loop;
 end
 $$;
 comment on procedure rekey.tick is

@@ -36,6 +36,7 @@ create table rekey._worker (
   last_tick_seconds double precision,
   last_census_at timestamptz,
   locked_since timestamptz,
+  locked_noted_at timestamptz,
   last_error text,
   last_error_at timestamptz,
   next_batch_at timestamptz
