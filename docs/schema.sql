@@ -4380,6 +4380,7 @@ declare
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
   v_rotation bigint;
+  v_event text;
 begin
   if exists (select from rekey.keyrings k join rekey.encryption_keys e on e.keyring_id = k.id
              where k.name = keyring and e.version = mark_key_compromised.version and e.state = 'active') then
@@ -4393,24 +4394,28 @@ begin
   if v_key.state = 'active' then
     select r into v_rotation from rekey._rotate(array[v_keyring.id], 'compromise', reason, true) r;
     v_key := rekey._key(v_keyring.id, version);
-  end if;
-  perform rekey._move_key(v_key, 'compromised', 'key.compromised', reason);
-  if v_rotation is null then
+  else
     -- One that is under way takes the rows along, and does not wait any longer, whatever it was.
     update rekey.rotations r
     set trigger = 'compromise', attempts = 0, next_attempt_at = null,
         state = case when r.state in ('paused', 'failed') then 'queued' else r.state end
     where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state)
     returning r.id into v_rotation;
-    update rekey._chunks c set urgent = true where c.pass_id = (select r.pass_id from rekey.rotations r where r.id = v_rotation);
-    if v_rotation is not null then
-      perform rekey._audit('rotation.resumed', keyring, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
-        jsonb_build_object('trigger', 'compromise', 'reason', reason));
-    elsif v_keyring.retired_at is null then
+    v_event := 'rotation.resumed';
+    if not found and v_keyring.retired_at is null then
       v_rotation := rekey._queue_sweep(v_keyring.id, 'compromise', reason);
-      perform rekey._audit('rotation.requested', keyring, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
-        jsonb_build_object('trigger', 'compromise', 'reason', reason));
+      v_event := 'rotation.requested';
     end if;
+    update rekey._chunks c set urgent = true
+    where c.id in (
+      select d.id from rekey._chunks d
+      where d.pass_id = (select r.pass_id from rekey.rotations r where r.id = v_rotation)
+      for update skip locked);  -- whoever has one in hand waits for the rotation's row
+  end if;
+  perform rekey._move_key(v_key, 'compromised', 'key.compromised', reason);
+  if v_event is not null and v_rotation is not null then
+    perform rekey._audit(v_event, keyring, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
+      jsonb_build_object('trigger', 'compromise', 'reason', reason));
   end if;
   return query select s.* from rekey.rotation_status s where s.id = v_rotation;
 end

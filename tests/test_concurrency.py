@@ -497,7 +497,7 @@ def test_a_worker_that_hangs_does_not_stop_the_others(
     check(ready, model)
 
 
-@pytest.mark.parametrize("action", ["pause", "supersede", "rollback"])
+@pytest.mark.parametrize("action", ["pause", "supersede", "rollback", "compromise"])
 def test_an_order_while_a_batch_is_in_hand(
     ready: Connection, session: Callable[[], Connection], action: str
 ) -> None:
@@ -516,6 +516,8 @@ def test_an_order_while_a_batch_is_in_hand(
                 ready.execute("select rekey.pause_rotation(%s)", (number,))
             elif action == "supersede":
                 rotate(ready, supersede=True)
+            elif action == "compromise":
+                ready.execute("select rekey.mark_key_compromised('default', 1)")
             else:
                 ready.execute("select rekey.rollback_rotation(%s)", (number,))
         running.result(30)
@@ -523,7 +525,7 @@ def test_an_order_while_a_batch_is_in_hand(
         assert rotation(ready, number, "state") == "paused"
         ready.execute("select rekey.resume_rotation(%s)", (number,))
     run(ready)
-    assert on_versions(ready) == {{"pause": 2, "supersede": 3, "rollback": 1}[action]: 600}
+    assert on_versions(ready) == {{"pause": 2, "supersede": 3, "rollback": 1, "compromise": 2}[action]: 600}
     check(ready, model)
 
 
