@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from cli_fixtures import Cli
-from helpers import Connection, connect, value
+from helpers import Connection, connect, unlock, value
 from pg_rekey import worker
 from pg_rekey.cli import rotate
 from pg_rekey.cli.rotate import describe
@@ -234,6 +234,29 @@ def test_work_forever_outlives_its_connection(cli_ready: Cli, ready: Connection)
     events = [json.loads(line)["event"] for line in out.splitlines()]
     assert running.returncode == 0
     assert events == ["connected", "error", "connected", "stopped"]
+
+
+def test_work_forever_outlives_a_rotation_of_the_kek(
+    cli_ready: Cli, ready: Connection, kek: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits until somebody gives it the new one."""
+    file, new = tmp_path / "kek", bytes(range(32))
+    file.write_text(kek.hex())
+    monkeypatch.delenv("PG_REKEY_KEK")
+    monkeypatch.setenv("PG_REKEY_KEK_FILE", str(file))
+    with process("work", "--forever") as running:
+        eventually(lambda: value(ready, "select last_tick_at is not null from rekey.worker_status"))
+        unlock(ready, kek, new)
+        ready.execute("select rekey.rotate_kek()")
+        ready.execute("select rekey.rotate_keys()")
+        eventually(lambda: value(ready, "select locked_since is not null from rekey.worker_status"))
+        file.write_text(new.hex())
+        eventually(lambda: states(ready) == ["completed"])
+        running.send_signal(signal.SIGTERM)
+        out, _ = running.communicate(timeout=20)
+    assert running.returncode == 0
+    events = [json.loads(line)["event"] for line in out.splitlines()]
+    assert {"locked", "error", "completed"} < set(events)
 
 
 def test_work_forever_says_at_once_that_the_kek_is_wrong(
