@@ -169,6 +169,16 @@ def test_without_the_kek_it_is_noted_once(ready: Connection, db: str) -> None:
     check(ready, model)
 
 
+def test_a_census_that_finds_nothing_needs_no_kek(ready: Connection, db: str) -> None:
+    fill(ready, 3)
+    with connect(db) as stranger:
+        stranger.execute(TICK)
+    done: LiteralString = (
+        "select last_census_at is not null and locked_since is null from rekey.worker_status"
+    )
+    assert value(ready, done)
+
+
 def test_nothing_due_touches_nothing(ready: Connection) -> None:
     fill(ready, 3)
     ready.execute("select rekey.set_schedule('default', '1 day')")

@@ -3570,10 +3570,14 @@ begin
   join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
   where k.state <> 'active'
     and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
+  if v_keyrings is null then
+    update rekey._worker w set last_census_at = now();
+    return;  -- and the KEK was not needed
+  end if;
   for v_stale in
     -- Rows that do not open are known, from the quarantine.
     select c.keyring_id, r.name, sum(c.rows - c.failed) as rows, a.version
-    from rekey._count(coalesce(v_keyrings, '{}'), true) c
+    from rekey._count(v_keyrings, true) c
     join rekey.keyrings r on r.id = c.keyring_id
     join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
     where c.version <> a.version
