@@ -430,7 +430,7 @@ begin
     v_entries[v_place] := v_entry;
   end loop;
   insert into rekey.audit_log select e.* from unnest(v_entries) e;
-  update rekey._audit_head set id = v_entry.id, hash = v_entry.hash;
+  update rekey._audit_head set id = v_entry.id, hash = v_entry.hash where singleton;
 end
 $$;
 
@@ -642,8 +642,11 @@ begin
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
-  return query execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count')
-    using keyrings, opening;
+  for keyring_id, version, rows, failed, failed_keys, failed_problems in
+    execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using keyrings, opening
+  loop
+    return next;
+  end loop;
 end
 $_$;
 
@@ -761,7 +764,7 @@ begin
   where k.state <> 'active'
     and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
   if v_keyrings is null then
-    update rekey._worker w set last_census_at = now();
+    update rekey._worker w set last_census_at = now() where w.singleton;
     return;  -- and the KEK was not needed
   end if;
   for v_stale in
@@ -781,7 +784,7 @@ begin
     v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
       'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
   end loop;
-  update rekey._worker w set last_census_at = now();
+  update rekey._worker w set last_census_at = now() where w.singleton;
   perform rekey._audit_all(v_events);
 end
 $$;
@@ -1704,6 +1707,25 @@ ALTER FUNCTION rekey._keyring(name text, lock boolean) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._keyring(name text, lock boolean) IS 'The keyring of that name, its row locked if asked for. RK007: there is none.';
+
+
+--
+-- Name: _keyring_name(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._keyring_name(id integer) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    RETURN (SELECT k.name FROM rekey.keyrings k WHERE (k.id = _keyring_name.id));
+
+
+ALTER FUNCTION rekey._keyring_name(id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _keyring_name(id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._keyring_name(id integer) IS 'The name of a keyring.';
 
 
 --
@@ -2868,32 +2890,33 @@ COMMENT ON FUNCTION rekey._rotate_due() IS 'Begins the rotations whose time has 
 -- Name: _rotation(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text) RETURNS record
+CREATE FUNCTION rekey._rotation(id bigint) RETURNS rekey.rotations
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_keyring_id integer;
+  v_rotation rekey.rotations;
 begin
-  select r.keyring_id into v_keyring_id from rekey.rotations r where r.id = _rotation.id;
+  select * into v_rotation from rekey.rotations r where r.id = _rotation.id;
   if not found then
     raise exception 'no such rotation: %', coalesce(id::text, 'NULL') using errcode = 'RK007',
       hint = 'See rekey.rotation_status.';
   end if;
   -- The keyring first, as everywhere.
-  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for no key update;
-  select * into rotation from rekey.rotations r where r.id = _rotation.id for update;
+  perform from rekey.keyrings k where k.id = v_rotation.keyring_id for no key update;
+  select * into v_rotation from rekey.rotations r where r.id = _rotation.id for update;
+  return v_rotation;
 end
 $$;
 
 
-ALTER FUNCTION rekey._rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._rotation(id bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _rotation(id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text) IS 'A rotation and the name of its keyring, the rows of both locked. RK007: there is none.';
+COMMENT ON FUNCTION rekey._rotation(id bigint) IS 'A rotation, its row and that of its keyring locked. RK007: there is none.';
 
 
 --
@@ -3078,9 +3101,9 @@ begin
   select to_jsonb(s) ->> _store_setting.name into v_old from rekey.settings s for update;
   begin
     if value is null then
-      execute format('update rekey.settings set %I = default', _store_setting.name);
+      execute format('update rekey.settings set %I = default where singleton', _store_setting.name);
     else
-      execute format('update rekey.settings set %I = $1::%s', _store_setting.name, v_type) using value;
+      execute format('update rekey.settings set %I = $1::%s where singleton', _store_setting.name, v_type) using value;
     end if;
   exception when check_violation or data_exception then
     raise exception 'setting % cannot be %', name, quote_literal(value) using errcode = 'invalid_parameter_value',
@@ -3169,7 +3192,8 @@ begin
       where r.id = any (v_ids) and r.keyring_id = d.keyring_id;
     end if;
     if v_settings.max_rows_per_second is not null then
-      update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second';
+      update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second'
+      where w.singleton;
     end if;
 
     if v_batch.next is null and v_until_block >= v_chunk.until_block then
@@ -3365,7 +3389,8 @@ begin
         end if;
       when 'end' then
         update rekey._worker w set last_tick_at = clock_timestamp(), last_tick_seconds = extract(epoch from clock_timestamp() - begun),
-          last_error = case when w.last_error_at >= begun then w.last_error end;
+          last_error = case when w.last_error_at >= begun then w.last_error end
+        where w.singleton;
     end case;
     if duty = 'schedules' and (v_worker.locked_since is not null
         or exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying'))) then
@@ -3376,15 +3401,16 @@ begin
     when sqlstate 'RK001' or sqlstate 'RK002' then
       -- Noted once: whoever has the KEK, the orchestrator's worker for one, will do it.
       if v_worker.locked_since is null then
-        update rekey._worker w set locked_since = now();
+        update rekey._worker w set locked_since = now() where w.singleton;
       end if;
       -- Once a day at most, also where pg_cron has no KEK and a worker beside it has.
       if coalesce(v_worker.locked_noted_at not between now() - interval '1 day' and now(), true) then
-        update rekey._worker w set locked_noted_at = now();
+        update rekey._worker w set locked_noted_at = now() where w.singleton;
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
     when others then
-      update rekey._worker w set last_error = format('%s: %s', duty, sqlerrm), last_error_at = clock_timestamp();
+      update rekey._worker w set last_error = format('%s: %s', duty, sqlerrm), last_error_at = clock_timestamp()
+      where w.singleton;
       if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) then
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
@@ -4777,15 +4803,15 @@ CREATE FUNCTION rekey.pause_rotation(id bigint) RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_found record;
+  v_rotation rekey.rotations;
 begin
-  select * into v_found from rekey._rotation(id);
-  if (v_found.rotation).state not in ('queued', 'running', 'verifying') then
-    raise exception 'rotation % is %: it cannot be paused', id, (v_found.rotation).state using errcode = 'RK006';
+  v_rotation := rekey._rotation(id);
+  if v_rotation.state not in ('queued', 'running', 'verifying') then
+    raise exception 'rotation % is %: it cannot be paused', id, v_rotation.state using errcode = 'RK006';
   end if;
   update rekey.rotations r set state = 'paused', pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
   where r.id = pause_rotation.id;
-  perform rekey._audit('rotation.paused', v_found.keyring, (v_found.rotation).to_version, id);
+  perform rekey._audit('rotation.paused', rekey._keyring_name(v_rotation.keyring_id), v_rotation.to_version, id);
 end
 $$;
 
@@ -4917,7 +4943,7 @@ CREATE FUNCTION rekey.resolve_failure(id bigint, action text, reason text DEFAUL
     AS $$
 declare
   v_failure rekey.rotation_failures;
-  v_found record;
+  v_rotation rekey.rotations;
 begin
   if action is null or action not in ('retry', 'discard') then
     raise exception 'action is retry or discard' using errcode = 'invalid_parameter_value';
@@ -4926,7 +4952,7 @@ begin
   if not found then
     raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.';
   end if;
-  select * into v_found from rekey._rotation(v_failure.rotation_id);
+  v_rotation := rekey._rotation(v_failure.rotation_id);
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
   where f.id = resolve_failure.id and f.resolved_at is null;
@@ -4936,12 +4962,12 @@ begin
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
   if action = 'retry' and not exists (
        select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
-    perform rekey._refuse_over(v_found.rotation);
+    perform rekey._refuse_over(v_rotation);
     update rekey.rotations r
     set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
     where r.id = v_failure.rotation_id;
   end if;
-  perform rekey._audit('rotation.failure_resolved', v_found.keyring, v_failure.version, v_failure.rotation_id,
+  perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_rotation.keyring_id), v_failure.version, v_failure.rotation_id,
     jsonb_build_object('target', v_failure.target, 'row', v_failure.row_key, 'action', action, 'reason', reason));
 end
 $$;
@@ -4965,14 +4991,14 @@ CREATE FUNCTION rekey.resume_rotation(id bigint) RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_found record;
+  v_rotation rekey.rotations;
 begin
-  select * into v_found from rekey._rotation(id);
-  if (v_found.rotation).state <> 'paused' then
-    raise exception 'rotation % is %, not paused', id, (v_found.rotation).state using errcode = 'RK006';
+  v_rotation := rekey._rotation(id);
+  if v_rotation.state <> 'paused' then
+    raise exception 'rotation % is %, not paused', id, v_rotation.state using errcode = 'RK006';
   end if;
   update rekey.rotations r set state = 'queued' where r.id = resume_rotation.id;
-  perform rekey._audit('rotation.resumed', v_found.keyring, (v_found.rotation).to_version, id);
+  perform rekey._audit('rotation.resumed', rekey._keyring_name(v_rotation.keyring_id), v_rotation.to_version, id);
 end
 $$;
 
@@ -5046,20 +5072,20 @@ CREATE FUNCTION rekey.retry_rotation(id bigint) RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_found record;
+  v_rotation rekey.rotations;
 begin
-  select * into v_found from rekey._rotation(id);
-  if (v_found.rotation).state not in ('failed', 'completed_with_failures') then
-    raise exception 'rotation % is %: there is nothing to retry', id, (v_found.rotation).state using errcode = 'RK006';
+  v_rotation := rekey._rotation(id);
+  if v_rotation.state not in ('failed', 'completed_with_failures') then
+    raise exception 'rotation % is %: there is nothing to retry', id, v_rotation.state using errcode = 'RK006';
   end if;
-  perform rekey._refuse_over(v_found.rotation);
+  perform rekey._refuse_over(v_rotation);
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
   update rekey.rotations r
   set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null
   where r.id = retry_rotation.id;
-  perform rekey._audit('rotation.retried', v_found.keyring, (v_found.rotation).to_version, id);
+  perform rekey._audit('rotation.retried', rekey._keyring_name(v_rotation.keyring_id), v_rotation.to_version, id);
 end
 $$;
 
@@ -5082,18 +5108,18 @@ CREATE FUNCTION rekey.rollback_rotation(id bigint, reason text DEFAULT NULL::tex
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_found record;
+  v_rotation rekey.rotations;
   v_old rekey.encryption_keys;
   v_new bigint;
 begin
-  select * into v_found from rekey._rotation(id);
-  perform rekey._refuse_over(v_found.rotation);
-  if (v_found.rotation).previous_version is null or (v_found.rotation).trigger = 'compromise'
-     or (v_found.rotation).state in ('rolled_back', 'superseded') then
-    raise exception 'rotation % cannot be rolled back: % after %', id, (v_found.rotation).state, (v_found.rotation).trigger
+  v_rotation := rekey._rotation(id);
+  perform rekey._refuse_over(v_rotation);
+  if v_rotation.previous_version is null or v_rotation.trigger = 'compromise'
+     or v_rotation.state in ('rolled_back', 'superseded') then
+    raise exception 'rotation % cannot be rolled back: % after %', id, v_rotation.state, v_rotation.trigger
       using errcode = 'RK006';
   end if;
-  v_old := rekey._key((v_found.rotation).keyring_id, (v_found.rotation).previous_version);
+  v_old := rekey._key(v_rotation.keyring_id, v_rotation.previous_version);
   if v_old.state <> 'decrypt_only' then
     raise exception 'version % is %: it cannot become active again', v_old.version, v_old.state using errcode = 'RK006';
   end if;
@@ -5109,11 +5135,11 @@ begin
   where r.id = rollback_rotation.id;
   v_new := rekey._queue_sweep(v_old.keyring_id, 'rollback', reason);
   perform rekey._audit_all(jsonb_build_array(
-    jsonb_build_object('event', 'rotation.rolled_back', 'keyring', v_found.keyring, 'version', (v_found.rotation).to_version,
+    jsonb_build_object('event', 'rotation.rolled_back', 'keyring', rekey._keyring_name(v_rotation.keyring_id), 'version', v_rotation.to_version,
       'rotation_id', id, 'details', jsonb_strip_nulls(jsonb_build_object('reason', reason))),
-    jsonb_build_object('event', 'key.deactivated', 'keyring', v_found.keyring, 'version', (v_found.rotation).to_version, 'rotation_id', v_new),
-    jsonb_build_object('event', 'key.activated', 'keyring', v_found.keyring, 'version', v_old.version, 'rotation_id', v_new),
-    jsonb_build_object('event', 'rotation.requested', 'keyring', v_found.keyring, 'version', v_old.version, 'rotation_id', v_new,
+    jsonb_build_object('event', 'key.deactivated', 'keyring', rekey._keyring_name(v_rotation.keyring_id), 'version', v_rotation.to_version, 'rotation_id', v_new),
+    jsonb_build_object('event', 'key.activated', 'keyring', rekey._keyring_name(v_rotation.keyring_id), 'version', v_old.version, 'rotation_id', v_new),
+    jsonb_build_object('event', 'rotation.requested', 'keyring', rekey._keyring_name(v_rotation.keyring_id), 'version', v_old.version, 'rotation_id', v_new,
       'details', jsonb_build_object('trigger', 'rollback', 'rolls_back', id))));
   return query select s.* from rekey.rotation_status s where s.id = v_new;
 end
@@ -5527,15 +5553,14 @@ begin
       set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
           description = coalesce(set_secret.description, s.description)
       where s.tenant_id = set_secret.tenant_id and s.id = v_id;
-      return v_id;
+      exit;
     end if;
     insert into rekey.secrets (tenant_id, id, name, keyring_id, ciphertext, description)
     values (set_secret.tenant_id, v_id, set_secret.name, v_keyring.id, v_envelope, set_secret.description)
     on conflict do nothing;
-    if found then
-      return v_id;
-    end if;
+    exit when found;
   end loop;
+  return v_id;
 end
 $$;
 
@@ -5663,8 +5688,9 @@ begin
   v_iv := rekey._random_bytes(16);
   v_aad := rekey._session_aad(left(scope, 1));
   v_sealed := rekey._aead_encrypt(v_seal, v_iv, kek, v_aad);
+  -- Not PERFORM, which auto_explain and pgaudit would print with its arguments.
   v_set := set_config('rekey.unlocked', left(scope, 1) || encode(v_iv || v_sealed, 'hex'), scope <> 'session');
-  return case when v_second = v_active then v_second else v_first end;
+  return case when v_second = v_active and v_set <> '' then v_second else v_first end;
 end
 $$;
 
@@ -5690,7 +5716,8 @@ declare
   v_kek bytea;
   v_fingerprint text;
 begin
-  select string_agg(k.kek, ''::bytea order by k.ctid) into v_kek from pg_temp.pg_rekey_kek k;
+  -- Dynamic, so that whoever checks all functions does not stumble over a table that is there only for the moment.
+  execute format('select string_agg(k.kek, ''''::bytea order by k.ctid) from pg_temp.%I k', 'pg_rekey_kek') into v_kek;
   v_fingerprint := rekey.unlock(v_kek, scope);
   return v_fingerprint;
 end
@@ -5845,6 +5872,7 @@ COMMENT ON FUNCTION rekey.verify_ciphertexts(keyring text) IS 'Checks that every
 
 CREATE FUNCTION rekey.version() RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
     RETURN '0.1.0'::text;
 
 
@@ -7224,6 +7252,13 @@ REVOKE ALL ON FUNCTION rekey._keyring(name text, lock boolean) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _keyring_name(id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._keyring_name(id integer) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _lock_active(keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7400,10 +7435,10 @@ REVOKE ALL ON FUNCTION rekey._rotate_due() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _rotation(id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._rotation(id bigint, OUT rotation rekey.rotations, OUT keyring text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._rotation(id bigint) FROM PUBLIC;
 
 
 --

@@ -1,5 +1,6 @@
 """The assembler: what it makes of the sources, and that what is committed is fresh."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -120,3 +121,11 @@ def test_every_table_is_dumped_with_the_extension(
     with connect(make_database()) as extended:
         extended.execute("create extension pg_rekey cascade")
         assert extended.execute(unnamed).fetchall() == []
+
+
+def test_every_update_and_delete_has_a_condition() -> None:
+    """Supabase loads pg_safeupdate for its API roles, which refuses those without, in functions too."""
+    code = re.sub(r"--.*", "", release.assemble("plain"))
+    statements = re.findall(r"\b(?:update|delete from) (?:rekey\.|cron\.)[^;]*", code)
+    assert len(statements) > 40
+    assert [text for text in statements if not re.search(r"\bwhere\b", text)] == []

@@ -66,7 +66,7 @@ begin
     v_entries[v_place] := v_entry;
   end loop;
   insert into rekey.audit_log select e.* from unnest(v_entries) e;
-  update rekey._audit_head set id = v_entry.id, hash = v_entry.hash;
+  update rekey._audit_head set id = v_entry.id, hash = v_entry.hash where singleton;
 end
 $$;
 comment on function rekey._audit_all is 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details.';

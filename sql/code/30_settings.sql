@@ -51,9 +51,9 @@ begin
   select to_jsonb(s) ->> _store_setting.name into v_old from rekey.settings s for update;
   begin
     if value is null then
-      execute format('update rekey.settings set %I = default', _store_setting.name);
+      execute format('update rekey.settings set %I = default where singleton', _store_setting.name);
     else
-      execute format('update rekey.settings set %I = $1::%s', _store_setting.name, v_type) using value;
+      execute format('update rekey.settings set %I = $1::%s where singleton', _store_setting.name, v_type) using value;
     end if;
   exception when check_violation or data_exception then
     raise exception 'setting % cannot be %', name, quote_literal(value) using errcode = 'invalid_parameter_value',

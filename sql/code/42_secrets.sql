@@ -46,15 +46,14 @@ begin
       set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
           description = coalesce(set_secret.description, s.description)
       where s.tenant_id = set_secret.tenant_id and s.id = v_id;
-      return v_id;
+      exit;
     end if;
     insert into rekey.secrets (tenant_id, id, name, keyring_id, ciphertext, description)
     values (set_secret.tenant_id, v_id, set_secret.name, v_keyring.id, v_envelope, set_secret.description)
     on conflict do nothing;
-    if found then
-      return v_id;
-    end if;
+    exit when found;
   end loop;
+  return v_id;
 end
 $$;
 comment on function rekey.set_secret is

@@ -262,8 +262,11 @@ begin
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
-  return query execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count')
-    using keyrings, opening;
+  for keyring_id, version, rows, failed, failed_keys, failed_problems in
+    execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using keyrings, opening
+  loop
+    return next;
+  end loop;
 end
 $$;
 comment on function rekey._call_count is 'Calls the count function of a target.';

@@ -151,39 +151,46 @@ comment on function rekey.rotate_keys is
   'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; those under way are returned as they are. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
 grant execute on function rekey.rotate_keys to rekey_admin;
 
-create or replace function rekey._rotation(id bigint, out rotation rekey.rotations, out keyring text)
+create or replace function rekey._rotation(id bigint) returns rekey.rotations
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_keyring_id integer;
+  v_rotation rekey.rotations;
 begin
-  select r.keyring_id into v_keyring_id from rekey.rotations r where r.id = _rotation.id;
+  select * into v_rotation from rekey.rotations r where r.id = _rotation.id;
   if not found then
     raise exception 'no such rotation: %', coalesce(id::text, 'NULL') using errcode = 'RK007',
       hint = 'See rekey.rotation_status.';
   end if;
   -- The keyring first, as everywhere.
-  select k.name into keyring from rekey.keyrings k where k.id = v_keyring_id for no key update;
-  select * into rotation from rekey.rotations r where r.id = _rotation.id for update;
+  perform from rekey.keyrings k where k.id = v_rotation.keyring_id for no key update;
+  select * into v_rotation from rekey.rotations r where r.id = _rotation.id for update;
+  return v_rotation;
 end
 $$;
-comment on function rekey._rotation is 'A rotation and the name of its keyring, the rows of both locked. RK007: there is none.';
+comment on function rekey._rotation is 'A rotation, its row and that of its keyring locked. RK007: there is none.';
+
+create or replace function rekey._keyring_name(id integer) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+return (select k.name from rekey.keyrings k where k.id = _keyring_name.id);
+comment on function rekey._keyring_name is 'The name of a keyring.';
 
 create or replace function rekey.pause_rotation(id bigint) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_found record;
+  v_rotation rekey.rotations;
 begin
-  select * into v_found from rekey._rotation(id);
-  if (v_found.rotation).state not in ('queued', 'running', 'verifying') then
-    raise exception 'rotation % is %: it cannot be paused', id, (v_found.rotation).state using errcode = 'RK006';
+  v_rotation := rekey._rotation(id);
+  if v_rotation.state not in ('queued', 'running', 'verifying') then
+    raise exception 'rotation % is %: it cannot be paused', id, v_rotation.state using errcode = 'RK006';
   end if;
   update rekey.rotations r set state = 'paused', pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
   where r.id = pause_rotation.id;
-  perform rekey._audit('rotation.paused', v_found.keyring, (v_found.rotation).to_version, id);
+  perform rekey._audit('rotation.paused', rekey._keyring_name(v_rotation.keyring_id), v_rotation.to_version, id);
 end
 $$;
 comment on function rekey.pause_rotation is
@@ -195,14 +202,14 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_found record;
+  v_rotation rekey.rotations;
 begin
-  select * into v_found from rekey._rotation(id);
-  if (v_found.rotation).state <> 'paused' then
-    raise exception 'rotation % is %, not paused', id, (v_found.rotation).state using errcode = 'RK006';
+  v_rotation := rekey._rotation(id);
+  if v_rotation.state <> 'paused' then
+    raise exception 'rotation % is %, not paused', id, v_rotation.state using errcode = 'RK006';
   end if;
   update rekey.rotations r set state = 'queued' where r.id = resume_rotation.id;
-  perform rekey._audit('rotation.resumed', v_found.keyring, (v_found.rotation).to_version, id);
+  perform rekey._audit('rotation.resumed', rekey._keyring_name(v_rotation.keyring_id), v_rotation.to_version, id);
 end
 $$;
 comment on function rekey.resume_rotation is 'Lets a paused rotation go on. RK006: it is not paused; RK007: no such rotation.';
@@ -229,20 +236,20 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_found record;
+  v_rotation rekey.rotations;
 begin
-  select * into v_found from rekey._rotation(id);
-  if (v_found.rotation).state not in ('failed', 'completed_with_failures') then
-    raise exception 'rotation % is %: there is nothing to retry', id, (v_found.rotation).state using errcode = 'RK006';
+  v_rotation := rekey._rotation(id);
+  if v_rotation.state not in ('failed', 'completed_with_failures') then
+    raise exception 'rotation % is %: there is nothing to retry', id, v_rotation.state using errcode = 'RK006';
   end if;
-  perform rekey._refuse_over(v_found.rotation);
+  perform rekey._refuse_over(v_rotation);
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
   update rekey.rotations r
   set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null
   where r.id = retry_rotation.id;
-  perform rekey._audit('rotation.retried', v_found.keyring, (v_found.rotation).to_version, id);
+  perform rekey._audit('rotation.retried', rekey._keyring_name(v_rotation.keyring_id), v_rotation.to_version, id);
 end
 $$;
 comment on function rekey.retry_rotation is
@@ -254,18 +261,18 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_found record;
+  v_rotation rekey.rotations;
   v_old rekey.encryption_keys;
   v_new bigint;
 begin
-  select * into v_found from rekey._rotation(id);
-  perform rekey._refuse_over(v_found.rotation);
-  if (v_found.rotation).previous_version is null or (v_found.rotation).trigger = 'compromise'
-     or (v_found.rotation).state in ('rolled_back', 'superseded') then
-    raise exception 'rotation % cannot be rolled back: % after %', id, (v_found.rotation).state, (v_found.rotation).trigger
+  v_rotation := rekey._rotation(id);
+  perform rekey._refuse_over(v_rotation);
+  if v_rotation.previous_version is null or v_rotation.trigger = 'compromise'
+     or v_rotation.state in ('rolled_back', 'superseded') then
+    raise exception 'rotation % cannot be rolled back: % after %', id, v_rotation.state, v_rotation.trigger
       using errcode = 'RK006';
   end if;
-  v_old := rekey._key((v_found.rotation).keyring_id, (v_found.rotation).previous_version);
+  v_old := rekey._key(v_rotation.keyring_id, v_rotation.previous_version);
   if v_old.state <> 'decrypt_only' then
     raise exception 'version % is %: it cannot become active again', v_old.version, v_old.state using errcode = 'RK006';
   end if;
@@ -281,11 +288,11 @@ begin
   where r.id = rollback_rotation.id;
   v_new := rekey._queue_sweep(v_old.keyring_id, 'rollback', reason);
   perform rekey._audit_all(jsonb_build_array(
-    jsonb_build_object('event', 'rotation.rolled_back', 'keyring', v_found.keyring, 'version', (v_found.rotation).to_version,
+    jsonb_build_object('event', 'rotation.rolled_back', 'keyring', rekey._keyring_name(v_rotation.keyring_id), 'version', v_rotation.to_version,
       'rotation_id', id, 'details', jsonb_strip_nulls(jsonb_build_object('reason', reason))),
-    jsonb_build_object('event', 'key.deactivated', 'keyring', v_found.keyring, 'version', (v_found.rotation).to_version, 'rotation_id', v_new),
-    jsonb_build_object('event', 'key.activated', 'keyring', v_found.keyring, 'version', v_old.version, 'rotation_id', v_new),
-    jsonb_build_object('event', 'rotation.requested', 'keyring', v_found.keyring, 'version', v_old.version, 'rotation_id', v_new,
+    jsonb_build_object('event', 'key.deactivated', 'keyring', rekey._keyring_name(v_rotation.keyring_id), 'version', v_rotation.to_version, 'rotation_id', v_new),
+    jsonb_build_object('event', 'key.activated', 'keyring', rekey._keyring_name(v_rotation.keyring_id), 'version', v_old.version, 'rotation_id', v_new),
+    jsonb_build_object('event', 'rotation.requested', 'keyring', rekey._keyring_name(v_rotation.keyring_id), 'version', v_old.version, 'rotation_id', v_new,
       'details', jsonb_build_object('trigger', 'rollback', 'rolls_back', id))));
   return query select s.* from rekey.rotation_status s where s.id = v_new;
 end
@@ -384,7 +391,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_failure rekey.rotation_failures;
-  v_found record;
+  v_rotation rekey.rotations;
 begin
   if action is null or action not in ('retry', 'discard') then
     raise exception 'action is retry or discard' using errcode = 'invalid_parameter_value';
@@ -393,7 +400,7 @@ begin
   if not found then
     raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.';
   end if;
-  select * into v_found from rekey._rotation(v_failure.rotation_id);
+  v_rotation := rekey._rotation(v_failure.rotation_id);
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
   where f.id = resolve_failure.id and f.resolved_at is null;
@@ -403,12 +410,12 @@ begin
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
   if action = 'retry' and not exists (
        select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
-    perform rekey._refuse_over(v_found.rotation);
+    perform rekey._refuse_over(v_rotation);
     update rekey.rotations r
     set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
     where r.id = v_failure.rotation_id;
   end if;
-  perform rekey._audit('rotation.failure_resolved', v_found.keyring, v_failure.version, v_failure.rotation_id,
+  perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_rotation.keyring_id), v_failure.version, v_failure.rotation_id,
     jsonb_build_object('target', v_failure.target, 'row', v_failure.row_key, 'action', action, 'reason', reason));
 end
 $$;

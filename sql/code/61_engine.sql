@@ -250,7 +250,8 @@ begin
       where r.id = any (v_ids) and r.keyring_id = d.keyring_id;
     end if;
     if v_settings.max_rows_per_second is not null then
-      update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second';
+      update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second'
+      where w.singleton;
     end if;
 
     if v_batch.next is null and v_until_block >= v_chunk.until_block then

@@ -111,7 +111,7 @@ begin
   where k.state <> 'active'
     and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
   if v_keyrings is null then
-    update rekey._worker w set last_census_at = now();
+    update rekey._worker w set last_census_at = now() where w.singleton;
     return;  -- and the KEK was not needed
   end if;
   for v_stale in
@@ -131,7 +131,7 @@ begin
     v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
       'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
   end loop;
-  update rekey._worker w set last_census_at = now();
+  update rekey._worker w set last_census_at = now() where w.singleton;
   perform rekey._audit_all(v_events);
 end
 $$;
@@ -161,7 +161,8 @@ begin
         end if;
       when 'end' then
         update rekey._worker w set last_tick_at = clock_timestamp(), last_tick_seconds = extract(epoch from clock_timestamp() - begun),
-          last_error = case when w.last_error_at >= begun then w.last_error end;
+          last_error = case when w.last_error_at >= begun then w.last_error end
+        where w.singleton;
     end case;
     if duty = 'schedules' and (v_worker.locked_since is not null
         or exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying'))) then
@@ -172,15 +173,16 @@ begin
     when sqlstate 'RK001' or sqlstate 'RK002' then
       -- Noted once: whoever has the KEK, the orchestrator's worker for one, will do it.
       if v_worker.locked_since is null then
-        update rekey._worker w set locked_since = now();
+        update rekey._worker w set locked_since = now() where w.singleton;
       end if;
       -- Once a day at most, also where pg_cron has no KEK and a worker beside it has.
       if coalesce(v_worker.locked_noted_at not between now() - interval '1 day' and now(), true) then
-        update rekey._worker w set locked_noted_at = now();
+        update rekey._worker w set locked_noted_at = now() where w.singleton;
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
     when others then
-      update rekey._worker w set last_error = format('%s: %s', duty, sqlerrm), last_error_at = clock_timestamp();
+      update rekey._worker w set last_error = format('%s: %s', duty, sqlerrm), last_error_at = clock_timestamp()
+      where w.singleton;
       if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) then
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;

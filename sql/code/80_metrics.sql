@@ -1,5 +1,6 @@
 create or replace function rekey.version() returns text
 language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp
 return '__VERSION__';
 comment on function rekey.version is 'Version of pg_rekey in this database.';
 grant execute on function rekey.version to rekey_admin, rekey_operator, rekey_auditor, rekey_app;

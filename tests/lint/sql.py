@@ -32,7 +32,7 @@ where p.pronamespace in ('rekey'::regnamespace, 'public'::regnamespace)
   and (p.prorettype <> 'trigger'::regtype or t.oid is not null)
 order by 1, 2, 3
 """
-# What functions refer to, and is not there when they are checked: the Vault, pg_cron, a caller's table.
+# What functions refer to, and is not there when they are checked: the Vault, pg_cron.
 STAND_INS = """
 create schema vault;
 create view vault.decrypted_secrets as select null::text as name, null::text as decrypted_secret;
@@ -45,7 +45,6 @@ create function cron.alter_job(
   job_id bigint, schedule text = null, command text = null, database text = null, username text = null,
   active boolean = null) returns void begin atomic; end;
 create function cron.unschedule(bigint) returns boolean return true;
-create temporary table pg_rekey_kek (kek bytea);
 """
 
 
