@@ -105,6 +105,130 @@ ALTER TYPE rekey.verified_rows OWNER TO rekey_owner;
 COMMENT ON TYPE rekey.verified_rows IS 'Result of rekey.verify_ciphertexts(): rows of a relation on a key version, and how many of them do not open.';
 
 
+--
+-- Name: _rpc_key_rotation_status(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._rpc_key_rotation_status() RETURNS jsonb
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_status jsonb;
+begin
+  if not rekey._may_administer() then
+    return rekey._rpc_refusal();
+  end if;
+  select jsonb_build_object(
+    'version', rekey.version(),
+    'kek', (select jsonb_build_object('id', e.id, 'provider', s.kek_provider) from rekey.keks e, rekey.settings s where e.state = 'active'),
+    'worker', (select to_jsonb(w) from rekey.worker_status w),
+    'keyrings', (
+      select coalesce(jsonb_agg(jsonb_build_object(
+        'name', k.name, 'tenant_id', k.tenant_id, 'version', a.version, 'rotated_at', k.rotated_at,
+        'rotate_every', k.rotate_every, 'next_rotation_at', s.next_rotation_at, 'overdue', s.overdue,
+        'rotation', to_jsonb(r)) order by k.name), '[]')
+      from rekey.keyrings k
+      join rekey.schedule_status s on s.keyring = k.name
+      left join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
+      left join lateral (
+        select t.id, t.state, t.trigger, t.to_version, t.rows_total, t.rows_done, t.rows_failed, t.blocked_by, t.last_error,
+          t.created_at, t.finished_at
+        from rekey.rotations t where t.keyring_id = k.id order by t.id desc limit 1) r on true))
+  into v_status;
+  return v_status;
+end
+$$;
+
+
+ALTER FUNCTION rekey._rpc_key_rotation_status() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _rpc_key_rotation_status(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._rpc_key_rotation_status() IS 'What public.key_rotation_status() does with the rights of rekey_owner.';
+
+
+--
+-- Name: key_rotation_status(); Type: FUNCTION; Schema: public; Owner: postgres
+--
+
+CREATE FUNCTION public.key_rotation_status() RETURNS jsonb
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT rekey._rpc_key_rotation_status() AS _rpc_key_rotation_status;
+END;
+
+
+ALTER FUNCTION public.key_rotation_status() OWNER TO postgres;
+
+--
+-- Name: FUNCTION key_rotation_status(); Type: COMMENT; Schema: public; Owner: postgres
+--
+
+COMMENT ON FUNCTION public.key_rotation_status() IS 'How rotation stands, for PostgREST and supabase-js: version, kek (number and provider), worker (rekey.worker_status), and keyrings, each with its active version, its schedule and its last rotation. For whom and with which errors: as public.rotate_keys().';
+
+
+--
+-- Name: _rpc_rotate_keys(text, text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) RETURNS jsonb
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rotations jsonb;
+  v_hint text;
+begin
+  if not rekey._may_administer() then
+    perform rekey._note_denied('{"function": "rotate_keys"}');
+    return rekey._rpc_refusal();
+  end if;
+  select jsonb_agg(to_jsonb(r) order by r.id) into v_rotations from rekey.rotate_keys(keyring, reason, supersede) r;
+  return jsonb_build_object('rotations', coalesce(v_rotations, '[]'));
+exception when others then
+  if not rekey._through_postgrest() or rekey._http_status(sqlstate) is null then
+    raise;
+  end if;
+  get stacked diagnostics v_hint = pg_exception_hint;
+  return rekey._rpc_problem(sqlstate, sqlerrm, v_hint);
+end
+$$;
+
+
+ALTER FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _rpc_rotate_keys(keyring text, reason text, supersede boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) IS 'What public.rotate_keys() does with the rights of rekey_owner.';
+
+
+--
+-- Name: rotate_keys(text, text, boolean); Type: FUNCTION; Schema: public; Owner: postgres
+--
+
+CREATE FUNCTION public.rotate_keys(keyring text DEFAULT NULL::text, reason text DEFAULT NULL::text, supersede boolean DEFAULT false) RETURNS jsonb
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT rekey._rpc_rotate_keys(keyring, reason, supersede) AS _rpc_rotate_keys;
+END;
+
+
+ALTER FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) OWNER TO postgres;
+
+--
+-- Name: FUNCTION rotate_keys(keyring text, reason text, supersede boolean); Type: COMMENT; Schema: public; Owner: postgres
+--
+
+COMMENT ON FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) IS 'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...]} with rows of rekey.rotation_status. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
+
+
 SET default_tablespace = '';
 
 SET default_table_access_method = heap;
@@ -1411,6 +1535,25 @@ COMMENT ON FUNCTION rekey._header(keyring_id integer, version integer) IS 'The f
 
 
 --
+-- Name: _http_status(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._http_status(code text) RETURNS integer
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    RETURN CASE code WHEN 'RK001'::text THEN 503 WHEN 'RK002'::text THEN 500 WHEN 'RK003'::text THEN 422 WHEN 'RK004'::text THEN 409 WHEN 'RK005'::text THEN 409 WHEN 'RK006'::text THEN 409 WHEN 'RK007'::text THEN 404 WHEN '42501'::text THEN 403 WHEN '22023'::text THEN 400 ELSE NULL::integer END;
+
+
+ALTER FUNCTION rekey._http_status(code text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _http_status(code text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._http_status(code text) IS 'The HTTP status for an SQLSTATE of ours; NULL for any other.';
+
+
+--
 -- Name: _int4(bytea, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -1850,6 +1993,40 @@ COMMENT ON FUNCTION rekey._max_bytes() IS 'Longest plaintext, in bytes: 32 MiB. 
 
 
 --
+-- Name: _may_administer(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._may_administer() RETURNS boolean
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_caller name := rekey._caller();
+  v_claim text;
+begin
+  if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+    return true;
+  end if;
+  if v_caller <> 'authenticated' then
+    return false;
+  end if;
+  select s.jwt_admin_claim into v_claim from rekey.settings s;
+  -- Not user_metadata, which users write themselves.
+  return coalesce(rekey._claims() -> 'app_metadata' -> v_claim = 'true'::jsonb, false);
+end
+$$;
+
+
+ALTER FUNCTION rekey._may_administer() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _may_administer(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._may_administer() IS 'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
+
+
+--
 -- Name: _move_key(rekey.encryption_keys, text, text, text, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -1949,6 +2126,47 @@ ALTER FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) OWNER TO 
 --
 
 COMMENT ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) IS 'Makes these versions and makes them active; the versions before must have been deactivated. The caller holds rekey._lock_kek().';
+
+
+--
+-- Name: _note_denied(jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_denied(details jsonb) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_subject text := rekey._claims() ->> 'sub';
+begin
+  if current_setting('transaction_read_only')::boolean then
+    return;
+  end if;
+  -- Looked at again under the lock of the chain: nobody who is refused often holds it more than once a minute.
+  for v_try in 1 .. 2 loop
+    if exists (
+      select from rekey.audit_log a
+      where a.event = 'access.denied' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()
+        and a.actor = session_user and a.role = current_setting('role') and a.jwt_subject is not distinct from v_subject
+        and a.details ->> 'client' is not distinct from _note_denied.details ->> 'client') then
+      return;
+    end if;
+    if v_try = 1 then
+      perform from rekey._audit_head for update;
+    end if;
+  end loop;
+  perform rekey._audit('access.denied', details => _note_denied.details);
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_denied(details jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_denied(details jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_denied(details jsonb) IS 'Notes in the audit log that the caller was refused, at most once a minute for each: role, subject of the JWT, and client where details name one. Not in a read-only transaction.';
 
 
 --
@@ -2920,6 +3138,59 @@ COMMENT ON FUNCTION rekey._rotation(id bigint) IS 'A rotation, its row and that 
 
 
 --
+-- Name: _rpc_problem(text, text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._rpc_problem(code text, message text, hint text) RETURNS jsonb
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform set_config('response.status', rekey._http_status(code)::text, true);
+  return jsonb_build_object('code', code, 'message', message, 'details', null, 'hint', nullif(hint, ''));
+end
+$$;
+
+
+ALTER FUNCTION rekey._rpc_problem(code text, message text, hint text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _rpc_problem(code text, message text, hint text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._rpc_problem(code text, message text, hint text) IS 'An error as the answer of a request, with its HTTP status.';
+
+
+--
+-- Name: _rpc_refusal(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._rpc_refusal() RETURNS jsonb
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_message text := 'only administrators of keys may do this';
+  v_hint text := 'They are service_role, members of rekey_admin, and users whose app_metadata has the claim that the setting jwt_admin_claim names.';
+begin
+  if not rekey._through_postgrest() then
+    raise exception '%', v_message using errcode = 'insufficient_privilege', hint = v_hint;
+  end if;
+  return rekey._rpc_problem('42501', v_message, v_hint);
+end
+$$;
+
+
+ALTER FUNCTION rekey._rpc_refusal() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _rpc_refusal(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._rpc_refusal() IS 'The answer to whoever may not: 403 by PostgREST, 42501 else.';
+
+
+--
 -- Name: _seal(integer, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3361,6 +3632,25 @@ ALTER FUNCTION rekey._targets() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._targets() IS 'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast.';
+
+
+--
+-- Name: _through_postgrest(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._through_postgrest() RETURNS boolean
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    RETURN (COALESCE(current_setting('request.method'::text, true), ''::text) <> ''::text);
+
+
+ALTER FUNCTION rekey._through_postgrest() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _through_postgrest(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._through_postgrest() IS 'Whether PostgREST calls: it says with which HTTP method.';
 
 
 --
@@ -6754,6 +7044,13 @@ CREATE INDEX _chunks_pass_id ON rekey._chunks USING btree (pass_id);
 
 
 --
+-- Name: audit_log_denied; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX audit_log_denied ON rekey.audit_log USING btree (at) WHERE (event = 'access.denied'::text);
+
+
+--
 -- Name: encryption_keys_active_key; Type: INDEX; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6963,6 +7260,38 @@ GRANT USAGE ON SCHEMA rekey TO rekey_sweeper;
 --
 
 GRANT USAGE ON SCHEMA rekey_targets TO rekey_sweeper;
+
+
+--
+-- Name: FUNCTION _rpc_key_rotation_status(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._rpc_key_rotation_status() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._rpc_key_rotation_status() TO rekey_admin;
+
+
+--
+-- Name: FUNCTION key_rotation_status(); Type: ACL; Schema: public; Owner: postgres
+--
+
+REVOKE ALL ON FUNCTION public.key_rotation_status() FROM PUBLIC;
+GRANT ALL ON FUNCTION public.key_rotation_status() TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _rpc_rotate_keys(keyring text, reason text, supersede boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION rotate_keys(keyring text, reason text, supersede boolean); Type: ACL; Schema: public; Owner: postgres
+--
+
+REVOKE ALL ON FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) TO rekey_admin;
 
 
 --
@@ -7186,6 +7515,13 @@ REVOKE ALL ON FUNCTION rekey._header(keyring_id integer, version integer) FROM P
 
 
 --
+-- Name: FUNCTION _http_status(code text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._http_status(code text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _int4(bytes bytea, place integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7287,6 +7623,13 @@ REVOKE ALL ON FUNCTION rekey._max_bytes() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _may_administer(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._may_administer() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7305,6 +7648,14 @@ REVOKE ALL ON FUNCTION rekey._new_kek() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _note_denied(details jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_denied(details jsonb) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._note_denied(details jsonb) TO rekey_admin;
 
 
 --
@@ -7442,6 +7793,20 @@ REVOKE ALL ON FUNCTION rekey._rotation(id bigint) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _rpc_problem(code text, message text, hint text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._rpc_problem(code text, message text, hint text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _rpc_refusal(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._rpc_refusal() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _seal(keyring_id integer, plaintext bytea, context bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7503,6 +7868,13 @@ GRANT SELECT ON TABLE rekey.secrets TO rekey_app;
 --
 
 REVOKE ALL ON FUNCTION rekey._targets() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _through_postgrest(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._through_postgrest() FROM PUBLIC;
 
 
 --

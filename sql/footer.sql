@@ -1,5 +1,6 @@
 -- Who owns what, and who may do nothing. Safe to repeat.
 revoke all on all routines in schema rekey, rekey_targets from public;
+revoke all on function public.rotate_keys, public.key_rotation_status from public;
 
 do $$
 declare
@@ -11,6 +12,12 @@ begin
     execute format('revoke all on all routines in schema rekey, rekey_targets from %I', v_role);
     execute format('revoke all on all tables in schema rekey, rekey_targets from %I', v_role);
     execute format('revoke all on all sequences in schema rekey, rekey_targets from %I', v_role);
+    execute format('revoke all on function public.rotate_keys, public.key_rotation_status from %I', v_role);
+    -- After that, since it would take these too: what the RPC of 90_rpc.sql takes.
+    if v_role <> 'anon' then
+      execute format('grant execute on function public.rotate_keys, public.key_rotation_status to %I', v_role);
+      execute format('grant execute on function rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status to %I', v_role);
+    end if;
   end loop;
 
   execute 'alter schema rekey owner to rekey_owner';
@@ -44,3 +51,5 @@ end
 $$;
 grant execute on function rekey._call_sweep, rekey._call_count, rekey._call_tenant_check to rekey_owner;
 grant execute on function rekey_targets.secrets_sweep, rekey_targets.secrets_count to rekey_sweeper;
+grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
+  to rekey_admin;

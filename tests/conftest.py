@@ -14,13 +14,11 @@ import subprocess
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from helpers import (
     Connection,
@@ -33,6 +31,7 @@ from helpers import (
     initialize,
     install,
 )
+from hosted import Hosted
 from pg_rekey import local, release
 
 SERVER = "PG_REKEY_TEST_SERVER"  # what the controlling process tells its xdist workers
@@ -198,48 +197,8 @@ def extension_files() -> None:
         pytest.skip(answer)
 
 
-@dataclass
-class Hosted:
-    """A server as a hosting company runs it: its superuser is not ours, `postgres` is an ordinary role."""
-
-    server: local.Server
-
-    def make_database(self) -> str:
-        """Make a database that `postgres` owns, with pgcrypto in the schema `extensions`; return its DSN."""
-        name = f"hosted_{next(counter)}"
-        admin = create_database(self.server.dsn("template1"), name, owner="postgres")
-        with connect(admin) as connection:
-            connection.execute("""
-                create schema extensions;
-                create extension pgcrypto schema extensions;
-                grant usage on schema extensions to postgres, anon, authenticated, service_role;
-                grant all on schema public to postgres;
-                grant usage on schema public to anon, authenticated, service_role;
-                alter default privileges for role postgres in schema public
-                  grant all on functions to anon, authenticated, service_role;
-                alter default privileges for role postgres in schema public
-                  grant all on tables to anon, authenticated, service_role;
-            """)
-        return make_conninfo(admin, user="postgres")
-
-    def admin(self, dsn: str) -> str:
-        """Return the DSN of the real superuser for a database."""
-        return make_conninfo(dsn, user=self.server.superuser)
-
-
 @pytest.fixture(scope="session")
 def hosted() -> Iterator[Hosted]:
     """A server of its own, where the installer has the rights of hosted Supabase's `postgres`."""
-    with local.Server(superuser="supabase_admin") as server:
-        with connect(server.dsn("template1")) as connection:
-            connection.execute("""
-                create role postgres login nosuperuser createrole createdb bypassrls;
-                create role anon nologin noinherit;
-                create role authenticated nologin noinherit;
-                create role service_role nologin noinherit bypassrls;
-                create role authenticator login noinherit;
-                grant anon, authenticated, service_role to authenticator;
-            """)
-            if connection.info.server_version >= 160000:
-                connection.execute("grant anon, authenticated, service_role to postgres with admin option")
-        yield Hosted(server)
+    with Hosted.start() as server:
+        yield server

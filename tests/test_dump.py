@@ -10,8 +10,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from conftest import Hosted
 from helpers import Connection, connect, initialize, install, unlock, value
+from hosted import Hosted
 from pg_rekey import local, release
 
 # Everything that a dump must bring along, and in what order it can be compared.

@@ -1,23 +1,55 @@
-"""Runs the pgTAP files of tests/pgtap."""
+"""Runs the pgTAP files of supabase/tests with pg_prove, as `supabase test db` does."""
 
-from pathlib import Path
+import os
+import shutil
+import subprocess
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
-from helpers import Connection, value
+from helpers import Connection, connect, install, value
+from hosted import Hosted
+from pg_rekey import release
 
-FILES = sorted((Path(__file__).parent / "pgtap").glob("*.sql"))
+TESTS = release.ROOT / "supabase" / "tests"
+FILES = sorted(TESTS.glob("*.sql"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.stem))
-def test_pgtap(conn: Connection, path: Path) -> None:
+def test_contract(conn: Connection) -> None:
+    """Without Supabase, without pg_prove: what psycopg gets must be TAP without a `not ok`."""
     if not value(conn, "select count(*) from pg_available_extensions where name = 'pgtap'"):
         pytest.skip("the server does not have pgTAP")
-    cursor = conn.execute(path.read_bytes())
-    lines: list[str] = []
-    for result in cursor.results():
-        if result.description:
-            lines.extend(str(row[0]) for row in result)
-    assert lines[0].startswith("1..")
+    cursor = conn.execute((TESTS / "contract.sql").read_bytes())
+    lines = [str(row[0]) for result in cursor.results() if result.description for row in result]
     assert [line for line in lines[1:] if not line.startswith("ok ")] == []
     assert len(lines) - 1 == int(lines[0].removeprefix("1.."))
+
+
+def test_pg_prove(hosted: Hosted) -> None:
+    pg_prove = shutil.which("pg_prove")
+    if pg_prove is None or not hosted.server.installation.has("pgtap"):
+        pytest.skip("pg_prove or pgTAP is not installed")
+    dsn = hosted.make_database()
+    install(dsn, release.assemble("supabase"))
+    with connect(hosted.admin(dsn)) as admin:
+        admin.execute("create extension pgtap schema extensions")  # supautils lets postgres do it
+    where = conninfo_to_dict(dsn)
+    environment = os.environ | {
+        "PATH": f"{hosted.server.bindir}{os.pathsep}{os.environ['PATH']}",
+        "PGHOST": str(where["host"]),
+        "PGPORT": str(where["port"]),
+        "PGUSER": "postgres",
+        "PGDATABASE": str(where["dbname"]),
+    }
+    done = subprocess.run(
+        [pg_prove, "--ext", ".sql", "--recurse", "."],
+        cwd=TESTS,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Files={len(FILES)}, " in done.stdout
+    assert "Result: PASS" in done.stdout

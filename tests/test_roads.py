@@ -8,8 +8,8 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from conftest import Hosted
 from helpers import Connection, connect, initialize, install, unlock, value
+from hosted import Hosted
 from pg_rekey import release
 from pg_rekey.release import Road
 
@@ -40,6 +40,13 @@ CATALOG = {
         select p.oid::regprocedure::text, p.proowner::regrole::text, pg_get_functiondef(p.oid),
           {acl("p.proacl", "'f'", "p.proowner")}, obj_description(p.oid, 'pg_proc')
         from pg_proc p where p.pronamespace {IN_SCHEMAS}""",
+    "RPC": f"""
+        select p.proname, p.proowner = '{{installer}}'::regrole, pg_get_functiondef(p.oid),
+          array(select replace(x, '{{installer}}', 'INSTALLER')
+                from unnest({acl("p.proacl", "'f'", "p.proowner")}) x order by 1),
+          obj_description(p.oid, 'pg_proc')
+        from pg_proc p where p.proname in ('rotate_keys', 'key_rotation_status')
+          and p.pronamespace = 'public'::regnamespace""",
     "relations": f"""
         select c.oid::regclass::text, c.relkind::text, c.relowner::regrole::text, c.reloptions,
           c.relrowsecurity, c.relforcerowsecurity, c.relpersistence::text,
@@ -81,6 +88,7 @@ def catalog(connection: Connection) -> set[str]:
     with connection.transaction():
         connection.execute("set local search_path = pg_catalog")
         for kind, query in CATALOG.items():
+            query = query.replace("{installer}", str(value(connection, "select current_user")))
             rows = [repr(row) for row in connection.execute(query.encode())]
             assert rows, kind
             found |= {f"{kind}: {row.replace('extensions.', 'public.')}" for row in rows}
@@ -117,10 +125,18 @@ def test_supabase_migration_ends_in_the_same_catalog(
         assert catalog(connection) == plain
 
 
-@pytest.mark.parametrize("road", ["plain", "supabase"])
-def test_hosted_installer_ends_in_the_same_catalog(
-    hosted: Hosted, plain: set[str], server: str, road: Road
-) -> None:
+@pytest.fixture
+def hosted_plain(hosted: Hosted) -> set[str]:
+    """The catalog that the owner of a Supabase project gets on the plain road."""
+    dsn = hosted.make_database()
+    install(dsn, release.assemble("plain"))
+    with connect(dsn) as connection:
+        assert value(connection, "select to_regrole('rekey_worker') is null")
+        assert members(connection) == [("rekey_owner", "postgres"), ("rekey_sweeper", "postgres")]
+        return catalog(connection)
+
+
+def test_hosted_migration_ends_in_the_same_catalog(hosted: Hosted, hosted_plain: set[str]) -> None:
     dsn = hosted.make_database()
     with connect(dsn) as connection:
         connection.execute("""
@@ -128,16 +144,23 @@ def test_hosted_installer_ends_in_the_same_catalog(
             alter default privileges grant all on tables to anon, authenticated, service_role;
             alter default privileges grant all on sequences to anon, authenticated, service_role;
         """)
-    install(dsn, release.assemble(road))
-    with connect(dsn) as connection, connect(server) as other:
-        if connection.info.server_version // 10000 == other.info.server_version // 10000:
-            assert catalog(connection) == plain
-        assert value(connection, "select to_regrole('rekey_worker') is null")
-        assert members(connection) == [("rekey_owner", "postgres"), ("rekey_sweeper", "postgres")]
+    install(dsn, release.assemble("supabase"))
+    with connect(dsn) as connection:
+        assert catalog(connection) == hosted_plain
     with psycopg.connect(hosted.admin(dsn)) as admin:
         admin.execute("drop schema rekey, rekey_targets cascade")
         with pytest.raises(errors.InvalidRoleSpecification, match="has the member postgres"):
-            admin.execute(release.assemble(road).encode())
+            admin.execute(release.assemble("supabase").encode())
+
+
+@pytest.mark.usefixtures("extension_files")
+def test_hosted_extension_ends_in_the_same_catalog(hosted_plain: set[str]) -> None:
+    """On a server of its own: what postgres installed, a superuser does not touch."""
+    with Hosted.start() as fresh:
+        admin = fresh.admin(fresh.make_database())
+        install_extension(admin)
+        with connect(admin) as connection:
+            assert catalog(connection) == hosted_plain
 
 
 def test_reloading_the_code_changes_nothing(conn: Connection, plain: set[str]) -> None:
@@ -190,19 +213,11 @@ def test_owners(conn: Connection) -> None:
 
 
 def test_hosted_installer_can_do_everything(hosted: Hosted, kek: bytes) -> None:
-    """With the KEK in a Vault whose owner lets the installer grant its view, as hosted Supabase does."""
+    """With the KEK in the Vault, whose view the installer may pass on."""
     dsn = hosted.make_database()
     install(dsn, release.assemble("supabase"))
-    with connect(hosted.admin(dsn)) as admin:
-        admin.execute(f"""
-            create schema vault;
-            create table vault.stored (name text, decrypted_secret text);
-            insert into vault.stored values ('pg_rekey_kek', '{kek.hex()}');
-            create view vault.decrypted_secrets as select * from vault.stored;
-            grant usage on schema vault to postgres with grant option;
-            grant select on vault.decrypted_secrets to postgres with grant option;
-        """)
     with connect(dsn) as connection:
+        connection.execute("select vault.create_secret(%s, 'pg_rekey_kek')", [kek.hex()])
         connection.execute("select rekey.set_setting('kek_provider', 'vault')")
         assert value(connection, "select rekey.register_kek()") == 1
         connection.execute("select rekey.create_keyring('default', rotate_every => '90 days')")
@@ -217,14 +232,14 @@ def test_hosted_installer_can_do_everything(hosted: Hosted, kek: bytes) -> None:
         assert value(connection, "select last_error from rekey.worker_status") is None
         assert value(connection, "select rekey.get_secret('name')") == "value"
         assert value(connection, "select value from rekey.decrypted_secrets where name = 'name'") == "value"
-        with connect(hosted.admin(dsn)) as admin:
-            admin.execute("insert into vault.stored values ('pg_rekey_kek_new', %s)", [NEW_KEK.hex()])
+        connection.execute("select vault.create_secret(%s, 'pg_rekey_kek_new')", [NEW_KEK.hex()])
         assert value(connection, "select rekey.rotate_kek()") == 2
         assert value(connection, "select rekey.get_secret('name')") == "value"
         assert value(connection, "select (rekey.verify_audit_log()).valid")
 
 
 def test_hosted_clients_have_no_rights_by_themselves(hosted: Hosted) -> None:
+    """Only the RPC, which decides by itself (test_rpc.py)."""
     dsn = hosted.make_database()
     install(dsn, release.assemble("supabase"))
     with connect(dsn, user="authenticator") as connection:

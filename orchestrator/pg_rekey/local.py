@@ -115,11 +115,17 @@ class Server:
         durable: bool = False,
         superuser: str = "postgres",
         cron_database: str = "postgres",
+        port: int | None = None,
     ) -> None:
-        """Create the cluster and start it; durable means that commits wait for the disk."""
+        """Create the cluster and start it.
+
+        Durable means that commits wait for the disk. With a port, it listens there on 127.0.0.1 too, for
+        clients that know no Unix sockets, and for everybody on this machine.
+        """
         self.installation = ensure()
         self.bindir = self.installation.bindir
         self.superuser = superuser
+        self.port = port or 5432
         self._account = _server_account()
         self.directory = Path(tempfile.mkdtemp(prefix="pgrk-", dir="/tmp"))
         self.data = self.directory / "data"
@@ -140,7 +146,8 @@ class Server:
         )
         atexit.register(self.stop)
         try:
-            self._initialize(settings or {}, durable, cron_database)
+            network = {"listen_addresses": "127.0.0.1"} if port else {}
+            self._initialize({**network, **(settings or {})}, durable, cron_database)
             self._pg_ctl("start")
         except BaseException:
             self.stop()
@@ -156,7 +163,7 @@ class Server:
 
     def dsn(self, dbname: str = "postgres", user: str | None = None) -> str:
         """Return a connection string for a database, for the superuser unless told otherwise."""
-        return f"postgresql://{user or self.superuser}@/{dbname}?host={self.directory}&port=5432"
+        return f"postgresql://{user or self.superuser}@/{dbname}?host={self.directory}&port={self.port}"
 
     @property
     def pid(self) -> int:
@@ -178,7 +185,7 @@ class Server:
             time.sleep(0.01)
         # Where nobody reaps the dead postmaster, its lock files would make it seem alive.
         (self.data / "postmaster.pid").unlink()
-        (self.directory / ".s.PGSQL.5432.lock").unlink()
+        (self.directory / f".s.PGSQL.{self.port}.lock").unlink()
 
     def stop(self) -> None:
         """Stop the server and remove all of it; harmless when repeated."""
@@ -194,7 +201,7 @@ class Server:
         merged = {
             "listen_addresses": "",
             "unix_socket_directories": str(self.directory),
-            "port": "5432",
+            "port": str(self.port),
             "unix_socket_permissions": "0700",
             # Files in the data directory, so that nothing stays behind after a SIGKILL.
             "dynamic_shared_memory_type": "mmap",
@@ -271,9 +278,15 @@ def _apt_install_companions(installation: Installation | None) -> None:
     """Install the extensions that the tests use; without them they say what they skip."""
     if installation is None or not installation.bindir.is_relative_to(DEBIAN_PLACE):
         return
-    missing = [package for name, package in COMPANIONS.items() if not installation.has(name)]
+    missing = [
+        f"postgresql-{installation.major}-{package}"
+        for name, package in COMPANIONS.items()
+        if not installation.has(name)
+    ]
+    if not shutil.which("pg_prove"):
+        missing.append("libtap-parser-sourcehandler-pgtap-perl")
     if missing:
-        _apt(*(f"postgresql-{installation.major}-{package}" for package in missing))
+        _apt(*missing)
 
 
 def _apt(*packages: str) -> None:

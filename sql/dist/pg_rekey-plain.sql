@@ -404,6 +404,8 @@ comment on column rekey.audit_log.details is 'More of it. Never a key or a value
 comment on column rekey.audit_log.prev_hash is 'Hash of the entry before.';
 comment on column rekey.audit_log.hash is 'SHA-256 over prev_hash and every other column (docs/format.md).';
 
+create index audit_log_denied on rekey.audit_log (at) where event = 'access.denied';
+
 -- Its row lock puts the writers of the chain in a row, at any isolation level.
 create table rekey._audit_head (
   singleton boolean constraint _audit_head_pkey primary key default true constraint _audit_head_singleton_check check (singleton),
@@ -418,6 +420,21 @@ comment on type rekey.key_rows is 'Result of rekey.key_usage(): rows that stand 
 
 create type rekey.verified_rows as (relation text, keyring text, version integer, rows bigint, failed bigint);
 comment on type rekey.verified_rows is 'Result of rekey.verify_ciphertexts(): rows of a relation on a key version, and how many of them do not open.';
+
+-- sql/schema/80_public.sql
+-- The RPC stands in schema public (sql/code/90_rpc.sql), where others have things too.
+do $$
+begin
+  if to_regnamespace('public') is null then
+    raise exception 'there is no schema public' using errcode = 'invalid_schema_name',
+      hint = 'pg_rekey puts rotate_keys() and key_rotation_status() there: create schema public.';
+  end if;
+  if exists (select from pg_proc p where p.pronamespace = 'public'::regnamespace and p.proname in ('rotate_keys', 'key_rotation_status')) then
+    raise exception 'schema public has a function rotate_keys or key_rotation_status already' using errcode = 'duplicate_function',
+      hint = 'pg_rekey does not replace it: rename or drop it first.';
+  end if;
+end
+$$;
 
 -- sql/code/10_aead.sql
 -- The cipher: AEAD_AES_256_CBC_HMAC_SHA_512 of RFC 7518, 5.2.5, on pgcrypto. Nothing else calls pgcrypto's ciphers.
@@ -3821,9 +3838,186 @@ end;
 comment on function rekey.metrics is 'Figures for monitoring (docs/operations.md): name, labels, value. pg-rekey metrics prints them for Prometheus.';
 grant execute on function rekey.metrics to rekey_admin, rekey_operator, rekey_auditor;
 
+-- sql/code/90_rpc.sql
+-- What PostgREST offers: /rpc/rotate_keys and /rpc/key_rotation_status. The two functions in schema public have no rights
+-- of their own; being bound early, they need none on schema rekey. What they call decides who may, and answers.
+
+create or replace function rekey._may_administer() returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_caller name := rekey._caller();
+  v_claim text;
+begin
+  if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+    return true;
+  end if;
+  if v_caller <> 'authenticated' then
+    return false;
+  end if;
+  select s.jwt_admin_claim into v_claim from rekey.settings s;
+  -- Not user_metadata, which users write themselves.
+  return coalesce(rekey._claims() -> 'app_metadata' -> v_claim = 'true'::jsonb, false);
+end
+$$;
+comment on function rekey._may_administer is
+  'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
+
+-- Executable by administrators because pg-rekey serve refuses callers of its own, who have no role here.
+create or replace function rekey._note_denied(details jsonb) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_subject text := rekey._claims() ->> 'sub';
+begin
+  if current_setting('transaction_read_only')::boolean then
+    return;
+  end if;
+  -- Looked at again under the lock of the chain: nobody who is refused often holds it more than once a minute.
+  for v_try in 1 .. 2 loop
+    if exists (
+      select from rekey.audit_log a
+      where a.event = 'access.denied' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()
+        and a.actor = session_user and a.role = current_setting('role') and a.jwt_subject is not distinct from v_subject
+        and a.details ->> 'client' is not distinct from _note_denied.details ->> 'client') then
+      return;
+    end if;
+    if v_try = 1 then
+      perform from rekey._audit_head for update;
+    end if;
+  end loop;
+  perform rekey._audit('access.denied', details => _note_denied.details);
+end
+$$;
+comment on function rekey._note_denied is
+  'Notes in the audit log that the caller was refused, at most once a minute for each: role, subject of the JWT, and client where details name one. Not in a read-only transaction.';
+grant execute on function rekey._note_denied to rekey_admin;
+
+create or replace function rekey._http_status(code text) returns integer
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+return case code
+  when 'RK001' then 503 when 'RK002' then 500 when 'RK003' then 422
+  when 'RK004' then 409 when 'RK005' then 409 when 'RK006' then 409 when 'RK007' then 404
+  when '42501' then 403 when '22023' then 400
+end;
+comment on function rekey._http_status is 'The HTTP status for an SQLSTATE of ours; NULL for any other.';
+
+-- An error that is raised would undo the audit entry of a refusal, and PostgREST answers 400 to codes that it does not
+-- know. So the error is the answer, in the shape that PostgREST gives errors. A caller without PostgREST gets it raised.
+create or replace function rekey._through_postgrest() returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+return coalesce(current_setting('request.method', true), '') <> '';
+comment on function rekey._through_postgrest is 'Whether PostgREST calls: it says with which HTTP method.';
+
+create or replace function rekey._rpc_problem(code text, message text, hint text) returns jsonb
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform set_config('response.status', rekey._http_status(code)::text, true);
+  return jsonb_build_object('code', code, 'message', message, 'details', null, 'hint', nullif(hint, ''));
+end
+$$;
+comment on function rekey._rpc_problem is 'An error as the answer of a request, with its HTTP status.';
+
+create or replace function rekey._rpc_refusal() returns jsonb
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_message text := 'only administrators of keys may do this';
+  v_hint text := 'They are service_role, members of rekey_admin, and users whose app_metadata has the claim that the setting jwt_admin_claim names.';
+begin
+  if not rekey._through_postgrest() then
+    raise exception '%', v_message using errcode = 'insufficient_privilege', hint = v_hint;
+  end if;
+  return rekey._rpc_problem('42501', v_message, v_hint);
+end
+$$;
+comment on function rekey._rpc_refusal is 'The answer to whoever may not: 403 by PostgREST, 42501 else.';
+
+create or replace function rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) returns jsonb
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rotations jsonb;
+  v_hint text;
+begin
+  if not rekey._may_administer() then
+    perform rekey._note_denied('{"function": "rotate_keys"}');
+    return rekey._rpc_refusal();
+  end if;
+  select jsonb_agg(to_jsonb(r) order by r.id) into v_rotations from rekey.rotate_keys(keyring, reason, supersede) r;
+  return jsonb_build_object('rotations', coalesce(v_rotations, '[]'));
+exception when others then
+  if not rekey._through_postgrest() or rekey._http_status(sqlstate) is null then
+    raise;
+  end if;
+  get stacked diagnostics v_hint = pg_exception_hint;
+  return rekey._rpc_problem(sqlstate, sqlerrm, v_hint);
+end
+$$;
+comment on function rekey._rpc_rotate_keys is 'What public.rotate_keys() does with the rights of rekey_owner.';
+
+create or replace function public.rotate_keys(keyring text = null, reason text = null, supersede boolean = false) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select rekey._rpc_rotate_keys(keyring, reason, supersede);
+end;
+comment on function public.rotate_keys is
+  'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...]} with rows of rekey.rotation_status. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
+
+create or replace function rekey._rpc_key_rotation_status() returns jsonb
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_status jsonb;
+begin
+  if not rekey._may_administer() then
+    return rekey._rpc_refusal();
+  end if;
+  select jsonb_build_object(
+    'version', rekey.version(),
+    'kek', (select jsonb_build_object('id', e.id, 'provider', s.kek_provider) from rekey.keks e, rekey.settings s where e.state = 'active'),
+    'worker', (select to_jsonb(w) from rekey.worker_status w),
+    'keyrings', (
+      select coalesce(jsonb_agg(jsonb_build_object(
+        'name', k.name, 'tenant_id', k.tenant_id, 'version', a.version, 'rotated_at', k.rotated_at,
+        'rotate_every', k.rotate_every, 'next_rotation_at', s.next_rotation_at, 'overdue', s.overdue,
+        'rotation', to_jsonb(r)) order by k.name), '[]')
+      from rekey.keyrings k
+      join rekey.schedule_status s on s.keyring = k.name
+      left join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
+      left join lateral (
+        select t.id, t.state, t.trigger, t.to_version, t.rows_total, t.rows_done, t.rows_failed, t.blocked_by, t.last_error,
+          t.created_at, t.finished_at
+        from rekey.rotations t where t.keyring_id = k.id order by t.id desc limit 1) r on true))
+  into v_status;
+  return v_status;
+end
+$$;
+comment on function rekey._rpc_key_rotation_status is 'What public.key_rotation_status() does with the rights of rekey_owner.';
+
+create or replace function public.key_rotation_status() returns jsonb
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select rekey._rpc_key_rotation_status();
+end;
+comment on function public.key_rotation_status is
+  'How rotation stands, for PostgREST and supabase-js: version, kek (number and provider), worker (rekey.worker_status), and keyrings, each with its active version, its schedule and its last rotation. For whom and with which errors: as public.rotate_keys().';
+
 -- sql/footer.sql
 -- Who owns what, and who may do nothing. Safe to repeat.
 revoke all on all routines in schema rekey, rekey_targets from public;
+revoke all on function public.rotate_keys, public.key_rotation_status from public;
 
 do $$
 declare
@@ -3835,6 +4029,12 @@ begin
     execute format('revoke all on all routines in schema rekey, rekey_targets from %I', v_role);
     execute format('revoke all on all tables in schema rekey, rekey_targets from %I', v_role);
     execute format('revoke all on all sequences in schema rekey, rekey_targets from %I', v_role);
+    execute format('revoke all on function public.rotate_keys, public.key_rotation_status from %I', v_role);
+    -- After that, since it would take these too: what the RPC of 90_rpc.sql takes.
+    if v_role <> 'anon' then
+      execute format('grant execute on function public.rotate_keys, public.key_rotation_status to %I', v_role);
+      execute format('grant execute on function rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status to %I', v_role);
+    end if;
   end loop;
 
   execute 'alter schema rekey owner to rekey_owner';
@@ -3868,3 +4068,5 @@ end
 $$;
 grant execute on function rekey._call_sweep, rekey._call_count, rekey._call_tenant_check to rekey_owner;
 grant execute on function rekey_targets.secrets_sweep, rekey_targets.secrets_count to rekey_sweeper;
+grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
+  to rekey_admin;

@@ -33,6 +33,8 @@ comment on column rekey.audit_log.details is 'More of it. Never a key or a value
 comment on column rekey.audit_log.prev_hash is 'Hash of the entry before.';
 comment on column rekey.audit_log.hash is 'SHA-256 over prev_hash and every other column (docs/format.md).';
 
+create index audit_log_denied on rekey.audit_log (at) where event = 'access.denied';
+
 -- Its row lock puts the writers of the chain in a row, at any isolation level.
 create table rekey._audit_head (
   singleton boolean constraint _audit_head_pkey primary key default true constraint _audit_head_singleton_check check (singleton),

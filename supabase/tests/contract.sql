@@ -1,6 +1,6 @@
 -- The contract: every public function, its arguments with their names and defaults, and its result.
 begin;
-create extension pgtap;
+create extension if not exists pgtap;
 
 select plan(44 + 1);
 
