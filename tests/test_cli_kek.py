@@ -234,6 +234,15 @@ create function vault.update_secret(secret_id uuid, new_secret text) returns voi
 """
 
 
+def test_store_in_the_vault_comes_before_everything(
+    cli_db: Cli, conn: Connection, kek: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conn.execute(VAULT)
+    monkeypatch.setenv("PG_REKEY_KEK", kek.hex())
+    cli_db("kek", "store", "--provider", "vault")
+    assert value(conn, "select name from vault.secrets") == "pg_rekey_kek"
+
+
 def test_store_in_the_vault(
     cli_ready: Cli, ready: Connection, kek: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

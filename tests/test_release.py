@@ -126,6 +126,6 @@ def test_every_table_is_dumped_with_the_extension(
 def test_every_update_and_delete_has_a_condition() -> None:
     """Supabase loads pg_safeupdate for its API roles, which refuses those without, in functions too."""
     code = re.sub(r"--.*", "", release.assemble("plain"))
-    statements = re.findall(r"\b(?:update|delete from) (?:rekey\.|cron\.)[^;]*", code)
+    statements = re.findall(r"\b(?:update|delete from) (?:rekey|%I)\.[^;]*", code)
     assert len(statements) > 40
     assert [text for text in statements if not re.search(r"\bwhere\b", text)] == []

@@ -125,9 +125,9 @@ order by id desc
 limit %s
 
 -- name: kek place
--- description: Where the server looks for the KEK.
-select max(value) filter (where name = 'kek_secret_name') || %s as kek_secret_name,
-  max(value) filter (where name = 'kek_file') || %s as kek_file,
+-- description: Where the server looks for the KEK; before pg_rekey is set up, where it will by default.
+select coalesce(max(value) filter (where name = 'kek_secret_name'), 'pg_rekey_kek') || %s as kek_secret_name,
+  coalesce(max(value) filter (where name = 'kek_file'), 'pg_rekey.kek') || %s as kek_file,
   to_regclass('vault.secrets') is not null as has_vault
 from rekey.setting_status
 
