@@ -12,12 +12,21 @@ import psycopg
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import DictRow, dict_row
+from psycopg_pool import ConnectionPool
 
 from pg_rekey import kek as keks
 from pg_rekey.errors import USAGE, Problem
 
 Connection = psycopg.Connection[DictRow]
+Pool = ConnectionPool[Connection]
 Scope = Literal["transaction", "session", "replacement"]
+
+POOL_SIZE = 4
+POOL_TIMEOUT = 3.0
+# Prepared statements do not survive a transaction pooler.
+_PARAMETERS: dict[str, Any] = {"application_name": "pg-rekey", "prepare_threshold": None}
+# A server that vanished without a word is noticed within seconds, not by the kernel's default of minutes.
+_PATIENCE = {"connect_timeout": 10, "tcp_user_timeout": 10_000, "keepalives_idle": 10}
 
 
 @functools.cache
@@ -42,16 +51,37 @@ def dsn() -> str:
 def connect(*, autocommit: bool = False, database: str | None = None) -> Connection:
     """Connect to the database of the environment, or another one there; notices go to standard error."""
     connection = psycopg.connect(
-        make_conninfo(dsn(), dbname=database),
-        autocommit=autocommit,
-        row_factory=dict_row,
-        application_name="pg-rekey",
-        # Prepared statements do not survive a transaction pooler.
-        prepare_threshold=None,
+        make_conninfo(dsn(), dbname=database), autocommit=autocommit, row_factory=dict_row, **_PARAMETERS
     )
-    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+    _configure(connection)
     connection.add_notice_handler(_show_notice)
     return connection
+
+
+def pool() -> Pool:
+    """Return a pool for the database of the environment, not opened yet; notices go nowhere.
+
+    The database may be gone, at the start too: whoever asks then waits POOL_TIMEOUT for a connection, and the
+    pool comes back with the database.
+    """
+    return ConnectionPool(
+        make_conninfo(dsn()),
+        connection_class=psycopg.Connection[DictRow],
+        kwargs={"row_factory": dict_row, **_PARAMETERS, **_PATIENCE},
+        configure=_configure,
+        check=ConnectionPool.check_connection,
+        min_size=1,
+        max_size=POOL_SIZE,
+        timeout=POOL_TIMEOUT,
+        # Pauses between attempts to connect double until this time has passed; the next request begins anew.
+        reconnect_timeout=POOL_TIMEOUT,
+        open=False,
+        name="pg-rekey",
+    )
+
+
+def _configure(connection: Connection) -> None:
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
 
 
 def where(connection: psycopg.Connection[Any]) -> str:
@@ -88,17 +118,24 @@ def unlock(
     if kek is not None:
         return _send(connection, [_bytes(given) for given in (kek, new_kek) if given is not None], scope)
     try:
-        return _send(connection, _from_environment(), scope)
+        return _send(connection, from_environment(), scope)
     except psycopg.Error as error:
         if error.sqlstate != "RK002":
             raise
     # A KEK rotation may have passed between reading the environment and asking the database.
-    return _send(connection, _from_environment(), scope)
+    return _send(connection, from_environment(), scope)
 
 
 def in_environment() -> bool:
     """Tell whether the environment gives a KEK, the current or the next one."""
     return any(os.environ.get(f"{name}{kind}") for name in (keks.CURRENT, keks.NEXT) for kind in _KINDS)
+
+
+def from_environment() -> list[bytes]:
+    """Return the KEKs that the environment gives: the current one, then the next one where there is one."""
+    following = keks.read(keks.NEXT)
+    current = keks.read() if following else keks.require()
+    return [one for one in (current, following) if one]
 
 
 _KINDS = ("", "_FILE", "_COMMAND")
@@ -120,12 +157,6 @@ def _send(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope)
             fingerprint = cursor.execute("select rekey.unlock_copied(%s)", [scope]).fetchone()
         connection.execute("drop table pg_temp.pg_rekey_kek")
     return str(fingerprint)
-
-
-def _from_environment() -> list[bytes]:
-    following = keks.read(keks.NEXT)
-    current = keks.read() if following else keks.require()
-    return [one for one in (current, following) if one]
 
 
 def _bytes(kek: bytes | str) -> bytes:

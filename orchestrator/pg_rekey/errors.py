@@ -14,7 +14,7 @@ _HINTS = {
     "42501": "Connect as a member of the role that may do it: rekey_admin, rekey_operator, rekey_auditor, "
     "rekey_app.",
     "55P03": "Another session holds a lock on it: try again later.",
-    "57014": "The statement was cancelled, or took longer than the statement_timeout of this role.",
+    "57014": "The statement was cancelled, or took too long (statement_timeout): a lock may be in its way.",
 }
 
 
@@ -33,11 +33,52 @@ class Problem(click.ClickException):
             click.echo(f"Hint: {self.hint}", err=True, file=file)
 
 
+# What the HTTP API answers for an SQLSTATE, or for all of its class.
+_HTTP_STATUS = {
+    "RK001": 503,
+    "RK002": 500,
+    "RK003": 422,
+    "RK004": 409,
+    "RK005": 409,
+    "RK006": 409,
+    "RK007": 404,
+    "22023": 400,
+    "42501": 403,
+    "25006": 503,
+    "3F000": 503,
+    "55P03": 503,
+    "08": 503,
+    "40": 503,
+    "53": 503,
+    "57": 503,
+}
+
+
 def from_database(error: psycopg.Error) -> Problem:
     """Translate what the database or the connection to it says, without details: they may quote rows."""
     state = error.sqlstate or ""
-    message = error.diag.message_primary or " ".join(str(error).split()) or type(error).__name__
-    hint = error.diag.message_hint or _HINTS.get(state)
-    if state in ("42883", "42P01") and "rekey." in message:
-        hint = "pg_rekey is not installed in this database, or in another version: run `pg-rekey init`."
+    message, hint = explain(error)
     return Problem(message + (f" [{state}]" if state else ""), hint, _EXIT_CODES.get(state, FAILED))
+
+
+def explain(error: psycopg.Error) -> tuple[str, str | None]:
+    """Return message and hint of a database error."""
+    message = error.diag.message_primary or " ".join(str(error).split()) or type(error).__name__
+    hint = error.diag.message_hint or _HINTS.get(error.sqlstate or "")
+    if _is_missing(error):
+        hint = "pg_rekey is not installed in this database, or in another version: run `pg-rekey init`."
+    return message, hint
+
+
+def http_status(error: psycopg.Error) -> int | None:
+    """Return the HTTP status of a database error, or None for one that nobody foresaw."""
+    if error.sqlstate is None:
+        return 503 if isinstance(error, psycopg.OperationalError) else None
+    if _is_missing(error):
+        return 503
+    return _HTTP_STATUS.get(error.sqlstate) or _HTTP_STATUS.get(error.sqlstate[:2])
+
+
+def _is_missing(error: psycopg.Error) -> bool:
+    """Tell whether a function or relation of pg_rekey is not there."""
+    return error.sqlstate in ("42883", "42P01") and "rekey." in (error.diag.message_primary or "")
