@@ -275,3 +275,24 @@ set ciphertext = set_byte(s.ciphertext, 40, get_byte(s.ciphertext, 40) # 1)
 from rekey.secrets o
 where o.tenant_id = s.tenant_id and o.id = s.id and s.name = %s
 returning o.ciphertext, s.id
+
+-- name: api transaction
+-- description: What every transaction of the HTTP API begins with: a time limit, and who asks, for the audit log.
+select set_config('statement_timeout', %s, true), set_config('request.jwt.claims', %s, true)
+
+-- name: api rotations
+-- description: A page of rotations, newest first.
+select * from rekey.rotation_status
+where (%(keyring)s::text is null or keyring = %(keyring)s)
+  and (%(state)s::text is null or state = %(state)s)
+  and (%(before)s::bigint is null or id < %(before)s)
+order by id desc
+limit %(limit)s
+
+-- name: api audit log
+-- description: A page of the audit log, newest first.
+select * from rekey.audit_log
+where (%(keyring)s::text is null or keyring = %(keyring)s)
+  and (%(before)s::bigint is null or id < %(before)s)
+order by id desc
+limit %(limit)s

@@ -16,6 +16,7 @@ from pg_rekey.cli import (
     rotations,
     schedule,
     secrets,
+    serve,
     settings,
     sql,
     status,
@@ -58,6 +59,7 @@ for command in (
     secrets.secrets,
     audit.audit,
     metrics.metrics,
+    serve.serve,
     sql.sql,
 ):
     main.add_command(command)

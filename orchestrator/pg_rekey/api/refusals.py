@@ -1,0 +1,146 @@
+"""Every answer that is not a success: one JSON shape, and an audit entry where somebody was refused."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import psycopg
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from pg_rekey.api.database import transaction
+from pg_rekey.api.logs import where
+from pg_rekey.api.models import Error
+from pg_rekey.errors import Problem, explain, http_status
+from pg_rekey.worker import log
+
+BODY_LIMIT = 16 * 1024
+DESCRIPTIONS = {
+    400: "An argument cannot be.",
+    401: "No token, or one that is not known.",
+    403: "The token is not for this route, or the database refuses.",
+    404: "There is no such thing.",
+    409: "A rotation is under way, or the state does not allow it.",
+    413: "The body is too large.",
+    422: "The request is not as it should be.",
+    500: "Something went wrong; the log says more.",
+    503: "The database or the KEK is not available: try again.",
+}
+
+_FRAMEWORK: dict[int, tuple[str, str, str | None]] = {
+    400: ("bad_request", "the body cannot be read", None),
+    404: ("not_found", "there is no such route", "See /docs."),
+    405: ("method_not_allowed", "the route does not have this method", "See /docs."),
+    413: ("too_large", f"the body is larger than {BODY_LIMIT} bytes", None),
+}
+
+
+class Refusal(Exception):
+    """Ends a request with an answer that is not a success."""
+
+    def __init__(self, status: int, code: str, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.hint = status, code, message, hint
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return what OpenAPI says of these statuses."""
+    return {status: {"model": Error, "description": DESCRIPTIONS[status]} for status in statuses}
+
+
+def answer(
+    request: Request,
+    status: int,
+    code: str,
+    message: str,
+    hint: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """Return the one shape that errors have."""
+    error = Error(code=code, message=message, hint=hint, request_id=request.state.request_id)
+    return JSONResponse(error.model_dump(), status, headers)
+
+
+def internal(request: Request, error: Exception) -> JSONResponse:
+    """Answer what nobody foresaw: the log says where it happened, the client learns nothing."""
+    log("error", request_id=request.state.request_id, **where(error))
+    return answer(request, 500, "internal", "internal error", "The log has it under this request_id.")
+
+
+def too_large(request: Request) -> JSONResponse:
+    """Answer a body that nobody will read."""
+    return answer(request, 413, *_FRAMEWORK[413])
+
+
+def install(app: FastAPI) -> None:
+    """Let the app answer exceptions as this module says."""
+    # Handlers that are no coroutines run in a thread, and so may wait for the database.
+    app.add_exception_handler(Refusal, _refusal)
+    app.add_exception_handler(psycopg.Error, _database)
+    app.add_exception_handler(Problem, _problem)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(HTTPException, _http)
+
+
+def _refusal(request: Request, refusal: Exception) -> JSONResponse:
+    assert isinstance(refusal, Refusal)
+    if refusal.status in (401, 403):
+        _note_denied(request)
+    headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
+    return answer(request, refusal.status, refusal.code, refusal.message, refusal.hint, headers)
+
+
+def _database(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, psycopg.Error)
+    request.state.sqlstate = error.sqlstate
+    status = http_status(error)
+    if status is None:
+        return internal(request, error)
+    if error.sqlstate is None:
+        # What the library says then holds host, user and database.
+        return answer(request, status, "unavailable", "the database is not available", "Try again.")
+    if error.sqlstate == "42501":
+        _note_denied(request)
+    return answer(request, status, error.sqlstate, *explain(error))
+
+
+def _problem(request: Request, problem: Exception) -> JSONResponse:
+    """Answer where the KEK of this server's environment cannot be had."""
+    assert isinstance(problem, Problem)
+    return answer(request, 503, "RK001", problem.message, problem.hint)
+
+
+def _validation(request: Request, error: Exception) -> JSONResponse:
+    """Say what is wrong with a request, without repeating what was in it."""
+    assert isinstance(error, RequestValidationError)
+    return answer(request, 422, "invalid_request", "; ".join(map(_finding, error.errors())), "See /docs.")
+
+
+def _finding(error: Mapping[str, Any]) -> str:
+    # The name of a field that nobody knows is the client's text too.
+    place = error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"]
+    return f"{'.'.join(map(str, place))}: {error['msg']}"
+
+
+def _http(request: Request, error: Exception) -> JSONResponse:
+    """Answer what the framework refuses: unknown paths and methods, bodies that cannot be read."""
+    assert isinstance(error, HTTPException)
+    code, message, hint = _FRAMEWORK[error.status_code]
+    return answer(request, error.status_code, code, message, hint, error.headers)
+
+
+def _note_denied(request: Request) -> None:
+    """Leave an entry in the audit log; a refusal stands without it too."""
+    details = {
+        "via": "http",
+        "route": f"{request.method} {request.scope['route'].path}",
+        "client": request.state.client,
+        "request_id": request.state.request_id,
+    }
+    try:
+        with transaction(request) as connection:
+            connection.execute("select rekey._note_denied(%s::jsonb)", [json.dumps(details)])
+    except psycopg.Error as error:
+        log("refusal not audited", sqlstate=error.sqlstate, **details)

@@ -1,0 +1,80 @@
+"""The process: checks its configuration, listens, serves, and ends cleanly."""
+
+import ipaddress
+import logging
+import signal
+import socket
+
+import click
+import uvicorn
+
+from pg_rekey import db, release
+from pg_rekey.api.app import create_app
+from pg_rekey.api.logs import JsonHandler
+from pg_rekey.api.tokens import Tokens
+from pg_rekey.errors import Problem
+from pg_rekey.worker import log
+
+SHUTDOWN_SECONDS = 10
+
+
+def run(host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT, then end the requests in hand."""
+    tokens = Tokens.from_environment()
+    if db.in_environment():
+        # A KEK that cannot be one is found now, not by the first rotation.
+        db.from_environment()
+    pool = db.pool()
+    with _listen(host, port) as listener:
+        _warn_if_reachable(listener.getsockname()[0])
+        _serve(listener, pool, tokens)
+
+
+def _serve(listener: socket.socket, pool: db.Pool, tokens: Tokens) -> None:
+    logging.basicConfig(handlers=[JsonHandler()], level=logging.WARNING, force=True)
+    server = uvicorn.Server(_config(pool, tokens))
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn has handlers of its own, and raises the signal again when it has ended: that is no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    with pool:
+        host, port = listener.getsockname()[:2]
+        log("listening", host=host, port=port, version=release.version())
+        server.run(sockets=[listener])
+    log("stopped")
+
+
+def _config(pool: db.Pool, tokens: Tokens) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(pool, tokens),
+        # Pure Python, and bounds the headers.
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        log_level=logging.WARNING,
+        access_log=False,
+        server_header=False,
+        # X-Forwarded-For is what anybody writes.
+        proxy_headers=False,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise Problem(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+
+
+def _warn_if_reachable(address: str) -> None:
+    if not ipaddress.ip_address(address).is_loopback:
+        click.echo(
+            f"{address} is no loopback address, and this is plain HTTP: put TLS in front of it.", err=True
+        )
