@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pg_rekey import local, release
 DOCS = release.ROOT / "docs"
 README = release.ROOT / "README.md"
 OPERATIONS = DOCS / "operations.md"
+API = DOCS / "api.md"
 ALERTS = DOCS / "monitoring" / "alerts.yml"
 DASHBOARD = DOCS / "monitoring" / "dashboard.json"
 PAGES = sorted([*release.ROOT.glob("*.md"), *DOCS.glob("*.md")])
@@ -103,6 +105,32 @@ def test_operations_checklist_does_what_it_says(shell: Callable[[str], str]) -> 
         assert expected in printed
     assert printed.count("hunter2") == 2
     assert len(re.findall(r"state +completed\b", printed)) == 2
+
+
+def test_api_examples_answer_what_they_say(shell: Callable[[str], str]) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("the examples need curl")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    [script] = blocks(API, "bash")
+    script = script.replace(":8080", f":{port}").replace(
+        "pg-rekey serve >", f"pg-rekey serve --port {port} >"
+    )
+    # Nothing may go on running where an example fails.
+    printed = shell("trap 'kill $! 2>/dev/null || true' EXIT\n" + script)
+    for expected in (
+        '{"status":"ok"}',
+        '"state":"queued","trigger":"manual"',
+        '"code":"RK004"',
+        '"state":"completed","trigger":"manual"',
+        '"version":2,"state":"active"',
+        "pg_rekey_keyrings 1.0",
+        '"code":"forbidden"',
+        '"code":"unauthorized"',
+        '"event": "stopped"',
+    ):
+        assert expected in printed
+    assert printed.count('"event":"access.denied"') == 2
 
 
 def test_sql_of_the_readme_runs(ready: Connection) -> None:
