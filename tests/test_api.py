@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import psycopg
@@ -320,6 +321,19 @@ def test_a_connection_that_breaks_is_replaced(api: Api, ready: Connection) -> No
     assert api.get("/api/keys")
     assert value(ready, backends + " and datname = current_database()") >= 1
     assert api.get("/api/keys")
+
+
+def test_a_session_that_is_ended_in_the_middle_of_a_request(api: Api, ready: Connection, db: str) -> None:
+    end = """
+        select pg_terminate_backend(pid, 5000) from pg_stat_activity
+        where datname = current_database() and usename ~ '^rekey_api_' and wait_event_type = 'Lock'"""
+    with ThreadPoolExecutor() as threads, connect(db) as observer, ready.transaction():
+        ready.execute("lock table rekey.rotations")
+        answer = threads.submit(api, "GET", "/api/rotations")
+        while not observer.execute(end).fetchall():
+            assert not answer.done()
+        assert_error(answer.result(), 503, "57P01")
+    assert api.get("/api/rotations")
 
 
 def test_an_error_that_nobody_foresaw(
