@@ -68,9 +68,12 @@ def _config(pool: db.Pool, tokens: Tokens) -> uvicorn.Config:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return socket.create_server(address[:2], family=family)
+        listener = socket.create_server(address[:2], family=family)
     except OSError as error:
         raise Problem(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+    # asyncio does so only for sockets that it made itself; without it each answer takes 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _warn_if_reachable(address: str) -> None:
