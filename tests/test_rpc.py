@@ -10,6 +10,7 @@ from psycopg.conninfo import make_conninfo
 from helpers import Connection, connect, install, value
 from hosted import Hosted
 from pg_rekey import release
+from pg_rekey.errors import HTTP_STATUS
 from postgrest import PostgREST, Response
 
 ANNE = {"sub": "7d0f1e54-0000-4000-8000-000000000001"}
@@ -224,3 +225,10 @@ def test_the_users_own_function_of_that_name_is_not_replaced(hosted: Hosted, nam
     with pytest.raises(errors.DuplicateFunction) as raised:
         install(dsn, release.assemble("supabase"))
     assert "rename or drop" in str(raised.value.diag.message_hint)
+
+
+def test_status_codes_of_postgrest_are_those_of_the_orchestrator(owner: Connection) -> None:
+    """One table in SQL, for PostgREST; one in Python, for pg-rekey serve."""
+    for code, status in HTTP_STATUS.items():
+        ours = code.startswith("RK") or code in ("42501", "22023")
+        assert value(owner, "select rekey._http_status(%s)", code) == (status if ours else None)

@@ -34,7 +34,7 @@ class Problem(click.ClickException):
 
 
 # What the HTTP API answers for an SQLSTATE, or for all of its class.
-_HTTP_STATUS = {
+HTTP_STATUS = {
     "RK001": 503,
     "RK002": 500,
     "RK003": 422,
@@ -76,7 +76,7 @@ def http_status(error: psycopg.Error) -> int | None:
         return 503 if isinstance(error, psycopg.OperationalError) else None
     if _is_missing(error):
         return 503
-    return _HTTP_STATUS.get(error.sqlstate) or _HTTP_STATUS.get(error.sqlstate[:2])
+    return HTTP_STATUS.get(error.sqlstate) or HTTP_STATUS.get(error.sqlstate[:2])
 
 
 def _is_missing(error: psycopg.Error) -> bool:
