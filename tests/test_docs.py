@@ -21,7 +21,7 @@ OPERATIONS = DOCS / "operations.md"
 API = DOCS / "api.md"
 ALERTS = DOCS / "monitoring" / "alerts.yml"
 DASHBOARD = DOCS / "monitoring" / "dashboard.json"
-PAGES = sorted([*release.ROOT.glob("*.md"), *DOCS.glob("*.md")])
+PAGES = sorted([*release.ROOT.glob("*.md"), *DOCS.glob("*.md"), *release.ROOT.glob("examples/*/*.md")])
 # What differs from run to run, and the step of init that depends on where pg_cron is.
 CHANGING = (
     (r"\b[0-9a-f]{32}\b", "FINGERPRINT"),
