@@ -62,6 +62,76 @@ COMMENT ON EXTENSION pgcrypto IS 'cryptographic functions';
 
 
 --
+-- Name: _adoption; Type: TYPE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TYPE rekey._adoption AS (
+	relation regclass,
+	rows tid[],
+	keys text[],
+	formats text[],
+	problems text[],
+	ciphertexts bytea[],
+	legacy bytea[],
+	next tid,
+	next_relation regclass
+);
+
+
+ALTER TYPE rekey._adoption OWNER TO rekey_owner;
+
+--
+-- Name: TYPE _adoption; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TYPE rekey._adoption IS 'A batch of values that are no envelopes: by row, its key, the format, why it cannot be adopted, the envelope made of it, or the value that the client has to open.';
+
+
+--
+-- Name: _sealed; Type: TYPE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TYPE rekey._sealed AS (
+	ciphertexts bytea[],
+	problems text[],
+	formats text[]
+);
+
+
+ALTER TYPE rekey._sealed OWNER TO rekey_owner;
+
+--
+-- Name: TYPE _sealed; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TYPE rekey._sealed IS 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL and the format that only the client can open.';
+
+
+--
+-- Name: _target; Type: TYPE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TYPE rekey._target AS (
+	target text,
+	relation regclass,
+	function_name name,
+	indexed boolean,
+	prefix bytea,
+	is_text boolean,
+	problem text
+);
+
+
+ALTER TYPE rekey._target OWNER TO rekey_owner;
+
+--
+-- Name: TYPE _target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TYPE rekey._target IS 'A relation with row storage that holds envelopes, and what the engine needs to know of it.';
+
+
+--
 -- Name: key_rows; Type: TYPE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -383,6 +453,375 @@ ALTER FUNCTION rekey._active_versions(keyrings integer[]) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._active_versions(keyrings integer[]) IS 'The active version of each keyring; NULL where it has none.';
+
+
+--
+-- Name: _adopt(bytea[], bytea[], integer, boolean, text[], boolean, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]) RETURNS rekey._sealed
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_version integer := (rekey._lock_active(array[keyring_id]))[1];
+  v_key bytea;
+  v_header bytea;
+  v_bytes bytea;
+  v_format text;
+  v_plaintext bytea;
+  v_problem text;
+  v_iv bytea;
+  v_aad bytea;
+  v_made rekey._sealed;
+begin
+  select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
+  if v_key is null then
+    raise exception 'the active key version of the keyring cannot be used' using errcode = 'RK006', hint = 'Rotate the keyring: rekey.rotate_keys().';
+  end if;
+  v_header := rekey._header(keyring_id, v_version);
+  -- Plain assignments only: the values are plain, and parameters of statements can be logged.
+  for v_place in 1 .. cardinality("values") loop
+    v_plaintext := null;
+    v_problem := null;
+    v_bytes := rekey._legacy_bytes("values"[v_place]);
+    v_format := rekey._legacy_format(v_bytes);
+    if v_format = 'plaintext' and 'aes_gcm' = any (formats) and octet_length(v_bytes) >= 28 and not is_text then
+      v_format := 'aes_gcm';
+    elsif v_format <> 'envelope' and not v_format = any (formats) and forced and 'plaintext' = any (formats) then
+      v_format := 'plaintext';
+      v_bytes := "values"[v_place];
+    end if;
+    if v_format = 'envelope' then
+      v_problem := 'is a damaged envelope';
+    elsif not v_format = any (formats) then
+      v_problem := case v_format when 'plaintext' then 'is in none of the formats' else format('looks like %s, which is not among the formats', v_format) end;
+    elsif octet_length(v_bytes) > rekey._max_bytes() then
+      v_problem := format('has more than %s bytes', rekey._max_bytes());
+    elsif v_format = 'plaintext' then
+      v_plaintext := v_bytes;
+    elsif v_format = 'pgp_sym' then
+      v_plaintext := rekey._open_pgp(v_bytes, passphrases);
+      if v_plaintext is null then
+        v_problem := 'pgp_sym does not open: damaged, or another passphrase';
+      end if;
+    end if;
+    v_made.ciphertexts[v_place] := null;
+    v_made.problems[v_place] := v_problem;
+    v_made.formats[v_place] := v_format;
+    if v_plaintext is not null then
+      v_iv := rekey._random_bytes(16);
+      v_aad := v_header || contexts[v_place];
+      v_made.ciphertexts[v_place] := v_header || v_iv || rekey._aead_encrypt(v_key, v_iv, v_plaintext, v_aad);
+    end if;
+  end loop;
+  return v_made;
+end
+$$;
+
+
+ALTER FUNCTION rekey._adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]) IS 'Seals values that are no envelopes: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open (fernet, v1, aes_gcm) gets neither ciphertext nor problem.';
+
+
+--
+-- Name: _adoption_batch(bigint, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) RETURNS rekey._adoption
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rotation record;
+  v_chunk rekey._chunks;
+  v_target rekey._target;
+  v_state text := rekey._target_state();
+  v_until_block bigint;
+  v_adoption rekey._adoption;
+  v_done bigint;
+  v_failed record;
+  v_begin timestamptz := clock_timestamp();
+begin
+  perform rekey._refuse_snapshot();
+  select r.*, p.label into v_rotation from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
+  where r.id = _adoption_batch.rotation_id and r.trigger = 'adoption';
+  if not found then
+    raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
+  end if;
+  perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  select c.* into v_chunk from rekey._chunks c
+  where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.adopting and c.target = v_rotation.label
+  order by c.id limit 1 for update skip locked;
+  if not found then
+    return null;
+  end if;
+  v_target := rekey._target_of(v_chunk);
+  if v_target.problem is not null then
+    raise exception '% is blocked: %', v_chunk.target, v_target.problem using errcode = 'RK005';
+  end if;
+  v_until_block := least(split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint + v_chunk.batch_blocks, v_chunk.until_block);
+  v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, least(v_chunk.batch_rows, 1000),
+    v_rotation.keyring_id, v_rotation.formats, v_rotation.forced, passphrases);
+  v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
+  select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
+  from unnest(v_adoption.problems) with ordinality as u(problem, place) where u.problem is not null;
+  if rekey._target_state() <> v_state then
+    raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
+  end if;
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_chunk.target, v_chunk.relation, v_failed.keys, v_failed.problems);
+  perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  return v_adoption;
+end
+$$;
+
+
+ALTER FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _adoption_batch(rotation_id bigint, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) IS 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, and where the rotation is not running.';
+
+
+--
+-- Name: _adoption_preview(regclass, name, regclass, tid, text[], boolean, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]) RETURNS rekey._adoption
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_column rekey.protected_columns;
+  v_target rekey._target;
+  v_blocks bigint;
+  v_until bigint;
+  v_adoption rekey._adoption;
+begin
+  perform rekey._refuse_stranger(target);
+  select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, _adoption_preview.column_name);
+  select * into v_target from rekey._targets(v_column.label) t
+  where v_column.label is not null and (t.relation = _adoption_preview.relation or _adoption_preview.relation is null)
+  order by t.relation limit 1;
+  if not found then
+    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007';
+  elsif v_target.problem is not null then
+    raise exception '% is blocked: %', v_column.label, v_target.problem using errcode = 'RK005';
+  end if;
+  v_until := split_part(trim(first::text, '()'), ',', 1)::bigint + 64;
+  v_adoption := rekey._adoption_rows(v_target, v_target.relation, first, v_until, 1000, v_column.keyring_id, formats, forced, passphrases);
+  v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
+  if v_adoption.next is not null then
+    v_adoption.next := rekey._next_row(v_adoption.next);
+  elsif v_until < v_blocks then
+    v_adoption.next := format('(%s,0)', v_until)::tid;
+  else
+    v_adoption.next := null;
+    v_adoption.next_relation := (
+      select min(t.relation::oid)::regclass from rekey._targets(v_column.label) t where t.relation::oid > v_target.relation::oid);
+  end if;
+  return v_adoption;
+end
+$$;
+
+
+ALTER FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]) IS 'As rekey._adoption_batch(), before there is an adoption: writes nothing. first: where to begin in relation. next, next_relation: where to go on.';
+
+
+--
+-- Name: _adoption_rows(rekey._target, regclass, tid, bigint, integer, integer, text[], boolean, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]) RETURNS rekey._adoption
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_batch record;
+  v_contexts bytea[];
+  v_made rekey._sealed;
+  v_adoption rekey._adoption;
+begin
+  select b.* into v_batch from rekey._call_read(
+    target.function_name, relation, first, format('(%s,0)', until_block)::tid, null, null, max_rows, 16777216) b;
+  v_adoption.relation := relation;
+  v_adoption.next := v_batch.next;
+  if v_batch.rows is not null then
+    v_contexts := array(
+      select target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
+    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, keyring_id, target.is_text, formats, forced, passphrases);
+    v_adoption.rows := v_batch.rows;
+    v_adoption.keys := v_batch.keys;
+    v_adoption.formats := v_made.formats;
+    v_adoption.problems := v_made.problems;
+    v_adoption.ciphertexts := v_made.ciphertexts;
+    for v_place in 1 .. cardinality(v_batch.rows) loop
+      if v_made.ciphertexts[v_place] is null and v_made.problems[v_place] is null then
+        v_adoption.legacy[v_place] := rekey._legacy_bytes(v_batch.ciphertexts[v_place]);
+      end if;
+    end loop;
+  end if;
+  return v_adoption;
+end
+$$;
+
+
+ALTER FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]) IS 'Locks values of a range that are no envelopes, and seals those that the server can open; legacy are those that the client has to.';
+
+
+--
+-- Name: _adoption_store(bigint, regclass, tid[], bytea[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rotation record;
+  v_target rekey._target;
+  v_state text := rekey._target_state();
+  v_batch record;
+  v_given integer;
+  v_values bytea[];
+  v_rows tid[];
+  v_contexts bytea[];
+  v_failed_keys text[];
+  v_failed_problems text[];
+  v_made rekey._sealed;
+  v_done bigint := 0;
+begin
+  select r.*, p.label into v_rotation from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
+  where r.id = _adoption_store.rotation_id and r.trigger = 'adoption';
+  select * into v_target from rekey._targets(v_rotation.label) t where t.relation = _adoption_store.relation;
+  if not found then
+    raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
+  end if;
+  perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  if rows is null then
+    return 0;
+  end if;
+  -- The rows once more, locked since adoption_batch: what they are bound to is not the client's to say.
+  select b.* into v_batch from rekey._call_read(v_target.function_name, relation,
+    (select min(u.row) from unnest(rows) as u(row)), rekey._next_row((select max(u.row) from unnest(rows) as u(row))), null, null, 2000, 1073741824) b;
+  for v_place in 1 .. coalesce(cardinality(v_batch.rows), 0) loop
+    v_given := array_position(rows, v_batch.rows[v_place]);
+    if plaintexts[v_given] is not null then
+      v_rows := v_rows || v_batch.rows[v_place];
+      v_values := v_values || plaintexts[v_given];
+      v_contexts := v_contexts || (v_target.prefix || v_batch.contexts[v_place]);
+    elsif v_given is not null then
+      v_failed_keys := v_failed_keys || v_batch.keys[v_place];
+      v_failed_problems := v_failed_problems || coalesce(problems[v_given], 'does not open');
+    end if;
+  end loop;
+  if v_rows is not null then
+    v_made := rekey._adopt(v_values, v_contexts, v_rotation.keyring_id, v_target.is_text, '{plaintext}', true, '{}');
+    for v_place in 1 .. cardinality(v_rows) loop
+      if v_made.problems[v_place] is not null then
+        raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
+      end if;
+    end loop;
+    v_done := rekey._write_rows(v_target, relation, v_rows, v_made.ciphertexts);
+  end if;
+  if rekey._target_state() <> v_state then
+    raise exception 'the protected column % was changed while its rows were adopted', v_rotation.label using errcode = 'RK005', hint = 'Try again.';
+  end if;
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation, v_failed_keys, v_failed_problems);
+  return v_done;
+end
+$$;
+
+
+ALTER FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) IS 'Seals what the client opened of a batch, and quarantines what it could not.';
+
+
+--
+-- Name: _chunks; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._chunks (
+    id bigint NOT NULL,
+    pass_id bigint NOT NULL,
+    urgent boolean NOT NULL,
+    adopting boolean DEFAULT false NOT NULL,
+    target text NOT NULL,
+    relation regclass NOT NULL,
+    first tid NOT NULL,
+    until_block bigint NOT NULL,
+    batch_rows integer DEFAULT 1000 NOT NULL,
+    batch_blocks integer NOT NULL
+);
+
+
+ALTER TABLE rekey._chunks OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _chunks; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._chunks IS 'Block ranges that the rotations of a pass have yet to sweep.';
+
+
+--
+-- Name: _advance(rekey._chunks, tid, bigint, double precision); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  -- The next batch takes about batch_target.
+  v_factor double precision := greatest(0.5, least(2.0,
+    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001)));
+begin
+  if next is null and _advance.until_block >= chunk.until_block then
+    delete from rekey._chunks c where c.id = chunk.id;
+    return;
+  end if;
+  update rekey._chunks c
+  set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid),
+      batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
+      batch_blocks = case when c.batch_blocks >= 4096 or _advance.next is not null then c.batch_blocks
+                          else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
+  where c.id = chunk.id;
+end
+$$;
+
+
+ALTER FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) IS 'Moves the start of a chunk behind what was swept of it; deletes it at its end.';
 
 
 --
@@ -754,10 +1193,35 @@ COMMENT ON FUNCTION rekey._barrier(keyring_id integer, versions integer[]) IS 'W
 
 
 --
--- Name: _call_count(name, integer[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+-- Name: _blocked_targets(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._call_count(function_name name, keyrings integer[], opening boolean) RETURNS TABLE(keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+CREATE FUNCTION rekey._blocked_targets() RETURNS jsonb
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return (
+    select jsonb_agg(jsonb_build_object('target', t.target, 'why', t.problem) order by t.target)
+    from rekey._targets() t where t.problem is not null);
+end
+$$;
+
+
+ALTER FUNCTION rekey._blocked_targets() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _blocked_targets(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._blocked_targets() IS 'The targets that cannot be read or counted now, and why; NULL: none.';
+
+
+--
+-- Name: _call_count(name, regclass, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+--
+
+CREATE FUNCTION rekey._call_count(function_name name, relation regclass, keyrings integer[]) RETURNS TABLE(keyring_id integer, version integer, rows bigint)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
@@ -766,8 +1230,8 @@ begin
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
-  for keyring_id, version, rows, failed, failed_keys, failed_problems in
-    execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using keyrings, opening
+  for keyring_id, version, rows in
+    execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using relation, keyrings
   loop
     return next;
   end loop;
@@ -775,43 +1239,71 @@ end
 $_$;
 
 
-ALTER FUNCTION rekey._call_count(function_name name, keyrings integer[], opening boolean) OWNER TO rekey_sweeper;
+ALTER FUNCTION rekey._call_count(function_name name, relation regclass, keyrings integer[]) OWNER TO rekey_sweeper;
 
 --
--- Name: FUNCTION _call_count(function_name name, keyrings integer[], opening boolean); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_count(function_name name, relation regclass, keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
 --
 
-COMMENT ON FUNCTION rekey._call_count(function_name name, keyrings integer[], opening boolean) IS 'Calls the count function of a target.';
+COMMENT ON FUNCTION rekey._call_count(function_name name, relation regclass, keyrings integer[]) IS 'Calls the count function of a target.';
 
 
 --
--- Name: _call_sweep(name, tid, tid, integer[], integer[], integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+-- Name: _call_read(name, regclass, tid, tid, integer[], integer[], integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
 --
 
-CREATE FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) RETURNS record
+CREATE FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
-    raise exception 'rekey._call_sweep does not run as rekey_sweeper' using errcode = 'RK005',
+    raise exception 'rekey._call_read does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
-  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_sweep')
-  into next, done_keyrings, done_rows, failed_keyrings, failed_versions, failed_keys, failed_problems
-  using first, until, keyrings, versions, max_rows, max_bytes;
-  set constraints all immediate;
+  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_read')
+  into next, rows, ciphertexts, contexts, keys
+  using relation, first, until, keyrings, versions, max_rows, max_bytes;
 end
 $_$;
 
 
-ALTER FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) OWNER TO rekey_sweeper;
+ALTER FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_sweeper;
 
 --
--- Name: FUNCTION _call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
 --
 
-COMMENT ON FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) IS 'Calls the sweep function of a target.';
+COMMENT ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Calls the read function of a target.';
+
+
+--
+-- Name: _call_scan(name, regclass, tid, tid, integer[], integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+--
+
+CREATE FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_scan does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_scan')
+  into next, rows, ciphertexts, contexts, keys
+  using relation, first, until, keyrings, max_rows, max_bytes;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_sweeper;
+
+--
+-- Name: FUNCTION _call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+--
+
+COMMENT ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Calls the scan function of a target.';
 
 
 --
@@ -847,6 +1339,37 @@ ALTER FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) OWNE
 --
 
 COMMENT ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) IS 'Asks the function that the setting tenant_check names.';
+
+
+--
+-- Name: _call_write(name, regclass, tid[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+--
+
+CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_count bigint;
+begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_write does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  execute format('select rekey_targets.%I($1, $2, $3)', function_name || '_write') into v_count using relation, rows, ciphertexts;
+  set constraints all immediate;
+  return v_count;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) OWNER TO rekey_sweeper;
+
+--
+-- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+--
+
+COMMENT ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) IS 'Calls the write function of a target.';
 
 
 --
@@ -928,7 +1451,7 @@ COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an 
 --
 
 CREATE FUNCTION rekey._check(ciphertexts bytea[], contexts bytea[]) RETURNS text[]
-    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '64MB'
     AS $$
@@ -987,6 +1510,8 @@ CREATE FUNCTION rekey._check_context(context text[], keyring_tenant uuid) RETURN
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
+declare
+  v_shape record;
 begin
   if context is null or array_ndims(context) > 1 then
     raise exception 'context is an array of text' using errcode = 'invalid_parameter_value',
@@ -997,6 +1522,17 @@ begin
       hint = 'Secrets are read with rekey.get_secret().';
   end if;
   perform rekey._check_tenant(keyring_tenant);
+  -- The label of a protected column: who may not read the column may not open its values either.
+  for v_shape in
+    select s.relation, s.attnums[c.places[1]] as attnum
+    from rekey.protected_columns c cross join lateral rekey._column_shape(c.id) s
+    where c.label = context[array_lower(context, 1)]
+  loop
+    if not coalesce(has_column_privilege(rekey._caller(), v_shape.relation, v_shape.attnum, 'select'), false) then
+      raise exception 'the context label % belongs to a column that you may not read', context[array_lower(context, 1)]
+        using errcode = 'insufficient_privilege', hint = 'It takes SELECT on that column.';
+    end if;
+  end loop;
   return rekey._context(context);
 end
 $$;
@@ -1008,7 +1544,7 @@ ALTER FUNCTION rekey._check_context(context text[], keyring_tenant uuid) OWNER T
 -- Name: FUNCTION _check_context(context text[], keyring_tenant uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._check_context(context text[], keyring_tenant uuid) IS 'The bytes of a context that a caller gave, once he may use it. 42501: reserved label, or a keyring of another tenant.';
+COMMENT ON FUNCTION rekey._check_context(context text[], keyring_tenant uuid) IS 'The bytes of a context that a caller gave, once he may use it. 42501: reserved label, a column that he may not read, or a keyring of another tenant.';
 
 
 --
@@ -1102,6 +1638,444 @@ COMMENT ON FUNCTION rekey._claims() IS 'The claims of the JWT as PostgREST passe
 
 
 --
+-- Name: protected_columns; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.protected_columns (
+    id integer NOT NULL,
+    label text NOT NULL,
+    keyring_id integer NOT NULL,
+    column_name name NOT NULL,
+    context_columns name[] NOT NULL,
+    places integer[] NOT NULL,
+    is_text boolean NOT NULL,
+    encrypt_on_write boolean NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT protected_columns_places_check CHECK ((cardinality(places) = (cardinality(context_columns) + 1)))
+);
+
+
+ALTER TABLE rekey.protected_columns OWNER TO rekey_owner;
+
+--
+-- Name: TABLE protected_columns; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.protected_columns IS 'Columns of the user''s own tables that are under rotation. Which relation and columns they are now is known to the guard function of each (rekey_targets.column_<id>_guard), which follows renames and restores.';
+
+
+--
+-- Name: COLUMN protected_columns.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.id IS 'Number of the column; its functions in schema rekey_targets are named column_<id>_...';
+
+
+--
+-- Name: COLUMN protected_columns.label; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.label IS 'schema.table.column as first registered: the first part of the context of its values. It stays when things are renamed.';
+
+
+--
+-- Name: COLUMN protected_columns.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.keyring_id IS 'Keyring for adoption and encryption on write.';
+
+
+--
+-- Name: COLUMN protected_columns.column_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.column_name IS 'Name of the column as registered.';
+
+
+--
+-- Name: COLUMN protected_columns.context_columns; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.context_columns IS 'Names, as registered, of the columns whose values, as text, are the rest of the context.';
+
+
+--
+-- Name: COLUMN protected_columns.places; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.places IS 'Ranks of the column and its context columns among them all in table order.';
+
+
+--
+-- Name: COLUMN protected_columns.is_text; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.is_text IS 'Whether it holds envelopes in text form; else in bytea.';
+
+
+--
+-- Name: COLUMN protected_columns.encrypt_on_write; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.encrypt_on_write IS 'Whether a trigger encrypts what is written.';
+
+
+--
+-- Name: COLUMN protected_columns.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.created_at IS 'When it was registered.';
+
+
+--
+-- Name: _column_bodies(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._column_bodies(protected rekey.protected_columns) RETURNS TABLE(name text, arguments text, result text, volatility text, body text)
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_X$
+declare
+  v_prefix text := 'column_' || protected.id;
+  v_bytes text := 't.%1$s';
+  v_header text := 'substr(t.%1$s, 1, 11)';
+  v_stored text := 'u.ciphertext';
+  v_from text;
+  v_select text;
+  v_page text;
+begin
+  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row.
+  if protected.is_text then
+    v_bytes := $sql$case when t.%1$s ~ '^rk1:([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$'
+      and translate(encode(decode(substr(t.%1$s, 5), 'base64'), 'base64'), E'\n', '') = substr(t.%1$s, 5)
+      then decode(substr(t.%1$s, 5), 'base64') else convert_to(t.%1$s, 'UTF8') end$sql$;
+    v_header := $sql$case when substr(t.%1$s, 1, 20) ~ '^rk1:[A-Za-z0-9+/]{16}' then substr(decode(substr(t.%1$s, 5, 16), 'base64'), 1, 11) end$sql$;
+    v_stored := $sql$'rk1:' || translate(encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
+  end if;
+  v_from := ' from only %2$s t
+    cross join lateral (select ' || v_header || $sql$ as header offset 0) h
+    cross join lateral (
+      select (get_byte(g.header, 3) << 24) | (get_byte(g.header, 4) << 16) | (get_byte(g.header, 5) << 8) | get_byte(g.header, 6) as keyring_id,
+        (get_byte(g.header, 7) << 24) | (get_byte(g.header, 8) << 16) | (get_byte(g.header, 9) << 8) | get_byte(g.header, 10) as version
+      from (select case when octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01' then h.header end as header offset 0) g
+      offset 0) e$sql$;
+  v_select := 'with found as materialized (
+    select t.ctid as row, t.%1$s as value, ' || v_bytes || ' as bytes, %3$s as context, %4$s as key' || v_from;
+  v_page := '), sized as (
+    select f.*, sum(octet_length(f.value)) over (order by f.row rows unbounded preceding) - octet_length(f.value) as before from found f
+  )
+  select case when count(*) filter (where s.before < $5) < count(*) or count(*) = $4 then max(s.row) filter (where s.before < $5) end,
+    array_agg(s.row order by s.row) filter (where s.before < $5), array_agg(s.bytes order by s.row) filter (where s.before < $5),
+    array_agg(s.context order by s.row) filter (where s.before < $5), array_agg(s.key order by s.row) filter (where s.before < $5)
+  from sized s';
+
+  return query
+  select format('%s_%s', v_prefix, b.suffix), b.arguments, b.result, b.volatility, b.body
+  from (values
+    ('sql', 'relation regclass, template text', 'text', 'stable', $body$
+declare
+  v_table regclass;
+  v_names text[];
+  v_context text;
+  v_key text;
+begin
+  -- The columns that the guard names, in table order.
+  select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
+  from pg_depend d
+  join pg_attribute a on a.attrelid = d.refobjid and a.attnum = d.refobjsubid
+  where d.classid = 'pg_proc'::regclass and d.objid = 'rekey_targets.$body$ || v_prefix || $body$_guard'::regproc
+    and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
+  group by d.refobjid;
+  if relation <> v_table and not exists (select from pg_partition_tree(v_table) p where p.relid = relation and p.isleaf) then
+    raise exception '% is not the protected table', relation using errcode = 'RK005';
+  end if;
+  select string_agg(format($q$coalesce(int4send(octet_length(convert_to(t.%1$s::text, 'UTF8'))) || convert_to(t.%1$s::text, 'UTF8'), '\xffffffff')$q$,
+      v_names[p.place]), ' || ' order by p.rank)
+  into v_context
+  from unnest('$body$ || protected.places[2:]::text || $body$'::integer[]) with ordinality as p(place, rank);
+  -- A row is called by its primary key, where it has one.
+  select string_agg(format('t.%I::text', a.attname), $q$ || '/' || $q$ order by k.rank) into v_key
+  from pg_index i
+  cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
+  join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+  where i.indrelid = v_table and i.indisprimary;
+  return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'));
+end
+$body$),
+    ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
+begin
+  return query execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'select e.keyring_id, e.version, count(*)' || v_from || '
+    where t.%1$s is not null and ($1 is null or e.keyring_id = any ($1))
+    group by 1, 2') || ') using keyrings;
+end
+'),
+    ('scan', 'relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'stable', '
+begin
+  execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    v_select || '
+    where t.ctid >= $1 and t.ctid < $2 and e.keyring_id is not null and ($3 is null or e.keyring_id = any ($3))
+    order by t.ctid limit $4' || v_page) || ')
+  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes;
+end
+'),
+    ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '
+begin
+  execute rekey_targets.' || v_prefix || '_sql(relation, case when keyrings is null then ' || quote_literal(
+    v_select || '
+    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and e.keyring_id is null
+    order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
+    v_select || '
+    join unnest($3, $6) as w(keyring_id, version) on w.keyring_id = e.keyring_id and w.version <> e.version
+    where t.ctid >= $1 and t.ctid < $2
+    order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' end)
+  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, versions;
+end
+'),
+    ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
+declare
+  v_count bigint;
+begin
+  execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'update only %2$s t set %1$s = ' || v_stored || ' from unnest($1, $2) as u(row, ciphertext) where t.ctid = u.row') || ')
+  using rows, ciphertexts;
+  get diagnostics v_count = row_count;
+  set constraints all immediate;
+  return v_count;
+end
+')
+  ) as b(suffix, arguments, result, volatility, body);
+end
+$_X$;
+
+
+ALTER FUNCTION rekey._column_bodies(protected rekey.protected_columns) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _column_bodies(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) IS 'The functions of a protected column as they must be: sql (puts a statement together), count, scan, read, write; each PL/pgSQL, SECURITY DEFINER, owned by the owner of the table.';
+
+
+--
+-- Name: _column_findings(regclass, smallint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint) RETURNS TABLE(fatal boolean, finding text, advice text)
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT true,
+     format('constraint %I makes the column a key'::text, c.conname) AS format,
+     'A key cannot be encrypted: protect another column.'::text
+    FROM pg_constraint c
+   WHERE ((c.contype = ANY (ARRAY['p'::"char", 'f'::"char"])) AND (((c.conrelid = (_column_findings.relation)::oid) AND (_column_findings.attnum = ANY (c.conkey))) OR ((c.confrelid = (_column_findings.relation)::oid) AND (_column_findings.attnum = ANY (c.confkey)))))
+ UNION ALL
+  SELECT true,
+     format('varchar(%s) is too short for envelopes'::text, (a.atttypmod - 4)) AS format,
+     'Change the type to text: an envelope of nothing has 104 characters.'::text
+    FROM pg_attribute a
+   WHERE ((a.attrelid = (_column_findings.relation)::oid) AND (a.attnum = _column_findings.attnum) AND (a.atttypid = ('character varying'::regtype)::oid) AND (a.atttypmod > 0))
+ UNION ALL
+  SELECT false,
+     format('CHECK %I is applied to envelopes'::text, c.conname) AS format,
+     'Drop it, or let it accept them: the sweep fails on rows that it refuses.'::text
+    FROM pg_constraint c
+   WHERE ((c.conrelid = (_column_findings.relation)::oid) AND (c.contype = 'c'::"char") AND (_column_findings.attnum = ANY (c.conkey)))
+ UNION ALL
+  SELECT false,
+     format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values'::text, (i.indexrelid)::regclass) AS format,
+     'Drop it; a value that has no room in an index row (2704 bytes) fails.'::text
+    FROM pg_index i
+   WHERE ((i.indrelid = (_column_findings.relation)::oid) AND (NOT i.indisprimary) AND (EXISTS ( SELECT
+            FROM pg_depend d
+           WHERE ((d.objid = i.indexrelid) AND (d.classid = ('pg_class'::regclass)::oid) AND (d.refobjid = (_column_findings.relation)::oid) AND (d.refobjsubid = _column_findings.attnum)))))
+ UNION ALL
+  SELECT false,
+     format('generated column %I is computed from envelopes'::text, a.attname) AS format,
+     'Drop it.'::text
+    FROM (pg_attrdef f
+      JOIN pg_attribute a ON (((a.attrelid = f.adrelid) AND (a.attnum = f.adnum) AND (a.attgenerated <> ''::"char"))))
+   WHERE ((f.adrelid = (_column_findings.relation)::oid) AND (EXISTS ( SELECT
+            FROM pg_depend d
+           WHERE ((d.objid = f.oid) AND (d.classid = ('pg_attrdef'::regclass)::oid) AND (d.refobjid = (_column_findings.relation)::oid) AND (d.refobjsubid = _column_findings.attnum)))))
+ UNION ALL
+  SELECT false,
+     format('trigger %I fires for every row of a rotation'::text, t.tgname) AS format,
+     'WHEN (current_setting(''rekey.sweeping'', true) is distinct from ''on'') lets it pass.'::text
+    FROM pg_trigger t
+   WHERE ((t.tgrelid = (_column_findings.relation)::oid) AND (NOT t.tgisinternal) AND (((t.tgtype)::integer & 16) = 16) AND (t.tgqual IS NULL) AND (t.tgname !~~ 'zz\_pg\_rekey\_%'::text))
+ UNION ALL
+  SELECT false,
+     format('publication %I sends every row of a rotation'::text, p.pubname) AS format,
+     'Subscribers get the envelopes: they need the same keys.'::text
+    FROM pg_publication p
+   WHERE (p.pubupdate AND (p.puballtables OR (EXISTS ( SELECT
+            FROM pg_publication_rel r
+           WHERE ((r.prpubid = p.oid) AND (r.prrelid = (_column_findings.relation)::oid))))));
+END;
+
+
+ALTER FUNCTION rekey._column_findings(relation regclass, attnum smallint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _column_findings(relation regclass, attnum smallint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._column_findings(relation regclass, attnum smallint) IS 'What envelopes in a column break, and what a sweep of it fires. fatal: it cannot be protected.';
+
+
+--
+-- Name: _column_id(regclass, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._column_id(relation regclass, column_name name) RETURNS integer
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return (
+    select c.id
+    from rekey.protected_columns c
+    cross join lateral rekey._column_shape(c.id) s
+    join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
+    where s.relation = _column_id.relation and a.attname = _column_id.column_name);
+end
+$$;
+
+
+ALTER FUNCTION rekey._column_id(relation regclass, column_name name) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _column_id(relation regclass, column_name name); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._column_id(relation regclass, column_name name) IS 'The number of a protected column, by what it is called now; NULL where there is none.';
+
+
+--
+-- Name: _column_problem(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._column_problem(protected rekey.protected_columns) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_shape record;
+  v_table pg_class;
+  v_part record;
+  v_again text := 'repeat rekey.protect_column() as the owner of the table';
+begin
+  select s.* into v_shape from rekey._column_shape(protected.id) s;
+  if v_shape.relation is null then
+    return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
+  end if;
+  select c.* into v_table from pg_class c where c.oid = v_shape.relation;
+  if cardinality(v_shape.attnums) <> cardinality(protected.places) then
+    return format('its guard was changed: %s', v_again);
+  end if;
+  if (select a.atttypid from pg_attribute a where a.attrelid = v_shape.relation and a.attnum = v_shape.attnums[protected.places[1]])
+     not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) then
+    return 'its column has another type now';
+  end if;
+  for v_part in
+    select c.oid::regclass as relation, c.relkind, c.relowner, c.relforcerowsecurity from pg_class c where c.oid = v_shape.relation
+    union all
+    select c.oid::regclass, c.relkind, c.relowner, c.relforcerowsecurity
+    from pg_partition_tree(v_shape.relation) p join pg_class c on c.oid = p.relid
+    where v_table.relkind = 'p' and p.relid <> v_shape.relation
+  loop
+    if v_part.relforcerowsecurity then
+      return format('FORCE ROW LEVEL SECURITY may hide rows of %s from its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', v_part.relation);
+    elsif v_part.relkind not in ('r', 'p') then
+      return format('%s is a foreign table: pg_rekey cannot sweep it', v_part.relation);
+    elsif v_part.relowner <> v_table.relowner then
+      return format('the partition %s has another owner than its table: ALTER TABLE %1$s OWNER TO %s', v_part.relation, v_table.relowner::regrole);
+    end if;
+  end loop;
+  if exists (
+    select from rekey._column_bodies(protected) b
+    where not exists (
+      select from pg_proc p
+      where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = b.name and p.prosrc = b.body
+        and p.proowner = v_table.relowner and p.prosecdef and p.proconfig = '{"search_path=pg_catalog, pg_temp"}'
+        and p.provolatile = left(b.volatility, 1)::"char" and not p.proleakproof
+        and (select l.lanname from pg_language l where l.oid = p.prolang) = 'plpgsql'
+        and has_function_privilege('rekey_sweeper', p.oid, 'execute'))) then
+    return format('its functions are not as they were made, or its table has another owner: %s', v_again);
+  end if;
+  return null;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._column_problem(protected rekey.protected_columns) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _column_problem(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._column_problem(protected rekey.protected_columns) IS 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can.';
+
+
+--
+-- Name: _column_shape(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) RETURNS record
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT (d.refobjid)::regclass AS refobjid,
+     array_agg((d.refobjsubid)::smallint ORDER BY d.refobjsubid) AS array_agg
+    FROM (pg_proc p
+      JOIN pg_depend d ON (((d.classid = ('pg_proc'::regclass)::oid) AND (d.objid = p.oid) AND (d.refclassid = ('pg_class'::regclass)::oid) AND (d.refobjsubid > 0))))
+   WHERE ((p.pronamespace = ('rekey_targets'::regnamespace)::oid) AND (p.proname = (('column_'::text || _column_shape.id) || '_guard'::text)))
+   GROUP BY d.refobjid;
+END;
+
+
+ALTER FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _column_shape(id integer, OUT relation regclass, OUT attnums smallint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) IS 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
+
+
+--
+-- Name: _column_status(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._column_status() RETURNS TABLE(label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, problem text)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return query
+    select c.label, s.relation, coalesce(a.attname, c.column_name), rekey._keyring_name(c.keyring_id), c.context_columns, c.encrypt_on_write,
+      rekey._column_problem(c)
+    from rekey.protected_columns c
+    left join lateral rekey._column_shape(c.id) s on true
+    left join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
+    order by c.label;
+end
+$$;
+
+
+ALTER FUNCTION rekey._column_status() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _column_status(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._column_status() IS 'What the view rekey.column_status shows.';
+
+
+--
 -- Name: _context(text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -1187,18 +2161,59 @@ COMMENT ON FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer,
 
 
 --
+-- Name: _copied_passphrases(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._copied_passphrases() RETURNS bytea[]
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_passphrases bytea[];
+begin
+  if to_regclass('pg_temp.pg_rekey_passphrases') is not null then
+    execute format('select array_agg(p.passphrase order by p.ctid) from pg_temp.%I p', 'pg_rekey_passphrases') into v_passphrases;
+  end if;
+  return v_passphrases;
+end
+$$;
+
+
+ALTER FUNCTION rekey._copied_passphrases() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _copied_passphrases(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._copied_passphrases() IS 'The passphrases of the temporary table pg_rekey_passphrases (passphrase bytea), where there is one.';
+
+
+--
 -- Name: _count(integer[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey._count(keyrings integer[], opening boolean) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
-    LANGUAGE plpgsql STABLE
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
+declare
+  v_state text;
 begin
-  return query
-    select t.target, t.relation, c.keyring_id, c.version, c.rows, c.failed, c.failed_keys, c.failed_problems
-    from rekey._targets() t
-    cross join lateral rekey._call_count(t.function_name, _count.keyrings, opening) c;
+  perform rekey._refuse_blocked();
+  v_state := rekey._target_state();
+  -- One statement, one snapshot: no row escapes by moving.
+  if opening then
+    return query select o.* from rekey._open_rows(keyrings) o;
+  else
+    return query
+      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
+      from rekey._count_rows(keyrings) c where c.keyring_id is not null;
+  end if;
+  perform rekey._refuse_blocked();
+  if rekey._target_state() is distinct from v_state then
+    raise exception 'the functions of a protected column were changed while its rows were counted' using errcode = 'RK005',
+      hint = 'Try again.';
+  end if;
 end
 $$;
 
@@ -1209,7 +2224,52 @@ ALTER FUNCTION rekey._count(keyrings integer[], opening boolean) OWNER TO rekey_
 -- Name: FUNCTION _count(keyrings integer[], opening boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._count(keyrings integer[], opening boolean) IS 'Counts every target by keyring and version, in the snapshot of the caller''s statement; a combination may come in several rows.';
+COMMENT ON FUNCTION rekey._count(keyrings integer[], opening boolean) IS 'Counts every target by keyring and version, in one snapshot; opening: checks every tag too. A combination may come in several rows. RK005: a target is blocked.';
+
+
+--
+-- Name: _count_rows(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._count_rows(keyrings integer[]) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint)
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return query
+    select t.target, t.relation, c.keyring_id, c.version, c.rows
+    from rekey._targets() t
+    cross join lateral rekey._call_count(t.function_name, t.relation, keyrings) c
+    where t.problem is null;
+end
+$$;
+
+
+ALTER FUNCTION rekey._count_rows(keyrings integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _count_rows(keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._count_rows(keyrings integer[]) IS 'Counts every target that is not blocked by keyring and version, in the snapshot of the caller''s statement; keyring NULL: values that are no envelopes.';
+
+
+--
+-- Name: _dearmor(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._dearmor(armored text) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN public.dearmor(armored);
+
+
+ALTER FUNCTION rekey._dearmor(armored text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _dearmor(armored text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._dearmor(armored text) IS 'pgcrypto''s dearmor(), wherever it is.';
 
 
 --
@@ -1480,21 +2540,22 @@ COMMENT ON FUNCTION rekey._ensure_rows() IS 'Makes the rows that there is one of
 
 
 --
--- Name: _fingerprint(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _envelope_of(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._fingerprint(kek bytea) RETURNS text
+CREATE FUNCTION rekey._envelope_of(value bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN encode(substr(public.hmac('\x70675f72656b65792f76312f66696e6765727072696e74'::bytea, kek, 'sha256'::text), 1, 16), 'hex'::text);
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    RETURN CASE WHEN (substr(value, 1, 3) = '\x524b01'::bytea) THEN value ELSE NULL::bytea END;
 
 
-ALTER FUNCTION rekey._fingerprint(kek bytea) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._envelope_of(value bytea) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _fingerprint(kek bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _envelope_of(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._fingerprint(kek bytea) IS 'By which a KEK is recognised; tells nothing of it.';
+COMMENT ON FUNCTION rekey._envelope_of(value bytea) IS 'A value that means to be an envelope; NULL for any other.';
 
 
 --
@@ -1514,6 +2575,150 @@ ALTER FUNCTION rekey._from_text(value text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._from_text(value text) IS 'Envelope of its text form, rk1: and base64 without line breaks; NULL for any other text.';
+
+
+--
+-- Name: _envelope_of(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._envelope_of(value text) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    RETURN CASE WHEN ("left"(value, 4) = 'rk1:'::text) THEN COALESCE(rekey._from_text(value), '\x'::bytea) ELSE NULL::bytea END;
+
+
+ALTER FUNCTION rekey._envelope_of(value text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _envelope_of(value text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._envelope_of(value text) IS 'As for bytea, of its text form; empty where that is damaged.';
+
+
+--
+-- Name: _fingerprint(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._fingerprint(kek bytea) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN encode(substr(public.hmac('\x70675f72656b65792f76312f66696e6765727072696e74'::bytea, kek, 'sha256'::text), 1, 16), 'hex'::text);
+
+
+ALTER FUNCTION rekey._fingerprint(kek bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _fingerprint(kek bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._fingerprint(kek bytea) IS 'By which a KEK is recognised; tells nothing of it.';
+
+
+--
+-- Name: _finish_column(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._finish_column(id integer) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_protected rekey.protected_columns;
+  v_problem text;
+  v_role name;
+begin
+  for v_role in
+    select distinct a.grantee::regrole::name from pg_namespace n, aclexplode(n.nspacl) a
+    where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee not in (0, n.nspowner)
+  loop
+    execute format('revoke create on schema rekey_targets from %I', v_role);
+  end loop;
+  select * into v_protected from rekey.protected_columns c where c.id = _finish_column.id;
+  if not found then
+    return null;
+  end if;
+  v_problem := rekey._column_problem(v_protected);
+  if v_problem is not null then
+    raise exception '% cannot be protected: %', v_protected.label, v_problem using errcode = 'RK005';
+  end if;
+  if not v_protected.encrypt_on_write and to_regproc(format('rekey_targets.column_%s_trigger', id)) is not null then
+    execute format('drop function rekey_targets.column_%s_trigger()', id);
+  end if;
+  return v_protected.label;
+end
+$$;
+
+
+ALTER FUNCTION rekey._finish_column(id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _finish_column(id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._finish_column(id integer) IS 'Takes back what rekey._register_column() lent, and checks what was made. RK005: the column cannot be swept.';
+
+
+--
+-- Name: _forget_column(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._forget_column(id integer) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_protected rekey.protected_columns;
+  v_shape record;
+  v_function regprocedure;
+begin
+  select * into v_protected from rekey.protected_columns c where c.id = _forget_column.id for update;
+  select * into v_shape from rekey._column_shape(id) s;
+  if v_shape.relation is not null then
+    perform rekey._refuse_stranger(v_shape.relation);
+    if exists (select from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+               where c.keyring_id is not null) then
+      raise exception 'rows of % were encrypted meanwhile', v_protected.label using errcode = 'RK005', hint = 'Call it again.';
+    end if;
+  end if;
+  for v_function in
+    select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
+  loop
+    execute format('drop function %s', v_function);
+  end loop;
+  update rekey.rotation_failures f set resolved_at = now(), resolution = 'cleared'
+  where f.target = v_protected.label and f.resolved_at is null;
+  delete from rekey.protected_columns c where c.id = _forget_column.id;
+  perform rekey._audit('column.unprotected', rekey._keyring_name(v_protected.keyring_id), details => jsonb_build_object('column', v_protected.label));
+end
+$$;
+
+
+ALTER FUNCTION rekey._forget_column(id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _forget_column(id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._forget_column(id integer) IS 'Removes a column from the registry, with its functions. RK005: envelopes are left.';
+
+
+--
+-- Name: _guarded_settings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._guarded_settings() RETURNS text
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    RETURN concat_ws(' '::text, current_setting('role'::text), SESSION_USER, current_setting('transaction_isolation'::text), quote_nullable(NULLIF(current_setting('rekey.unlocked'::text, true), ''::text)), quote_nullable(NULLIF(current_setting('request.jwt.claims'::text, true), ''::text)), quote_nullable(NULLIF(current_setting('request.method'::text, true), ''::text)));
+
+
+ALTER FUNCTION rekey._guarded_settings() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _guarded_settings(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._guarded_settings() IS 'Settings of the session that say who acts, and with which KEK.';
 
 
 --
@@ -1872,6 +3077,71 @@ COMMENT ON FUNCTION rekey._keyring_name(id integer) IS 'The name of a keyring.';
 
 
 --
+-- Name: _legacy_bytes(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._legacy_bytes(value bytea) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_inner bytea;
+begin
+  -- bytea that was cast to text: \x and hexadecimal digits.
+  if substr(value, 1, 2) <> '\x5c78'::bytea or octet_length(value) % 2 <> 0 or encode(substr(value, 3, 40), 'escape') !~ '^[0-9a-fA-F]+$' then
+    return value;
+  end if;
+  v_inner := decode(encode(substr(value, 3), 'escape'), 'hex');
+  return case when rekey._legacy_format(v_inner) <> 'plaintext' then v_inner else value end;
+exception when invalid_parameter_value then
+  return value;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._legacy_bytes(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _legacy_bytes(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._legacy_bytes(value bytea) IS 'A value without the hexadecimal form around it that a cast of bytea to text gives, where something known is inside.';
+
+
+--
+-- Name: _legacy_format(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._legacy_format(value bytea) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_start text := encode(substr(value, 1, 40), 'escape');
+begin
+  return case
+    when substr(value, 1, 3) = '\x524b01'::bytea or v_start like 'rk1:%' then 'envelope'
+    when v_start like '-----BEGIN PGP MESSAGE-----%' then 'pgp_sym'
+    -- A symmetric-key encrypted session key packet of version 4 (RFC 4880, 5.3), in new or old form.
+    when octet_length(value) > 20 and get_byte(value, 0) in (195, 140) and get_byte(value, 2) = 4 then 'pgp_sym'
+    -- Version 0x80 and a time before the year 2242; https://github.com/fernet/spec
+    when octet_length(value) >= 100 and v_start ~ '^gAAAAA[A-Za-z0-9_-]{34}$' then 'fernet'
+    when v_start ~ '^v1:[A-Za-z0-9+/]{16,24}={0,2}:' then 'v1'
+    else 'plaintext' end;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._legacy_format(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _legacy_format(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._legacy_format(value bytea) IS 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
+
+
+--
 -- Name: _lock_active(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2129,6 +3399,87 @@ COMMENT ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) IS '
 
 
 --
+-- Name: _next_row(tid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._next_row(pointer tid) RETURNS tid
+    LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    RETURN (format('(%s,%s)'::text, split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 1), ((split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 2))::integer + 1)))::tid;
+
+
+ALTER FUNCTION rekey._next_row(pointer tid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _next_row(pointer tid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._next_row(pointer tid) IS 'The row pointer after this one.';
+
+
+--
+-- Name: _note_adopted(bigint, integer, bigint, text, regclass, text[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform rekey._note_batch(array[rotation_id], case when rows_done > 0 then array[keyring_id] end, array[rows_done], target, relation,
+    case when failed_keys is not null then array_fill(keyring_id, array[cardinality(failed_keys)]) end,
+    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems);
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) IS 'rekey._note_batch() for an adoption.';
+
+
+--
+-- Name: _note_batch(bigint[], integer[], bigint[], text, regclass, integer[], integer[], text[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if done_keyrings is null and failed_keyrings is null then
+    return;
+  end if;
+  -- The rotations before the audit log, as everywhere.
+  perform from rekey.rotations r
+  where r.id = any (rotations) and r.keyring_id = any (done_keyrings || failed_keyrings) order by r.id for no key update;
+  update rekey.rotations r set rows_done = r.rows_done + d.rows, attempts = 0
+  from unnest(done_keyrings, done_rows) as d(keyring_id, rows)
+  where r.id = any (rotations) and r.keyring_id = d.keyring_id;
+  if failed_keyrings is not null then
+    perform rekey._quarantine(target, relation, failed_keyrings, failed_versions, failed_keys, failed_problems);
+    update rekey.rotations r
+    set rows_failed = (select count(*) from rekey.rotation_failures f where f.rotation_id = r.id and f.resolved_at is null)
+    where r.id = any (rotations) and r.keyring_id = any (failed_keyrings);
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]) IS 'Adds what a batch did to the progress of its rotations, and what did not open to the quarantine.';
+
+
+--
 -- Name: _note_denied(jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2220,6 +3571,108 @@ COMMENT ON FUNCTION rekey._open(envelope bytea, context bytea) IS 'Plaintext of 
 
 
 --
+-- Name: _open_pgp(bytea, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._open_pgp(value bytea, passphrases bytea[]) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_message bytea := value;
+  v_passphrase text;
+begin
+  if substr(value, 1, 5) = '-----'::bytea then
+    v_message := rekey._dearmor(encode(value, 'escape'));
+  end if;
+  for v_place in 1 .. coalesce(cardinality(passphrases), 0) loop
+    begin
+      v_passphrase := convert_from(passphrases[v_place], 'UTF8');
+      return rekey._pgp_decrypt(v_message, v_passphrase);
+    exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+      null;  -- another passphrase, or damaged
+    end;
+  end loop;
+  return null;
+exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+  return null;  -- damaged armour
+end
+$$;
+
+
+ALTER FUNCTION rekey._open_pgp(value bytea, passphrases bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _open_pgp(value bytea, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._open_pgp(value bytea, passphrases bytea[]) IS 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where none of the passphrases opens it.';
+
+
+--
+-- Name: _open_rows(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._open_rows(keyrings integer[]) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_target record;
+  v_first bigint;
+  v_step bigint;
+  v_from tid;
+  v_blocks bigint;
+  v_found record;
+begin
+  -- STABLE: every statement in here sees the snapshot of the calling one.
+  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+    target := v_target.target;
+    relation := v_target.relation;
+    -- 2 MB at a time; but the few rows of small keyrings are found by an index, all at once.
+    v_step := case when v_target.indexed and keyrings is not null and (
+        select sum(c.rows) from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c) < 5000
+      then 4294967294 else 256 end;
+    v_first := 0;
+    v_from := '(0,0)';
+    loop
+      select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
+        format('(%s,0)', least(v_first + v_step, 4294967294))::tid, keyrings, 4000, 16777216) s;
+      if v_found.ciphertexts is not null then
+        return query
+          select v_target.target, v_target.relation, rekey._int4(u.ciphertext, 3), rekey._int4(u.ciphertext, 7), count(*), count(u.problem),
+            array_agg(u.key) filter (where u.problem is not null), array_agg(u.problem) filter (where u.problem is not null)
+          from unnest(v_found.ciphertexts, v_found.keys, rekey._check(v_found.ciphertexts, array(
+            select v_target.prefix || c.context from unnest(v_found.contexts) with ordinality as c(context, place) order by c.place)))
+            as u(ciphertext, key, problem)
+          group by 3, 4;
+      end if;
+      -- Measured after the first scan, whose lock keeps the table from being rewritten.
+      v_blocks := coalesce(v_blocks, pg_relation_size(relation) / current_setting('block_size')::integer);
+      if v_found.next is not null then
+        v_from := rekey._next_row(v_found.next);
+      else
+        v_first := v_first + v_step;
+        exit when v_first >= v_blocks;
+        v_from := format('(%s,0)', v_first)::tid;
+      end if;
+    end loop;
+    v_blocks := null;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._open_rows(keyrings integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _open_rows(keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._open_rows(keyrings integer[]) IS 'Counts as rekey._count_rows(), and opens every row: failed_keys and failed_problems name what does not open. A combination may come in several rows.';
+
+
+--
 -- Name: _parse_kek(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2250,6 +3703,24 @@ COMMENT ON FUNCTION rekey._parse_kek(value text) IS 'The 32 bytes of a KEK in he
 
 
 --
+-- Name: _pgp_decrypt(bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN public.pgp_sym_decrypt_bytea(message, passphrase);
+
+
+ALTER FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _pgp_decrypt(message bytea, passphrase text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) IS 'pgcrypto''s pgp_sym_decrypt_bytea(), wherever it is.';
+
+
+--
 -- Name: _plan(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2259,11 +3730,11 @@ CREATE FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detai
     AS $$
 declare
   v_ids bigint[];
-  v_keyrings integer[];
   v_pass bigint;
   v_urgent boolean;
+  v_rows jsonb;
 begin
-  select array_agg(r.id), array_agg(r.keyring_id), bool_or(r.trigger = 'compromise') into v_ids, v_keyrings, v_urgent
+  select array_agg(r.id), bool_or(r.trigger = 'compromise') into v_ids, v_urgent
   from (select * from rekey.rotations r
         where r.state in ('queued', 'running') and r.pass_id is null
           and rekey._is_due(r.next_attempt_at)
@@ -2273,22 +3744,18 @@ begin
   end if;
   begin
     v_pass := nextval('rekey._pass_id');
-    with due as (
-      select r.keyring_id, r.to_version from rekey.rotations r where r.id = any (v_ids)
-    ), counted as (
-      select c.target, c.relation, c.keyring_id, sum(c.rows) as rows
-      from rekey._count(v_keyrings, false) c
-      join due d on d.keyring_id = c.keyring_id and d.to_version <> c.version
-      group by c.target, c.relation, c.keyring_id
+    v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
+    with counted as (
+      select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
     ), sizes as (
-      select t.target, t.relation, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few
+      select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few
       from counted c
       join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
-      group by t.target, t.relation, t.blocks, t.indexed
+      group by t.target, t.relation, c.adopting, t.blocks, t.indexed
     ), chunked as (
-      insert into rekey._chunks (pass_id, urgent, target, relation, first, until_block, batch_blocks)
-      select v_pass, v_urgent, s.target, s.relation, format('(%s,0)', f.first)::tid,
+      insert into rekey._chunks (pass_id, urgent, adopting, target, relation, first, until_block, batch_blocks)
+      select v_pass, v_urgent, s.adopting, s.target, s.relation, format('(%s,0)', f.first)::tid,
         case when s.few then s.blocks else least(f.first + 4096, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
         case when s.few then s.blocks else 64 end
@@ -2298,7 +3765,7 @@ begin
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
         next_attempt_at = null,
-        rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.keyring_id = r.keyring_id), 0)
+        rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.rotation_id = r.id), 0)
     where r.id = any (v_ids);
     perform rekey._audit_all(coalesce((
       select jsonb_agg(jsonb_build_object('event', 'rotation.started', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
@@ -2550,8 +4017,8 @@ COMMENT ON FUNCTION rekey._record_error(rotations bigint[], message text, code t
 -- Name: _reencrypt(bytea[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]) RETURNS record
-    LANGUAGE plpgsql SECURITY DEFINER
+CREATE FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[]) RETURNS rekey._sealed
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '64MB'
     AS $$
@@ -2560,6 +4027,7 @@ declare
   v_versions integer[];
   v_from_keyrings integer[];
   v_from_versions integer[];
+  v_made rekey._sealed;
 begin
   select array_agg(distinct rekey._int4(u.ciphertext, 3)) into v_keyrings
   from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext);
@@ -2568,7 +4036,8 @@ begin
   from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
         from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext)) w;
 
-  select array_agg(n.sealed order by n.place), array_agg(n.problem order by n.place) into resealed, problems
+  select array_agg(n.sealed order by n.place), array_agg(n.problem order by n.place)
+  into v_made.ciphertexts, v_made.problems
   from (
     select o.place,
       case when o.plaintext is not null and o.new_key is not null then
@@ -2602,17 +4071,46 @@ begin
     ) o
     offset 0
   ) n;
+  return v_made;
 end
 $$;
 
 
-ALTER FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _reencrypt(ciphertexts bytea[], contexts bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]) IS 'Re-encrypts envelopes under the active version of their keyring, in their order; each is checked first. Where one does not open, its place in resealed is NULL and problems says why. Gives back no plaintext.';
+COMMENT ON FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[]) IS 'Re-encrypts envelopes under the active version of their keyring, in their order; each is checked first. Where one does not open, its place in ciphertexts is NULL and problems says why. Gives back no plaintext.';
+
+
+--
+-- Name: _refuse_blocked(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_blocked() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_blocked jsonb := rekey._blocked_targets();
+begin
+  if v_blocked is not null then
+    raise exception '% is blocked: %', v_blocked -> 0 ->> 'target', v_blocked -> 0 ->> 'why' using errcode = 'RK005',
+      hint = 'As long as it cannot be counted, nothing completes and no key is destroyed. See rekey.column_status.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_blocked() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_blocked(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_blocked() IS 'RK005 where a target is blocked: what cannot be counted is never taken for empty.';
 
 
 --
@@ -2637,6 +4135,34 @@ ALTER FUNCTION rekey._refuse_change() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._refuse_change() IS 'Trigger: refuses every statement it is set on (42501).';
+
+
+--
+-- Name: _refuse_foreign(bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_plaintext bytea;
+begin
+  v_plaintext := rekey._open(envelope, context);
+  if v_plaintext is null then
+    raise exception 'cannot open ciphertext' using errcode = 'RK003';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_foreign(envelope bytea, context bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) IS 'RK003 where an envelope does not open in this context, RK006 where its key may not be used.';
 
 
 --
@@ -2735,6 +4261,9 @@ CREATE TABLE rekey.rotations (
     pass_id bigint,
     passes integer DEFAULT 0 NOT NULL,
     barrier_at timestamp with time zone,
+    column_id integer,
+    formats text[],
+    forced boolean DEFAULT false NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     started_at timestamp with time zone,
     finished_at timestamp with time zone,
@@ -2893,6 +4422,27 @@ COMMENT ON COLUMN rekey.rotations.barrier_at IS 'When every writer of an older v
 
 
 --
+-- Name: COLUMN rotations.column_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.column_id IS 'Protected column that is adopted; NULL for other rotations, and once it is no longer protected.';
+
+
+--
+-- Name: COLUMN rotations.formats; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.formats IS 'Formats that are adopted; NULL for other rotations.';
+
+
+--
+-- Name: COLUMN rotations.forced; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.forced IS 'Whether values that look encrypted in another format are adopted as plaintext.';
+
+
+--
 -- Name: COLUMN rotations.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2969,6 +4519,259 @@ COMMENT ON FUNCTION rekey._refuse_snapshot() IS 'Raises 25001 outside READ COMMI
 
 
 --
+-- Name: _refuse_stranger(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_stranger(relation regclass) RETURNS name
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_owner name := (select c.relowner::regrole::name from pg_class c where c.oid = relation);
+begin
+  if v_owner is null or not pg_has_role(rekey._caller(), v_owner, 'usage') then
+    raise exception 'only the owner of % may do this', relation using errcode = 'insufficient_privilege';
+  end if;
+  return v_owner;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_stranger(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_stranger(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_stranger(relation regclass) IS 'The owner of a table. 42501 where the caller is not a member of it.';
+
+
+--
+-- Name: _register_column(regclass, name, text, name[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_owner name := rekey._refuse_stranger(target);
+  v_keyring rekey.keyrings := rekey._keyring(keyring);
+  v_table record;
+  v_attribute pg_attribute;
+  v_context name[] := context_columns;
+  v_attnums smallint[];
+  v_protected rekey.protected_columns;
+  v_found record;
+  v_name name;
+  v_guard text;
+begin
+  perform rekey._check_tenant(v_keyring.tenant_id);
+  if v_keyring.retired_at is not null then
+    raise exception 'keyring % is retired', quote_literal(keyring) using errcode = 'RK006';
+  end if;
+  select c.relkind, c.relpersistence, n.nspname, c.relname into v_table
+  from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target;
+  if v_table.relkind not in ('r', 'p') or v_table.relpersistence = 't' or v_table.nspname ~ '^(pg_|rekey(_targets)?$|information_schema$)' then
+    raise exception '% is no table whose columns can be protected', target using errcode = 'invalid_parameter_value',
+      hint = 'An ordinary or partitioned table, neither temporary nor of the system.';
+  end if;
+  if exists (select from pg_inherits i join pg_class c on c.oid = i.inhparent where i.inhrelid = target and c.relkind = 'p') then
+    raise exception '% is a partition', target using errcode = 'invalid_parameter_value', hint = 'Protect the column of the partitioned table.';
+  elsif v_table.relkind = 'r' and exists (select from pg_inherits i where i.inhparent = target) then
+    raise exception '% has children by inheritance', target using errcode = 'invalid_parameter_value',
+      hint = 'Make them partitions, or tables of their own.';
+  end if;
+  select * into v_attribute from pg_attribute a
+  where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
+  if not found then
+    raise exception '% has no column %', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'undefined_column';
+  elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) or v_attribute.attgenerated <> '' then
+    raise exception 'column %.% has the type %', target, column_name, format_type(v_attribute.atttypid, v_attribute.atttypmod)
+      using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text, and not generated.';
+  end if;
+
+  if v_context is null then
+    select array_agg(a.attname order by k.rank) into v_context
+    from pg_index i
+    cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
+    join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+    where i.indrelid = target and i.indisprimary;
+    if not found or v_context is null then
+      raise exception '% has no primary key', target using errcode = 'invalid_parameter_value',
+        hint = 'Name in context_columns what its rows are told apart by: columns that do not change.';
+    end if;
+    if encrypt_on_write and exists (
+         select from pg_attribute a where a.attrelid = target and a.attname = any (v_context) and (a.atthasdef or a.attidentity <> ''))
+       and exists (select from pg_index i where i.indrelid = target and i.indisunique and not i.indisprimary) then
+      raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
+        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.';
+    end if;
+  end if;
+  foreach v_name in array v_context loop
+    if v_name = column_name or (select count(*) from unnest(v_context) c where c = v_name) > 1 or not exists (
+         select from pg_attribute a
+         where a.attrelid = target and a.attname = v_name and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+           and a.atttypid in ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype, 'uuid'::regtype, 'text'::regtype, 'varchar'::regtype, 'boolean'::regtype)) then
+      raise exception 'column % cannot be part of the context', coalesce(quote_literal(v_name), 'NULL') using errcode = 'invalid_parameter_value',
+        hint = 'Context columns are other columns, each once, of type integer, uuid, text, varchar or boolean, and not generated.';
+    end if;
+  end loop;
+  for v_found in select * from rekey._column_findings(target, v_attribute.attnum) f order by f.fatal desc loop
+    if v_found.fatal then
+      raise exception 'column %.% cannot be protected: %', target, column_name, v_found.finding using errcode = 'invalid_parameter_value', hint = v_found.advice;
+    end if;
+    raise warning '%', v_found.finding using hint = v_found.advice;
+  end loop;
+
+  select array_agg(a.attnum order by a.attnum) into v_attnums
+  from pg_attribute a where a.attrelid = target and a.attname = any (v_context || _register_column.column_name) and a.attnum > 0;
+  -- Repeated, for the same column or after its functions were lost, it makes them anew.
+  select * into v_protected from rekey.protected_columns c
+  where c.id = rekey._column_id(target, _register_column.column_name)
+     or c.label = format('%I.%I.%I', v_table.nspname, v_table.relname, _register_column.column_name) and (rekey._column_shape(c.id)).relation is null
+  for update;
+  if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id
+      or cardinality(v_protected.context_columns) <> cardinality(v_context)
+      or (select s.attnums from rekey._column_shape(v_protected.id) s) <> v_attnums) then
+    raise exception 'column %.% is protected already, in another way', target, column_name using errcode = 'RK006',
+      hint = 'See rekey.column_status. Keyring and context columns stay: the values are bound to them.';
+  end if;
+  v_protected.places := array(
+    select array_position(v_attnums, a.attnum)
+    from unnest(_register_column.column_name || v_context) with ordinality as c(name, rank)
+    join pg_attribute a on a.attrelid = target and a.attname = c.name
+    order by c.rank);
+  if v_protected.id is null then
+    v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
+    begin
+      insert into rekey.protected_columns (label, keyring_id, column_name, context_columns, places, is_text, encrypt_on_write)
+      values (v_protected.label, v_keyring.id, _register_column.column_name, v_context, v_protected.places,
+        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write)
+      returning * into v_protected;
+    exception when unique_violation then
+      raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
+        hint = 'See rekey.column_status.';
+    end;
+    perform rekey._audit('column.protected', keyring, details => jsonb_build_object(
+      'column', v_protected.label, 'context_columns', v_context, 'encrypt_on_write', encrypt_on_write));
+  else
+    update rekey.protected_columns c
+    set places = v_protected.places, encrypt_on_write = _register_column.encrypt_on_write
+    where c.id = v_protected.id returning * into v_protected;
+  end if;
+  id := v_protected.id;
+
+  for v_found in
+    select p.oid::regprocedure as name from pg_proc p
+    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(guard|sql|count|scan|read|write)$', id)
+  loop
+    execute format('drop function %s', v_found.name);
+  end loop;
+  -- To be given a function, a role needs CREATE on its schema, for that moment (rekey._finish_column).
+  execute format('grant usage on schema rekey_targets to %I', v_owner);
+  execute format('grant create on schema rekey_targets to %I, %I', v_owner, rekey._caller());
+  v_guard := format('rekey_targets.column_%s_guard()', id);
+  statements := array[
+    format('create function %s returns setof record language sql stable begin atomic select %s from only %s t; end', v_guard,
+      (select string_agg(format('t.%I', c.name), ', ') from unnest(_register_column.column_name || v_context) as c(name)), target),
+    format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', v_protected.label)),
+    format('revoke all on function %s from public', v_guard),
+    format('alter function %s owner to %I', v_guard, v_owner)];
+  select statements || array_agg(s.statement order by b.name, s.place) into statements
+  from rekey._column_bodies(v_protected) b
+  cross join lateral (values
+    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
+          b.name, b.arguments, b.result, b.volatility, b.body)),
+    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
+    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
+    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
+  if encrypt_on_write then
+    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
+      id, rekey._write_trigger_body(v_protected, target, v_attnums));
+    execute format('revoke all on function rekey_targets.column_%s_trigger from public', id);
+    execute format('grant execute on function rekey_targets.column_%s_trigger to %I', id, v_owner);
+    statements := statements || format(
+      'create or replace trigger zz_pg_rekey_%s before insert or update on %s for each row execute function rekey_targets.column_%1$s_trigger()', id, target);
+  elsif exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', id)) then
+    statements := statements || format('drop trigger zz_pg_rekey_%s on %s', id, target);
+  end if;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) IS 'What rekey.protect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
+
+
+--
+-- Name: _release_column(regclass, name, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_protected rekey.protected_columns;
+  v_names text[];
+  v_rotation bigint;
+begin
+  perform rekey._refuse_stranger(target);
+  id := rekey._column_id(target, column_name);
+  select * into v_protected from rekey.protected_columns c where c.id = _release_column.id for update;
+  if not found then
+    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+  end if;
+  if rekey._column_problem(v_protected) is not null then
+    raise exception '% is blocked: %', v_protected.label, rekey._column_problem(v_protected) using errcode = 'RK005';
+  end if;
+  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
+  if found then
+    raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
+  end if;
+  select sum(c.rows) into left_rows
+  from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+  where c.keyring_id is not null;
+  left_rows := coalesce(left_rows, 0);
+  if left_rows > 0 and not decrypt then
+    raise exception '% rows of % are encrypted', left_rows, v_protected.label using errcode = 'RK005',
+      hint = 'decrypt => true decrypts them, some at each call.';
+  end if;
+  if left_rows > 0 then
+    select array_agg(quote_ident(a.attname) order by p.rank) into v_names
+    from rekey._column_shape(id) s
+    cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
+    join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.place];
+    statements := array(
+      select format(
+        'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 1000 for no key update skip locked)
+         update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s]) from due where t.ctid = due.row',
+        t.relation,
+        case when v_protected.is_text then format('left(t.%s, 4) = ''rk1:''', v_names[1]) else format('substr(t.%s, 1, 3) = ''\x524b01''', v_names[1]) end,
+        v_names[1], case when v_protected.is_text then 'decrypt_text' else 'decrypt' end, v_protected.label,
+        (select string_agg(format(', t.%s::text', c), '') from unnest(v_names[2:]) c))
+      from rekey._targets(v_protected.label) t);
+  end if;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint) IS 'What rekey.unprotect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
+
+
+--
 -- Name: _replace_lost_keys(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2991,6 +4794,58 @@ ALTER FUNCTION rekey._replace_lost_keys(kek_id integer) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._replace_lost_keys(kek_id integer) IS 'Gives every keyring whose active version was wrapped under a lost KEK a new one.';
+
+
+--
+-- Name: _reveal(bytea, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._reveal(value bytea, context text[]) RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if substr(value, 1, 3) = '\x524b01'::bytea then
+    return rekey.decrypt(value, context);
+  end if;
+  return value;
+end
+$$;
+
+
+ALTER FUNCTION rekey._reveal(value bytea, context text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _reveal(value bytea, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._reveal(value bytea, context text[]) IS 'Opens an envelope; any other value stays as it is.';
+
+
+--
+-- Name: _reveal(text, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._reveal(value text, context text[]) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if left(value, 4) = 'rk1:' then
+    return rekey.decrypt_text(value, context);
+  end if;
+  return value;
+end
+$$;
+
+
+ALTER FUNCTION rekey._reveal(value text, context text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _reveal(value text, context text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._reveal(value text, context text[]) IS 'As for bytea, of the text form.';
 
 
 --
@@ -3411,17 +5266,26 @@ declare
   v_ids bigint[];
   v_keyrings integer[];
   v_versions integer[];
-  v_function name;
+  v_target rekey._target;
+  v_state text;
   v_first_block bigint;
   v_until_block bigint;
   v_max_rows integer;
   v_next_batch timestamptz;
   v_batch record;
-  v_factor double precision;
+  v_contexts bytea[];
+  v_made rekey._sealed;
+  v_done_keyrings integer[];
+  v_done_rows bigint[];
+  v_failed_keyrings integer[];
+  v_failed_versions integer[];
+  v_failed_keys text[];
+  v_failed_problems text[];
 begin
   select c.* into v_chunk from rekey._chunks c
   where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
-                  and rekey._is_due(r.next_attempt_at))
+                  and rekey._is_due(r.next_attempt_at)
+                  and case when c.adopting then r.formats = '{plaintext}' else r.trigger <> 'adoption' end)
   order by c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
@@ -3444,56 +5308,59 @@ begin
   select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id)
   into v_ids, v_keyrings, v_versions
   from rekey.rotations r
-  where r.pass_id = v_chunk.pass_id and r.state = 'running' and rekey._is_due(r.next_attempt_at);
-  select t.function_name into v_function from rekey._targets() t where t.target = v_chunk.target and t.relation = v_chunk.relation;
+  left join rekey.protected_columns p on p.id = r.column_id
+  where r.pass_id = v_chunk.pass_id and r.state = 'running' and rekey._is_due(r.next_attempt_at)
+    and case when v_chunk.adopting then p.label = v_chunk.target else r.trigger <> 'adoption' end;
   v_first_block := split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint;
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 
   begin
-    perform set_config('rekey.sweeping', 'on', true);
-    select s.* into v_batch from rekey._call_sweep(
-      v_function, v_chunk.first, format('(%s,0)', v_until_block)::tid, v_keyrings, v_versions, v_max_rows, 16777216) s;
-    perform set_config('rekey.sweeping', '', true);
-
-    rows := coalesce((select sum(n) from unnest(v_batch.done_rows) n), 0);
-    if rows > 0 then
-      perform from rekey.rotations r where r.id = any (v_ids) and r.keyring_id = any (v_batch.done_keyrings) order by r.id for no key update;
-      update rekey.rotations r set rows_done = r.rows_done + d.rows, attempts = 0
-      from unnest(v_batch.done_keyrings, v_batch.done_rows) as d(keyring_id, rows)
-      where r.id = any (v_ids) and r.keyring_id = d.keyring_id;
+    v_target := rekey._target_of(v_chunk);
+    v_state := rekey._target_state();
+    event := 'batch';
+    keyring_count := cardinality(v_ids);
+    rows := 0;
+    if v_target.problem is not null then
+      -- The verification will find its rows behind, once it can count them.
+      delete from rekey._chunks c where c.id = v_chunk.id;
+      detail := jsonb_build_object('target', v_chunk.target, 'blocked', v_target.problem);
+      return;
+    end if;
+    select b.* into v_batch from rekey._call_read(
+      v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
+      case when not v_chunk.adopting then v_keyrings end, v_versions, v_max_rows, 16777216) b;
+    if v_batch.rows is not null then
+      v_contexts := array(
+        select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
+      if v_chunk.adopting then
+        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_keyrings[1], v_target.is_text, '{plaintext}', false, '{}');
+      else
+        v_made := rekey._reencrypt(v_batch.ciphertexts, v_contexts);
+      end if;
+      rows := rekey._write_rows(v_target, v_chunk.relation, v_batch.rows, v_made.ciphertexts);
+      select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
+      from (select rekey._int4(u.ciphertext, 3) as keyring_id, count(*) as rows
+            from unnest(v_made.ciphertexts) as u(ciphertext) where u.ciphertext is not null group by 1) d;
+      select array_agg(f.keyring_id), array_agg(f.version), array_agg(f.key), array_agg(f.problem)
+      into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems
+      from (select case when v_chunk.adopting then v_keyrings[1] else rekey._int4(u.ciphertext, 3) end as keyring_id,
+              case when not v_chunk.adopting then rekey._int4(u.ciphertext, 7) end as version, u.key, u.problem
+            from unnest(v_batch.ciphertexts, v_batch.keys, v_made.problems) as u(ciphertext, key, problem)
+            where u.problem is not null) f;
+      if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
+        raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
+          hint = 'See rekey.column_status.';
+      end if;
+      perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
+        v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
     end if;
     if v_settings.max_rows_per_second is not null then
       update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second'
       where w.singleton;
     end if;
-
-    if v_batch.next is null and v_until_block >= v_chunk.until_block then
-      delete from rekey._chunks c where c.id = v_chunk.id;
-    else
-      -- The next batch takes about batch_target.
-      v_factor := greatest(0.5, least(2.0,
-        extract(epoch from v_settings.batch_target) / greatest(extract(epoch from clock_timestamp() - v_begin), 0.000001)));
-      update rekey._chunks c
-      set first = coalesce(v_batch.next, format('(%s,0)', v_until_block)::tid),
-          batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
-          batch_blocks = case when c.batch_blocks >= 4096 then c.batch_blocks
-                              when v_batch.next is not null then c.batch_blocks
-                              else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
-      where c.id = v_chunk.id;
-    end if;
-    if v_batch.failed_keys is not null then
-      -- The rotations before the audit log, as everywhere.
-      perform from rekey.rotations r where r.id = any (v_ids) and r.keyring_id = any (v_batch.failed_keyrings) order by r.id for no key update;
-      perform rekey._quarantine(v_chunk.target, v_chunk.relation, v_batch.failed_keyrings, v_batch.failed_versions,
-        v_batch.failed_keys, v_batch.failed_problems);
-      update rekey.rotations r
-      set rows_failed = (select count(*) from rekey.rotation_failures f where f.rotation_id = r.id and f.resolved_at is null)
-      where r.id = any (v_ids) and r.keyring_id = any (v_batch.failed_keyrings);
-    end if;
-    event := 'batch';
-    keyring_count := cardinality(v_ids);
+    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
-      'failed', coalesce(cardinality(v_batch.failed_keys), 0),
+      'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
     when sqlstate 'RK001' or sqlstate 'RK002' then
@@ -3518,120 +5385,98 @@ COMMENT ON FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer
 
 
 --
--- Name: secrets; Type: TABLE; Schema: rekey; Owner: rekey_owner
+-- Name: _target_of(rekey._chunks); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE TABLE rekey.secrets (
-    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
-    id uuid DEFAULT gen_random_uuid() NOT NULL,
-    name text NOT NULL,
-    keyring_id integer NOT NULL,
-    ciphertext bytea NOT NULL,
-    key_version integer GENERATED ALWAYS AS (((((get_byte(ciphertext, 7) << 24) | (get_byte(ciphertext, 8) << 16)) | (get_byte(ciphertext, 9) << 8)) | get_byte(ciphertext, 10))) STORED NOT NULL,
-    description text,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    updated_at timestamp with time zone DEFAULT now() NOT NULL,
-    CONSTRAINT secrets_ciphertext_check CHECK (((octet_length(ciphertext) >= 75) AND (substr(ciphertext, 1, 7) = ('\x524b01'::bytea || int4send(keyring_id))))),
-    CONSTRAINT secrets_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 255)) AND (name !~ '[\u0001-\u001F\u007F]'::text)))
-)
-WITH (fillfactor='50');
-ALTER TABLE ONLY rekey.secrets ALTER COLUMN ciphertext SET STORAGE EXTERNAL;
+CREATE FUNCTION rekey._target_of(chunk rekey._chunks) RETURNS rekey._target
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_target rekey._target;
+begin
+  select * into v_target from rekey._targets(chunk.target) t where t.relation = chunk.relation;
+  if not found then
+    v_target.problem := 'it is not protected any more, or its partition is gone';
+  end if;
+  return v_target;
+end
+$$;
 
 
-ALTER TABLE rekey.secrets OWNER TO rekey_owner;
-
---
--- Name: TABLE secrets; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.secrets IS 'Secrets, encrypted. Write with rekey.set_secret(), read with rekey.get_secret(). Half of each page is left free, so that a rotation updates in place.';
-
+ALTER FUNCTION rekey._target_of(chunk rekey._chunks) OWNER TO rekey_owner;
 
 --
--- Name: COLUMN secrets.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _target_of(chunk rekey._chunks); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.secrets.tenant_id IS 'Tenant; the nil UUID where there is only one.';
+COMMENT ON FUNCTION rekey._target_of(chunk rekey._chunks) IS 'The target of a chunk as it is now.';
 
 
 --
--- Name: COLUMN secrets.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: _target_state(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.secrets.id IS 'Identity of the secret within the tenant; part of what its ciphertext is bound to.';
-
-
---
--- Name: COLUMN secrets.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.secrets.name IS 'Name, unique within the tenant, 1 to 255 bytes without control characters.';
-
-
---
--- Name: COLUMN secrets.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.secrets.keyring_id IS 'Keyring it is encrypted with.';
-
-
---
--- Name: COLUMN secrets.ciphertext; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.secrets.ciphertext IS 'Envelope of format 1 (docs/format.md), bound to (secret, tenant_id, id).';
-
-
---
--- Name: COLUMN secrets.key_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.secrets.key_version IS 'Key version, read from the envelope.';
-
-
---
--- Name: COLUMN secrets.description; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.secrets.description IS 'Free text, not encrypted.';
-
-
---
--- Name: COLUMN secrets.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.secrets.created_at IS 'When the secret was made.';
-
-
---
--- Name: COLUMN secrets.updated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.secrets.updated_at IS 'When its value last changed; a rotation leaves it.';
-
-
---
--- Name: _targets(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._targets() RETURNS TABLE(target text, relation regclass, function_name name, indexed boolean)
-    LANGUAGE sql STABLE
+CREATE FUNCTION rekey._target_state() RETURNS text
+    LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
     BEGIN ATOMIC
- SELECT 'rekey.secrets'::text,
-     'rekey.secrets'::regclass AS regclass,
-     'secrets'::name AS name,
-     true;
+ SELECT string_agg(format('%s %s %s'::text, p.oid, p.xmin, p.ctid), ','::text ORDER BY p.oid) AS string_agg
+    FROM pg_proc p
+   WHERE (p.pronamespace = ('rekey_targets'::regnamespace)::oid);
 END;
 
 
-ALTER FUNCTION rekey._targets() OWNER TO rekey_owner;
+ALTER FUNCTION rekey._target_state() OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _targets(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _target_state(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._targets() IS 'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast.';
+COMMENT ON FUNCTION rekey._target_state() IS 'What changes whenever a function of a target does.';
+
+
+--
+-- Name: _targets(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._targets(only_target text DEFAULT NULL::text) RETURNS SETOF rekey._target
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_column rekey.protected_columns;
+  v_target rekey._target;
+  v_table regclass;
+begin
+  if only_target is null or only_target = 'rekey.secrets' then
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, null);
+    return next v_target;
+  end if;
+  for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop
+    v_target := row(v_column.label, null, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
+      rekey._column_problem(v_column));
+    select s.relation into v_table from rekey._column_shape(v_column.id) s;
+    if v_target.problem is not null or (select c.relkind from pg_class c where c.oid = v_table) = 'r' then
+      v_target.relation := v_table;
+      return next v_target;
+    else
+      for v_target.relation in select p.relid from pg_partition_tree(v_table) p where p.isleaf and p.relid <> v_table loop
+        return next v_target;
+      end loop;
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._targets(only_target text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _targets(only_target text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._targets(only_target text) IS 'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast. prefix: the label of the context. problem: why it is blocked.';
 
 
 --
@@ -3784,6 +5629,8 @@ declare
   v_failure record;
   v_failed bigint;
   v_completed bigint[] := '{}'::bigint[];
+  v_blocked jsonb;
+  v_adoptions jsonb;
 begin
   select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
   from rekey.rotations r
@@ -3792,32 +5639,55 @@ begin
     return;
   end if;
   rows := 0;
+  v_blocked := rekey._blocked_targets();
+  if v_blocked is not null then
+    -- What cannot be counted is not complete.
+    update rekey.rotations r
+    set blocked_by = v_blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
+    where r.id = any (v_ids);
+    event := 'blocked';
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('rotations', v_ids[1:20], 'targets', v_blocked);
+    return;
+  end if;
   begin
-    -- One statement, one snapshot: no row escapes by moving.
     with counted as materialized (
       select c.* from rekey._count(v_keyrings, true) c
     ), summed as (
       select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
-        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation, 'version', c.version,
+        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation::oid, 'version', c.version,
           'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
       from counted c
       join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
       group by c.keyring_id
     )
     select jsonb_agg(to_jsonb(s)) into v_results from summed s;
+    -- Of an adoption, what is no envelope yet is behind.
+    select jsonb_agg(to_jsonb(a)) into v_adoptions
+    from (
+      select r.id as rotation_id, p.label,
+        (select sum(d.rows) from rekey._due_rows(array[r.id]) d) as rows
+      from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
+      where r.id = any (v_ids) and r.trigger = 'adoption') a;
 
     perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
     for v_found in
-      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.behind, 0) as behind, coalesce(s.failures, '[]') as failures
+      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.failures, '[]') as failures, a.label as adopted,
+        case when r.trigger <> 'adoption' then coalesce(s.behind, 0)
+             else greatest(coalesce(a.rows, 0) - (
+               select count(*) from rekey.rotation_failures q
+               where q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
+        coalesce(a.rows, 0) = 0 as adopted_all
       from rekey.rotations r
       left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
+      left join jsonb_to_recordset(v_adoptions) as a(rotation_id bigint, label text, rows bigint) on a.rotation_id = r.id
       where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
       order by r.id
     loop
       rows := rows + v_found.rows;
       for v_failure in
         select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
-        from jsonb_to_recordset(v_found.failures) as f(target text, relation text, version integer, keys text[], problems text[])
+        from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
         cross join lateral unnest(f.keys, f.problems) as k(row_key, problem)
         group by f.target, f.relation
       loop
@@ -3832,6 +5702,7 @@ begin
         select q.id from rekey.rotation_failures q
         left join failing f on f.target = q.target and f.row_key = q.row_key
         where q.keyring_id = v_found.keyring_id and q.resolved_at is null and f.row_key is null
+          and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all)
       )
       update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
       from closed c where c.id = q.id;
@@ -3880,6 +5751,39 @@ ALTER FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT rows
 --
 
 COMMENT ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) IS 'Opens every row of the keyrings whose rotations passed the barrier, and completes those that have none left on an older version.';
+
+
+--
+-- Name: _view_columns(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._view_columns(target regclass) RETURNS text
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+begin
+  return (
+    select string_agg(case when c.id is null then format('t.%I', a.attname)
+        else format('rekey._reveal(t.%1$I, array[%2$L%3$s]) as %1$I', a.attname, c.label,
+          (select string_agg(format(', t.%I::text', b.attname), '' order by p.rank)
+           from unnest(c.places) with ordinality as p(place, rank)
+           join pg_attribute b on b.attrelid = target and b.attnum = c.attnums[p.place]
+           where p.rank > 1)) end, ', ' order by a.attnum)
+    from pg_attribute a
+    left join (select p.*, s.relation, s.attnums from rekey.protected_columns p cross join lateral rekey._column_shape(p.id) s) c
+      on c.relation = a.attrelid and c.attnums[c.places[1]] = a.attnum
+    where a.attrelid = target and a.attnum > 0 and not a.attisdropped);
+end
+$_$;
+
+
+ALTER FUNCTION rekey._view_columns(target regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _view_columns(target regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._view_columns(target regclass) IS 'The columns of a table as its decrypted view has them.';
 
 
 --
@@ -3941,6 +5845,463 @@ ALTER FUNCTION rekey._wrapping_key(kek bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._wrapping_key(kek bytea) IS 'The 64-byte AEAD key that wraps DEKs, derived from a KEK.';
+
+
+--
+-- Name: _write_rows(rekey._target, regclass, tid[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_settings text := rekey._guarded_settings();
+  v_rows tid[];
+  v_ciphertexts bytea[];
+  v_count bigint;
+begin
+  select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
+  from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+  if v_rows is null then
+    return 0;
+  end if;
+  perform set_config('rekey.sweeping', 'on', true);
+  v_count := rekey._call_write(target.function_name, relation, v_rows, v_ciphertexts);
+  perform set_config('rekey.sweeping', '', true);
+  -- The rows are locked: only the table itself can have kept them.
+  if v_count is distinct from cardinality(v_rows)::bigint then
+    raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(v_rows) - coalesce(v_count, 0),
+      cardinality(v_rows), relation using errcode = 'RK005',
+      hint = 'Let the trigger pass by what pg_rekey does: WHEN (current_setting(''rekey.sweeping'', true) is distinct from ''on'').';
+  end if;
+  if rekey._guarded_settings() <> v_settings then
+    raise exception 'a trigger of % changed who acts in this session', relation using errcode = 'RK005',
+      hint = 'It must leave role, JWT claims and pg_rekey''s own settings as they are.';
+  end if;
+  return v_count;
+end
+$$;
+
+
+ALTER FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) IS 'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
+
+
+--
+-- Name: _write_trigger_body(rekey.protected_columns, regclass, smallint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_names text[];
+  v_context text;
+begin
+  select array_agg(quote_ident(a.attname) order by p.rank) into v_names
+  from unnest(protected.places) with ordinality as p(place, rank)
+  join pg_attribute a on a.attrelid = relation and a.attnum = attnums[p.place];
+  v_context := quote_literal(rekey._part(protected.label)::text) || '::bytea' || (
+    select coalesce(string_agg(format(' || rekey._part(%%1$s.%s::text)', c.name), '' order by c.rank), '')
+    from unnest(v_names[2:]) with ordinality as c(name, rank));
+  return format($body$
+declare
+  v_envelope bytea;
+  v_plaintext bytea;
+  v_context bytea;
+begin
+  if new.%1$s is null then
+    return new;
+  end if;
+  v_context := %2$s;
+  v_envelope := rekey._envelope_of(new.%1$s);
+  if v_envelope is null then
+    v_plaintext := %4$s;
+  elsif tg_op = 'UPDATE' and new.%1$s = old.%1$s then
+    if v_context = %3$s then
+      return new;
+    end if;
+    v_plaintext := rekey._open(v_envelope, %3$s);
+  else
+    -- An envelope that comes in must be of this row. (What a sweep writes, the engine has made of the row itself.)
+    if current_setting('rekey.sweeping', true) is distinct from 'on' then
+      perform rekey._refuse_foreign(v_envelope, v_context);
+    end if;
+    return new;
+  end if;
+  v_envelope := rekey._seal(%5$s, v_plaintext, v_context);
+  new.%1$s := %6$s;
+  return new;
+end
+$body$, v_names[1], format(v_context, 'new'), format(v_context, 'old'),
+    case when protected.is_text then format('convert_to(new.%s, ''UTF8'')', v_names[1]) else 'new.' || v_names[1] end,
+    protected.keyring_id, case when protected.is_text then 'rekey._to_text(v_envelope)' else 'v_envelope' end);
+end
+$_$;
+
+
+ALTER FUNCTION rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) IS 'Body of the trigger that encrypts a column on write.';
+
+
+--
+-- Name: rotation_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.rotation_status AS
+ SELECT r.id,
+    k.name AS keyring,
+    k.tenant_id,
+    r.state,
+    r.trigger,
+    r.from_versions,
+    r.to_version,
+    r.rows_total,
+    r.rows_done,
+    r.rows_failed,
+    r.attempts,
+    r.last_error,
+    r.next_attempt_at,
+    r.blocked_by,
+    r.reason,
+    r.requested_by,
+    r.created_at,
+    r.started_at,
+    r.finished_at
+   FROM (rekey.rotations r
+     JOIN rekey.keyrings k ON ((k.id = r.keyring_id)));
+
+
+ALTER TABLE rekey.rotation_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW rotation_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.rotation_status IS 'Every rotation and how far it is.';
+
+
+--
+-- Name: COLUMN rotation_status.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.id IS 'Number of the rotation.';
+
+
+--
+-- Name: COLUMN rotation_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.keyring IS 'Keyring that is rotated.';
+
+
+--
+-- Name: COLUMN rotation_status.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.tenant_id IS 'Tenant of the keyring.';
+
+
+--
+-- Name: COLUMN rotation_status.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.state IS 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
+
+
+--
+-- Name: COLUMN rotation_status.trigger; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.trigger IS 'Why: manual, schedule, compromise, rollback, adoption.';
+
+
+--
+-- Name: COLUMN rotation_status.from_versions; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.from_versions IS 'Versions whose rows it takes along.';
+
+
+--
+-- Name: COLUMN rotation_status.to_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.to_version IS 'Version it brings them to.';
+
+
+--
+-- Name: COLUMN rotation_status.rows_total; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.rows_total IS 'Rows to re-encrypt; NULL until they are counted.';
+
+
+--
+-- Name: COLUMN rotation_status.rows_done; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.rows_done IS 'Rows re-encrypted.';
+
+
+--
+-- Name: COLUMN rotation_status.rows_failed; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.rows_failed IS 'Rows in quarantine: rekey.failure_status names them.';
+
+
+--
+-- Name: COLUMN rotation_status.attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.attempts IS 'Failed batches in a row.';
+
+
+--
+-- Name: COLUMN rotation_status.last_error; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.last_error IS 'The last error.';
+
+
+--
+-- Name: COLUMN rotation_status.next_attempt_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.next_attempt_at IS 'It goes on after this time; NULL: at once.';
+
+
+--
+-- Name: COLUMN rotation_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), or rows (rows, why).';
+
+
+--
+-- Name: COLUMN rotation_status.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.reason IS 'What whoever asked for it said.';
+
+
+--
+-- Name: COLUMN rotation_status.requested_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.requested_by IS 'Who asked for it.';
+
+
+--
+-- Name: COLUMN rotation_status.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.created_at IS 'When it was asked for; from then on new values are encrypted with to_version.';
+
+
+--
+-- Name: COLUMN rotation_status.started_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.started_at IS 'When the first row was looked at.';
+
+
+--
+-- Name: COLUMN rotation_status.finished_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.finished_at IS 'When it ended.';
+
+
+--
+-- Name: adopt_column(regclass, name, text[], boolean, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[] DEFAULT '{plaintext}'::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_column rekey.protected_columns;
+  v_keyring rekey.keyrings;
+  v_rotation bigint;
+begin
+  perform rekey._refuse_stranger(target);
+  if coalesce(cardinality(formats), 0) = 0 or not formats <@ '{plaintext,pgp_sym,fernet,v1,aes_gcm}' then
+    raise exception 'there is no such format' using errcode = 'invalid_parameter_value',
+      hint = 'plaintext, pgp_sym, fernet, v1, aes_gcm: one or more of them.';
+  end if;
+  select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
+  if not found then
+    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007',
+      hint = 'rekey.protect_column() first.';
+  end if;
+  v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
+  if rekey._column_problem(v_column) is not null then
+    raise exception '% is blocked: %', v_column.label, rekey._column_problem(v_column) using errcode = 'RK005';
+  end if;
+  select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+  if found then
+    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.';
+  end if;
+  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced)
+  select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
+    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false)
+  from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
+  returning id into v_rotation;
+  if v_rotation is null then
+    raise exception 'keyring % is retired', quote_literal(v_keyring.name) using errcode = 'RK006';
+  end if;
+  perform rekey._audit('rotation.requested', v_keyring.name, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
+    jsonb_build_object('trigger', 'adoption', 'column', v_column.label, 'formats', formats, 'force', nullif(force, false), 'reason', reason));
+  return query select s.* from rekey.rotation_status s where s.id = v_rotation;
+end
+$$;
+
+
+ALTER FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text) IS 'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the keyring is under way; RK005: blocked; RK006: retired keyring; RK007: not protected.';
+
+
+--
+-- Name: adopt_vault(text, uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.adopt_vault(keyring text DEFAULT 'default'::text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_names text[];
+  v_count bigint;
+begin
+  if to_regclass('vault.decrypted_secrets') is null then
+    raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
+  end if;
+  select array_agg(s.value || n.suffix) into v_names
+  from rekey.setting_status s, (values (''), ('_new')) as n(suffix) where s.name = 'kek_secret_name';
+  execute format($sql$
+    select count(rekey.set_secret(coalesce(v.name, v.id::text), v.decrypted_secret, $2, $3, nullif(v.description, '')))
+    from %I.decrypted_secrets v
+    where not coalesce(v.name, '') = any ($1)
+      and not exists (select from rekey.secrets s where s.tenant_id = $2 and s.name = coalesce(v.name, v.id::text))$sql$, 'vault')
+  into v_count using v_names, tenant_id, keyring;
+  return v_count;
+end
+$_$;
+
+
+ALTER FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION adopt_vault(keyring text, tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault; and the errors of rekey.set_secret().';
+
+
+--
+-- Name: adoption_batch(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.adoption_batch(rotation_id bigint) RETURNS rekey._adoption
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_passphrases bytea[] := rekey._copied_passphrases();
+  v_adoption rekey._adoption;
+begin
+  v_adoption := rekey._adoption_batch(rotation_id, v_passphrases);
+  return v_adoption;
+end
+$$;
+
+
+ALTER FUNCTION rekey.adoption_batch(rotation_id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION adoption_batch(rotation_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.adoption_batch(rotation_id bigint) IS 'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
+
+
+--
+-- Name: adoption_preview(regclass, name, text[], boolean, regclass, tid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.adoption_preview(target regclass, column_name name, formats text[] DEFAULT '{plaintext}'::text[], force boolean DEFAULT false, relation regclass DEFAULT NULL::regclass, first tid DEFAULT '(0,0)'::tid) RETURNS rekey._adoption
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_passphrases bytea[] := rekey._copied_passphrases();
+  v_adoption rekey._adoption;
+begin
+  v_adoption := rekey._adoption_preview(target, column_name, relation, first, formats, force, v_passphrases);
+  v_adoption.ciphertexts := null;
+  return v_adoption;
+end
+$$;
+
+
+ALTER FUNCTION rekey.adoption_preview(target regclass, column_name name, formats text[], force boolean, relation regclass, first tid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION adoption_preview(target regclass, column_name name, formats text[], force boolean, relation regclass, first tid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.adoption_preview(target regclass, column_name name, formats text[], force boolean, relation regclass, first tid) IS 'For pg-rekey columns adopt --dry-run: what an adoption would find in one range of a protected column, by format and problem; legacy: what only the client can tell. Changes nothing, but locks the rows until the transaction ends. relation, first: where to begin; next and next_relation of the result say where to go on.';
+
+
+--
+-- Name: adoption_store(bigint, regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.adoption_store(rotation_id bigint, relation regclass) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rows tid[];
+  v_plaintexts bytea[];
+  v_problems text[];
+  v_done bigint;
+begin
+  execute format('select array_agg(o."row" order by o.ctid), array_agg(o.plaintext order by o.ctid), array_agg(o.problem order by o.ctid) from pg_temp.%I o', 'pg_rekey_opened')
+  into v_rows, v_plaintexts, v_problems;
+  v_done := rekey._adoption_store(rotation_id, relation, v_rows, v_plaintexts, v_problems);
+  return v_done;
+end
+$$;
+
+
+ALTER FUNCTION rekey.adoption_store(rotation_id bigint, relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION adoption_store(rotation_id bigint, relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.adoption_store(rotation_id bigint, relation regclass) IS 'For pg-rekey columns adopt: seals what the client opened of the last rekey.adoption_batch(), from the temporary table pg_rekey_opened ("row" tid, plaintext bytea, problem text), and returns how many. Where plaintext is NULL, the row goes into quarantine with its problem. Errors: as rekey.adoption_batch().';
 
 
 --
@@ -4088,6 +6449,38 @@ ALTER FUNCTION rekey.clear_schedule(keyring text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.clear_schedule(keyring text) IS 'Ends the schedule of a keyring. RK007: there is none.';
+
+
+--
+-- Name: create_decrypted_view(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.create_decrypted_view(target regclass) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_table record;
+  v_name name;
+begin
+  if not exists (select from rekey.column_status s where s.relation = target) then
+    raise exception '% has no protected column', target using errcode = 'RK007', hint = 'rekey.protect_column() protects one.';
+  end if;
+  select n.nspname, c.relname into v_table from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target;
+  v_name := v_table.relname || '_decrypted';
+  execute format('create or replace view %I.%I with (security_invoker = true) as select %s from %s t', v_table.nspname, v_name, rekey._view_columns(target), target);
+  return format('%I.%I', v_table.nspname, v_name);
+end
+$$;
+
+
+ALTER FUNCTION rekey.create_decrypted_view(target regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION create_decrypted_view(target regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.create_decrypted_view(target regclass) IS 'Makes the view <table>_decrypted beside a table, or makes it anew, and returns its name: as the table, with its protected columns opened, under the rights and policies of whoever reads it (security_invoker). A value that is no envelope is shown as it is. Its readers need SELECT on view and table, and rekey_app. Each row is opened by itself: select few. RK007: the table has no protected column.';
 
 
 --
@@ -4492,7 +6885,7 @@ ALTER FUNCTION rekey.key_usage(keyring text) OWNER TO rekey_owner;
 -- Name: FUNCTION key_usage(keyring text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.key_usage(keyring text) IS 'A census: how many rows stand on each key version, and in which relations. keyring NULL: all. Reads every protected row. 25001: not in READ COMMITTED; RK007: no such keyring.';
+COMMENT ON FUNCTION rekey.key_usage(keyring text) IS 'A census: how many rows stand on each key version, and in which relations. keyring NULL: all. Reads every protected row. 25001: not in READ COMMITTED; RK005: a target is blocked; RK007: no such keyring.';
 
 
 --
@@ -4516,176 +6909,6 @@ ALTER FUNCTION rekey.lock() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.lock() IS 'Forgets the KEK of this session and transaction.';
-
-
---
--- Name: rotation_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
---
-
-CREATE VIEW rekey.rotation_status AS
- SELECT r.id,
-    k.name AS keyring,
-    k.tenant_id,
-    r.state,
-    r.trigger,
-    r.from_versions,
-    r.to_version,
-    r.rows_total,
-    r.rows_done,
-    r.rows_failed,
-    r.attempts,
-    r.last_error,
-    r.next_attempt_at,
-    r.blocked_by,
-    r.reason,
-    r.requested_by,
-    r.created_at,
-    r.started_at,
-    r.finished_at
-   FROM (rekey.rotations r
-     JOIN rekey.keyrings k ON ((k.id = r.keyring_id)));
-
-
-ALTER TABLE rekey.rotation_status OWNER TO rekey_owner;
-
---
--- Name: VIEW rotation_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON VIEW rekey.rotation_status IS 'Every rotation and how far it is.';
-
-
---
--- Name: COLUMN rotation_status.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.id IS 'Number of the rotation.';
-
-
---
--- Name: COLUMN rotation_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.keyring IS 'Keyring that is rotated.';
-
-
---
--- Name: COLUMN rotation_status.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.tenant_id IS 'Tenant of the keyring.';
-
-
---
--- Name: COLUMN rotation_status.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.state IS 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
-
-
---
--- Name: COLUMN rotation_status.trigger; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.trigger IS 'Why: manual, schedule, compromise, rollback, adoption.';
-
-
---
--- Name: COLUMN rotation_status.from_versions; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.from_versions IS 'Versions whose rows it takes along.';
-
-
---
--- Name: COLUMN rotation_status.to_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.to_version IS 'Version it brings them to.';
-
-
---
--- Name: COLUMN rotation_status.rows_total; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.rows_total IS 'Rows to re-encrypt; NULL until they are counted.';
-
-
---
--- Name: COLUMN rotation_status.rows_done; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.rows_done IS 'Rows re-encrypted.';
-
-
---
--- Name: COLUMN rotation_status.rows_failed; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.rows_failed IS 'Rows in quarantine: rekey.failure_status names them.';
-
-
---
--- Name: COLUMN rotation_status.attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.attempts IS 'Failed batches in a row.';
-
-
---
--- Name: COLUMN rotation_status.last_error; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.last_error IS 'The last error.';
-
-
---
--- Name: COLUMN rotation_status.next_attempt_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.next_attempt_at IS 'It goes on after this time; NULL: at once.';
-
-
---
--- Name: COLUMN rotation_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), or rows (rows, why).';
-
-
---
--- Name: COLUMN rotation_status.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.reason IS 'What whoever asked for it said.';
-
-
---
--- Name: COLUMN rotation_status.requested_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.requested_by IS 'Who asked for it.';
-
-
---
--- Name: COLUMN rotation_status.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.created_at IS 'When it was asked for; from then on new values are encrypted with to_version.';
-
-
---
--- Name: COLUMN rotation_status.started_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.started_at IS 'When the first row was looked at.';
-
-
---
--- Name: COLUMN rotation_status.finished_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_status.finished_at IS 'When it ended.';
 
 
 --
@@ -4822,7 +7045,7 @@ CREATE TABLE rekey.rotation_failures (
     target text NOT NULL,
     relation text NOT NULL,
     row_key text NOT NULL,
-    version integer NOT NULL,
+    version integer,
     reason text NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     resolved_at timestamp with time zone,
@@ -4889,7 +7112,7 @@ COMMENT ON COLUMN rekey.rotation_failures.row_key IS 'Primary key of the row, it
 -- Name: COLUMN rotation_failures.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_failures.version IS 'Key version the row stands on.';
+COMMENT ON COLUMN rekey.rotation_failures.version IS 'Key version the row stands on; NULL: it is no envelope yet.';
 
 
 --
@@ -5113,6 +7336,36 @@ ALTER FUNCTION rekey.pause_rotation(id bigint) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.pause_rotation(id bigint) IS 'Pauses the re-encryption; the batch in hand still ends. The new version stays active, and everything readable. RK006: not under way; RK007: no such rotation.';
+
+
+--
+-- Name: protect_column(regclass, name, text, name[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.protect_column(target regclass, column_name name, keyring text DEFAULT 'default'::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_made record;
+  v_statement text;
+begin
+  select * into v_made from rekey._register_column(target, column_name, keyring, context_columns, coalesce(encrypt_on_write, false));
+  foreach v_statement in array v_made.statements loop
+    execute v_statement;
+  end loop;
+  return rekey._finish_column(v_made.id);
+end
+$$;
+
+
+ALTER FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean) IS 'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
 
 
 --
@@ -5569,7 +7822,10 @@ begin
   perform rekey._refuse_snapshot();
   keyring_count := 0;
   rows := 0;
-  if not exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying')) then
+  if not exists (
+       select from rekey.rotations r where r.state in ('queued', 'running', 'verifying')
+         -- An adoption whose keys only pg-rekey columns adopt has.
+         and not (r.state = 'running' and r.formats is not null and r.formats <> '{plaintext}' and exists (select from rekey._chunks c where c.pass_id = r.pass_id))) then
     event := 'idle';
     return;
   end if;
@@ -5591,6 +7847,10 @@ begin
   if event is null and exists (select from rekey.rotations r where r.state = 'verifying' and r.barrier_at is not null)
      and pg_try_advisory_xact_lock(0, 2) then
     select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
+    if event = 'blocked' then
+      v_blocked := detail;
+      event := null;
+    end if;
   end if;
   if event is null then
     select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
@@ -6025,6 +8285,76 @@ COMMENT ON FUNCTION rekey.unlock_copied(scope text) IS 'As rekey.unlock(), with 
 
 
 --
+-- Name: unprotect_column(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.unprotect_column(label text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_id integer := (select c.id from rekey.protected_columns c where c.label = unprotect_column.label);
+begin
+  if v_id is null then
+    raise exception 'there is no protected column %', coalesce(quote_literal(label), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+  end if;
+  if (rekey._column_shape(v_id)).relation is not null then
+    raise exception 'the table of % is there', label using errcode = 'RK006', hint = 'Name the table and the column: rekey.unprotect_column(target, column_name).';
+  end if;
+  perform rekey._forget_column(v_id);
+end
+$$;
+
+
+ALTER FUNCTION rekey.unprotect_column(label text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION unprotect_column(label text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.unprotect_column(label text) IS 'Forgets a protected column whose table or column was dropped, by its label. RK006: it is there; RK007: not protected.';
+
+
+--
+-- Name: unprotect_column(regclass, name, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt boolean DEFAULT false) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_released record;
+  v_statement text;
+begin
+  select * into v_released from rekey._release_column(target, column_name, coalesce(decrypt, false));
+  if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
+    execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
+  end if;
+  if v_released.left_rows > 0 then
+    foreach v_statement in array v_released.statements loop
+      execute v_statement;
+    end loop;
+    return v_released.left_rows;
+  end if;
+  -- Waits for those who write, and looks again.
+  execute format('lock table %s in share row exclusive mode', target);
+  perform rekey._forget_column(v_released.id);
+  return 0;
+end
+$$;
+
+
+ALTER FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION unprotect_column(target regclass, column_name name, decrypt boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt boolean) IS 'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 1,000 of each partition at a call: repeat it, each in its own transaction, until it returns 0; before that it returns how many there were. The owner of the table calls it, as a member of rekey_admin, or a superuser. 42501: not the owner, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
+
+
+--
 -- Name: unschedule_worker(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6132,7 +8462,7 @@ COMMENT ON FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT 
 --
 
 CREATE FUNCTION rekey.verify_ciphertexts(keyring text DEFAULT NULL::text) RETURNS SETOF rekey.verified_rows
-    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
@@ -6154,7 +8484,7 @@ ALTER FUNCTION rekey.verify_ciphertexts(keyring text) OWNER TO rekey_owner;
 -- Name: FUNCTION verify_ciphertexts(keyring text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.verify_ciphertexts(keyring text) IS 'Checks that every protected row opens, and shows nothing of what is in it. keyring NULL: all. RK001, RK002: KEK; RK007: no such keyring.';
+COMMENT ON FUNCTION rekey.verify_ciphertexts(keyring text) IS 'Checks that every protected row opens, and shows nothing of what is in it. keyring NULL: all. RK001, RK002: KEK; RK005: a target is blocked; RK007: no such keyring.';
 
 
 --
@@ -6177,83 +8507,40 @@ COMMENT ON FUNCTION rekey.version() IS 'Version of pg_rekey in this database.';
 
 
 --
--- Name: secrets_count(integer[], boolean); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
+-- Name: secrets_count(regclass, integer[]); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean) RETURNS TABLE(keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+CREATE FUNCTION rekey_targets.secrets_count(relation regclass, keyrings integer[]) RETURNS TABLE(keyring_id integer, version integer, rows bigint)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-declare
-  v_blocks bigint;
-  v_first bigint := 0;
-  v_step bigint := 256;
 begin
-  if not opening then
-    return query
-      select s.keyring_id, s.key_version, count(*), 0::bigint, null::text[], null::text[]
-      from rekey.secrets s
-      where keyrings is null or s.keyring_id = any (keyrings)
-      group by s.keyring_id, s.key_version;
-    return;
-  end if;
-  perform from rekey.secrets where false;  -- its lock keeps the table from being rewritten after it was measured
-  v_blocks := pg_relation_size('rekey.secrets') / current_setting('block_size')::integer;
-  -- The few rows of small keyrings are found by the index, all at once; many are read 2 MB at a time.
-  if keyrings is not null and (select count(*) from (select from rekey.secrets s where s.keyring_id = any (keyrings) limit 5000) few) < 5000 then
-    v_step := v_blocks;
-  end if;
-  -- STABLE: every statement in here sees the snapshot of the calling one.
-  while v_first < v_blocks loop
-    return query
-      with found as materialized (
-        select s.keyring_id, s.key_version, s.ciphertext, rekey._secret_context(s.tenant_id, s.id) as context,
-          s.tenant_id, s.id, row_number() over () as place
-        from rekey.secrets s
-        where (keyrings is null or s.keyring_id = any (keyrings))
-          and s.ctid >= format('(%s,0)', v_first)::tid and s.ctid < format('(%s,0)', v_first + v_step)::tid
-      ), checked as (
-        select p.place, p.problem
-        from (select rekey._check(array_agg(f.ciphertext order by f.place), array_agg(f.context order by f.place)) as problems
-              from found f) c, unnest(c.problems) with ordinality as p(problem, place)
-      )
-      select f.keyring_id, f.key_version, count(*), count(c.problem),
-        array_agg(f.tenant_id || '/' || f.id) filter (where c.problem is not null),
-        array_agg(c.problem) filter (where c.problem is not null)
-      from found f
-      join checked c on c.place = f.place
-      group by f.keyring_id, f.key_version;
-    v_first := v_first + v_step;
-  end loop;
+  return query
+    select s.keyring_id, s.key_version, count(*)
+    from rekey.secrets s
+    where keyrings is null or s.keyring_id = any (keyrings)
+    group by s.keyring_id, s.key_version;
 end
 $$;
 
 
-ALTER FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey_targets.secrets_count(relation regclass, keyrings integer[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION secrets_count(keyrings integer[], opening boolean); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_count(relation regclass, keyrings integer[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean) IS 'Counts rekey.secrets by keyring and version; keyrings NULL: all. opening: checks every tag too; failed_keys and failed_problems name what does not open.';
+COMMENT ON FUNCTION rekey_targets.secrets_count(relation regclass, keyrings integer[]) IS 'Counts rekey.secrets by keyring and version; keyrings NULL: all.';
 
 
 --
--- Name: secrets_sweep(tid, tid, integer[], integer[], integer, bigint); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
+-- Name: secrets_read(regclass, tid, tid, integer[], integer[], integer, bigint); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey_targets.secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) RETURNS record
+CREATE FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-declare
-  v_rows tid[];
-  v_ciphertexts bytea[];
-  v_contexts bytea[];
-  v_found integer;
-  v_last tid;
-  v_resealed bytea[];
-  v_problems text[];
 begin
   with due as materialized (
     select s.ctid as row, s.tenant_id, s.id, s.ciphertext
@@ -6267,73 +8554,95 @@ begin
     select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
     from due d
   )
-  select array_agg(t.row order by t.row), array_agg(t.ciphertext order by t.row),
-    array_agg(rekey._secret_context(t.tenant_id, t.id) order by t.row), (select count(*) from due)
-  into v_rows, v_ciphertexts, v_contexts, v_found
-  from sized t
-  where t.before < max_bytes;
-
-  if v_found > 0 then
-    v_last := v_rows[cardinality(v_rows)];
-    select r.resealed, r.problems into v_resealed, v_problems from rekey._reencrypt(v_ciphertexts, v_contexts) r;
-    with changed as (
-      update rekey.secrets s set ciphertext = u.resealed
-      from unnest(v_rows, v_resealed) as u(row, resealed)
-      where s.ctid = u.row and u.resealed is not null
-      returning s.keyring_id
-    )
-    select array_agg(c.keyring_id), array_agg(c.rows) into done_keyrings, done_rows
-    from (select keyring_id, count(*) as rows from changed group by keyring_id) c;
-    if array_position(v_resealed, null) is not null then
-      select array_agg(s.keyring_id), array_agg(s.key_version), array_agg(s.tenant_id || '/' || s.id), array_agg(u.problem)
-      into failed_keyrings, failed_versions, failed_keys, failed_problems
-      from unnest(v_rows, v_resealed, v_problems) as u(row, resealed, problem)
-      join rekey.secrets s on s.ctid = u.row
-      where u.resealed is null;
-    end if;
-    if v_found >= max_rows or cardinality(v_rows) < v_found then
-      -- The rows that follow the last one that was treated.
-      next := format('(%s,%s)', split_part(trim(v_last::text, '()'), ',', 1), split_part(trim(v_last::text, '()'), ',', 2)::integer + 1)::tid;
-    end if;
-  end if;
-  set constraints all immediate;
+  select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
+      max(s.row) filter (where s.before < max_bytes) end,
+    array_agg(s.row order by s.row) filter (where s.before < max_bytes),
+    array_agg(s.ciphertext order by s.row) filter (where s.before < max_bytes),
+    array_agg(rekey._part(s.tenant_id::text) || rekey._part(s.id::text) order by s.row) filter (where s.before < max_bytes),
+    array_agg(s.tenant_id || '/' || s.id order by s.row) filter (where s.before < max_bytes)
+  into next, rows, ciphertexts, contexts, keys
+  from sized s;
 end
 $$;
 
 
-ALTER FUNCTION rekey_targets.secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey_targets.secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) IS 'Re-encrypts the due rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and max_bytes of ciphertext. next: where to go on, NULL at the end of the range.';
+COMMENT ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Locks and returns the rows of rekey.secrets in a range that stand on another version than the given one of their keyring; as secrets_scan. Rows that others have locked are left out.';
 
 
 --
--- Name: _chunks; Type: TABLE; Schema: rekey; Owner: rekey_owner
+-- Name: secrets_scan(regclass, tid, tid, integer[], integer, bigint); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
 --
 
-CREATE TABLE rekey._chunks (
-    id bigint NOT NULL,
-    pass_id bigint NOT NULL,
-    urgent boolean NOT NULL,
-    target text NOT NULL,
-    relation regclass NOT NULL,
-    first tid NOT NULL,
-    until_block bigint NOT NULL,
-    batch_rows integer DEFAULT 1000 NOT NULL,
-    batch_blocks integer NOT NULL
-);
+CREATE FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  with found as materialized (
+    select s.ctid as row, s.tenant_id, s.id, s.ciphertext
+    from rekey.secrets s
+    where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
+    order by s.ctid
+    limit max_rows
+  ), sized as (
+    select f.*, sum(octet_length(f.ciphertext)) over (order by f.row rows unbounded preceding) - octet_length(f.ciphertext) as before
+    from found f
+  )
+  select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
+      max(s.row) filter (where s.before < max_bytes) end,
+    array_agg(s.row order by s.row) filter (where s.before < max_bytes),
+    array_agg(s.ciphertext order by s.row) filter (where s.before < max_bytes),
+    array_agg(rekey._part(s.tenant_id::text) || rekey._part(s.id::text) order by s.row) filter (where s.before < max_bytes),
+    array_agg(s.tenant_id || '/' || s.id order by s.row) filter (where s.before < max_bytes)
+  into next, rows, ciphertexts, contexts, keys
+  from sized s;
+end
+$$;
 
 
-ALTER TABLE rekey._chunks OWNER TO rekey_owner;
+ALTER FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_owner;
 
 --
--- Name: TABLE _chunks; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
 --
 
-COMMENT ON TABLE rekey._chunks IS 'Block ranges that the rotations of a pass have yet to sweep.';
+COMMENT ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and little more than max_bytes of ciphertext. contexts: without the label. next: the last row returned, where more may follow; NULL at the end of the range.';
+
+
+--
+-- Name: secrets_write(regclass, tid[], bytea[]); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_count bigint;
+begin
+  update rekey.secrets s set ciphertext = u.ciphertext
+  from unnest(rows, ciphertexts) as u(row, ciphertext)
+  where s.ctid = u.row;
+  get diagnostics v_count = row_count;
+  set constraints all immediate;
+  return v_count;
+end
+$$;
+
+
+ALTER FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION secrets_write(relation regclass, rows tid[], ciphertexts bytea[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) IS 'Stores new ciphertexts in rows that secrets_read returned in this transaction, and returns how many.';
 
 
 --
@@ -6383,6 +8692,172 @@ ALTER TABLE rekey._session_key OWNER TO rekey_owner;
 --
 
 COMMENT ON TABLE rekey._session_key IS 'One row: the key under which an unlocked session carries the KEK.';
+
+
+--
+-- Name: column_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.column_status AS
+ SELECT s.label,
+    s.relation,
+    s.column_name,
+    s.keyring,
+    s.context_columns,
+    s.encrypt_on_write,
+    s.problem
+   FROM rekey._column_status() s(label, relation, column_name, keyring, context_columns, encrypt_on_write, problem);
+
+
+ALTER TABLE rekey.column_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW column_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.column_status IS 'The protected columns, and whether each can be swept.';
+
+
+--
+-- Name: COLUMN column_status.label; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.label IS 'schema.table.column as first registered: the first part of the context of its values.';
+
+
+--
+-- Name: COLUMN column_status.relation; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.relation IS 'Its table now; NULL: it was dropped, or its functions were not restored.';
+
+
+--
+-- Name: COLUMN column_status.column_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.column_name IS 'Its name now.';
+
+
+--
+-- Name: COLUMN column_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.keyring IS 'Its keyring.';
+
+
+--
+-- Name: COLUMN column_status.context_columns; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.context_columns IS 'The columns whose values are the rest of the context, as registered.';
+
+
+--
+-- Name: COLUMN column_status.encrypt_on_write; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.encrypt_on_write IS 'Whether a trigger encrypts what is written.';
+
+
+--
+-- Name: COLUMN column_status.problem; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.problem IS 'Why it is blocked, and what to do; NULL: it is not.';
+
+
+--
+-- Name: secrets; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.secrets (
+    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
+    id uuid DEFAULT gen_random_uuid() NOT NULL,
+    name text NOT NULL,
+    keyring_id integer NOT NULL,
+    ciphertext bytea NOT NULL,
+    key_version integer GENERATED ALWAYS AS (((((get_byte(ciphertext, 7) << 24) | (get_byte(ciphertext, 8) << 16)) | (get_byte(ciphertext, 9) << 8)) | get_byte(ciphertext, 10))) STORED NOT NULL,
+    description text,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    updated_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT secrets_ciphertext_check CHECK (((octet_length(ciphertext) >= 75) AND (substr(ciphertext, 1, 7) = ('\x524b01'::bytea || int4send(keyring_id))))),
+    CONSTRAINT secrets_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 255)) AND (name !~ '[\u0001-\u001F\u007F]'::text)))
+)
+WITH (fillfactor='50');
+ALTER TABLE ONLY rekey.secrets ALTER COLUMN ciphertext SET STORAGE EXTERNAL;
+
+
+ALTER TABLE rekey.secrets OWNER TO rekey_owner;
+
+--
+-- Name: TABLE secrets; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.secrets IS 'Secrets, encrypted. Write with rekey.set_secret(), read with rekey.get_secret(). Half of each page is left free, so that a rotation updates in place.';
+
+
+--
+-- Name: COLUMN secrets.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.tenant_id IS 'Tenant; the nil UUID where there is only one.';
+
+
+--
+-- Name: COLUMN secrets.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.id IS 'Identity of the secret within the tenant; part of what its ciphertext is bound to.';
+
+
+--
+-- Name: COLUMN secrets.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.name IS 'Name, unique within the tenant, 1 to 255 bytes without control characters.';
+
+
+--
+-- Name: COLUMN secrets.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.keyring_id IS 'Keyring it is encrypted with.';
+
+
+--
+-- Name: COLUMN secrets.ciphertext; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.ciphertext IS 'Envelope of format 1 (docs/format.md), bound to (secret, tenant_id, id).';
+
+
+--
+-- Name: COLUMN secrets.key_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.key_version IS 'Key version, read from the envelope.';
+
+
+--
+-- Name: COLUMN secrets.description; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.description IS 'Free text, not encrypted.';
+
+
+--
+-- Name: COLUMN secrets.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.created_at IS 'When the secret was made.';
+
+
+--
+-- Name: COLUMN secrets.updated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.secrets.updated_at IS 'When its value last changed; a rotation leaves it.';
 
 
 --
@@ -6724,6 +9199,20 @@ COMMENT ON COLUMN rekey.key_status.destroyed_at IS 'When its wrapped key was ove
 
 
 --
+-- Name: protected_columns_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey.protected_columns ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME rekey.protected_columns_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+
+--
 -- Name: rotation_failures_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6910,6 +9399,54 @@ COMMENT ON COLUMN rekey.worker_status.last_census_at IS 'When every row was last
 
 
 --
+-- Name: rotations rotations_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.rotations
+    ADD CONSTRAINT rotations_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: _due_rows(bigint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._due_rows(rotations bigint[]) RETURNS TABLE(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT r.id,
+     c.target,
+     (c.relation)::oid AS relation,
+     (r.trigger = 'adoption'::text),
+     (sum(c.rows))::bigint AS sum
+    FROM ((rekey.rotations r
+      LEFT JOIN rekey.protected_columns p ON ((p.id = r.column_id)))
+      JOIN rekey._count_rows(( SELECT
+                 CASE
+                     WHEN bool_or((t.trigger = 'adoption'::text)) THEN NULL::integer[]
+                     ELSE array_agg(t.keyring_id)
+                 END AS array_agg
+            FROM rekey.rotations t
+           WHERE (t.id = ANY (_due_rows.rotations)))) c(target, relation, keyring_id, version, rows) ON (
+         CASE
+             WHEN (r.trigger = 'adoption'::text) THEN ((c.keyring_id IS NULL) AND (c.target = p.label))
+             ELSE ((c.keyring_id = r.keyring_id) AND (c.version <> r.to_version))
+         END))
+   WHERE (r.id = ANY (_due_rows.rotations))
+   GROUP BY r.id, c.target, c.relation;
+END;
+
+
+ALTER FUNCTION rekey._due_rows(rotations bigint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _due_rows(rotations bigint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._due_rows(rotations bigint[]) IS 'What these rotations have to do, by relation, where it is not blocked. (By number: a name would take rights on its schema.)';
+
+
+--
 -- Name: _audit_head _audit_head_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6998,19 +9535,27 @@ ALTER TABLE ONLY rekey.keyrings
 
 
 --
+-- Name: protected_columns protected_columns_label_key; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.protected_columns
+    ADD CONSTRAINT protected_columns_label_key UNIQUE (label);
+
+
+--
+-- Name: protected_columns protected_columns_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.protected_columns
+    ADD CONSTRAINT protected_columns_pkey PRIMARY KEY (id);
+
+
+--
 -- Name: rotation_failures rotation_failures_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
 ALTER TABLE ONLY rekey.rotation_failures
     ADD CONSTRAINT rotation_failures_pkey PRIMARY KEY (id);
-
-
---
--- Name: rotations rotations_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
---
-
-ALTER TABLE ONLY rekey.rotations
-    ADD CONSTRAINT rotations_pkey PRIMARY KEY (id);
 
 
 --
@@ -7077,6 +9622,13 @@ CREATE UNIQUE INDEX keks_active_key ON rekey.keks USING btree (state) WHERE (sta
 --
 
 CREATE INDEX keyrings_next_rotation_at ON rekey.keyrings USING btree (next_rotation_at) WHERE (next_rotation_at IS NOT NULL);
+
+
+--
+-- Name: protected_columns_keyring_id; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX protected_columns_keyring_id ON rekey.protected_columns USING btree (keyring_id);
 
 
 --
@@ -7152,6 +9704,14 @@ ALTER TABLE ONLY rekey.encryption_keys
 
 
 --
+-- Name: protected_columns protected_columns_keyring_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.protected_columns
+    ADD CONSTRAINT protected_columns_keyring_fkey FOREIGN KEY (keyring_id) REFERENCES rekey.keyrings(id);
+
+
+--
 -- Name: rotation_failures rotation_failures_keyring_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7165,6 +9725,14 @@ ALTER TABLE ONLY rekey.rotation_failures
 
 ALTER TABLE ONLY rekey.rotation_failures
     ADD CONSTRAINT rotation_failures_rotation_fkey FOREIGN KEY (rotation_id) REFERENCES rekey.rotations(id);
+
+
+--
+-- Name: rotations rotations_column_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.rotations
+    ADD CONSTRAINT rotations_column_fkey FOREIGN KEY (column_id) REFERENCES rekey.protected_columns(id) ON DELETE SET NULL;
 
 
 --
@@ -7303,6 +9871,51 @@ REVOKE ALL ON FUNCTION rekey._active_versions(keyrings integer[]) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _adoption_batch(rotation_id bigint, passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _mac(key bytea, aad bytea, iv bytea, ciphertext bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7380,19 +9993,34 @@ REVOKE ALL ON FUNCTION rekey._barrier(keyring_id integer, versions integer[]) FR
 
 
 --
--- Name: FUNCTION _call_count(function_name name, keyrings integer[], opening boolean); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _blocked_targets(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._call_count(function_name name, keyrings integer[], opening boolean) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._call_count(function_name name, keyrings integer[], opening boolean) TO rekey_owner;
+REVOKE ALL ON FUNCTION rekey._blocked_targets() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_count(function_name name, relation regclass, keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
 --
 
-REVOKE ALL ON FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._call_sweep(function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) TO rekey_owner;
+REVOKE ALL ON FUNCTION rekey._call_count(function_name name, relation regclass, keyrings integer[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_count(function_name name, relation regclass, keyrings integer[]) TO rekey_owner;
+
+
+--
+-- Name: FUNCTION _call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+--
+
+REVOKE ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_owner;
+
+
+--
+-- Name: FUNCTION _call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+--
+
+REVOKE ALL ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_owner;
 
 
 --
@@ -7401,6 +10029,14 @@ GRANT ALL ON FUNCTION rekey._call_sweep(function_name name, first tid, until tid
 
 REVOKE ALL ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) TO rekey_owner;
+
+
+--
+-- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+--
+
+REVOKE ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) TO rekey_owner;
 
 
 --
@@ -7453,6 +10089,51 @@ REVOKE ALL ON FUNCTION rekey._claims() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _column_bodies(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _column_findings(relation regclass, attnum smallint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._column_findings(relation regclass, attnum smallint) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _column_id(relation regclass, column_name name); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._column_id(relation regclass, column_name name) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _column_problem(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._column_problem(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _column_shape(id integer, OUT relation regclass, OUT attnums smallint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _column_status(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._column_status() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._column_status() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._column_status() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._column_status() TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION _context(parts text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7467,10 +10148,32 @@ REVOKE ALL ON FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integ
 
 
 --
+-- Name: FUNCTION _copied_passphrases(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._copied_passphrases() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._copied_passphrases() TO rekey_admin;
+
+
+--
 -- Name: FUNCTION _count(keyrings integer[], opening boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
 REVOKE ALL ON FUNCTION rekey._count(keyrings integer[], opening boolean) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _count_rows(keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._count_rows(keyrings integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _dearmor(armored text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._dearmor(armored text) FROM PUBLIC;
 
 
 --
@@ -7495,10 +10198,10 @@ REVOKE ALL ON FUNCTION rekey._ensure_rows() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _fingerprint(kek bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _envelope_of(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._fingerprint(kek bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._envelope_of(value bytea) FROM PUBLIC;
 
 
 --
@@ -7506,6 +10209,43 @@ REVOKE ALL ON FUNCTION rekey._fingerprint(kek bytea) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._from_text(value text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _envelope_of(value text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._envelope_of(value text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _fingerprint(kek bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._fingerprint(kek bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _finish_column(id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._finish_column(id integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._finish_column(id integer) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _forget_column(id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._forget_column(id integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._forget_column(id integer) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _guarded_settings(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._guarded_settings() FROM PUBLIC;
 
 
 --
@@ -7596,6 +10336,20 @@ REVOKE ALL ON FUNCTION rekey._keyring_name(id integer) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _legacy_bytes(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._legacy_bytes(value bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _legacy_format(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._legacy_format(value bytea) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _lock_active(keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7652,6 +10406,27 @@ REVOKE ALL ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) F
 
 
 --
+-- Name: FUNCTION _next_row(pointer tid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._next_row(pointer tid) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _note_denied(details jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7667,10 +10442,31 @@ REVOKE ALL ON FUNCTION rekey._open(envelope bytea, context bytea) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _open_pgp(value bytea, passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._open_pgp(value bytea, passphrases bytea[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _open_rows(keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._open_rows(keyrings integer[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _parse_kek(value text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
 REVOKE ALL ON FUNCTION rekey._parse_kek(value text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _pgp_decrypt(message bytea, passphrase text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) FROM PUBLIC;
 
 
 --
@@ -7724,10 +10520,17 @@ REVOKE ALL ON FUNCTION rekey._record_error(rotations bigint[], message text, cod
 
 
 --
--- Name: FUNCTION _reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _reencrypt(ciphertexts bytea[], contexts bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[], OUT resealed bytea[], OUT problems text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_blocked(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_blocked() FROM PUBLIC;
 
 
 --
@@ -7735,6 +10538,13 @@ REVOKE ALL ON FUNCTION rekey._reencrypt(ciphertexts bytea[], contexts bytea[], O
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_change() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_foreign(envelope bytea, context bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) FROM PUBLIC;
 
 
 --
@@ -7766,10 +10576,49 @@ REVOKE ALL ON FUNCTION rekey._refuse_snapshot() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _refuse_stranger(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_stranger(relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION _replace_lost_keys(kek_id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
 REVOKE ALL ON FUNCTION rekey._replace_lost_keys(kek_id integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _reveal(value bytea, context text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._reveal(value bytea, context text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._reveal(value bytea, context text[]) TO rekey_app;
+
+
+--
+-- Name: FUNCTION _reveal(value text, context text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._reveal(value text, context text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._reveal(value text, context text[]) TO rekey_app;
 
 
 --
@@ -7858,17 +10707,24 @@ REVOKE ALL ON FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count inte
 
 
 --
--- Name: TABLE secrets; Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _target_of(chunk rekey._chunks); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-GRANT SELECT ON TABLE rekey.secrets TO rekey_app;
+REVOKE ALL ON FUNCTION rekey._target_of(chunk rekey._chunks) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _targets(); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _target_state(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._targets() FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._target_state() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _targets(only_target text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._targets(only_target text) FROM PUBLIC;
 
 
 --
@@ -7908,6 +10764,14 @@ REVOKE ALL ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, 
 
 
 --
+-- Name: FUNCTION _view_columns(target regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._view_columns(target regclass) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._view_columns(target regclass) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION _wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7926,6 +10790,69 @@ REVOKE ALL ON FUNCTION rekey._wrap_aad(kek_id integer, keyring_id integer, versi
 --
 
 REVOKE ALL ON FUNCTION rekey._wrapping_key(kek bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) FROM PUBLIC;
+
+
+--
+-- Name: TABLE rotation_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.rotation_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.rotation_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.rotation_status TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION adopt_vault(keyring text, tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION adoption_batch(rotation_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.adoption_batch(rotation_id bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.adoption_batch(rotation_id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION adoption_preview(target regclass, column_name name, formats text[], force boolean, relation regclass, first tid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.adoption_preview(target regclass, column_name name, formats text[], force boolean, relation regclass, first tid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.adoption_preview(target regclass, column_name name, formats text[], force boolean, relation regclass, first tid) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION adoption_store(rotation_id bigint, relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.adoption_store(rotation_id bigint, relation regclass) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.adoption_store(rotation_id bigint, relation regclass) TO rekey_admin;
 
 
 --
@@ -7959,6 +10886,14 @@ GRANT ALL ON FUNCTION rekey.cancel_key_destruction(keyring text, version integer
 
 REVOKE ALL ON FUNCTION rekey.clear_schedule(keyring text) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.clear_schedule(keyring text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION create_decrypted_view(target regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.create_decrypted_view(target regclass) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.create_decrypted_view(target regclass) TO rekey_admin;
 
 
 --
@@ -8077,15 +11012,6 @@ GRANT ALL ON FUNCTION rekey.lock() TO rekey_app;
 
 
 --
--- Name: TABLE rotation_status; Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-GRANT SELECT ON TABLE rekey.rotation_status TO rekey_admin;
-GRANT SELECT ON TABLE rekey.rotation_status TO rekey_operator;
-GRANT SELECT ON TABLE rekey.rotation_status TO rekey_auditor;
-
-
---
 -- Name: FUNCTION mark_key_compromised(keyring text, version integer, reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8118,6 +11044,14 @@ GRANT ALL ON FUNCTION rekey.metrics() TO rekey_auditor;
 
 REVOKE ALL ON FUNCTION rekey.pause_rotation(id bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.pause_rotation(id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean) TO rekey_admin;
 
 
 --
@@ -8279,6 +11213,22 @@ GRANT ALL ON FUNCTION rekey.unlock_copied(scope text) TO rekey_app;
 
 
 --
+-- Name: FUNCTION unprotect_column(label text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.unprotect_column(label text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.unprotect_column(label text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION unprotect_column(target regclass, column_name name, decrypt boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt boolean) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION unschedule_worker(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8316,19 +11266,51 @@ GRANT ALL ON FUNCTION rekey.version() TO rekey_app;
 
 
 --
--- Name: FUNCTION secrets_count(keyrings integer[], opening boolean); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_count(relation regclass, keyrings integer[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey_targets.secrets_count(keyrings integer[], opening boolean) TO rekey_sweeper;
+REVOKE ALL ON FUNCTION rekey_targets.secrets_count(relation regclass, keyrings integer[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_count(relation regclass, keyrings integer[]) TO rekey_sweeper;
 
 
 --
--- Name: FUNCTION secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey_targets.secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey_targets.secrets_sweep(first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT done_keyrings integer[], OUT done_rows bigint[], OUT failed_keyrings integer[], OUT failed_versions integer[], OUT failed_keys text[], OUT failed_problems text[]) TO rekey_sweeper;
+REVOKE ALL ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_sweeper;
+
+
+--
+-- Name: FUNCTION secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_sweeper;
+
+
+--
+-- Name: FUNCTION secrets_write(relation regclass, rows tid[], ciphertexts bytea[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) TO rekey_sweeper;
+
+
+--
+-- Name: TABLE column_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.column_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.column_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.column_status TO rekey_auditor;
+
+
+--
+-- Name: TABLE secrets; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.secrets TO rekey_app;
 
 
 --
@@ -8381,6 +11363,13 @@ GRANT SELECT ON TABLE rekey.setting_status TO rekey_auditor;
 GRANT SELECT ON TABLE rekey.worker_status TO rekey_admin;
 GRANT SELECT ON TABLE rekey.worker_status TO rekey_operator;
 GRANT SELECT ON TABLE rekey.worker_status TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _due_rows(rotations bigint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._due_rows(rotations bigint[]) FROM PUBLIC;
 
 
 --

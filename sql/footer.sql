@@ -39,17 +39,17 @@ begin
   execute 'grant create on schema rekey to rekey_sweeper';
   for v_object in
     select p.oid::regprocedure::text as name,
-      case when n.nspname = 'rekey' and p.proname in ('_call_sweep', '_call_count', '_call_tenant_check') then 'rekey_sweeper' else 'rekey_owner' end as owner
+      case when n.nspname = 'rekey' and p.proname in ('_call_count', '_call_scan', '_call_read', '_call_write', '_call_tenant_check') then 'rekey_sweeper' else 'rekey_owner' end as owner
     from pg_proc p
     join pg_namespace n on n.oid = p.pronamespace
-    where (n.nspname = 'rekey' or n.nspname = 'rekey_targets' and p.proname in ('secrets_sweep', 'secrets_count'))
+    where (n.nspname = 'rekey' or n.nspname = 'rekey_targets' and p.proname in ('secrets_count', 'secrets_scan', 'secrets_read', 'secrets_write'))
   loop
     execute format('alter routine %s owner to %I', v_object.name, v_object.owner);
   end loop;
   execute 'revoke create on schema rekey from rekey_sweeper';
 end
 $$;
-grant execute on function rekey._call_sweep, rekey._call_count, rekey._call_tenant_check to rekey_owner;
-grant execute on function rekey_targets.secrets_sweep, rekey_targets.secrets_count to rekey_sweeper;
+grant execute on function rekey._call_count, rekey._call_scan, rekey._call_read, rekey._call_write, rekey._call_tenant_check to rekey_owner;
+grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;

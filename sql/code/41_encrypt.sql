@@ -76,6 +76,8 @@ create or replace function rekey._check_context(context text[], keyring_tenant u
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_shape record;
 begin
   if context is null or array_ndims(context) > 1 then
     raise exception 'context is an array of text' using errcode = 'invalid_parameter_value',
@@ -86,10 +88,21 @@ begin
       hint = 'Secrets are read with rekey.get_secret().';
   end if;
   perform rekey._check_tenant(keyring_tenant);
+  -- The label of a protected column: who may not read the column may not open its values either.
+  for v_shape in
+    select s.relation, s.attnums[c.places[1]] as attnum
+    from rekey.protected_columns c cross join lateral rekey._column_shape(c.id) s
+    where c.label = context[array_lower(context, 1)]
+  loop
+    if not coalesce(has_column_privilege(rekey._caller(), v_shape.relation, v_shape.attnum, 'select'), false) then
+      raise exception 'the context label % belongs to a column that you may not read', context[array_lower(context, 1)]
+        using errcode = 'insufficient_privilege', hint = 'It takes SELECT on that column.';
+    end if;
+  end loop;
   return rekey._context(context);
 end
 $$;
-comment on function rekey._check_context is 'The bytes of a context that a caller gave, once he may use it. 42501: reserved label, or a keyring of another tenant.';
+comment on function rekey._check_context is 'The bytes of a context that a caller gave, once he may use it. 42501: reserved label, a column that he may not read, or a keyring of another tenant.';
 
 create or replace function rekey.encrypt(plaintext bytea, keyring text = 'default', context text[] = '{}') returns bytea
 language plpgsql volatile security definer

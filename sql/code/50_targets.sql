@@ -1,21 +1,186 @@
--- The tables that a rotation sweeps. Each has two functions in schema rekey_targets, owned by the table's owner:
---   <name>_sweep(first, until, keyrings, versions, max_rows, max_bytes): re-encrypts what stands in that range of row
---     pointers on another version than the given one
---   <name>_count(keyrings, opening): counts rows by keyring and version, in one snapshot; opening: checks every tag
--- rekey.secrets is the first target.
+-- The tables that a rotation sweeps. Each has functions in schema rekey_targets, owned by the table's owner, that read and
+-- write that table and nothing else. They know no key, and none of our functions:
+--   <name>_count(relation, keyrings): rows by keyring and version, in the snapshot of the calling statement
+--   <name>_scan(relation, first, until, keyrings, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
+--   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): locks rows that are due, and returns them
+--   <name>_write(relation, rows, ciphertexts): stores what the engine made of them
+-- rekey.secrets is the first target; protected columns are the others (51_columns.sql).
 
-create or replace function rekey._targets()
-returns table (target text, relation regclass, function_name name, indexed boolean)
-language sql stable
+create or replace function rekey_targets.secrets_count(relation regclass, keyrings integer[])
+returns table (keyring_id integer, version integer, rows bigint)
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select 'rekey.secrets', 'rekey.secrets'::regclass, 'secrets'::name, true;
-end;
-comment on function rekey._targets is
-  'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast.';
+as $$
+begin
+  return query
+    select s.keyring_id, s.key_version, count(*)
+    from rekey.secrets s
+    where keyrings is null or s.keyring_id = any (keyrings)
+    group by s.keyring_id, s.key_version;
+end
+$$;
+comment on function rekey_targets.secrets_count is 'Counts rekey.secrets by keyring and version; keyrings NULL: all.';
 
-create or replace function rekey._reencrypt(ciphertexts bytea[], contexts bytea[], out resealed bytea[], out problems text[])
+create or replace function rekey_targets.secrets_scan(
+  relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint,
+  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
+)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  with found as materialized (
+    select s.ctid as row, s.tenant_id, s.id, s.ciphertext
+    from rekey.secrets s
+    where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
+    order by s.ctid
+    limit max_rows
+  ), sized as (
+    select f.*, sum(octet_length(f.ciphertext)) over (order by f.row rows unbounded preceding) - octet_length(f.ciphertext) as before
+    from found f
+  )
+  select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
+      max(s.row) filter (where s.before < max_bytes) end,
+    array_agg(s.row order by s.row) filter (where s.before < max_bytes),
+    array_agg(s.ciphertext order by s.row) filter (where s.before < max_bytes),
+    array_agg(rekey._part(s.tenant_id::text) || rekey._part(s.id::text) order by s.row) filter (where s.before < max_bytes),
+    array_agg(s.tenant_id || '/' || s.id order by s.row) filter (where s.before < max_bytes)
+  into next, rows, ciphertexts, contexts, keys
+  from sized s;
+end
+$$;
+comment on function rekey_targets.secrets_scan is
+  'Rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and little more than max_bytes of ciphertext. contexts: without the label. next: the last row returned, where more may follow; NULL at the end of the range.';
+
+create or replace function rekey_targets.secrets_read(
+  relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
+  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
+)
 language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  with due as materialized (
+    select s.ctid as row, s.tenant_id, s.id, s.ciphertext
+    from rekey.secrets s
+    join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
+    where s.ctid >= first and s.ctid < until
+    order by s.ctid
+    limit max_rows
+    for no key update of s skip locked
+  ), sized as (
+    select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
+    from due d
+  )
+  select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
+      max(s.row) filter (where s.before < max_bytes) end,
+    array_agg(s.row order by s.row) filter (where s.before < max_bytes),
+    array_agg(s.ciphertext order by s.row) filter (where s.before < max_bytes),
+    array_agg(rekey._part(s.tenant_id::text) || rekey._part(s.id::text) order by s.row) filter (where s.before < max_bytes),
+    array_agg(s.tenant_id || '/' || s.id order by s.row) filter (where s.before < max_bytes)
+  into next, rows, ciphertexts, contexts, keys
+  from sized s;
+end
+$$;
+comment on function rekey_targets.secrets_read is
+  'Locks and returns the rows of rekey.secrets in a range that stand on another version than the given one of their keyring; as secrets_scan. Rows that others have locked are left out.';
+
+create or replace function rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_count bigint;
+begin
+  update rekey.secrets s set ciphertext = u.ciphertext
+  from unnest(rows, ciphertexts) as u(row, ciphertext)
+  where s.ctid = u.row;
+  get diagnostics v_count = row_count;
+  set constraints all immediate;
+  return v_count;
+end
+$$;
+comment on function rekey_targets.secrets_write is 'Stores new ciphertexts in rows that secrets_read returned in this transaction, and returns how many.';
+
+-- These are owned by rekey_sweeper (footer.sql), which has no other right: whatever a target's function has become,
+-- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql).
+create or replace function rekey._call_count(function_name name, relation regclass, keyrings integer[])
+returns table (keyring_id integer, version integer, rows bigint)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  for keyring_id, version, rows in
+    execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using relation, keyrings
+  loop
+    return next;
+  end loop;
+end
+$$;
+comment on function rekey._call_count is 'Calls the count function of a target.';
+
+create or replace function rekey._call_scan(
+  function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint,
+  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
+)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_scan does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_scan')
+  into next, rows, ciphertexts, contexts, keys
+  using relation, first, until, keyrings, max_rows, max_bytes;
+end
+$$;
+comment on function rekey._call_scan is 'Calls the scan function of a target.';
+
+create or replace function rekey._call_read(
+  function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
+  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
+)
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_read does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_read')
+  into next, rows, ciphertexts, contexts, keys
+  using relation, first, until, keyrings, versions, max_rows, max_bytes;
+end
+$$;
+comment on function rekey._call_read is 'Calls the read function of a target.';
+
+create or replace function rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_count bigint;
+begin
+  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
+    raise exception 'rekey._call_write does not run as rekey_sweeper' using errcode = 'RK005',
+      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  execute format('select rekey_targets.%I($1, $2, $3)', function_name || '_write') into v_count using relation, rows, ciphertexts;
+  set constraints all immediate;
+  return v_count;
+end
+$$;
+comment on function rekey._call_write is 'Calls the write function of a target.';
+
+create or replace function rekey._reencrypt(ciphertexts bytea[], contexts bytea[]) returns rekey._sealed
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- as rekey._deks()
 as $$
@@ -24,6 +189,7 @@ declare
   v_versions integer[];
   v_from_keyrings integer[];
   v_from_versions integer[];
+  v_made rekey._sealed;
 begin
   select array_agg(distinct rekey._int4(u.ciphertext, 3)) into v_keyrings
   from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext);
@@ -32,7 +198,8 @@ begin
   from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
         from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext)) w;
 
-  select array_agg(n.sealed order by n.place), array_agg(n.problem order by n.place) into resealed, problems
+  select array_agg(n.sealed order by n.place), array_agg(n.problem order by n.place)
+  into v_made.ciphertexts, v_made.problems
   from (
     select o.place,
       case when o.plaintext is not null and o.new_key is not null then
@@ -66,13 +233,14 @@ begin
     ) o
     offset 0
   ) n;
+  return v_made;
 end
 $$;
 comment on function rekey._reencrypt is
-  'Re-encrypts envelopes under the active version of their keyring, in their order; each is checked first. Where one does not open, its place in resealed is NULL and problems says why. Gives back no plaintext.';
+  'Re-encrypts envelopes under the active version of their keyring, in their order; each is checked first. Where one does not open, its place in ciphertexts is NULL and problems says why. Gives back no plaintext.';
 
 create or replace function rekey._check(ciphertexts bytea[], contexts bytea[]) returns text[]
-language plpgsql stable security definer
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- as rekey._deks()
 as $$
@@ -114,177 +282,145 @@ end
 $$;
 comment on function rekey._check is 'Opens envelopes and says, in their order, why one does not open; NULL where it does.';
 
-create or replace function rekey_targets.secrets_sweep(
-  first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
-  out next tid, out done_keyrings integer[], out done_rows bigint[],
-  out failed_keyrings integer[], out failed_versions integer[], out failed_keys text[], out failed_problems text[]
-)
-language plpgsql volatile security definer
+create or replace function rekey._next_row(pointer tid) returns tid
+language sql immutable strict parallel safe
 set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_rows tid[];
-  v_ciphertexts bytea[];
-  v_contexts bytea[];
-  v_found integer;
-  v_last tid;
-  v_resealed bytea[];
-  v_problems text[];
-begin
-  with due as materialized (
-    select s.ctid as row, s.tenant_id, s.id, s.ciphertext
-    from rekey.secrets s
-    join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
-    where s.ctid >= first and s.ctid < until
-    order by s.ctid
-    limit max_rows
-    for no key update of s skip locked
-  ), sized as (
-    select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
-    from due d
-  )
-  select array_agg(t.row order by t.row), array_agg(t.ciphertext order by t.row),
-    array_agg(rekey._secret_context(t.tenant_id, t.id) order by t.row), (select count(*) from due)
-  into v_rows, v_ciphertexts, v_contexts, v_found
-  from sized t
-  where t.before < max_bytes;
+return format('(%s,%s)', split_part(trim(pointer::text, '()'), ',', 1), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid;
+comment on function rekey._next_row is 'The row pointer after this one.';
 
-  if v_found > 0 then
-    v_last := v_rows[cardinality(v_rows)];
-    select r.resealed, r.problems into v_resealed, v_problems from rekey._reencrypt(v_ciphertexts, v_contexts) r;
-    with changed as (
-      update rekey.secrets s set ciphertext = u.resealed
-      from unnest(v_rows, v_resealed) as u(row, resealed)
-      where s.ctid = u.row and u.resealed is not null
-      returning s.keyring_id
-    )
-    select array_agg(c.keyring_id), array_agg(c.rows) into done_keyrings, done_rows
-    from (select keyring_id, count(*) as rows from changed group by keyring_id) c;
-    if array_position(v_resealed, null) is not null then
-      select array_agg(s.keyring_id), array_agg(s.key_version), array_agg(s.tenant_id || '/' || s.id), array_agg(u.problem)
-      into failed_keyrings, failed_versions, failed_keys, failed_problems
-      from unnest(v_rows, v_resealed, v_problems) as u(row, resealed, problem)
-      join rekey.secrets s on s.ctid = u.row
-      where u.resealed is null;
-    end if;
-    if v_found >= max_rows or cardinality(v_rows) < v_found then
-      -- The rows that follow the last one that was treated.
-      next := format('(%s,%s)', split_part(trim(v_last::text, '()'), ',', 1), split_part(trim(v_last::text, '()'), ',', 2)::integer + 1)::tid;
-    end if;
-  end if;
-  set constraints all immediate;
-end
-$$;
-comment on function rekey_targets.secrets_sweep is
-  'Re-encrypts the due rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and max_bytes of ciphertext. next: where to go on, NULL at the end of the range.';
-
-create or replace function rekey_targets.secrets_count(keyrings integer[], opening boolean)
-returns table (keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
-language plpgsql stable security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_blocks bigint;
-  v_first bigint := 0;
-  v_step bigint := 256;
-begin
-  if not opening then
-    return query
-      select s.keyring_id, s.key_version, count(*), 0::bigint, null::text[], null::text[]
-      from rekey.secrets s
-      where keyrings is null or s.keyring_id = any (keyrings)
-      group by s.keyring_id, s.key_version;
-    return;
-  end if;
-  perform from rekey.secrets where false;  -- its lock keeps the table from being rewritten after it was measured
-  v_blocks := pg_relation_size('rekey.secrets') / current_setting('block_size')::integer;
-  -- The few rows of small keyrings are found by the index, all at once; many are read 2 MB at a time.
-  if keyrings is not null and (select count(*) from (select from rekey.secrets s where s.keyring_id = any (keyrings) limit 5000) few) < 5000 then
-    v_step := v_blocks;
-  end if;
-  -- STABLE: every statement in here sees the snapshot of the calling one.
-  while v_first < v_blocks loop
-    return query
-      with found as materialized (
-        select s.keyring_id, s.key_version, s.ciphertext, rekey._secret_context(s.tenant_id, s.id) as context,
-          s.tenant_id, s.id, row_number() over () as place
-        from rekey.secrets s
-        where (keyrings is null or s.keyring_id = any (keyrings))
-          and s.ctid >= format('(%s,0)', v_first)::tid and s.ctid < format('(%s,0)', v_first + v_step)::tid
-      ), checked as (
-        select p.place, p.problem
-        from (select rekey._check(array_agg(f.ciphertext order by f.place), array_agg(f.context order by f.place)) as problems
-              from found f) c, unnest(c.problems) with ordinality as p(problem, place)
-      )
-      select f.keyring_id, f.key_version, count(*), count(c.problem),
-        array_agg(f.tenant_id || '/' || f.id) filter (where c.problem is not null),
-        array_agg(c.problem) filter (where c.problem is not null)
-      from found f
-      join checked c on c.place = f.place
-      group by f.keyring_id, f.key_version;
-    v_first := v_first + v_step;
-  end loop;
-end
-$$;
-comment on function rekey_targets.secrets_count is
-  'Counts rekey.secrets by keyring and version; keyrings NULL: all. opening: checks every tag too; failed_keys and failed_problems name what does not open.';
-
--- These two are owned by rekey_sweeper (footer.sql), which has no other right: whatever a target's function has become,
--- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql).
-create or replace function rekey._call_sweep(
-  function_name name, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
-  out next tid, out done_keyrings integer[], out done_rows bigint[],
-  out failed_keyrings integer[], out failed_versions integer[], out failed_keys text[], out failed_problems text[]
-)
-language plpgsql volatile security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
-    raise exception 'rekey._call_sweep does not run as rekey_sweeper' using errcode = 'RK005',
-      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
-  end if;
-  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_sweep')
-  into next, done_keyrings, done_rows, failed_keyrings, failed_versions, failed_keys, failed_problems
-  using first, until, keyrings, versions, max_rows, max_bytes;
-  set constraints all immediate;
-end
-$$;
-comment on function rekey._call_sweep is 'Calls the sweep function of a target.';
-
-create or replace function rekey._call_count(function_name name, keyrings integer[], opening boolean)
-returns table (keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
-language plpgsql stable security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
-    raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
-      hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
-  end if;
-  for keyring_id, version, rows, failed, failed_keys, failed_problems in
-    execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using keyrings, opening
-  loop
-    return next;
-  end loop;
-end
-$$;
-comment on function rekey._call_count is 'Calls the count function of a target.';
-
-create or replace function rekey._count(keyrings integer[], opening boolean)
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+create or replace function rekey._count_rows(keyrings integer[])
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
-    select t.target, t.relation, c.keyring_id, c.version, c.rows, c.failed, c.failed_keys, c.failed_problems
+    select t.target, t.relation, c.keyring_id, c.version, c.rows
     from rekey._targets() t
-    cross join lateral rekey._call_count(t.function_name, _count.keyrings, opening) c;
+    cross join lateral rekey._call_count(t.function_name, t.relation, keyrings) c
+    where t.problem is null;
+end
+$$;
+comment on function rekey._count_rows is
+  'Counts every target that is not blocked by keyring and version, in the snapshot of the caller''s statement; keyring NULL: values that are no envelopes.';
+
+create or replace function rekey._open_rows(keyrings integer[])
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_target record;
+  v_first bigint;
+  v_step bigint;
+  v_from tid;
+  v_blocks bigint;
+  v_found record;
+begin
+  -- STABLE: every statement in here sees the snapshot of the calling one.
+  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+    target := v_target.target;
+    relation := v_target.relation;
+    -- 2 MB at a time; but the few rows of small keyrings are found by an index, all at once.
+    v_step := case when v_target.indexed and keyrings is not null and (
+        select sum(c.rows) from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c) < 5000
+      then 4294967294 else 256 end;
+    v_first := 0;
+    v_from := '(0,0)';
+    loop
+      select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
+        format('(%s,0)', least(v_first + v_step, 4294967294))::tid, keyrings, 4000, 16777216) s;
+      if v_found.ciphertexts is not null then
+        return query
+          select v_target.target, v_target.relation, rekey._int4(u.ciphertext, 3), rekey._int4(u.ciphertext, 7), count(*), count(u.problem),
+            array_agg(u.key) filter (where u.problem is not null), array_agg(u.problem) filter (where u.problem is not null)
+          from unnest(v_found.ciphertexts, v_found.keys, rekey._check(v_found.ciphertexts, array(
+            select v_target.prefix || c.context from unnest(v_found.contexts) with ordinality as c(context, place) order by c.place)))
+            as u(ciphertext, key, problem)
+          group by 3, 4;
+      end if;
+      -- Measured after the first scan, whose lock keeps the table from being rewritten.
+      v_blocks := coalesce(v_blocks, pg_relation_size(relation) / current_setting('block_size')::integer);
+      if v_found.next is not null then
+        v_from := rekey._next_row(v_found.next);
+      else
+        v_first := v_first + v_step;
+        exit when v_first >= v_blocks;
+        v_from := format('(%s,0)', v_first)::tid;
+      end if;
+    end loop;
+    v_blocks := null;
+  end loop;
+end
+$$;
+comment on function rekey._open_rows is
+  'Counts as rekey._count_rows(), and opens every row: failed_keys and failed_problems name what does not open. A combination may come in several rows.';
+
+create or replace function rekey._blocked_targets() returns jsonb
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select jsonb_agg(jsonb_build_object('target', t.target, 'why', t.problem) order by t.target)
+    from rekey._targets() t where t.problem is not null);
+end
+$$;
+comment on function rekey._blocked_targets is 'The targets that cannot be read or counted now, and why; NULL: none.';
+
+create or replace function rekey._refuse_blocked() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_blocked jsonb := rekey._blocked_targets();
+begin
+  if v_blocked is not null then
+    raise exception '% is blocked: %', v_blocked -> 0 ->> 'target', v_blocked -> 0 ->> 'why' using errcode = 'RK005',
+      hint = 'As long as it cannot be counted, nothing completes and no key is destroyed. See rekey.column_status.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_blocked is 'RK005 where a target is blocked: what cannot be counted is never taken for empty.';
+
+-- The functions of the targets are looked at before and after they are called, each time as they are at that moment: what
+-- an owner changes in between has no effect. After the call, its locks keep the tables from being changed.
+create or replace function rekey._target_state() returns text
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select string_agg(format('%s %s %s', p.oid, p.xmin, p.ctid), ',' order by p.oid)
+  from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace;
+end;
+comment on function rekey._target_state is 'What changes whenever a function of a target does.';
+
+create or replace function rekey._count(keyrings integer[], opening boolean)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_state text;
+begin
+  perform rekey._refuse_blocked();
+  v_state := rekey._target_state();
+  -- One statement, one snapshot: no row escapes by moving.
+  if opening then
+    return query select o.* from rekey._open_rows(keyrings) o;
+  else
+    return query
+      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
+      from rekey._count_rows(keyrings) c where c.keyring_id is not null;
+  end if;
+  perform rekey._refuse_blocked();
+  if rekey._target_state() is distinct from v_state then
+    raise exception 'the functions of a protected column were changed while its rows were counted' using errcode = 'RK005',
+      hint = 'Try again.';
+  end if;
 end
 $$;
 comment on function rekey._count is
-  'Counts every target by keyring and version, in the snapshot of the caller''s statement; a combination may come in several rows.';
+  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too. A combination may come in several rows. RK005: a target is blocked.';
 
 create or replace function rekey._refuse_snapshot() returns void
 language plpgsql stable
@@ -321,11 +457,11 @@ begin
 end
 $$;
 comment on function rekey.key_usage is
-  'A census: how many rows stand on each key version, and in which relations. keyring NULL: all. Reads every protected row. 25001: not in READ COMMITTED; RK007: no such keyring.';
+  'A census: how many rows stand on each key version, and in which relations. keyring NULL: all. Reads every protected row. 25001: not in READ COMMITTED; RK005: a target is blocked; RK007: no such keyring.';
 grant execute on function rekey.key_usage to rekey_admin, rekey_operator;
 
 create or replace function rekey.verify_ciphertexts(keyring text = null) returns setof rekey.verified_rows
-language plpgsql stable security definer
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -340,5 +476,5 @@ begin
 end
 $$;
 comment on function rekey.verify_ciphertexts is
-  'Checks that every protected row opens, and shows nothing of what is in it. keyring NULL: all. RK001, RK002: KEK; RK007: no such keyring.';
+  'Checks that every protected row opens, and shows nothing of what is in it. keyring NULL: all. RK001, RK002: KEK; RK005: a target is blocked; RK007: no such keyring.';
 grant execute on function rekey.verify_ciphertexts to rekey_admin, rekey_operator;

@@ -120,17 +120,36 @@ end
 $$;
 comment on function rekey._quarantine is 'Notes rows that did not open, once each.';
 
+create or replace function rekey._due_rows(rotations bigint[])
+returns table (rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select r.id, c.target, c.relation::oid, r.trigger = 'adoption', sum(c.rows)::bigint
+  from rekey.rotations r
+  left join rekey.protected_columns p on p.id = r.column_id
+  join rekey._count_rows((
+      -- Values that are no envelopes are counted only where all are.
+      select case when bool_or(t.trigger = 'adoption') then null else array_agg(t.keyring_id) end
+      from rekey.rotations t where t.id = any (rotations))) c
+    on case when r.trigger = 'adoption' then c.keyring_id is null and c.target = p.label
+            else c.keyring_id = r.keyring_id and c.version <> r.to_version end
+  where r.id = any (rotations)
+  group by r.id, c.target, c.relation;
+end;
+comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked. (By number: a name would take rights on its schema.)';
+
 create or replace function rekey._plan(out event text, out keyring_count integer, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_ids bigint[];
-  v_keyrings integer[];
   v_pass bigint;
   v_urgent boolean;
+  v_rows jsonb;
 begin
-  select array_agg(r.id), array_agg(r.keyring_id), bool_or(r.trigger = 'compromise') into v_ids, v_keyrings, v_urgent
+  select array_agg(r.id), bool_or(r.trigger = 'compromise') into v_ids, v_urgent
   from (select * from rekey.rotations r
         where r.state in ('queued', 'running') and r.pass_id is null
           and rekey._is_due(r.next_attempt_at)
@@ -140,22 +159,18 @@ begin
   end if;
   begin
     v_pass := nextval('rekey._pass_id');
-    with due as (
-      select r.keyring_id, r.to_version from rekey.rotations r where r.id = any (v_ids)
-    ), counted as (
-      select c.target, c.relation, c.keyring_id, sum(c.rows) as rows
-      from rekey._count(v_keyrings, false) c
-      join due d on d.keyring_id = c.keyring_id and d.to_version <> c.version
-      group by c.target, c.relation, c.keyring_id
+    v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
+    with counted as (
+      select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
     ), sizes as (
-      select t.target, t.relation, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few
+      select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few
       from counted c
       join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
-      group by t.target, t.relation, t.blocks, t.indexed
+      group by t.target, t.relation, c.adopting, t.blocks, t.indexed
     ), chunked as (
-      insert into rekey._chunks (pass_id, urgent, target, relation, first, until_block, batch_blocks)
-      select v_pass, v_urgent, s.target, s.relation, format('(%s,0)', f.first)::tid,
+      insert into rekey._chunks (pass_id, urgent, adopting, target, relation, first, until_block, batch_blocks)
+      select v_pass, v_urgent, s.adopting, s.target, s.relation, format('(%s,0)', f.first)::tid,
         case when s.few then s.blocks else least(f.first + 4096, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
         case when s.few then s.blocks else 64 end
@@ -165,7 +180,7 @@ begin
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
         next_attempt_at = null,
-        rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.keyring_id = r.keyring_id), 0)
+        rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.rotation_id = r.id), 0)
     where r.id = any (v_ids);
     perform rekey._audit_all(coalesce((
       select jsonb_agg(jsonb_build_object('event', 'rotation.started', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
@@ -187,6 +202,98 @@ end
 $$;
 comment on function rekey._plan is 'Begins a pass for every rotation that waits for one: counts what there is to do and splits it into chunks.';
 
+create or replace function rekey._guarded_settings() returns text
+language sql volatile
+set search_path = pg_catalog, pg_temp
+return concat_ws(' ', current_setting('role'), session_user, current_setting('transaction_isolation'),
+  quote_nullable(nullif(current_setting('rekey.unlocked', true), '')), quote_nullable(nullif(current_setting('request.jwt.claims', true), '')),
+  quote_nullable(nullif(current_setting('request.method', true), '')));
+comment on function rekey._guarded_settings is 'Settings of the session that say who acts, and with which KEK.';
+
+create or replace function rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings text := rekey._guarded_settings();
+  v_rows tid[];
+  v_ciphertexts bytea[];
+  v_count bigint;
+begin
+  select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
+  from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+  if v_rows is null then
+    return 0;
+  end if;
+  perform set_config('rekey.sweeping', 'on', true);
+  v_count := rekey._call_write(target.function_name, relation, v_rows, v_ciphertexts);
+  perform set_config('rekey.sweeping', '', true);
+  -- The rows are locked: only the table itself can have kept them.
+  if v_count is distinct from cardinality(v_rows)::bigint then
+    raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(v_rows) - coalesce(v_count, 0),
+      cardinality(v_rows), relation using errcode = 'RK005',
+      hint = 'Let the trigger pass by what pg_rekey does: WHEN (current_setting(''rekey.sweeping'', true) is distinct from ''on'').';
+  end if;
+  if rekey._guarded_settings() <> v_settings then
+    raise exception 'a trigger of % changed who acts in this session', relation using errcode = 'RK005',
+      hint = 'It must leave role, JWT claims and pg_rekey''s own settings as they are.';
+  end if;
+  return v_count;
+end
+$$;
+comment on function rekey._write_rows is
+  'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
+
+create or replace function rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- The next batch takes about batch_target.
+  v_factor double precision := greatest(0.5, least(2.0,
+    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001)));
+begin
+  if next is null and _advance.until_block >= chunk.until_block then
+    delete from rekey._chunks c where c.id = chunk.id;
+    return;
+  end if;
+  update rekey._chunks c
+  set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid),
+      batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
+      batch_blocks = case when c.batch_blocks >= 4096 or _advance.next is not null then c.batch_blocks
+                          else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
+  where c.id = chunk.id;
+end
+$$;
+comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it; deletes it at its end.';
+
+create or replace function rekey._note_batch(
+  rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass,
+  failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]
+) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if done_keyrings is null and failed_keyrings is null then
+    return;
+  end if;
+  -- The rotations before the audit log, as everywhere.
+  perform from rekey.rotations r
+  where r.id = any (rotations) and r.keyring_id = any (done_keyrings || failed_keyrings) order by r.id for no key update;
+  update rekey.rotations r set rows_done = r.rows_done + d.rows, attempts = 0
+  from unnest(done_keyrings, done_rows) as d(keyring_id, rows)
+  where r.id = any (rotations) and r.keyring_id = d.keyring_id;
+  if failed_keyrings is not null then
+    perform rekey._quarantine(target, relation, failed_keyrings, failed_versions, failed_keys, failed_problems);
+    update rekey.rotations r
+    set rows_failed = (select count(*) from rekey.rotation_failures f where f.rotation_id = r.id and f.resolved_at is null)
+    where r.id = any (rotations) and r.keyring_id = any (failed_keyrings);
+  end if;
+end
+$$;
+comment on function rekey._note_batch is 'Adds what a batch did to the progress of its rotations, and what did not open to the quarantine.';
+
 create or replace function rekey._sweep_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -198,17 +305,26 @@ declare
   v_ids bigint[];
   v_keyrings integer[];
   v_versions integer[];
-  v_function name;
+  v_target rekey._target;
+  v_state text;
   v_first_block bigint;
   v_until_block bigint;
   v_max_rows integer;
   v_next_batch timestamptz;
   v_batch record;
-  v_factor double precision;
+  v_contexts bytea[];
+  v_made rekey._sealed;
+  v_done_keyrings integer[];
+  v_done_rows bigint[];
+  v_failed_keyrings integer[];
+  v_failed_versions integer[];
+  v_failed_keys text[];
+  v_failed_problems text[];
 begin
   select c.* into v_chunk from rekey._chunks c
   where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
-                  and rekey._is_due(r.next_attempt_at))
+                  and rekey._is_due(r.next_attempt_at)
+                  and case when c.adopting then r.formats = '{plaintext}' else r.trigger <> 'adoption' end)
   order by c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
@@ -231,56 +347,59 @@ begin
   select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id)
   into v_ids, v_keyrings, v_versions
   from rekey.rotations r
-  where r.pass_id = v_chunk.pass_id and r.state = 'running' and rekey._is_due(r.next_attempt_at);
-  select t.function_name into v_function from rekey._targets() t where t.target = v_chunk.target and t.relation = v_chunk.relation;
+  left join rekey.protected_columns p on p.id = r.column_id
+  where r.pass_id = v_chunk.pass_id and r.state = 'running' and rekey._is_due(r.next_attempt_at)
+    and case when v_chunk.adopting then p.label = v_chunk.target else r.trigger <> 'adoption' end;
   v_first_block := split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint;
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 
   begin
-    perform set_config('rekey.sweeping', 'on', true);
-    select s.* into v_batch from rekey._call_sweep(
-      v_function, v_chunk.first, format('(%s,0)', v_until_block)::tid, v_keyrings, v_versions, v_max_rows, 16777216) s;
-    perform set_config('rekey.sweeping', '', true);
-
-    rows := coalesce((select sum(n) from unnest(v_batch.done_rows) n), 0);
-    if rows > 0 then
-      perform from rekey.rotations r where r.id = any (v_ids) and r.keyring_id = any (v_batch.done_keyrings) order by r.id for no key update;
-      update rekey.rotations r set rows_done = r.rows_done + d.rows, attempts = 0
-      from unnest(v_batch.done_keyrings, v_batch.done_rows) as d(keyring_id, rows)
-      where r.id = any (v_ids) and r.keyring_id = d.keyring_id;
+    v_target := rekey._target_of(v_chunk);
+    v_state := rekey._target_state();
+    event := 'batch';
+    keyring_count := cardinality(v_ids);
+    rows := 0;
+    if v_target.problem is not null then
+      -- The verification will find its rows behind, once it can count them.
+      delete from rekey._chunks c where c.id = v_chunk.id;
+      detail := jsonb_build_object('target', v_chunk.target, 'blocked', v_target.problem);
+      return;
+    end if;
+    select b.* into v_batch from rekey._call_read(
+      v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
+      case when not v_chunk.adopting then v_keyrings end, v_versions, v_max_rows, 16777216) b;
+    if v_batch.rows is not null then
+      v_contexts := array(
+        select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
+      if v_chunk.adopting then
+        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_keyrings[1], v_target.is_text, '{plaintext}', false, '{}');
+      else
+        v_made := rekey._reencrypt(v_batch.ciphertexts, v_contexts);
+      end if;
+      rows := rekey._write_rows(v_target, v_chunk.relation, v_batch.rows, v_made.ciphertexts);
+      select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
+      from (select rekey._int4(u.ciphertext, 3) as keyring_id, count(*) as rows
+            from unnest(v_made.ciphertexts) as u(ciphertext) where u.ciphertext is not null group by 1) d;
+      select array_agg(f.keyring_id), array_agg(f.version), array_agg(f.key), array_agg(f.problem)
+      into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems
+      from (select case when v_chunk.adopting then v_keyrings[1] else rekey._int4(u.ciphertext, 3) end as keyring_id,
+              case when not v_chunk.adopting then rekey._int4(u.ciphertext, 7) end as version, u.key, u.problem
+            from unnest(v_batch.ciphertexts, v_batch.keys, v_made.problems) as u(ciphertext, key, problem)
+            where u.problem is not null) f;
+      if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
+        raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
+          hint = 'See rekey.column_status.';
+      end if;
+      perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
+        v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
     end if;
     if v_settings.max_rows_per_second is not null then
       update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second'
       where w.singleton;
     end if;
-
-    if v_batch.next is null and v_until_block >= v_chunk.until_block then
-      delete from rekey._chunks c where c.id = v_chunk.id;
-    else
-      -- The next batch takes about batch_target.
-      v_factor := greatest(0.5, least(2.0,
-        extract(epoch from v_settings.batch_target) / greatest(extract(epoch from clock_timestamp() - v_begin), 0.000001)));
-      update rekey._chunks c
-      set first = coalesce(v_batch.next, format('(%s,0)', v_until_block)::tid),
-          batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
-          batch_blocks = case when c.batch_blocks >= 4096 then c.batch_blocks
-                              when v_batch.next is not null then c.batch_blocks
-                              else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
-      where c.id = v_chunk.id;
-    end if;
-    if v_batch.failed_keys is not null then
-      -- The rotations before the audit log, as everywhere.
-      perform from rekey.rotations r where r.id = any (v_ids) and r.keyring_id = any (v_batch.failed_keyrings) order by r.id for no key update;
-      perform rekey._quarantine(v_chunk.target, v_chunk.relation, v_batch.failed_keyrings, v_batch.failed_versions,
-        v_batch.failed_keys, v_batch.failed_problems);
-      update rekey.rotations r
-      set rows_failed = (select count(*) from rekey.rotation_failures f where f.rotation_id = r.id and f.resolved_at is null)
-      where r.id = any (v_ids) and r.keyring_id = any (v_batch.failed_keyrings);
-    end if;
-    event := 'batch';
-    keyring_count := cardinality(v_ids);
+    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
-      'failed', coalesce(cardinality(v_batch.failed_keys), 0),
+      'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
     when sqlstate 'RK001' or sqlstate 'RK002' then
@@ -307,6 +426,8 @@ declare
   v_failure record;
   v_failed bigint;
   v_completed bigint[] := '{}'::bigint[];
+  v_blocked jsonb;
+  v_adoptions jsonb;
 begin
   select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
   from rekey.rotations r
@@ -315,32 +436,55 @@ begin
     return;
   end if;
   rows := 0;
+  v_blocked := rekey._blocked_targets();
+  if v_blocked is not null then
+    -- What cannot be counted is not complete.
+    update rekey.rotations r
+    set blocked_by = v_blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
+    where r.id = any (v_ids);
+    event := 'blocked';
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('rotations', v_ids[1:20], 'targets', v_blocked);
+    return;
+  end if;
   begin
-    -- One statement, one snapshot: no row escapes by moving.
     with counted as materialized (
       select c.* from rekey._count(v_keyrings, true) c
     ), summed as (
       select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
-        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation, 'version', c.version,
+        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation::oid, 'version', c.version,
           'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
       from counted c
       join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
       group by c.keyring_id
     )
     select jsonb_agg(to_jsonb(s)) into v_results from summed s;
+    -- Of an adoption, what is no envelope yet is behind.
+    select jsonb_agg(to_jsonb(a)) into v_adoptions
+    from (
+      select r.id as rotation_id, p.label,
+        (select sum(d.rows) from rekey._due_rows(array[r.id]) d) as rows
+      from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
+      where r.id = any (v_ids) and r.trigger = 'adoption') a;
 
     perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
     for v_found in
-      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.behind, 0) as behind, coalesce(s.failures, '[]') as failures
+      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.failures, '[]') as failures, a.label as adopted,
+        case when r.trigger <> 'adoption' then coalesce(s.behind, 0)
+             else greatest(coalesce(a.rows, 0) - (
+               select count(*) from rekey.rotation_failures q
+               where q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
+        coalesce(a.rows, 0) = 0 as adopted_all
       from rekey.rotations r
       left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
+      left join jsonb_to_recordset(v_adoptions) as a(rotation_id bigint, label text, rows bigint) on a.rotation_id = r.id
       where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
       order by r.id
     loop
       rows := rows + v_found.rows;
       for v_failure in
         select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
-        from jsonb_to_recordset(v_found.failures) as f(target text, relation text, version integer, keys text[], problems text[])
+        from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
         cross join lateral unnest(f.keys, f.problems) as k(row_key, problem)
         group by f.target, f.relation
       loop
@@ -355,6 +499,7 @@ begin
         select q.id from rekey.rotation_failures q
         left join failing f on f.target = q.target and f.row_key = q.row_key
         where q.keyring_id = v_found.keyring_id and q.resolved_at is null and f.row_key is null
+          and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all)
       )
       update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
       from closed c where c.id = q.id;
@@ -464,7 +609,10 @@ begin
   perform rekey._refuse_snapshot();
   keyring_count := 0;
   rows := 0;
-  if not exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying')) then
+  if not exists (
+       select from rekey.rotations r where r.state in ('queued', 'running', 'verifying')
+         -- An adoption whose keys only pg-rekey columns adopt has.
+         and not (r.state = 'running' and r.formats is not null and r.formats <> '{plaintext}' and exists (select from rekey._chunks c where c.pass_id = r.pass_id))) then
     event := 'idle';
     return;
   end if;
@@ -486,6 +634,10 @@ begin
   if event is null and exists (select from rekey.rotations r where r.state = 'verifying' and r.barrier_at is not null)
      and pg_try_advisory_xact_lock(0, 2) then
     select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
+    if event = 'blocked' then
+      v_blocked := detail;
+      event := null;
+    end if;
   end if;
   if event is null then
     select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;

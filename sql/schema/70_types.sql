@@ -3,3 +3,14 @@ comment on type rekey.key_rows is 'Result of rekey.key_usage(): rows that stand 
 
 create type rekey.verified_rows as (relation text, keyring text, version integer, rows bigint, failed bigint);
 comment on type rekey.verified_rows is 'Result of rekey.verify_ciphertexts(): rows of a relation on a key version, and how many of them do not open.';
+
+create type rekey._sealed as (ciphertexts bytea[], problems text[], formats text[]);
+comment on type rekey._sealed is 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL and the format that only the client can open.';
+
+create type rekey._target as (
+  target text, relation regclass, function_name name, indexed boolean, prefix bytea, is_text boolean, problem text);
+comment on type rekey._target is 'A relation with row storage that holds envelopes, and what the engine needs to know of it.';
+
+create type rekey._adoption as (
+  relation regclass, rows tid[], keys text[], formats text[], problems text[], ciphertexts bytea[], legacy bytea[], next tid, next_relation regclass);
+comment on type rekey._adoption is 'A batch of values that are no envelopes: by row, its key, the format, why it cannot be adopted, the envelope made of it, or the value that the client has to open.';

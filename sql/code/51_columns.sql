@@ -1,0 +1,235 @@
+-- Columns of the user's own tables as targets. The functions that read and write a protected column are made by its owner,
+-- from the bodies below. They find the column through a guard function, which names it and its context columns: being
+-- bound early, it follows renames and restores, and keeps them from being dropped.
+
+create or replace function rekey._column_bodies(protected rekey.protected_columns)
+returns table (name text, arguments text, result text, volatility text, body text)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prefix text := 'column_' || protected.id;
+  v_bytes text := 't.%1$s';
+  v_header text := 'substr(t.%1$s, 1, 11)';
+  v_stored text := 'u.ciphertext';
+  v_from text;
+  v_select text;
+  v_page text;
+begin
+  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row.
+  if protected.is_text then
+    v_bytes := $sql$case when t.%1$s ~ '^rk1:([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$'
+      and translate(encode(decode(substr(t.%1$s, 5), 'base64'), 'base64'), E'\n', '') = substr(t.%1$s, 5)
+      then decode(substr(t.%1$s, 5), 'base64') else convert_to(t.%1$s, 'UTF8') end$sql$;
+    v_header := $sql$case when substr(t.%1$s, 1, 20) ~ '^rk1:[A-Za-z0-9+/]{16}' then substr(decode(substr(t.%1$s, 5, 16), 'base64'), 1, 11) end$sql$;
+    v_stored := $sql$'rk1:' || translate(encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
+  end if;
+  v_from := ' from only %2$s t
+    cross join lateral (select ' || v_header || $sql$ as header offset 0) h
+    cross join lateral (
+      select (get_byte(g.header, 3) << 24) | (get_byte(g.header, 4) << 16) | (get_byte(g.header, 5) << 8) | get_byte(g.header, 6) as keyring_id,
+        (get_byte(g.header, 7) << 24) | (get_byte(g.header, 8) << 16) | (get_byte(g.header, 9) << 8) | get_byte(g.header, 10) as version
+      from (select case when octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01' then h.header end as header offset 0) g
+      offset 0) e$sql$;
+  v_select := 'with found as materialized (
+    select t.ctid as row, t.%1$s as value, ' || v_bytes || ' as bytes, %3$s as context, %4$s as key' || v_from;
+  v_page := '), sized as (
+    select f.*, sum(octet_length(f.value)) over (order by f.row rows unbounded preceding) - octet_length(f.value) as before from found f
+  )
+  select case when count(*) filter (where s.before < $5) < count(*) or count(*) = $4 then max(s.row) filter (where s.before < $5) end,
+    array_agg(s.row order by s.row) filter (where s.before < $5), array_agg(s.bytes order by s.row) filter (where s.before < $5),
+    array_agg(s.context order by s.row) filter (where s.before < $5), array_agg(s.key order by s.row) filter (where s.before < $5)
+  from sized s';
+
+  return query
+  select format('%s_%s', v_prefix, b.suffix), b.arguments, b.result, b.volatility, b.body
+  from (values
+    ('sql', 'relation regclass, template text', 'text', 'stable', $body$
+declare
+  v_table regclass;
+  v_names text[];
+  v_context text;
+  v_key text;
+begin
+  -- The columns that the guard names, in table order.
+  select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
+  from pg_depend d
+  join pg_attribute a on a.attrelid = d.refobjid and a.attnum = d.refobjsubid
+  where d.classid = 'pg_proc'::regclass and d.objid = 'rekey_targets.$body$ || v_prefix || $body$_guard'::regproc
+    and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
+  group by d.refobjid;
+  if relation <> v_table and not exists (select from pg_partition_tree(v_table) p where p.relid = relation and p.isleaf) then
+    raise exception '% is not the protected table', relation using errcode = 'RK005';
+  end if;
+  select string_agg(format($q$coalesce(int4send(octet_length(convert_to(t.%1$s::text, 'UTF8'))) || convert_to(t.%1$s::text, 'UTF8'), '\xffffffff')$q$,
+      v_names[p.place]), ' || ' order by p.rank)
+  into v_context
+  from unnest('$body$ || protected.places[2:]::text || $body$'::integer[]) with ordinality as p(place, rank);
+  -- A row is called by its primary key, where it has one.
+  select string_agg(format('t.%I::text', a.attname), $q$ || '/' || $q$ order by k.rank) into v_key
+  from pg_index i
+  cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
+  join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+  where i.indrelid = v_table and i.indisprimary;
+  return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'));
+end
+$body$),
+    ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
+begin
+  return query execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'select e.keyring_id, e.version, count(*)' || v_from || '
+    where t.%1$s is not null and ($1 is null or e.keyring_id = any ($1))
+    group by 1, 2') || ') using keyrings;
+end
+'),
+    ('scan', 'relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'stable', '
+begin
+  execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    v_select || '
+    where t.ctid >= $1 and t.ctid < $2 and e.keyring_id is not null and ($3 is null or e.keyring_id = any ($3))
+    order by t.ctid limit $4' || v_page) || ')
+  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes;
+end
+'),
+    ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '
+begin
+  execute rekey_targets.' || v_prefix || '_sql(relation, case when keyrings is null then ' || quote_literal(
+    v_select || '
+    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and e.keyring_id is null
+    order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
+    v_select || '
+    join unnest($3, $6) as w(keyring_id, version) on w.keyring_id = e.keyring_id and w.version <> e.version
+    where t.ctid >= $1 and t.ctid < $2
+    order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' end)
+  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, versions;
+end
+'),
+    ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
+declare
+  v_count bigint;
+begin
+  execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'update only %2$s t set %1$s = ' || v_stored || ' from unnest($1, $2) as u(row, ciphertext) where t.ctid = u.row') || ')
+  using rows, ciphertexts;
+  get diagnostics v_count = row_count;
+  set constraints all immediate;
+  return v_count;
+end
+')
+  ) as b(suffix, arguments, result, volatility, body);
+end
+$$;
+comment on function rekey._column_bodies is
+  'The functions of a protected column as they must be: sql (puts a statement together), count, scan, read, write; each PL/pgSQL, SECURITY DEFINER, owned by the owner of the table.';
+
+create or replace function rekey._column_shape(id integer, out relation regclass, out attnums smallint[])
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
+  from pg_proc p
+  join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
+  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = 'column_' || _column_shape.id || '_guard'
+  group by d.refobjid;
+end;
+comment on function rekey._column_shape is 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
+
+create or replace function rekey._column_problem(protected rekey.protected_columns) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_shape record;
+  v_table pg_class;
+  v_part record;
+  v_again text := 'repeat rekey.protect_column() as the owner of the table';
+begin
+  select s.* into v_shape from rekey._column_shape(protected.id) s;
+  if v_shape.relation is null then
+    return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
+  end if;
+  select c.* into v_table from pg_class c where c.oid = v_shape.relation;
+  if cardinality(v_shape.attnums) <> cardinality(protected.places) then
+    return format('its guard was changed: %s', v_again);
+  end if;
+  if (select a.atttypid from pg_attribute a where a.attrelid = v_shape.relation and a.attnum = v_shape.attnums[protected.places[1]])
+     not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) then
+    return 'its column has another type now';
+  end if;
+  for v_part in
+    select c.oid::regclass as relation, c.relkind, c.relowner, c.relforcerowsecurity from pg_class c where c.oid = v_shape.relation
+    union all
+    select c.oid::regclass, c.relkind, c.relowner, c.relforcerowsecurity
+    from pg_partition_tree(v_shape.relation) p join pg_class c on c.oid = p.relid
+    where v_table.relkind = 'p' and p.relid <> v_shape.relation
+  loop
+    if v_part.relforcerowsecurity then
+      return format('FORCE ROW LEVEL SECURITY may hide rows of %s from its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', v_part.relation);
+    elsif v_part.relkind not in ('r', 'p') then
+      return format('%s is a foreign table: pg_rekey cannot sweep it', v_part.relation);
+    elsif v_part.relowner <> v_table.relowner then
+      return format('the partition %s has another owner than its table: ALTER TABLE %1$s OWNER TO %s', v_part.relation, v_table.relowner::regrole);
+    end if;
+  end loop;
+  if exists (
+    select from rekey._column_bodies(protected) b
+    where not exists (
+      select from pg_proc p
+      where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = b.name and p.prosrc = b.body
+        and p.proowner = v_table.relowner and p.prosecdef and p.proconfig = '{"search_path=pg_catalog, pg_temp"}'
+        and p.provolatile = left(b.volatility, 1)::"char" and not p.proleakproof
+        and (select l.lanname from pg_language l where l.oid = p.prolang) = 'plpgsql'
+        and has_function_privilege('rekey_sweeper', p.oid, 'execute'))) then
+    return format('its functions are not as they were made, or its table has another owner: %s', v_again);
+  end if;
+  return null;
+end
+$$;
+comment on function rekey._column_problem is 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can.';
+
+create or replace function rekey._targets(only_target text = null) returns setof rekey._target
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_column rekey.protected_columns;
+  v_target rekey._target;
+  v_table regclass;
+begin
+  if only_target is null or only_target = 'rekey.secrets' then
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, null);
+    return next v_target;
+  end if;
+  for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop
+    v_target := row(v_column.label, null, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
+      rekey._column_problem(v_column));
+    select s.relation into v_table from rekey._column_shape(v_column.id) s;
+    if v_target.problem is not null or (select c.relkind from pg_class c where c.oid = v_table) = 'r' then
+      v_target.relation := v_table;
+      return next v_target;
+    else
+      for v_target.relation in select p.relid from pg_partition_tree(v_table) p where p.isleaf and p.relid <> v_table loop
+        return next v_target;
+      end loop;
+    end if;
+  end loop;
+end
+$$;
+comment on function rekey._targets is
+  'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast. prefix: the label of the context. problem: why it is blocked.';
+
+create or replace function rekey._target_of(chunk rekey._chunks) returns rekey._target
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_target rekey._target;
+begin
+  select * into v_target from rekey._targets(chunk.target) t where t.relation = chunk.relation;
+  if not found then
+    v_target.problem := 'it is not protected any more, or its partition is gone';
+  end if;
+  return v_target;
+end
+$$;
+comment on function rekey._target_of is 'The target of a chunk as it is now.';

@@ -1,0 +1,586 @@
+-- Registering and releasing columns. What needs the rights of the table's owner is done by the caller, who is one;
+-- the registry and the schema rekey_targets are rekey_owner's.
+
+create or replace function rekey._refuse_stranger(relation regclass) returns name
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_owner name := (select c.relowner::regrole::name from pg_class c where c.oid = relation);
+begin
+  if v_owner is null or not pg_has_role(rekey._caller(), v_owner, 'usage') then
+    raise exception 'only the owner of % may do this', relation using errcode = 'insufficient_privilege';
+  end if;
+  return v_owner;
+end
+$$;
+comment on function rekey._refuse_stranger is 'The owner of a table. 42501 where the caller is not a member of it.';
+
+create or replace function rekey._column_id(relation regclass, column_name name) returns integer
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select c.id
+    from rekey.protected_columns c
+    cross join lateral rekey._column_shape(c.id) s
+    join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
+    where s.relation = _column_id.relation and a.attname = _column_id.column_name);
+end
+$$;
+comment on function rekey._column_id is 'The number of a protected column, by what it is called now; NULL where there is none.';
+
+create or replace function rekey._column_findings(relation regclass, attnum smallint)
+returns table (fatal boolean, finding text, advice text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select true, format('constraint %I makes the column a key', c.conname), 'A key cannot be encrypted: protect another column.'
+  from pg_constraint c
+  where c.contype in ('p', 'f') and (c.conrelid = relation and _column_findings.attnum = any (c.conkey)
+    or c.confrelid = relation and _column_findings.attnum = any (c.confkey))
+  union all
+  select true, format('varchar(%s) is too short for envelopes', a.atttypmod - 4), 'Change the type to text: an envelope of nothing has 104 characters.'
+  from pg_attribute a where a.attrelid = relation and a.attnum = _column_findings.attnum and a.atttypid = 'varchar'::regtype and a.atttypmod > 0
+  union all
+  select false, format('CHECK %I is applied to envelopes', c.conname), 'Drop it, or let it accept them: the sweep fails on rows that it refuses.'
+  from pg_constraint c where c.conrelid = relation and c.contype = 'c' and _column_findings.attnum = any (c.conkey)
+  union all
+  select false, format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values', i.indexrelid::regclass),
+    'Drop it; a value that has no room in an index row (2704 bytes) fails.'
+  from pg_index i
+  where i.indrelid = relation and not i.indisprimary and exists (
+    select from pg_depend d where d.objid = i.indexrelid and d.classid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum)
+  union all
+  select false, format('generated column %I is computed from envelopes', a.attname), 'Drop it.'
+  from pg_attrdef f
+  join pg_attribute a on a.attrelid = f.adrelid and a.attnum = f.adnum and a.attgenerated <> ''
+  where f.adrelid = relation and exists (
+    select from pg_depend d where d.objid = f.oid and d.classid = 'pg_attrdef'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum)
+  union all
+  select false, format('trigger %I fires for every row of a rotation', t.tgname),
+    'WHEN (current_setting(''rekey.sweeping'', true) is distinct from ''on'') lets it pass.'
+  from pg_trigger t
+  -- 16: for UPDATE
+  where t.tgrelid = relation and not t.tgisinternal and t.tgtype::integer & 16 = 16 and t.tgqual is null
+    and t.tgname not like 'zz\_pg\_rekey\_%'
+  union all
+  select false, format('publication %I sends every row of a rotation', p.pubname), 'Subscribers get the envelopes: they need the same keys.'
+  from pg_publication p
+  where p.pubupdate and (p.puballtables or exists (select from pg_publication_rel r where r.prpubid = p.oid and r.prrelid = relation));
+end;
+comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires. fatal: it cannot be protected.';
+
+create or replace function rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_names text[];
+  v_context text;
+begin
+  select array_agg(quote_ident(a.attname) order by p.rank) into v_names
+  from unnest(protected.places) with ordinality as p(place, rank)
+  join pg_attribute a on a.attrelid = relation and a.attnum = attnums[p.place];
+  v_context := quote_literal(rekey._part(protected.label)::text) || '::bytea' || (
+    select coalesce(string_agg(format(' || rekey._part(%%1$s.%s::text)', c.name), '' order by c.rank), '')
+    from unnest(v_names[2:]) with ordinality as c(name, rank));
+  return format($body$
+declare
+  v_envelope bytea;
+  v_plaintext bytea;
+  v_context bytea;
+begin
+  if new.%1$s is null then
+    return new;
+  end if;
+  v_context := %2$s;
+  v_envelope := rekey._envelope_of(new.%1$s);
+  if v_envelope is null then
+    v_plaintext := %4$s;
+  elsif tg_op = 'UPDATE' and new.%1$s = old.%1$s then
+    if v_context = %3$s then
+      return new;
+    end if;
+    v_plaintext := rekey._open(v_envelope, %3$s);
+  else
+    -- An envelope that comes in must be of this row. (What a sweep writes, the engine has made of the row itself.)
+    if current_setting('rekey.sweeping', true) is distinct from 'on' then
+      perform rekey._refuse_foreign(v_envelope, v_context);
+    end if;
+    return new;
+  end if;
+  v_envelope := rekey._seal(%5$s, v_plaintext, v_context);
+  new.%1$s := %6$s;
+  return new;
+end
+$body$, v_names[1], format(v_context, 'new'), format(v_context, 'old'),
+    case when protected.is_text then format('convert_to(new.%s, ''UTF8'')', v_names[1]) else 'new.' || v_names[1] end,
+    protected.keyring_id, case when protected.is_text then 'rekey._to_text(v_envelope)' else 'v_envelope' end);
+end
+$$;
+comment on function rekey._write_trigger_body is 'Body of the trigger that encrypts a column on write.';
+
+create or replace function rekey._envelope_of(value bytea) returns bytea
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+return case when substr(value, 1, 3) = '\x524b01'::bytea then value end;
+comment on function rekey._envelope_of(bytea) is 'A value that means to be an envelope; NULL for any other.';
+
+create or replace function rekey._envelope_of(value text) returns bytea
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+return case when left(value, 4) = 'rk1:' then coalesce(rekey._from_text(value), ''::bytea) end;
+comment on function rekey._envelope_of(text) is 'As for bytea, of its text form; empty where that is damaged.';
+
+create or replace function rekey._refuse_foreign(envelope bytea, context bytea) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_plaintext bytea;
+begin
+  v_plaintext := rekey._open(envelope, context);
+  if v_plaintext is null then
+    raise exception 'cannot open ciphertext' using errcode = 'RK003';
+  end if;
+end
+$$;
+comment on function rekey._refuse_foreign is 'RK003 where an envelope does not open in this context, RK006 where its key may not be used.';
+
+-- Executable by administrators because rekey.protect_column() runs with its caller's rights.
+create or replace function rekey._register_column(
+  target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, out id integer, out statements text[]
+)
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_owner name := rekey._refuse_stranger(target);
+  v_keyring rekey.keyrings := rekey._keyring(keyring);
+  v_table record;
+  v_attribute pg_attribute;
+  v_context name[] := context_columns;
+  v_attnums smallint[];
+  v_protected rekey.protected_columns;
+  v_found record;
+  v_name name;
+  v_guard text;
+begin
+  perform rekey._check_tenant(v_keyring.tenant_id);
+  if v_keyring.retired_at is not null then
+    raise exception 'keyring % is retired', quote_literal(keyring) using errcode = 'RK006';
+  end if;
+  select c.relkind, c.relpersistence, n.nspname, c.relname into v_table
+  from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target;
+  if v_table.relkind not in ('r', 'p') or v_table.relpersistence = 't' or v_table.nspname ~ '^(pg_|rekey(_targets)?$|information_schema$)' then
+    raise exception '% is no table whose columns can be protected', target using errcode = 'invalid_parameter_value',
+      hint = 'An ordinary or partitioned table, neither temporary nor of the system.';
+  end if;
+  if exists (select from pg_inherits i join pg_class c on c.oid = i.inhparent where i.inhrelid = target and c.relkind = 'p') then
+    raise exception '% is a partition', target using errcode = 'invalid_parameter_value', hint = 'Protect the column of the partitioned table.';
+  elsif v_table.relkind = 'r' and exists (select from pg_inherits i where i.inhparent = target) then
+    raise exception '% has children by inheritance', target using errcode = 'invalid_parameter_value',
+      hint = 'Make them partitions, or tables of their own.';
+  end if;
+  select * into v_attribute from pg_attribute a
+  where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
+  if not found then
+    raise exception '% has no column %', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'undefined_column';
+  elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) or v_attribute.attgenerated <> '' then
+    raise exception 'column %.% has the type %', target, column_name, format_type(v_attribute.atttypid, v_attribute.atttypmod)
+      using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text, and not generated.';
+  end if;
+
+  if v_context is null then
+    select array_agg(a.attname order by k.rank) into v_context
+    from pg_index i
+    cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
+    join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+    where i.indrelid = target and i.indisprimary;
+    if not found or v_context is null then
+      raise exception '% has no primary key', target using errcode = 'invalid_parameter_value',
+        hint = 'Name in context_columns what its rows are told apart by: columns that do not change.';
+    end if;
+    if encrypt_on_write and exists (
+         select from pg_attribute a where a.attrelid = target and a.attname = any (v_context) and (a.atthasdef or a.attidentity <> ''))
+       and exists (select from pg_index i where i.indrelid = target and i.indisunique and not i.indisprimary) then
+      raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
+        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.';
+    end if;
+  end if;
+  foreach v_name in array v_context loop
+    if v_name = column_name or (select count(*) from unnest(v_context) c where c = v_name) > 1 or not exists (
+         select from pg_attribute a
+         where a.attrelid = target and a.attname = v_name and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+           and a.atttypid in ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype, 'uuid'::regtype, 'text'::regtype, 'varchar'::regtype, 'boolean'::regtype)) then
+      raise exception 'column % cannot be part of the context', coalesce(quote_literal(v_name), 'NULL') using errcode = 'invalid_parameter_value',
+        hint = 'Context columns are other columns, each once, of type integer, uuid, text, varchar or boolean, and not generated.';
+    end if;
+  end loop;
+  for v_found in select * from rekey._column_findings(target, v_attribute.attnum) f order by f.fatal desc loop
+    if v_found.fatal then
+      raise exception 'column %.% cannot be protected: %', target, column_name, v_found.finding using errcode = 'invalid_parameter_value', hint = v_found.advice;
+    end if;
+    raise warning '%', v_found.finding using hint = v_found.advice;
+  end loop;
+
+  select array_agg(a.attnum order by a.attnum) into v_attnums
+  from pg_attribute a where a.attrelid = target and a.attname = any (v_context || _register_column.column_name) and a.attnum > 0;
+  -- Repeated, for the same column or after its functions were lost, it makes them anew.
+  select * into v_protected from rekey.protected_columns c
+  where c.id = rekey._column_id(target, _register_column.column_name)
+     or c.label = format('%I.%I.%I', v_table.nspname, v_table.relname, _register_column.column_name) and (rekey._column_shape(c.id)).relation is null
+  for update;
+  if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id
+      or cardinality(v_protected.context_columns) <> cardinality(v_context)
+      or (select s.attnums from rekey._column_shape(v_protected.id) s) <> v_attnums) then
+    raise exception 'column %.% is protected already, in another way', target, column_name using errcode = 'RK006',
+      hint = 'See rekey.column_status. Keyring and context columns stay: the values are bound to them.';
+  end if;
+  v_protected.places := array(
+    select array_position(v_attnums, a.attnum)
+    from unnest(_register_column.column_name || v_context) with ordinality as c(name, rank)
+    join pg_attribute a on a.attrelid = target and a.attname = c.name
+    order by c.rank);
+  if v_protected.id is null then
+    v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
+    begin
+      insert into rekey.protected_columns (label, keyring_id, column_name, context_columns, places, is_text, encrypt_on_write)
+      values (v_protected.label, v_keyring.id, _register_column.column_name, v_context, v_protected.places,
+        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write)
+      returning * into v_protected;
+    exception when unique_violation then
+      raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
+        hint = 'See rekey.column_status.';
+    end;
+    perform rekey._audit('column.protected', keyring, details => jsonb_build_object(
+      'column', v_protected.label, 'context_columns', v_context, 'encrypt_on_write', encrypt_on_write));
+  else
+    update rekey.protected_columns c
+    set places = v_protected.places, encrypt_on_write = _register_column.encrypt_on_write
+    where c.id = v_protected.id returning * into v_protected;
+  end if;
+  id := v_protected.id;
+
+  for v_found in
+    select p.oid::regprocedure as name from pg_proc p
+    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(guard|sql|count|scan|read|write)$', id)
+  loop
+    execute format('drop function %s', v_found.name);
+  end loop;
+  -- To be given a function, a role needs CREATE on its schema, for that moment (rekey._finish_column).
+  execute format('grant usage on schema rekey_targets to %I', v_owner);
+  execute format('grant create on schema rekey_targets to %I, %I', v_owner, rekey._caller());
+  v_guard := format('rekey_targets.column_%s_guard()', id);
+  statements := array[
+    format('create function %s returns setof record language sql stable begin atomic select %s from only %s t; end', v_guard,
+      (select string_agg(format('t.%I', c.name), ', ') from unnest(_register_column.column_name || v_context) as c(name)), target),
+    format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', v_protected.label)),
+    format('revoke all on function %s from public', v_guard),
+    format('alter function %s owner to %I', v_guard, v_owner)];
+  select statements || array_agg(s.statement order by b.name, s.place) into statements
+  from rekey._column_bodies(v_protected) b
+  cross join lateral (values
+    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
+          b.name, b.arguments, b.result, b.volatility, b.body)),
+    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
+    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
+    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
+  if encrypt_on_write then
+    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
+      id, rekey._write_trigger_body(v_protected, target, v_attnums));
+    execute format('revoke all on function rekey_targets.column_%s_trigger from public', id);
+    execute format('grant execute on function rekey_targets.column_%s_trigger to %I', id, v_owner);
+    statements := statements || format(
+      'create or replace trigger zz_pg_rekey_%s before insert or update on %s for each row execute function rekey_targets.column_%1$s_trigger()', id, target);
+  elsif exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', id)) then
+    statements := statements || format('drop trigger zz_pg_rekey_%s on %s', id, target);
+  end if;
+end
+$$;
+comment on function rekey._register_column is 'What rekey.protect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
+grant execute on function rekey._register_column to rekey_admin;
+
+create or replace function rekey._finish_column(id integer) returns text
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_protected rekey.protected_columns;
+  v_problem text;
+  v_role name;
+begin
+  for v_role in
+    select distinct a.grantee::regrole::name from pg_namespace n, aclexplode(n.nspacl) a
+    where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee not in (0, n.nspowner)
+  loop
+    execute format('revoke create on schema rekey_targets from %I', v_role);
+  end loop;
+  select * into v_protected from rekey.protected_columns c where c.id = _finish_column.id;
+  if not found then
+    return null;
+  end if;
+  v_problem := rekey._column_problem(v_protected);
+  if v_problem is not null then
+    raise exception '% cannot be protected: %', v_protected.label, v_problem using errcode = 'RK005';
+  end if;
+  if not v_protected.encrypt_on_write and to_regproc(format('rekey_targets.column_%s_trigger', id)) is not null then
+    execute format('drop function rekey_targets.column_%s_trigger()', id);
+  end if;
+  return v_protected.label;
+end
+$$;
+comment on function rekey._finish_column is 'Takes back what rekey._register_column() lent, and checks what was made. RK005: the column cannot be swept.';
+grant execute on function rekey._finish_column to rekey_admin;
+
+create or replace function rekey.protect_column(
+  target regclass, column_name name, keyring text = 'default', context_columns name[] = null, encrypt_on_write boolean = false
+) returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_made record;
+  v_statement text;
+begin
+  select * into v_made from rekey._register_column(target, column_name, keyring, context_columns, coalesce(encrypt_on_write, false));
+  foreach v_statement in array v_made.statements loop
+    execute v_statement;
+  end loop;
+  return rekey._finish_column(v_made.id);
+end
+$$;
+comment on function rekey.protect_column is
+  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
+grant execute on function rekey.protect_column to rekey_admin;
+
+create or replace function rekey._release_column(target regclass, column_name name, decrypt boolean, out id integer, out statements text[], out left_rows bigint)
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_protected rekey.protected_columns;
+  v_names text[];
+  v_rotation bigint;
+begin
+  perform rekey._refuse_stranger(target);
+  id := rekey._column_id(target, column_name);
+  select * into v_protected from rekey.protected_columns c where c.id = _release_column.id for update;
+  if not found then
+    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+  end if;
+  if rekey._column_problem(v_protected) is not null then
+    raise exception '% is blocked: %', v_protected.label, rekey._column_problem(v_protected) using errcode = 'RK005';
+  end if;
+  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
+  if found then
+    raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
+  end if;
+  select sum(c.rows) into left_rows
+  from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+  where c.keyring_id is not null;
+  left_rows := coalesce(left_rows, 0);
+  if left_rows > 0 and not decrypt then
+    raise exception '% rows of % are encrypted', left_rows, v_protected.label using errcode = 'RK005',
+      hint = 'decrypt => true decrypts them, some at each call.';
+  end if;
+  if left_rows > 0 then
+    select array_agg(quote_ident(a.attname) order by p.rank) into v_names
+    from rekey._column_shape(id) s
+    cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
+    join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.place];
+    statements := array(
+      select format(
+        'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 1000 for no key update skip locked)
+         update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s]) from due where t.ctid = due.row',
+        t.relation,
+        case when v_protected.is_text then format('left(t.%s, 4) = ''rk1:''', v_names[1]) else format('substr(t.%s, 1, 3) = ''\x524b01''', v_names[1]) end,
+        v_names[1], case when v_protected.is_text then 'decrypt_text' else 'decrypt' end, v_protected.label,
+        (select string_agg(format(', t.%s::text', c), '') from unnest(v_names[2:]) c))
+      from rekey._targets(v_protected.label) t);
+  end if;
+end
+$$;
+comment on function rekey._release_column is 'What rekey.unprotect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
+grant execute on function rekey._release_column to rekey_admin;
+
+create or replace function rekey._forget_column(id integer) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_protected rekey.protected_columns;
+  v_shape record;
+  v_function regprocedure;
+begin
+  select * into v_protected from rekey.protected_columns c where c.id = _forget_column.id for update;
+  select * into v_shape from rekey._column_shape(id) s;
+  if v_shape.relation is not null then
+    perform rekey._refuse_stranger(v_shape.relation);
+    if exists (select from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+               where c.keyring_id is not null) then
+      raise exception 'rows of % were encrypted meanwhile', v_protected.label using errcode = 'RK005', hint = 'Call it again.';
+    end if;
+  end if;
+  for v_function in
+    select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
+  loop
+    execute format('drop function %s', v_function);
+  end loop;
+  update rekey.rotation_failures f set resolved_at = now(), resolution = 'cleared'
+  where f.target = v_protected.label and f.resolved_at is null;
+  delete from rekey.protected_columns c where c.id = _forget_column.id;
+  perform rekey._audit('column.unprotected', rekey._keyring_name(v_protected.keyring_id), details => jsonb_build_object('column', v_protected.label));
+end
+$$;
+comment on function rekey._forget_column is 'Removes a column from the registry, with its functions. RK005: envelopes are left.';
+grant execute on function rekey._forget_column to rekey_admin;
+
+create or replace function rekey.unprotect_column(target regclass, column_name name, decrypt boolean = false) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_released record;
+  v_statement text;
+begin
+  select * into v_released from rekey._release_column(target, column_name, coalesce(decrypt, false));
+  if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
+    execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
+  end if;
+  if v_released.left_rows > 0 then
+    foreach v_statement in array v_released.statements loop
+      execute v_statement;
+    end loop;
+    return v_released.left_rows;
+  end if;
+  -- Waits for those who write, and looks again.
+  execute format('lock table %s in share row exclusive mode', target);
+  perform rekey._forget_column(v_released.id);
+  return 0;
+end
+$$;
+comment on function rekey.unprotect_column(regclass, name, boolean) is
+  'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 1,000 of each partition at a call: repeat it, each in its own transaction, until it returns 0; before that it returns how many there were. The owner of the table calls it, as a member of rekey_admin, or a superuser. 42501: not the owner, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
+grant execute on function rekey.unprotect_column(regclass, name, boolean) to rekey_admin;
+
+create or replace function rekey.unprotect_column(label text) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id integer := (select c.id from rekey.protected_columns c where c.label = unprotect_column.label);
+begin
+  if v_id is null then
+    raise exception 'there is no protected column %', coalesce(quote_literal(label), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+  end if;
+  if (rekey._column_shape(v_id)).relation is not null then
+    raise exception 'the table of % is there', label using errcode = 'RK006', hint = 'Name the table and the column: rekey.unprotect_column(target, column_name).';
+  end if;
+  perform rekey._forget_column(v_id);
+end
+$$;
+comment on function rekey.unprotect_column(text) is
+  'Forgets a protected column whose table or column was dropped, by its label. RK006: it is there; RK007: not protected.';
+grant execute on function rekey.unprotect_column(text) to rekey_admin;
+
+create or replace function rekey._column_status()
+returns table (label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, problem text)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    select c.label, s.relation, coalesce(a.attname, c.column_name), rekey._keyring_name(c.keyring_id), c.context_columns, c.encrypt_on_write,
+      rekey._column_problem(c)
+    from rekey.protected_columns c
+    left join lateral rekey._column_shape(c.id) s on true
+    left join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
+    order by c.label;
+end
+$$;
+comment on function rekey._column_status is 'What the view rekey.column_status shows.';
+grant execute on function rekey._column_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace view rekey.column_status as select s.* from rekey._column_status() s;
+comment on view rekey.column_status is 'The protected columns, and whether each can be swept.';
+comment on column rekey.column_status.label is 'schema.table.column as first registered: the first part of the context of its values.';
+comment on column rekey.column_status.relation is 'Its table now; NULL: it was dropped, or its functions were not restored.';
+comment on column rekey.column_status.column_name is 'Its name now.';
+comment on column rekey.column_status.keyring is 'Its keyring.';
+comment on column rekey.column_status.context_columns is 'The columns whose values are the rest of the context, as registered.';
+comment on column rekey.column_status.encrypt_on_write is 'Whether a trigger encrypts what is written.';
+comment on column rekey.column_status.problem is 'Why it is blocked, and what to do; NULL: it is not.';
+grant select on rekey.column_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace function rekey._reveal(value bytea, context text[]) returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if substr(value, 1, 3) = '\x524b01'::bytea then
+    return rekey.decrypt(value, context);
+  end if;
+  return value;
+end
+$$;
+comment on function rekey._reveal(bytea, text[]) is 'Opens an envelope; any other value stays as it is.';
+grant execute on function rekey._reveal(bytea, text[]) to rekey_app;
+
+create or replace function rekey._reveal(value text, context text[]) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if left(value, 4) = 'rk1:' then
+    return rekey.decrypt_text(value, context);
+  end if;
+  return value;
+end
+$$;
+comment on function rekey._reveal(text, text[]) is 'As for bytea, of the text form.';
+grant execute on function rekey._reveal(text, text[]) to rekey_app;
+
+create or replace function rekey._view_columns(target regclass) returns text
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select string_agg(case when c.id is null then format('t.%I', a.attname)
+        else format('rekey._reveal(t.%1$I, array[%2$L%3$s]) as %1$I', a.attname, c.label,
+          (select string_agg(format(', t.%I::text', b.attname), '' order by p.rank)
+           from unnest(c.places) with ordinality as p(place, rank)
+           join pg_attribute b on b.attrelid = target and b.attnum = c.attnums[p.place]
+           where p.rank > 1)) end, ', ' order by a.attnum)
+    from pg_attribute a
+    left join (select p.*, s.relation, s.attnums from rekey.protected_columns p cross join lateral rekey._column_shape(p.id) s) c
+      on c.relation = a.attrelid and c.attnums[c.places[1]] = a.attnum
+    where a.attrelid = target and a.attnum > 0 and not a.attisdropped);
+end
+$$;
+comment on function rekey._view_columns is 'The columns of a table as its decrypted view has them.';
+grant execute on function rekey._view_columns to rekey_admin;
+
+create or replace function rekey.create_decrypted_view(target regclass) returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table record;
+  v_name name;
+begin
+  if not exists (select from rekey.column_status s where s.relation = target) then
+    raise exception '% has no protected column', target using errcode = 'RK007', hint = 'rekey.protect_column() protects one.';
+  end if;
+  select n.nspname, c.relname into v_table from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target;
+  v_name := v_table.relname || '_decrypted';
+  execute format('create or replace view %I.%I with (security_invoker = true) as select %s from %s t', v_table.nspname, v_name, rekey._view_columns(target), target);
+  return format('%I.%I', v_table.nspname, v_name);
+end
+$$;
+comment on function rekey.create_decrypted_view is
+  'Makes the view <table>_decrypted beside a table, or makes it anew, and returns its name: as the table, with its protected columns opened, under the rights and policies of whoever reads it (security_invoker). A value that is no envelope is shown as it is. Its readers need SELECT on view and table, and rekey_app. Each row is opened by itself: select few. RK007: the table has no protected column.';
+grant execute on function rekey.create_decrypted_view to rekey_admin;

@@ -1,0 +1,488 @@
+-- Adoption: values that are there already, plain or encrypted by other means, become envelopes. It is a rotation with the
+-- trigger adoption. Plain values any worker adopts; where a key is needed, pg-rekey columns adopt brings it.
+
+create or replace function rekey._legacy_bytes(value bytea) returns bytea
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_inner bytea;
+begin
+  -- bytea that was cast to text: \x and hexadecimal digits.
+  if substr(value, 1, 2) <> '\x5c78'::bytea or octet_length(value) % 2 <> 0 or encode(substr(value, 3, 40), 'escape') !~ '^[0-9a-fA-F]+$' then
+    return value;
+  end if;
+  v_inner := decode(encode(substr(value, 3), 'escape'), 'hex');
+  return case when rekey._legacy_format(v_inner) <> 'plaintext' then v_inner else value end;
+exception when invalid_parameter_value then
+  return value;
+end
+$$;
+comment on function rekey._legacy_bytes is 'A value without the hexadecimal form around it that a cast of bytea to text gives, where something known is inside.';
+
+create or replace function rekey._legacy_format(value bytea) returns text
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_start text := encode(substr(value, 1, 40), 'escape');
+begin
+  return case
+    when substr(value, 1, 3) = '\x524b01'::bytea or v_start like 'rk1:%' then 'envelope'
+    when v_start like '-----BEGIN PGP MESSAGE-----%' then 'pgp_sym'
+    -- A symmetric-key encrypted session key packet of version 4 (RFC 4880, 5.3), in new or old form.
+    when octet_length(value) > 20 and get_byte(value, 0) in (195, 140) and get_byte(value, 2) = 4 then 'pgp_sym'
+    -- Version 0x80 and a time before the year 2242; https://github.com/fernet/spec
+    when octet_length(value) >= 100 and v_start ~ '^gAAAAA[A-Za-z0-9_-]{34}$' then 'fernet'
+    when v_start ~ '^v1:[A-Za-z0-9+/]{16,24}={0,2}:' then 'v1'
+    else 'plaintext' end;
+end
+$$;
+comment on function rekey._legacy_format is 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
+
+create or replace function rekey._open_pgp(value bytea, passphrases bytea[]) returns bytea
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_message bytea := value;
+  v_passphrase text;
+begin
+  if substr(value, 1, 5) = '-----'::bytea then
+    v_message := rekey._dearmor(encode(value, 'escape'));
+  end if;
+  for v_place in 1 .. coalesce(cardinality(passphrases), 0) loop
+    begin
+      v_passphrase := convert_from(passphrases[v_place], 'UTF8');
+      return rekey._pgp_decrypt(v_message, v_passphrase);
+    exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+      null;  -- another passphrase, or damaged
+    end;
+  end loop;
+  return null;
+exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+  return null;  -- damaged armour
+end
+$$;
+comment on function rekey._open_pgp is 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where none of the passphrases opens it.';
+
+create or replace function rekey._dearmor(armored text) returns bytea
+language sql immutable parallel safe
+return dearmor(armored);
+comment on function rekey._dearmor is 'pgcrypto''s dearmor(), wherever it is.';
+
+create or replace function rekey._pgp_decrypt(message bytea, passphrase text) returns bytea
+language sql immutable parallel safe
+return pgp_sym_decrypt_bytea(message, passphrase);
+comment on function rekey._pgp_decrypt is 'pgcrypto''s pgp_sym_decrypt_bytea(), wherever it is.';
+
+create or replace function rekey._adopt(
+  "values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]
+) returns rekey._sealed
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_version integer := (rekey._lock_active(array[keyring_id]))[1];
+  v_key bytea;
+  v_header bytea;
+  v_bytes bytea;
+  v_format text;
+  v_plaintext bytea;
+  v_problem text;
+  v_iv bytea;
+  v_aad bytea;
+  v_made rekey._sealed;
+begin
+  select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
+  if v_key is null then
+    raise exception 'the active key version of the keyring cannot be used' using errcode = 'RK006', hint = 'Rotate the keyring: rekey.rotate_keys().';
+  end if;
+  v_header := rekey._header(keyring_id, v_version);
+  -- Plain assignments only: the values are plain, and parameters of statements can be logged.
+  for v_place in 1 .. cardinality("values") loop
+    v_plaintext := null;
+    v_problem := null;
+    v_bytes := rekey._legacy_bytes("values"[v_place]);
+    v_format := rekey._legacy_format(v_bytes);
+    if v_format = 'plaintext' and 'aes_gcm' = any (formats) and octet_length(v_bytes) >= 28 and not is_text then
+      v_format := 'aes_gcm';
+    elsif v_format <> 'envelope' and not v_format = any (formats) and forced and 'plaintext' = any (formats) then
+      v_format := 'plaintext';
+      v_bytes := "values"[v_place];
+    end if;
+    if v_format = 'envelope' then
+      v_problem := 'is a damaged envelope';
+    elsif not v_format = any (formats) then
+      v_problem := case v_format when 'plaintext' then 'is in none of the formats' else format('looks like %s, which is not among the formats', v_format) end;
+    elsif octet_length(v_bytes) > rekey._max_bytes() then
+      v_problem := format('has more than %s bytes', rekey._max_bytes());
+    elsif v_format = 'plaintext' then
+      v_plaintext := v_bytes;
+    elsif v_format = 'pgp_sym' then
+      v_plaintext := rekey._open_pgp(v_bytes, passphrases);
+      if v_plaintext is null then
+        v_problem := 'pgp_sym does not open: damaged, or another passphrase';
+      end if;
+    end if;
+    v_made.ciphertexts[v_place] := null;
+    v_made.problems[v_place] := v_problem;
+    v_made.formats[v_place] := v_format;
+    if v_plaintext is not null then
+      v_iv := rekey._random_bytes(16);
+      v_aad := v_header || contexts[v_place];
+      v_made.ciphertexts[v_place] := v_header || v_iv || rekey._aead_encrypt(v_key, v_iv, v_plaintext, v_aad);
+    end if;
+  end loop;
+  return v_made;
+end
+$$;
+comment on function rekey._adopt is
+  'Seals values that are no envelopes: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open (fernet, v1, aes_gcm) gets neither ciphertext nor problem.';
+
+create or replace function rekey.adopt_column(
+  target regclass, column_name name, formats text[] = '{plaintext}', force boolean = false, reason text = null
+) returns setof rekey.rotation_status
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_column rekey.protected_columns;
+  v_keyring rekey.keyrings;
+  v_rotation bigint;
+begin
+  perform rekey._refuse_stranger(target);
+  if coalesce(cardinality(formats), 0) = 0 or not formats <@ '{plaintext,pgp_sym,fernet,v1,aes_gcm}' then
+    raise exception 'there is no such format' using errcode = 'invalid_parameter_value',
+      hint = 'plaintext, pgp_sym, fernet, v1, aes_gcm: one or more of them.';
+  end if;
+  select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
+  if not found then
+    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007',
+      hint = 'rekey.protect_column() first.';
+  end if;
+  v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
+  if rekey._column_problem(v_column) is not null then
+    raise exception '% is blocked: %', v_column.label, rekey._column_problem(v_column) using errcode = 'RK005';
+  end if;
+  select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+  if found then
+    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.';
+  end if;
+  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced)
+  select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
+    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false)
+  from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
+  returning id into v_rotation;
+  if v_rotation is null then
+    raise exception 'keyring % is retired', quote_literal(v_keyring.name) using errcode = 'RK006';
+  end if;
+  perform rekey._audit('rotation.requested', v_keyring.name, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
+    jsonb_build_object('trigger', 'adoption', 'column', v_column.label, 'formats', formats, 'force', nullif(force, false), 'reason', reason));
+  return query select s.* from rekey.rotation_status s where s.id = v_rotation;
+end
+$$;
+comment on function rekey.adopt_column is
+  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the keyring is under way; RK005: blocked; RK006: retired keyring; RK007: not protected.';
+grant execute on function rekey.adopt_column to rekey_admin;
+
+-- What follows is how pg-rekey columns adopt works. One batch is two calls in one transaction: in between, the client opens
+-- what the server cannot, and copies the plain values into a temporary table by binary COPY, as it does passphrases.
+create or replace function rekey._adoption_rows(
+  target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]
+) returns rekey._adoption
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch record;
+  v_contexts bytea[];
+  v_made rekey._sealed;
+  v_adoption rekey._adoption;
+begin
+  select b.* into v_batch from rekey._call_read(
+    target.function_name, relation, first, format('(%s,0)', until_block)::tid, null, null, max_rows, 16777216) b;
+  v_adoption.relation := relation;
+  v_adoption.next := v_batch.next;
+  if v_batch.rows is not null then
+    v_contexts := array(
+      select target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
+    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, keyring_id, target.is_text, formats, forced, passphrases);
+    v_adoption.rows := v_batch.rows;
+    v_adoption.keys := v_batch.keys;
+    v_adoption.formats := v_made.formats;
+    v_adoption.problems := v_made.problems;
+    v_adoption.ciphertexts := v_made.ciphertexts;
+    for v_place in 1 .. cardinality(v_batch.rows) loop
+      if v_made.ciphertexts[v_place] is null and v_made.problems[v_place] is null then
+        v_adoption.legacy[v_place] := rekey._legacy_bytes(v_batch.ciphertexts[v_place]);
+      end if;
+    end loop;
+  end if;
+  return v_adoption;
+end
+$$;
+comment on function rekey._adoption_rows is 'Locks values of a range that are no envelopes, and seals those that the server can open; legacy are those that the client has to.';
+
+create or replace function rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) returns rekey._adoption
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rotation record;
+  v_chunk rekey._chunks;
+  v_target rekey._target;
+  v_state text := rekey._target_state();
+  v_until_block bigint;
+  v_adoption rekey._adoption;
+  v_done bigint;
+  v_failed record;
+  v_begin timestamptz := clock_timestamp();
+begin
+  perform rekey._refuse_snapshot();
+  select r.*, p.label into v_rotation from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
+  where r.id = _adoption_batch.rotation_id and r.trigger = 'adoption';
+  if not found then
+    raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
+  end if;
+  perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  select c.* into v_chunk from rekey._chunks c
+  where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.adopting and c.target = v_rotation.label
+  order by c.id limit 1 for update skip locked;
+  if not found then
+    return null;
+  end if;
+  v_target := rekey._target_of(v_chunk);
+  if v_target.problem is not null then
+    raise exception '% is blocked: %', v_chunk.target, v_target.problem using errcode = 'RK005';
+  end if;
+  v_until_block := least(split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint + v_chunk.batch_blocks, v_chunk.until_block);
+  v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, least(v_chunk.batch_rows, 1000),
+    v_rotation.keyring_id, v_rotation.formats, v_rotation.forced, passphrases);
+  v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
+  select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
+  from unnest(v_adoption.problems) with ordinality as u(problem, place) where u.problem is not null;
+  if rekey._target_state() <> v_state then
+    raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
+  end if;
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_chunk.target, v_chunk.relation, v_failed.keys, v_failed.problems);
+  perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  return v_adoption;
+end
+$$;
+comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, and where the rotation is not running.';
+grant execute on function rekey._adoption_batch to rekey_admin;
+
+create or replace function rekey._note_adopted(
+  rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]
+) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform rekey._note_batch(array[rotation_id], case when rows_done > 0 then array[keyring_id] end, array[rows_done], target, relation,
+    case when failed_keys is not null then array_fill(keyring_id, array[cardinality(failed_keys)]) end,
+    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems);
+end
+$$;
+comment on function rekey._note_adopted is 'rekey._note_batch() for an adoption.';
+
+create or replace function rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rotation record;
+  v_target rekey._target;
+  v_state text := rekey._target_state();
+  v_batch record;
+  v_given integer;
+  v_values bytea[];
+  v_rows tid[];
+  v_contexts bytea[];
+  v_failed_keys text[];
+  v_failed_problems text[];
+  v_made rekey._sealed;
+  v_done bigint := 0;
+begin
+  select r.*, p.label into v_rotation from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
+  where r.id = _adoption_store.rotation_id and r.trigger = 'adoption';
+  select * into v_target from rekey._targets(v_rotation.label) t where t.relation = _adoption_store.relation;
+  if not found then
+    raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
+  end if;
+  perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  if rows is null then
+    return 0;
+  end if;
+  -- The rows once more, locked since adoption_batch: what they are bound to is not the client's to say.
+  select b.* into v_batch from rekey._call_read(v_target.function_name, relation,
+    (select min(u.row) from unnest(rows) as u(row)), rekey._next_row((select max(u.row) from unnest(rows) as u(row))), null, null, 2000, 1073741824) b;
+  for v_place in 1 .. coalesce(cardinality(v_batch.rows), 0) loop
+    v_given := array_position(rows, v_batch.rows[v_place]);
+    if plaintexts[v_given] is not null then
+      v_rows := v_rows || v_batch.rows[v_place];
+      v_values := v_values || plaintexts[v_given];
+      v_contexts := v_contexts || (v_target.prefix || v_batch.contexts[v_place]);
+    elsif v_given is not null then
+      v_failed_keys := v_failed_keys || v_batch.keys[v_place];
+      v_failed_problems := v_failed_problems || coalesce(problems[v_given], 'does not open');
+    end if;
+  end loop;
+  if v_rows is not null then
+    v_made := rekey._adopt(v_values, v_contexts, v_rotation.keyring_id, v_target.is_text, '{plaintext}', true, '{}');
+    for v_place in 1 .. cardinality(v_rows) loop
+      if v_made.problems[v_place] is not null then
+        raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
+      end if;
+    end loop;
+    v_done := rekey._write_rows(v_target, relation, v_rows, v_made.ciphertexts);
+  end if;
+  if rekey._target_state() <> v_state then
+    raise exception 'the protected column % was changed while its rows were adopted', v_rotation.label using errcode = 'RK005', hint = 'Try again.';
+  end if;
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation, v_failed_keys, v_failed_problems);
+  return v_done;
+end
+$$;
+comment on function rekey._adoption_store is 'Seals what the client opened of a batch, and quarantines what it could not.';
+grant execute on function rekey._adoption_store to rekey_admin;
+
+create or replace function rekey._adoption_preview(
+  target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]
+) returns rekey._adoption
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_column rekey.protected_columns;
+  v_target rekey._target;
+  v_blocks bigint;
+  v_until bigint;
+  v_adoption rekey._adoption;
+begin
+  perform rekey._refuse_stranger(target);
+  select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, _adoption_preview.column_name);
+  select * into v_target from rekey._targets(v_column.label) t
+  where v_column.label is not null and (t.relation = _adoption_preview.relation or _adoption_preview.relation is null)
+  order by t.relation limit 1;
+  if not found then
+    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007';
+  elsif v_target.problem is not null then
+    raise exception '% is blocked: %', v_column.label, v_target.problem using errcode = 'RK005';
+  end if;
+  v_until := split_part(trim(first::text, '()'), ',', 1)::bigint + 64;
+  v_adoption := rekey._adoption_rows(v_target, v_target.relation, first, v_until, 1000, v_column.keyring_id, formats, forced, passphrases);
+  v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
+  if v_adoption.next is not null then
+    v_adoption.next := rekey._next_row(v_adoption.next);
+  elsif v_until < v_blocks then
+    v_adoption.next := format('(%s,0)', v_until)::tid;
+  else
+    v_adoption.next := null;
+    v_adoption.next_relation := (
+      select min(t.relation::oid)::regclass from rekey._targets(v_column.label) t where t.relation::oid > v_target.relation::oid);
+  end if;
+  return v_adoption;
+end
+$$;
+comment on function rekey._adoption_preview is 'As rekey._adoption_batch(), before there is an adoption: writes nothing. first: where to begin in relation. next, next_relation: where to go on.';
+grant execute on function rekey._adoption_preview to rekey_admin;
+
+-- Run with the caller's rights: what stands in pg_temp is the caller's.
+create or replace function rekey._copied_passphrases() returns bytea[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_passphrases bytea[];
+begin
+  if to_regclass('pg_temp.pg_rekey_passphrases') is not null then
+    execute format('select array_agg(p.passphrase order by p.ctid) from pg_temp.%I p', 'pg_rekey_passphrases') into v_passphrases;
+  end if;
+  return v_passphrases;
+end
+$$;
+comment on function rekey._copied_passphrases is 'The passphrases of the temporary table pg_rekey_passphrases (passphrase bytea), where there is one.';
+grant execute on function rekey._copied_passphrases to rekey_admin;
+
+create or replace function rekey.adoption_batch(rotation_id bigint) returns rekey._adoption
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_passphrases bytea[] := rekey._copied_passphrases();
+  v_adoption rekey._adoption;
+begin
+  v_adoption := rekey._adoption_batch(rotation_id, v_passphrases);
+  return v_adoption;
+end
+$$;
+comment on function rekey.adoption_batch is
+  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
+grant execute on function rekey.adoption_batch to rekey_admin;
+
+create or replace function rekey.adoption_store(rotation_id bigint, relation regclass) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rows tid[];
+  v_plaintexts bytea[];
+  v_problems text[];
+  v_done bigint;
+begin
+  execute format('select array_agg(o."row" order by o.ctid), array_agg(o.plaintext order by o.ctid), array_agg(o.problem order by o.ctid) from pg_temp.%I o', 'pg_rekey_opened')
+  into v_rows, v_plaintexts, v_problems;
+  v_done := rekey._adoption_store(rotation_id, relation, v_rows, v_plaintexts, v_problems);
+  return v_done;
+end
+$$;
+comment on function rekey.adoption_store is
+  'For pg-rekey columns adopt: seals what the client opened of the last rekey.adoption_batch(), from the temporary table pg_rekey_opened ("row" tid, plaintext bytea, problem text), and returns how many. Where plaintext is NULL, the row goes into quarantine with its problem. Errors: as rekey.adoption_batch().';
+grant execute on function rekey.adoption_store to rekey_admin;
+
+create or replace function rekey.adoption_preview(
+  target regclass, column_name name, formats text[] = '{plaintext}', force boolean = false, relation regclass = null, first tid = '(0,0)'
+) returns rekey._adoption
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_passphrases bytea[] := rekey._copied_passphrases();
+  v_adoption rekey._adoption;
+begin
+  v_adoption := rekey._adoption_preview(target, column_name, relation, first, formats, force, v_passphrases);
+  v_adoption.ciphertexts := null;
+  return v_adoption;
+end
+$$;
+comment on function rekey.adoption_preview is
+  'For pg-rekey columns adopt --dry-run: what an adoption would find in one range of a protected column, by format and problem; legacy: what only the client can tell. Changes nothing, but locks the rows until the transaction ends. relation, first: where to begin; next and next_relation of the result say where to go on.';
+grant execute on function rekey.adoption_preview to rekey_admin;
+
+create or replace function rekey.adopt_vault(keyring text = 'default', tenant_id uuid = '00000000-0000-0000-0000-000000000000') returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_names text[];
+  v_count bigint;
+begin
+  if to_regclass('vault.decrypted_secrets') is null then
+    raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
+  end if;
+  select array_agg(s.value || n.suffix) into v_names
+  from rekey.setting_status s, (values (''), ('_new')) as n(suffix) where s.name = 'kek_secret_name';
+  execute format($sql$
+    select count(rekey.set_secret(coalesce(v.name, v.id::text), v.decrypted_secret, $2, $3, nullif(v.description, '')))
+    from %I.decrypted_secrets v
+    where not coalesce(v.name, '') = any ($1)
+      and not exists (select from rekey.secrets s where s.tenant_id = $2 and s.name = coalesce(v.name, v.id::text))$sql$, 'vault')
+  into v_count using v_names, tenant_id, keyring;
+  return v_count;
+end
+$$;
+comment on function rekey.adopt_vault is
+  'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault; and the errors of rekey.set_secret().';
+grant execute on function rekey.adopt_vault to rekey_admin;
