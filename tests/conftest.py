@@ -30,6 +30,7 @@ from helpers import (
     drop_database,
     initialize,
     install,
+    unlock,
 )
 from hosted import Hosted
 from pg_rekey import local, release
@@ -188,6 +189,21 @@ def ready(conn: Connection, kek: bytes) -> Connection:
     """`conn`, unlocked for the session, its KEK registered and the keyring `default` made."""
     initialize(conn, kek)
     return conn
+
+
+@pytest.fixture
+def session(db: str, ready: Connection, kek: bytes) -> Iterator[Callable[[], Connection]]:
+    """Return a function that opens another unlocked connection."""
+    opened: list[Connection] = []
+
+    def open_one() -> Connection:
+        opened.append(connect(db))
+        unlock(opened[-1], kek)
+        return opened[-1]
+
+    yield open_one
+    for connection in opened:
+        connection.close()
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Driving rotations from a test, and what must hold after every one of them."""
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, LiteralString
 
@@ -151,3 +153,17 @@ def check(connection: Connection, *models: dict[str, str], tenants: tuple[str, .
     if value(connection, unfinished) == 0:
         assert value(connection, "select count(*) from rekey._chunks") == 0
     assert connection.execute("select valid, reason from rekey.verify_audit_log()").fetchone() == (True, None)
+
+
+@contextmanager
+def in_background(*tasks: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run these meanwhile, until they see the event; an error of theirs is an error of the test."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        futures = [pool.submit(task, stop) for task in tasks]
+        try:
+            yield
+        finally:
+            stop.set()
+        for future in futures:
+            future.result(30)

@@ -3,9 +3,8 @@
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import LiteralString
 
 import psycopg
@@ -16,6 +15,7 @@ from driving import (
     check,
     events,
     fill,
+    in_background,
     on_versions,
     refused,
     rotate,
@@ -30,35 +30,6 @@ from helpers import Connection, connect, unlock, value
 LEVELS = [IsolationLevel.READ_COMMITTED, IsolationLevel.REPEATABLE_READ, IsolationLevel.SERIALIZABLE]
 SET: LiteralString = "select rekey.set_secret(%s, %s)"
 SECRETS = 200_000
-
-
-@pytest.fixture
-def session(db: str, ready: Connection, kek: bytes) -> Iterator[Callable[[], Connection]]:
-    """Return a function that opens another unlocked connection."""
-    opened: list[Connection] = []
-
-    def open_one() -> Connection:
-        opened.append(connect(db))
-        unlock(opened[-1], kek)
-        return opened[-1]
-
-    yield open_one
-    for connection in opened:
-        connection.close()
-
-
-@contextmanager
-def in_background(*tasks: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run these meanwhile, until they see the event; an error of theirs is an error of the test."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        futures = [pool.submit(task, stop) for task in tasks]
-        try:
-            yield
-        finally:
-            stop.set()
-        for future in futures:
-            future.result(30)
 
 
 def waits(connection: Connection, pid: int, seconds: float = 10) -> None:

@@ -178,7 +178,7 @@ def test_an_application_reads_no_key_material(app: Connection) -> None:
         "delete from rekey.secrets",
         "insert into rekey.secrets (name, keyring_id, ciphertext) values ('x', 1, '')",
         "create table rekey.mine ()",
-        "create function rekey_targets.secrets_sweep() returns void return null",
+        "create function rekey_targets.secrets_read() returns void return null",
         "set role rekey_owner",
         "set role rekey_admin",
         "set session authorization rekey_owner",
@@ -205,14 +205,16 @@ def test_an_application_calls_only_its_own_functions(
         "select rekey._open('', '')",
         "select rekey._reencrypt('{}', '{}')",
         "select rekey._check('{}', '{}')",
-        "select rekey._call_sweep('secrets', '(0,0)', '(9,0)', '{}', '{}', 1, 1)",
+        "select rekey._call_read('secrets', 'rekey.secrets', '(0,0)', '(9,0)', '{}', '{}', 1, 1)",
+        "select rekey._call_write('secrets', 'rekey.secrets', '{}', '{}')",
+        "select rekey._adopt('{}', '{}', 1, false, '{plaintext}', false, '{}')",
         "select rekey._aead_decrypt('', '', '', '')",
         "select rekey._wrapping_key('')",
         "select rekey._store_setting('kek_provider', 'file')",
         "select rekey.rotate_keys()",
         "call rekey.tick()",
         "call rekey.run_rotations()",
-        "select rekey_targets.secrets_count(null, true)",
+        "select rekey_targets.secrets_count('rekey.secrets', null)",
     )
     for call in calls:
         with pytest.raises(errors.InsufficientPrivilege):
@@ -346,8 +348,12 @@ def test_what_a_session_carries_is_of_no_use_elsewhere(
 
 
 DISPATCHERS: dict[str, LiteralString] = {
-    "rekey._call_count(name, integer[], boolean)": "select rekey.key_usage()",
-    "rekey._call_sweep(name,tid,tid,integer[],integer[],integer,bigint)": "select rekey.rotation_step()",
+    "rekey._call_count(name, regclass, integer[])": "select rekey.key_usage()",
+    "rekey._call_scan(name, regclass, tid, tid, integer[], integer, bigint)": (
+        "select rekey.verify_ciphertexts()"
+    ),
+    "rekey._call_read(name, regclass, tid, tid, integer[], integer[], integer, bigint)": "",
+    "rekey._call_write(name, regclass, tid[], bytea[])": "",
 }
 
 
@@ -391,7 +397,7 @@ def test_an_altered_dispatcher_refuses(ready: Connection, dispatcher: str) -> No
     ready.execute("select rekey.rotate_keys()")
     ready.execute("select rekey.rotation_step()")  # plans
     ready.execute(f"alter function {dispatcher} security invoker".encode())
-    if "_call_sweep" in dispatcher:
+    if not DISPATCHERS[dispatcher]:
         assert ready.execute("select event, detail ->> 'sqlstate' from rekey.rotation_step()").fetchall() == [
             ("error", "RK005")
         ]

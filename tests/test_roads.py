@@ -14,7 +14,7 @@ from pg_rekey import release
 from pg_rekey.release import Road
 
 OWNERS = ("rekey_owner", "rekey_sweeper")
-DISPATCHERS = ["_call_count", "_call_sweep", "_call_tenant_check"]
+DISPATCHERS = ["_call_count", "_call_read", "_call_scan", "_call_tenant_check", "_call_write"]
 IN_SCHEMAS = "in ('rekey'::regnamespace, 'rekey_targets'::regnamespace)"
 NEW_KEK = bytes(range(32))
 

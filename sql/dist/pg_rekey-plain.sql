@@ -4102,6 +4102,7 @@ declare
   v_first_block bigint;
   v_until_block bigint;
   v_max_rows integer;
+  v_forced boolean;
   v_next_batch timestamptz;
   v_batch record;
   v_contexts bytea[];
@@ -4136,8 +4137,8 @@ begin
     v_max_rows := least(v_max_rows, greatest(v_settings.max_rows_per_second / 5, 1));
   end if;
 
-  select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id)
-  into v_ids, v_keyrings, v_versions
+  select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id), bool_or(r.forced)
+  into v_ids, v_keyrings, v_versions, v_forced
   from rekey.rotations r
   left join rekey.protected_columns p on p.id = r.column_id
   where r.pass_id = v_chunk.pass_id and r.state = 'running' and rekey._is_due(r.next_attempt_at)
@@ -4164,7 +4165,7 @@ begin
       v_contexts := array(
         select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
       if v_chunk.adopting then
-        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_keyrings[1], v_target.is_text, '{plaintext}', false, '{}');
+        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_keyrings[1], v_target.is_text, '{plaintext}', v_forced, '{}');
       else
         v_made := rekey._reencrypt(v_batch.ciphertexts, v_contexts);
       end if;
