@@ -1405,6 +1405,7 @@ declare
   v_events jsonb := '[]'::jsonb;
 begin
   perform rekey._refuse_snapshot();
+  perform rekey._note_names();
   select array_agg(distinct c.keyring_id) into v_keyrings
   from rekey._count(null, false) c
   join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
@@ -1645,6 +1646,7 @@ CREATE TABLE rekey.protected_columns (
     id integer NOT NULL,
     label text NOT NULL,
     keyring_id integer NOT NULL,
+    relation_name text NOT NULL,
     column_name name NOT NULL,
     context_columns name[] NOT NULL,
     places integer[] NOT NULL,
@@ -1686,17 +1688,24 @@ COMMENT ON COLUMN rekey.protected_columns.keyring_id IS 'Keyring for adoption an
 
 
 --
+-- Name: COLUMN protected_columns.relation_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.relation_name IS 'Name of the table, with its schema, as last seen: by it the column is found again where a restore brought rows without functions.';
+
+
+--
 -- Name: COLUMN protected_columns.column_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.protected_columns.column_name IS 'Name of the column as registered.';
+COMMENT ON COLUMN rekey.protected_columns.column_name IS 'Name of the column as last seen.';
 
 
 --
 -- Name: COLUMN protected_columns.context_columns; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.protected_columns.context_columns IS 'Names, as registered, of the columns whose values, as text, are the rest of the context.';
+COMMENT ON COLUMN rekey.protected_columns.context_columns IS 'Names, as last seen, of the columns whose values, as text, are the rest of the context.';
 
 
 --
@@ -2641,6 +2650,7 @@ begin
   if v_problem is not null then
     raise exception '% cannot be protected: %', v_protected.label, v_problem using errcode = 'RK005';
   end if;
+  perform rekey._note_names();
   if not v_protected.encrypt_on_write and to_regproc(format('rekey_targets.column_%s_trigger', id)) is not null then
     execute format('drop function rekey_targets.column_%s_trigger()', id);
   end if;
@@ -3521,6 +3531,38 @@ COMMENT ON FUNCTION rekey._note_denied(details jsonb) IS 'Notes in the audit log
 
 
 --
+-- Name: _note_names(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_names() RETURNS void
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ UPDATE rekey.protected_columns c SET relation_name = n.relation_name, column_name = n.names[1], context_columns = n.names[2:]
+    FROM ( SELECT p.id,
+             format('%I.%I'::text, s.nspname, r.relname) AS relation_name,
+             array_agg(a.attname ORDER BY l.rank) AS names
+            FROM (((((rekey.protected_columns p
+              CROSS JOIN LATERAL rekey._column_shape(p.id) h(relation, attnums))
+              JOIN pg_class r ON ((r.oid = (h.relation)::oid)))
+              JOIN pg_namespace s ON ((s.oid = r.relnamespace)))
+              CROSS JOIN LATERAL unnest(p.places) WITH ORDINALITY l(place, rank))
+              JOIN pg_attribute a ON (((a.attrelid = (h.relation)::oid) AND (a.attnum = h.attnums[l.place]))))
+           GROUP BY p.id, s.nspname, r.relname) n
+   WHERE ((n.id = c.id) AND (((c.relation_name IS DISTINCT FROM n.relation_name) OR (c.column_name IS DISTINCT FROM n.names[1])) OR (c.context_columns IS DISTINCT FROM n.names[2:])));
+END;
+
+
+ALTER FUNCTION rekey._note_names() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_names(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_names() IS 'Notes what the protected columns are called now.';
+
+
+--
 -- Name: _open(bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3743,6 +3785,7 @@ begin
     return;
   end if;
   begin
+    perform rekey._note_names();
     v_pass := nextval('rekey._pass_id');
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
     with counted as (
@@ -4629,7 +4672,7 @@ begin
   -- Repeated, for the same column or after its functions were lost, it makes them anew.
   select * into v_protected from rekey.protected_columns c
   where c.id = rekey._column_id(target, _register_column.column_name)
-     or c.label = format('%I.%I.%I', v_table.nspname, v_table.relname, _register_column.column_name) and (rekey._column_shape(c.id)).relation is null
+     or c.relation_name = format('%I.%I', v_table.nspname, v_table.relname) and c.column_name = _register_column.column_name and (rekey._column_shape(c.id)).relation is null
   for update;
   if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id
       or cardinality(v_protected.context_columns) <> cardinality(v_context)
@@ -4645,8 +4688,8 @@ begin
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
     begin
-      insert into rekey.protected_columns (label, keyring_id, column_name, context_columns, places, is_text, encrypt_on_write)
-      values (v_protected.label, v_keyring.id, _register_column.column_name, v_context, v_protected.places,
+      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write)
+      values (v_protected.label, v_keyring.id, format('%I.%I', v_table.nspname, v_table.relname), _register_column.column_name, v_context, v_protected.places,
         v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write)
       returning * into v_protected;
     exception when unique_violation then
@@ -10433,6 +10476,13 @@ REVOKE ALL ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integ
 
 REVOKE ALL ON FUNCTION rekey._note_denied(details jsonb) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._note_denied(details jsonb) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _note_names(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_names() FROM PUBLIC;
 
 
 --

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -23,6 +23,7 @@ STATE = {
     "keyrings": "select * from rekey.keyrings order by id",
     "keys": "select * from rekey.encryption_keys order by id",
     "secrets": "select * from rekey.secrets order by tenant_id, id",
+    "columns": "select * from rekey.protected_columns order by id",
     "rotations": "select * from rekey.rotations order by id",
     "failures": "select * from rekey.rotation_failures order by id",
     "chunks": "select * from rekey._chunks order by id",
@@ -31,6 +32,10 @@ STATE = {
     "schedules": "select * from rekey.schedule_status order by keyring",
     "sequences": "select sequencename, last_value from pg_sequences where schemaname = 'rekey' order by 1",
 }
+
+
+KEPT: LiteralString = """
+    select rekey.decrypt_text(w, array['public.kept.v', id::text]) from public.kept where id = %s"""
 
 
 @dataclass
@@ -84,6 +89,13 @@ def fill(dsn: str, kek: bytes) -> None:
             "select rekey.set_secret('name ' || i, 'value ' || i) from generate_series(1, 120) i"
         )
         connection.execute("select rekey.set_setting('destroy_wait', '99 days')")
+        # Where the column stands differs in the restored table, and its name from when it was registered.
+        connection.execute("create table public.kept (id int primary key, gone text, v text)")
+        connection.execute("alter table public.kept drop column gone")
+        connection.execute("select rekey.protect_column('public.kept', 'v')")
+        connection.execute("alter table public.kept rename column v to w")
+        connection.execute("select rekey.protect_column('public.kept', 'w', encrypt_on_write => true)")
+        connection.execute("insert into public.kept select i, 'kept ' || i from generate_series(1, 50) i")
         connection.execute("select rekey.rotate_keys()")
         connection.execute("call rekey.run_rotations('10 s')")
         connection.execute("select rekey.disable_key('tenant', 1)")
@@ -119,6 +131,9 @@ def check_that_it_works(dsn: str, kek: bytes) -> None:
         entries = value(connection, "select max(id) from rekey.audit_log")
         unlock(connection, kek)
         assert value(connection, "select rekey.get_secret('name 7')") == "value 7"
+        assert value(connection, "select problem from rekey.column_status") is None
+        assert value(connection, KEPT, 7) == "kept 7"
+        connection.execute("insert into public.kept values (51, 'kept 51')")
         connection.execute("select rekey.set_secret('name 7', 'changed')")
         connection.execute("select rekey.set_setting('max_rows_per_second', null)")
         connection.execute("update rekey._worker set next_batch_at = null")
@@ -131,6 +146,9 @@ def check_that_it_works(dsn: str, kek: bytes) -> None:
         assert connection.execute(
             "select id, state from rekey.rotation_status where id > %s order by id", [last]
         ).fetchall() == [(last + 1, "completed"), (last + 2, "completed")]
+        assert [value(connection, KEPT, key) for key in (7, 51)] == ["kept 7", "kept 51"]
+        versions = "select count(distinct substr(decode(substr(w, 5, 16), 'base64'), 8, 4)) from public.kept"
+        assert value(connection, versions) == 1
         connection.execute("select rekey.create_keyring('new')")
         assert value(connection, "select sum(failed) from rekey.verify_ciphertexts()") == 0
         assert value(connection, "select rekey.get_secret('name 7')") == "changed"
@@ -190,6 +208,7 @@ def test_extension_road(
 
 
 SCHEMAS = ("--schema", "rekey", "--schema", "rekey_targets")
+TABLE = "create table public.kept (id int primary key, w text)"
 
 
 def test_hosted_road(hosted: Hosted, kek: bytes, tmp_path: Path) -> None:
@@ -199,9 +218,16 @@ def test_hosted_road(hosted: Hosted, kek: bytes, tmp_path: Path) -> None:
     fill(dsn, kek)
     tools = tools_for(dsn)
     tools.dump(dsn, tmp_path / "dump", "--format", "custom", "--data-only", *SCHEMAS)
+    tools.dump(dsn, tmp_path / "kept", "--format", "custom", "--data-only", "--table", "public.kept")
     install(restored, release.assemble("supabase"))
-    tools.restore(restored, tmp_path / "dump", "--single-transaction")
+    with connect(restored) as connection:
+        connection.execute(TABLE)
+    for name in ("dump", "kept"):
+        tools.restore(restored, tmp_path / name, "--single-transaction")
     compare(dsn, restored)
+    with connect(restored) as connection:
+        assert "not restored" in value(connection, "select problem from rekey.column_status")
+        connection.execute("select rekey.protect_column('kept', 'w', encrypt_on_write => true)")
     check_that_it_works(restored, kek)
 
 
@@ -212,6 +238,10 @@ def test_hosted_road_whole_schema(hosted: Hosted, kek: bytes, tmp_path: Path) ->
     fill(dsn, kek)
     tools = tools_for(dsn)
     tools.dump(dsn, tmp_path / "dump", "--format", "custom", *SCHEMAS)
+    tools.dump(dsn, tmp_path / "kept", "--format", "custom", "--data-only", "--table", "public.kept")
+    with connect(restored) as connection:
+        connection.execute(TABLE)
+    tools.restore(restored, tmp_path / "kept")
     done = tools.run("pg_restore", "--dbname", restored, str(tmp_path / "dump"), check=False)
     complaints = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(complaints) == 5, done.stderr
@@ -223,4 +253,6 @@ def test_hosted_road_whole_schema(hosted: Hosted, kek: bytes, tmp_path: Path) ->
         assert raised.value.sqlstate == "RK005"
         with connection.transaction():
             connection.execute(release.assemble_code().encode())
+        connection.execute("reset search_path")
+        connection.execute("select rekey.protect_column('kept', 'w', encrypt_on_write => true)")
     check_that_it_works(restored, kek)

@@ -134,6 +134,25 @@ begin atomic
 end;
 comment on function rekey._column_shape is 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
 
+create or replace function rekey._note_names() returns void
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  update rekey.protected_columns c
+  set relation_name = n.relation_name, column_name = n.names[1], context_columns = n.names[2:]
+  from (
+    select p.id, format('%I.%I', s.nspname, r.relname) as relation_name, array_agg(a.attname order by l.rank) as names
+    from rekey.protected_columns p
+    cross join lateral rekey._column_shape(p.id) h
+    join pg_class r on r.oid = h.relation
+    join pg_namespace s on s.oid = r.relnamespace
+    cross join lateral unnest(p.places) with ordinality as l(place, rank)
+    join pg_attribute a on a.attrelid = h.relation and a.attnum = h.attnums[l.place]
+    group by p.id, s.nspname, r.relname) n
+  where n.id = c.id and (c.relation_name, c.column_name, c.context_columns) is distinct from (n.relation_name, n.names[1], n.names[2:]);
+end;
+comment on function rekey._note_names is 'Notes what the protected columns are called now.';
+
 create or replace function rekey._column_problem(protected rekey.protected_columns) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp

@@ -231,7 +231,7 @@ begin
   -- Repeated, for the same column or after its functions were lost, it makes them anew.
   select * into v_protected from rekey.protected_columns c
   where c.id = rekey._column_id(target, _register_column.column_name)
-     or c.label = format('%I.%I.%I', v_table.nspname, v_table.relname, _register_column.column_name) and (rekey._column_shape(c.id)).relation is null
+     or c.relation_name = format('%I.%I', v_table.nspname, v_table.relname) and c.column_name = _register_column.column_name and (rekey._column_shape(c.id)).relation is null
   for update;
   if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id
       or cardinality(v_protected.context_columns) <> cardinality(v_context)
@@ -247,8 +247,8 @@ begin
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
     begin
-      insert into rekey.protected_columns (label, keyring_id, column_name, context_columns, places, is_text, encrypt_on_write)
-      values (v_protected.label, v_keyring.id, _register_column.column_name, v_context, v_protected.places,
+      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write)
+      values (v_protected.label, v_keyring.id, format('%I.%I', v_table.nspname, v_table.relname), _register_column.column_name, v_context, v_protected.places,
         v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write)
       returning * into v_protected;
     exception when unique_violation then
@@ -326,6 +326,7 @@ begin
   if v_problem is not null then
     raise exception '% cannot be protected: %', v_protected.label, v_problem using errcode = 'RK005';
   end if;
+  perform rekey._note_names();
   if not v_protected.encrypt_on_write and to_regproc(format('rekey_targets.column_%s_trigger', id)) is not null then
     execute format('drop function rekey_targets.column_%s_trigger()', id);
   end if;

@@ -158,6 +158,7 @@ begin
     return;
   end if;
   begin
+    perform rekey._note_names();
     v_pass := nextval('rekey._pass_id');
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
     with counted as (

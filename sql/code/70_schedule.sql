@@ -105,6 +105,7 @@ declare
   v_events jsonb := '[]'::jsonb;
 begin
   perform rekey._refuse_snapshot();
+  perform rekey._note_names();
   select array_agg(distinct c.keyring_id) into v_keyrings
   from rekey._count(null, false) c
   join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
