@@ -92,6 +92,13 @@ declare
   v_problem text;
   v_iv bytea;
   v_aad bytea;
+  v_value bytea;
+  v_place integer := 0;
+  -- Arrays of their own: a field of v_made would be copied whole at every assignment.
+  v_contexts bytea[] := contexts;
+  v_ciphertexts bytea[];
+  v_problems text[];
+  v_formats text[];
   v_made rekey._sealed;
 begin
   select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
@@ -99,17 +106,19 @@ begin
     raise exception 'the active key version of the keyring cannot be used' using errcode = 'RK006', hint = 'Rotate the keyring: rekey.rotate_keys().';
   end if;
   v_header := rekey._header(keyring_id, v_version);
+  v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
   -- Plain assignments only: the values are plain, and parameters of statements can be logged.
-  for v_place in 1 .. cardinality("values") loop
+  foreach v_value in array "values" loop
+    v_place := v_place + 1;
     v_plaintext := null;
     v_problem := null;
-    v_bytes := rekey._legacy_bytes("values"[v_place]);
+    v_bytes := rekey._legacy_bytes(v_value);
     v_format := rekey._legacy_format(v_bytes);
     if v_format = 'plaintext' and 'aes_gcm' = any (formats) and octet_length(v_bytes) >= 28 and not is_text then
       v_format := 'aes_gcm';
     elsif v_format <> 'envelope' and not v_format = any (formats) and forced and 'plaintext' = any (formats) then
       v_format := 'plaintext';
-      v_bytes := "values"[v_place];
+      v_bytes := v_value;
     end if;
     if v_format = 'envelope' then
       v_problem := 'is a damaged envelope';
@@ -125,15 +134,18 @@ begin
         v_problem := 'pgp_sym does not open: damaged, or another passphrase';
       end if;
     end if;
-    v_made.ciphertexts[v_place] := null;
-    v_made.problems[v_place] := v_problem;
-    v_made.formats[v_place] := v_format;
+    v_ciphertexts[v_place] := null;
+    v_problems[v_place] := v_problem;
+    v_formats[v_place] := v_format;
     if v_plaintext is not null then
       v_iv := rekey._random_bytes(16);
-      v_aad := v_header || contexts[v_place];
-      v_made.ciphertexts[v_place] := v_header || v_iv || rekey._aead_encrypt(v_key, v_iv, v_plaintext, v_aad);
+      v_aad := v_header || v_contexts[v_place];
+      v_ciphertexts[v_place] := v_header || v_iv || rekey._aead_encrypt(v_key, v_iv, v_plaintext, v_aad);
     end if;
   end loop;
+  v_made.ciphertexts := v_ciphertexts;
+  v_made.problems := v_problems;
+  v_made.formats := v_formats;
   return v_made;
 end
 $$;
