@@ -159,6 +159,7 @@ def test_what_it_waits_for() -> None:
     assert describe([{"pid": 7, "role": "app", "age_seconds": 3}, {"rows": 2, "why": "locked or moved"}]) == (
         "the transaction of pid 7, app, open for 3 s; 2 rows that are locked or moved"
     )
+    assert describe([{"target": "a.b.c", "why": "x"}]) == "the column a.b.c, which is blocked: x"
     assert describe([{"prepared": "x", "age_seconds": 9}]) == "the prepared transaction 'x', open for 9 s"
 
 

@@ -12,7 +12,8 @@ import pytest
 from psycopg import errors, sql
 
 from driving import fill, in_background, refused, rotate, rotation, run, step, step_until
-from helpers import Connection, connect, value
+from helpers import Connection, connect, create_database, initialize, install, unlock, value
+from pg_rekey import local, release
 
 numbers = itertools.count(1)
 
@@ -577,3 +578,38 @@ def test_partitions_come_and_go(ready: Connection, app: Connection) -> None:
     assert rotation(ready, number, "state", "rows_done") == ("completed", 2)
     app.execute("alter table t detach partition t_2")
     assert value(ready, "select sum(rows) from rekey.key_usage()") == 1
+
+
+def test_adoption_goes_on_after_the_server_was_killed(kek: bytes) -> None:
+    with local.Server() as server:
+        dsn = create_database(server.dsn(), "killed")
+        install(dsn, release.assemble("plain"))
+        with connect(dsn) as connection:
+            initialize(connection, kek)
+            connection.execute("create table t (id int primary key, v text)")
+            connection.execute("insert into t select g, 'plain ' || g from generate_series(1, 20000) g")
+            protect(connection, "t")
+            number = int(value(connection, "select id from rekey.adopt_column('t', 'v')"))
+            while rotation(connection, number, "rows_done") == 0:
+                step(connection)
+            connection.execute("begin")
+            step(connection)
+            server.kill()
+            with pytest.raises(psycopg.OperationalError):
+                connection.execute("commit")
+        server.restart()
+        with connect(dsn) as connection:
+            unlock(connection, kek)
+            done = rotation(connection, number, "rows_done")
+            sealed = value(connection, "select count(*) from t where v like 'rk1:%%'")
+            assert 0 < done == sealed < 20000
+            run(connection)
+            assert rotation(connection, number, "state", "rows_done") == ("completed", 20000)
+            opened = """
+                select count(*) from t
+                where id %% 50 = 0
+                  and rekey.decrypt_text(v, array['public.t.v', id::text]) = 'plain ' || id"""
+            assert value(connection, opened) == 400
+            assert (
+                value(connection, "select sum(rows) - sum(failed) from rekey.verify_ciphertexts()") == 20000
+            )

@@ -172,6 +172,8 @@ def describe(blockers: list[dict[str, Any]] | None) -> str:
 def _describe_one(blocker: dict[str, Any]) -> str:
     if "rows" in blocker:
         return f"{blocker['rows']} rows that are {blocker['why']}"
+    if "target" in blocker:
+        return f"the column {blocker['target']}, which is blocked: {blocker['why']}"
     age = f"open for {blocker.get('age_seconds', 0)} s"
     if "prepared" in blocker:
         return f"the prepared transaction {blocker['prepared']!r}, {age}"
