@@ -295,6 +295,6 @@ def test_no_iv_twice(ready: Connection) -> None:
         select substr(u, 12, 16)
         from (select rekey.encrypt('x'::text) as e offset 0) o,
           rekey._reencrypt(array_fill(e, array[20000]), array_fill(''::bytea, array[20000])) r,
-          unnest(r.resealed) u
+          unnest(r.ciphertexts) u
     """).fetchall()
     assert len(ivs) == len(set(ivs)) == 22000

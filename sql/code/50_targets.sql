@@ -12,6 +12,9 @@ language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if relation <> 'rekey.secrets'::regclass then
+    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  end if;
   return query
     select s.keyring_id, s.key_version, count(*)
     from rekey.secrets s
@@ -29,6 +32,9 @@ language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if relation <> 'rekey.secrets'::regclass then
+    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  end if;
   with found as materialized (
     select s.ctid as row, s.tenant_id, s.id, s.ciphertext
     from rekey.secrets s
@@ -60,6 +66,9 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if relation <> 'rekey.secrets'::regclass then
+    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  end if;
   with due as materialized (
     select s.ctid as row, s.tenant_id, s.id, s.ciphertext
     from rekey.secrets s
@@ -92,6 +101,9 @@ as $$
 declare
   v_count bigint;
 begin
+  if relation <> 'rekey.secrets'::regclass then
+    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  end if;
   update rekey.secrets s set ciphertext = u.ciphertext
   from unnest(rows, ciphertexts) as u(row, ciphertext)
   where s.ctid = u.row;

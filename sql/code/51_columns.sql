@@ -76,10 +76,12 @@ end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
 begin
-  return query execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+  for keyring_id, version, rows in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     'select e.keyring_id, e.version, count(*)' || v_from || '
     where t.%1$s is not null and ($1 is null or e.keyring_id = any ($1))
-    group by 1, 2') || ') using keyrings;
+    group by 1, 2') || ') using keyrings loop
+    return next;
+  end loop;
 end
 '),
     ('scan', 'relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'stable', '

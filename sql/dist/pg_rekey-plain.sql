@@ -2073,6 +2073,9 @@ language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if relation <> 'rekey.secrets'::regclass then
+    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  end if;
   return query
     select s.keyring_id, s.key_version, count(*)
     from rekey.secrets s
@@ -2090,6 +2093,9 @@ language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if relation <> 'rekey.secrets'::regclass then
+    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  end if;
   with found as materialized (
     select s.ctid as row, s.tenant_id, s.id, s.ciphertext
     from rekey.secrets s
@@ -2121,6 +2127,9 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if relation <> 'rekey.secrets'::regclass then
+    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  end if;
   with due as materialized (
     select s.ctid as row, s.tenant_id, s.id, s.ciphertext
     from rekey.secrets s
@@ -2153,6 +2162,9 @@ as $$
 declare
   v_count bigint;
 begin
+  if relation <> 'rekey.secrets'::regclass then
+    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  end if;
   update rekey.secrets s set ciphertext = u.ciphertext
   from unnest(rows, ciphertexts) as u(row, ciphertext)
   where s.ctid = u.row;
@@ -2619,10 +2631,12 @@ end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
 begin
-  return query execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+  for keyring_id, version, rows in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     'select e.keyring_id, e.version, count(*)' || v_from || '
     where t.%1$s is not null and ($1 is null or e.keyring_id = any ($1))
-    group by 1, 2') || ') using keyrings;
+    group by 1, 2') || ') using keyrings loop
+    return next;
+  end loop;
 end
 '),
     ('scan', 'relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'stable', '

@@ -28,9 +28,19 @@ from pg_proc p
 join pg_language l on l.oid = p.prolang and l.lanname = 'plpgsql'
 left join pg_trigger t on t.tgfoid = p.oid and not t.tgisinternal
 cross join lateral plpgsql_check_function_tb(p.oid, coalesce(t.tgrelid, 0), security_warnings => true) c
-where p.pronamespace in ('rekey'::regnamespace, 'public'::regnamespace)
+where p.pronamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace, 'public'::regnamespace)
   and (p.prorettype <> 'trigger'::regtype or t.oid is not null)
 order by 1, 2, 3
+"""
+# The functions that are made for a column of the user's.
+PROTECTED = """
+create temporary table pg_rekey_kek (kek bytea);
+insert into pg_rekey_kek values (sha256('lint'));
+select rekey.unlock_copied('session'), rekey.register_kek(), rekey.create_keyring('default');
+drop table pg_rekey_kek;
+create table public.lint (id int primary key, b bytea, t text);
+select rekey.protect_column('lint', 'b', encrypt_on_write => true),
+  rekey.protect_column('lint', 't', encrypt_on_write => true);
 """
 # What functions refer to, and is not there when they are checked: the Vault, pg_cron.
 STAND_INS = """
@@ -85,6 +95,7 @@ def plpgsql_check() -> list[str] | None:
             return None
         connection.execute("create extension plpgsql_check")
         connection.execute(STAND_INS)
+        connection.execute(PROTECTED)
         return [f"{name}: {state}: {message}" for name, state, message in connection.execute(FUNCTIONS)]
 
 
