@@ -2,14 +2,20 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(44 + 1);
+select plan(53 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
+  ('adopt_column', 'target regclass, column_name name, formats text[] DEFAULT ''{plaintext}''::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
+  ('adopt_vault', 'keyring text DEFAULT ''default''::text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'bigint'),
+  ('adoption_batch', 'rotation_id bigint', 'rekey._adoption'),
+  ('adoption_preview', 'target regclass, column_name name, formats text[] DEFAULT ''{plaintext}''::text[], force boolean DEFAULT false, relation regclass DEFAULT NULL::regclass, first tid DEFAULT ''(0,0)''::tid', 'rekey._adoption'),
+  ('adoption_store', 'rotation_id bigint, relation regclass', 'bigint'),
   ('audit_checkpoint', '', 'jsonb'),
   ('can_access_tenant', 'tenant_id uuid', 'boolean'),
   ('cancel_key_destruction', 'keyring text, version integer', 'void'),
   ('clear_schedule', 'keyring text DEFAULT ''default''::text', 'void'),
+  ('create_decrypted_view', 'target regclass', 'text'),
   ('create_keyring', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, rotate_every interval DEFAULT NULL::interval', 'rekey.keyrings'),
   ('decrypt', 'ciphertext bytea, context text[] DEFAULT ''{}''::text[]', 'bytea'),
   ('decrypt', 'ciphertext text, context text[] DEFAULT ''{}''::text[]', 'bytea'),
@@ -27,6 +33,7 @@ insert into contract values
   ('mark_key_compromised', 'keyring text, version integer, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
   ('metrics', '', 'TABLE(name text, labels jsonb, value double precision)'),
   ('pause_rotation', 'id bigint', 'void'),
+  ('protect_column', 'target regclass, column_name name, keyring text DEFAULT ''default''::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false', 'text'),
   ('read_secrets', 'names text[] DEFAULT NULL::text[], tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'TABLE(name text, value text)'),
   ('register_kek', 'replace_lost boolean DEFAULT false', 'integer'),
   ('resolve_failure', 'id bigint, action text, reason text DEFAULT NULL::text', 'void'),
@@ -46,6 +53,8 @@ insert into contract values
   ('tick', '', 'procedure'),
   ('unlock', 'kek bytea, scope text DEFAULT ''transaction''::text', 'text'),
   ('unlock_copied', 'scope text DEFAULT ''transaction''::text', 'text'),
+  ('unprotect_column', 'label text', 'void'),
+  ('unprotect_column', 'target regclass, column_name name, decrypt boolean DEFAULT false', 'bigint'),
   ('unschedule_worker', '', 'boolean'),
   ('verify_audit_log', 'anchor jsonb DEFAULT NULL::jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text', 'record'),
   ('verify_ciphertexts', 'keyring text DEFAULT NULL::text', 'SETOF rekey.verified_rows'),
