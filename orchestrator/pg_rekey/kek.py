@@ -50,19 +50,36 @@ def parse(text: str, source: str = "the KEK") -> bytes:
 
 def read(name: str = CURRENT) -> bytes | None:
     """Return the KEK that NAME, NAME_FILE or NAME_COMMAND gives, or None where none of them is set."""
+    found = _given(name)
+    return parse(_text(*found), _source(found[0])) if found else None
+
+
+def read_text(name: str) -> str | None:
+    """Return the text that NAME, NAME_FILE or NAME_COMMAND gives, or None where none of them is set."""
+    found = _given(name)
+    return _text(*found) if found else None
+
+
+def _given(name: str) -> tuple[str, str] | None:
+    """Return which of the three variables is set, and to what."""
     given = {
         variable: value
         for variable in (name, f"{name}_FILE", f"{name}_COMMAND")
         if (value := os.environ.get(variable))
     }
-    if not given:
-        return None
     if len(given) > 1:
         raise Problem(f"{' and '.join(given)} are set together", "Set only one of them.", LOCKED)
-    [(variable, value)] = given.items()
-    if variable == name:
-        return parse(value, variable)
-    return read_file(value, variable) if variable.endswith("_FILE") else _run(value, variable)
+    return next(iter(given.items()), None)
+
+
+def _text(variable: str, value: str) -> str:
+    if variable.endswith("_FILE"):
+        return _file_text(value, variable)
+    return _run(value, variable) if variable.endswith("_COMMAND") else value
+
+
+def _source(variable: str) -> str:
+    return f"what {variable} prints" if variable.endswith("_COMMAND") else variable
 
 
 def require(name: str = CURRENT) -> bytes:
@@ -79,16 +96,18 @@ def require(name: str = CURRENT) -> bytes:
 
 def read_file(path: str | Path, source: str = "the file") -> bytes:
     """Return the KEK that a file holds."""
+    return parse(_file_text(path, source), source)
+
+
+def _file_text(path: str | Path, source: str) -> str:
     try:
-        return parse(Path(path).read_text(encoding="ascii"), source)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise Problem(f"{source} cannot be read: {error.strerror}", None, LOCKED) from None
-    except UnicodeDecodeError:
-        return parse("", source)
 
 
-def _run(command: str, source: str) -> bytes:
-    """Return the KEK that a command prints. No shell, a time limit, and its output is never shown."""
+def _run(command: str, source: str) -> str:
+    """Return what a command prints. No shell, a time limit, and its output is never shown."""
     try:
         process = subprocess.Popen(
             shlex.split(command),
@@ -111,4 +130,4 @@ def _run(command: str, source: str) -> bytes:
         raise Problem(
             f"{source} ended with exit code {process.returncode}", "Its output is not shown.", LOCKED
         )
-    return parse(output.decode("ascii", "replace"), f"what {source} prints")
+    return output.decode("utf-8", "replace")

@@ -296,3 +296,40 @@ where (%(keyring)s::text is null or keyring = %(keyring)s)
   and (%(before)s::bigint is null or id < %(before)s)
 order by id desc
 limit %(limit)s
+
+-- name: adoption under way
+-- description: The adoption of a column that has not ended.
+select r.id, r.formats, r.forced
+from rekey.rotation_status r
+join rekey.column_status s on s.label = r.adopts
+where s.relation = %s::regclass and s.column_name = %s and r.state in ('queued', 'running', 'paused', 'verifying', 'failed')
+
+-- name: adopt column
+-- description: Queue the adoption of a column.
+select * from rekey.adopt_column(%s::regclass, %s, %s, %s, %s)
+
+-- name: adoption batch
+-- description: Adopt a batch as far as the server can; what only the client can open comes back.
+select a.relation::oid as relation, a.rows::text[] as rows, a.keys, a.formats, a.legacy
+from rekey.adoption_batch(%s) a
+
+-- name: adoption preview
+-- description: What an adoption would find in one range of a column.
+select a.relation::oid as relation, a.keys, a.formats, a.problems, a.legacy, a.next::text as next, a.next_relation::oid as next_relation
+from rekey.adoption_preview(%s::regclass, %s, %s, %s, %s::oid::regclass, %s::tid) a
+
+-- name: columns
+-- description: Protected columns, and whether each can be swept.
+select * from rekey.column_status order by label
+
+-- name: protect column
+-- description: Put a column under rotation.
+select rekey.protect_column(%s::regclass, %s, %s, %s::name[], %s)
+
+-- name: unprotect column
+-- description: Take a column out of rotation; how many rows were still encrypted.
+select rekey.unprotect_column(%s::regclass, %s, %s)
+
+-- name: adopt vault
+-- description: Copy the secrets of the Supabase Vault.
+select rekey.adopt_vault(%s, %s)

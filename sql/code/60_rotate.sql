@@ -2,9 +2,11 @@
 
 create or replace view rekey.rotation_status as
 select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
-  r.attempts, r.last_error, r.next_attempt_at, r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at
+  r.attempts, r.last_error, r.next_attempt_at, r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
+  p.label as adopts, r.formats, r.forced
 from rekey.rotations r
-join rekey.keyrings k on k.id = r.keyring_id;
+join rekey.keyrings k on k.id = r.keyring_id
+left join rekey.protected_columns p on p.id = r.column_id;
 comment on view rekey.rotation_status is 'Every rotation and how far it is.';
 comment on column rekey.rotation_status.id is 'Number of the rotation.';
 comment on column rekey.rotation_status.keyring is 'Keyring that is rotated.';
@@ -25,6 +27,9 @@ comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
 comment on column rekey.rotation_status.started_at is 'When the first row was looked at.';
 comment on column rekey.rotation_status.finished_at is 'When it ended.';
+comment on column rekey.rotation_status.adopts is 'Protected column that it adopts; NULL for other rotations.';
+comment on column rekey.rotation_status.formats is 'As what its values may be taken; NULL for other rotations.';
+comment on column rekey.rotation_status.forced is 'Whether values that look like another format are taken for plaintext.';
 grant select on rekey.rotation_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._is_under_way(state text) returns boolean

@@ -30,8 +30,10 @@ begin
   return case
     when substr(value, 1, 3) = '\x524b01'::bytea or v_start like 'rk1:%' then 'envelope'
     when v_start like '-----BEGIN PGP MESSAGE-----%' then 'pgp_sym'
-    -- A symmetric-key encrypted session key packet of version 4 (RFC 4880, 5.3), in new or old form.
-    when octet_length(value) > 20 and get_byte(value, 0) in (195, 140) and get_byte(value, 2) = 4 then 'pgp_sym'
+    -- A symmetric-key encrypted session key packet (RFC 4880, 5.3), in new or old form: its length, version 4, and how
+    -- the key is made of the passphrase.
+    when octet_length(value) > 20 and get_byte(value, 0) in (195, 140) and get_byte(value, 1) between 4 and 60
+      and get_byte(value, 2) = 4 and get_byte(value, 4) in (0, 1, 3) then 'pgp_sym'
     -- Version 0x80 and a time before the year 2242; https://github.com/fernet/spec
     when octet_length(value) >= 100 and v_start ~ '^gAAAAA[A-Za-z0-9_-]{34}$' then 'fernet'
     when v_start ~ '^v1:[A-Za-z0-9+/]{16,24}={0,2}:' then 'v1'
@@ -210,6 +212,7 @@ declare
   v_batch record;
   v_contexts bytea[];
   v_made rekey._sealed;
+  v_legacy bytea[];
   v_adoption rekey._adoption;
 begin
   select b.* into v_batch from rekey._call_read(
@@ -225,11 +228,13 @@ begin
     v_adoption.formats := v_made.formats;
     v_adoption.problems := v_made.problems;
     v_adoption.ciphertexts := v_made.ciphertexts;
+    v_legacy := array_fill(null::bytea, array[cardinality(v_batch.rows)]);
     for v_place in 1 .. cardinality(v_batch.rows) loop
       if v_made.ciphertexts[v_place] is null and v_made.problems[v_place] is null then
-        v_adoption.legacy[v_place] := rekey._legacy_bytes(v_batch.ciphertexts[v_place]);
+        v_legacy[v_place] := rekey._legacy_bytes(v_batch.ciphertexts[v_place]);
       end if;
     end loop;
+    v_adoption.legacy := v_legacy;
   end if;
   return v_adoption;
 end
@@ -444,14 +449,14 @@ declare
   v_problems text[];
   v_done bigint;
 begin
-  execute format('select array_agg(o."row" order by o.ctid), array_agg(o.plaintext order by o.ctid), array_agg(o.problem order by o.ctid) from pg_temp.%I o', 'pg_rekey_opened')
+  execute format('select array_agg(o."row"::tid order by o.ctid), array_agg(o.plaintext order by o.ctid), array_agg(o.problem order by o.ctid) from pg_temp.%I o', 'pg_rekey_opened')
   into v_rows, v_plaintexts, v_problems;
   v_done := rekey._adoption_store(rotation_id, relation, v_rows, v_plaintexts, v_problems);
   return v_done;
 end
 $$;
 comment on function rekey.adoption_store is
-  'For pg-rekey columns adopt: seals what the client opened of the last rekey.adoption_batch(), from the temporary table pg_rekey_opened ("row" tid, plaintext bytea, problem text), and returns how many. Where plaintext is NULL, the row goes into quarantine with its problem. Errors: as rekey.adoption_batch().';
+  'For pg-rekey columns adopt: seals what the client opened of the last rekey.adoption_batch(), from the temporary table pg_rekey_opened ("row" text, plaintext bytea, problem text), and returns how many. Where plaintext is NULL, the row goes into quarantine with its problem. Errors: as rekey.adoption_batch().';
 grant execute on function rekey.adoption_store to rekey_admin;
 
 create or replace function rekey.adoption_preview(

@@ -3399,14 +3399,82 @@ comment on function rekey.create_decrypted_view is
   'Makes the view <table>_decrypted beside a table, or makes it anew, and returns its name: as the table, with its protected columns opened, under the rights and policies of whoever reads it (security_invoker). A value that is no envelope is shown as it is. Its readers need SELECT on view and table, and rekey_app. Each row is opened by itself: select few. RK007: the table has no protected column.';
 grant execute on function rekey.create_decrypted_view to rekey_admin;
 
+-- sql/code/54_find.sql
+-- What was forgotten: envelopes in columns that are not protected, and columns that sound like secrets and hold none.
+
+create or replace function rekey.find_unprotected()
+returns table (relation regclass, column_name name, finding text, rows bigint, advice text)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set row_security = off  -- an error, where a policy would hide rows
+as $$
+declare
+  v_table record;
+  v_counts bigint[];
+begin
+  for v_table in
+    select c.oid::regclass as relation, array_agg(a.attname order by a.attnum) as names,
+      array_agg(a.attname ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)' order by a.attnum) as telling,
+      array_agg(s.label is not null order by a.attnum) as protected,
+      string_agg(format(case when a.atttypid = 'bytea'::regtype
+          then $q$count(*) filter (where substr(t.%1$I, 1, 3) = '\x524b01'), count(*) filter (where substr(t.%1$I, 1, 3) <> '\x524b01')$q$
+          else $q$count(*) filter (where left(t.%1$I, 4) = 'rk1:'), count(*) filter (where left(t.%1$I, 4) <> 'rk1:')$q$ end, a.attname),
+        ', ' order by a.attnum) as counts
+    from pg_class c
+    join pg_namespace n on n.oid = c.relnamespace
+    join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+      and a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype)
+    left join rekey.column_status s on s.relation = c.oid and s.column_name = a.attname
+    where c.relkind in ('r', 'p') and not c.relispartition and c.relpersistence <> 't'
+      and n.nspname !~ '^(pg_|information_schema$|rekey(_targets)?$|vault$|cron$)' and n.nspowner::regrole::text !~ '^"?supabase'
+    group by c.oid
+    order by c.oid::regclass::text
+  loop
+    relation := v_table.relation;
+    begin
+      execute format('select array[%s] from %s t', v_table.counts, relation) into v_counts;
+    exception when insufficient_privilege then
+      column_name := null;
+      finding := 'cannot be read';
+      rows := null;
+      advice := 'Look at it as its owner.';
+      return next;
+      continue;
+    end;
+    for v_place in 1 .. cardinality(v_table.names) loop
+      column_name := v_table.names[v_place];
+      if v_counts[2 * v_place - 1] > 0 and not v_table.protected[v_place] then
+        finding := 'holds envelopes, and is not protected';
+        rows := v_counts[2 * v_place - 1];
+        advice := format('select rekey.protect_column(%L, %L): without it no rotation takes these rows along.', relation, column_name);
+        return next;
+      end if;
+      if v_counts[2 * v_place] > 0 and (v_table.telling[v_place] or v_table.protected[v_place]) then
+        finding := case when v_table.protected[v_place] then 'is protected, and holds values that are not encrypted'
+          else 'sounds like a secret, and is not encrypted' end;
+        rows := v_counts[2 * v_place];
+        advice := case when v_table.protected[v_place] then format('select rekey.adopt_column(%L, %L)', relation, column_name)
+          else format('select rekey.protect_column(%L, %L), then rekey.adopt_column()', relation, column_name) end;
+        return next;
+      end if;
+    end loop;
+  end loop;
+end
+$$;
+comment on function rekey.find_unprotected is
+  'Columns that were forgotten: those that hold envelopes and are not protected, found by the header of the values; and those whose name sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. Reads every text and bytea column of the tables that the caller may read, with his rights; a table that he may not read whole is a finding. Left out are system schemas, those of Supabase, and temporary tables.';
+grant execute on function rekey.find_unprotected to rekey_admin, rekey_operator, rekey_auditor;
+
 -- sql/code/60_rotate.sql
 -- Beginning a rotation: a new version, active at once; the rows follow (61_engine.sql).
 
 create or replace view rekey.rotation_status as
 select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
-  r.attempts, r.last_error, r.next_attempt_at, r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at
+  r.attempts, r.last_error, r.next_attempt_at, r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
+  p.label as adopts, r.formats, r.forced
 from rekey.rotations r
-join rekey.keyrings k on k.id = r.keyring_id;
+join rekey.keyrings k on k.id = r.keyring_id
+left join rekey.protected_columns p on p.id = r.column_id;
 comment on view rekey.rotation_status is 'Every rotation and how far it is.';
 comment on column rekey.rotation_status.id is 'Number of the rotation.';
 comment on column rekey.rotation_status.keyring is 'Keyring that is rotated.';
@@ -3427,6 +3495,9 @@ comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
 comment on column rekey.rotation_status.started_at is 'When the first row was looked at.';
 comment on column rekey.rotation_status.finished_at is 'When it ended.';
+comment on column rekey.rotation_status.adopts is 'Protected column that it adopts; NULL for other rotations.';
+comment on column rekey.rotation_status.formats is 'As what its values may be taken; NULL for other rotations.';
+comment on column rekey.rotation_status.forced is 'Whether values that look like another format are taken for plaintext.';
 grant select on rekey.rotation_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._is_under_way(state text) returns boolean
@@ -4727,8 +4798,10 @@ begin
   return case
     when substr(value, 1, 3) = '\x524b01'::bytea or v_start like 'rk1:%' then 'envelope'
     when v_start like '-----BEGIN PGP MESSAGE-----%' then 'pgp_sym'
-    -- A symmetric-key encrypted session key packet of version 4 (RFC 4880, 5.3), in new or old form.
-    when octet_length(value) > 20 and get_byte(value, 0) in (195, 140) and get_byte(value, 2) = 4 then 'pgp_sym'
+    -- A symmetric-key encrypted session key packet (RFC 4880, 5.3), in new or old form: its length, version 4, and how
+    -- the key is made of the passphrase.
+    when octet_length(value) > 20 and get_byte(value, 0) in (195, 140) and get_byte(value, 1) between 4 and 60
+      and get_byte(value, 2) = 4 and get_byte(value, 4) in (0, 1, 3) then 'pgp_sym'
     -- Version 0x80 and a time before the year 2242; https://github.com/fernet/spec
     when octet_length(value) >= 100 and v_start ~ '^gAAAAA[A-Za-z0-9_-]{34}$' then 'fernet'
     when v_start ~ '^v1:[A-Za-z0-9+/]{16,24}={0,2}:' then 'v1'
@@ -4907,6 +4980,7 @@ declare
   v_batch record;
   v_contexts bytea[];
   v_made rekey._sealed;
+  v_legacy bytea[];
   v_adoption rekey._adoption;
 begin
   select b.* into v_batch from rekey._call_read(
@@ -4922,11 +4996,13 @@ begin
     v_adoption.formats := v_made.formats;
     v_adoption.problems := v_made.problems;
     v_adoption.ciphertexts := v_made.ciphertexts;
+    v_legacy := array_fill(null::bytea, array[cardinality(v_batch.rows)]);
     for v_place in 1 .. cardinality(v_batch.rows) loop
       if v_made.ciphertexts[v_place] is null and v_made.problems[v_place] is null then
-        v_adoption.legacy[v_place] := rekey._legacy_bytes(v_batch.ciphertexts[v_place]);
+        v_legacy[v_place] := rekey._legacy_bytes(v_batch.ciphertexts[v_place]);
       end if;
     end loop;
+    v_adoption.legacy := v_legacy;
   end if;
   return v_adoption;
 end
@@ -5141,14 +5217,14 @@ declare
   v_problems text[];
   v_done bigint;
 begin
-  execute format('select array_agg(o."row" order by o.ctid), array_agg(o.plaintext order by o.ctid), array_agg(o.problem order by o.ctid) from pg_temp.%I o', 'pg_rekey_opened')
+  execute format('select array_agg(o."row"::tid order by o.ctid), array_agg(o.plaintext order by o.ctid), array_agg(o.problem order by o.ctid) from pg_temp.%I o', 'pg_rekey_opened')
   into v_rows, v_plaintexts, v_problems;
   v_done := rekey._adoption_store(rotation_id, relation, v_rows, v_plaintexts, v_problems);
   return v_done;
 end
 $$;
 comment on function rekey.adoption_store is
-  'For pg-rekey columns adopt: seals what the client opened of the last rekey.adoption_batch(), from the temporary table pg_rekey_opened ("row" tid, plaintext bytea, problem text), and returns how many. Where plaintext is NULL, the row goes into quarantine with its problem. Errors: as rekey.adoption_batch().';
+  'For pg-rekey columns adopt: seals what the client opened of the last rekey.adoption_batch(), from the temporary table pg_rekey_opened ("row" text, plaintext bytea, problem text), and returns how many. Where plaintext is NULL, the row goes into quarantine with its problem. Errors: as rekey.adoption_batch().';
 grant execute on function rekey.adoption_store to rekey_admin;
 
 create or replace function rekey.adoption_preview(

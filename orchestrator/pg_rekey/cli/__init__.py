@@ -5,6 +5,7 @@ import click
 from pg_rekey import release
 from pg_rekey.cli import (
     audit,
+    columns,
     demo,
     doctor,
     init,
@@ -57,6 +58,7 @@ for command in (
     schedule.schedule,
     settings.settings,
     secrets.secrets,
+    columns.columns,
     audit.audit,
     metrics.metrics,
     serve.serve,

@@ -1,6 +1,7 @@
 """`pg-rekey rotate`: a new key now, and, with --wait, every row re-encrypted before it ends."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -66,7 +67,8 @@ def rotate(
         statement = "select * from rekey.rotate_keys(%s, %s, %s)"
         rotations = fetch(connection, statement, keyring, reason, supersede)
         if wait:
-            rotations = _follow(connection, out, [row["id"] for row in rotations])
+            ids = [row["id"] for row in rotations]
+            rotations = follow(connection, ids, lambda: _steps(connection))
         out.table(rotations, COLUMNS, empty="there is no keyring to rotate")
     if wait and any(row["state"] != "completed" for row in rotations):
         raise click.exceptions.Exit(UNFINISHED)
@@ -108,8 +110,8 @@ def _dry_run(connection: db.Connection, out: Output, keyring: str | None) -> Non
         raise click.exceptions.Exit(FINDINGS)
 
 
-def _follow(connection: db.Connection, out: Output, ids: list[int]) -> list[Row]:
-    """Take the steps of these rotations until they have ended, and show how far they are."""
+def follow(connection: db.Connection, ids: list[int], steps: Callable[[], None]) -> list[Row]:
+    """Take steps until these rotations have ended, and show how far they are."""
     console = Console(stderr=True, highlight=False)
     columns: tuple[ProgressColumn, ...] = (
         SpinnerColumn(),
@@ -138,7 +140,7 @@ def _follow(connection: db.Connection, out: Output, ids: list[int]) -> list[Row]
                 told = waiting
                 if not state["unfinished"]:
                     break
-                _steps(connection, ids)
+                steps()
     except KeyboardInterrupt:
         raise Problem(
             f"interrupted: {name} stays queued, and everything can be read and written",
@@ -150,7 +152,7 @@ def _follow(connection: db.Connection, out: Output, ids: list[int]) -> list[Row]
     return fetch(connection, "select * from rekey.rotation_status where id = any(%s) order by id", ids)
 
 
-def _steps(connection: db.Connection, ids: list[int]) -> None:
+def _steps(connection: db.Connection) -> None:
     """Work for a moment: the time between two looks at the progress."""
     until = time.monotonic() + 0.2
     while time.monotonic() < until:

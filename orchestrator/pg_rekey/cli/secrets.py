@@ -84,12 +84,24 @@ def rm(connection: db.Connection, out: Output, name: str, tenant: UUID) -> None:
 
 
 @secrets.command("import")
-@click.argument("path", type=InputPath)
+@click.argument("path", type=InputPath, required=False)
+@click.option("--vault", is_flag=True, help="In place of a file: the secrets of the Supabase Vault.")
 @tenant_option
 @keyring_option
 @database(unlocked=True)
-def import_(connection: db.Connection, out: Output, path: Path, tenant: UUID, keyring: str) -> None:
-    """Store all values of a .env file, in one transaction. ${...} is stored as it stands."""
+def import_(
+    connection: db.Connection, out: Output, path: Path | None, vault: bool, tenant: UUID, keyring: str
+) -> None:
+    """Store all values of a .env file, in one transaction. ${...} is stored as it stands.
+
+    With --vault, every secret of the Supabase Vault whose name is not taken; the Vault keeps its own.
+    """
+    if vault == (path is not None):
+        raise click.UsageError("a file, or --vault")
+    if path is None:
+        count = scalar(connection, db.query("adopt vault"), keyring, tenant)
+        out.done(f"{count} secrets copied from the Vault", copied=count)
+        return
     values = envfile.read(path)
     rows = fetch(connection, "select name, value from rekey.read_secrets(%s, %s)", list(values), tenant)
     known = {row["name"]: row["value"] for row in rows}

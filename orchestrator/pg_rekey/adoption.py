@@ -1,0 +1,148 @@
+"""Adoption of values that take a key: the server seals, this side opens what pgcrypto cannot."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+
+from pg_rekey import db, worker
+from pg_rekey.errors import LOCKED, Problem
+from pg_rekey.legacy import Keys
+
+PASSING = ("40001", "40P01", "55P03", "57014")  # another attempt may succeed
+ATTEMPTS = 8
+SHOWN_KEYS = 10
+
+
+@dataclass
+class Found:
+    """What a dry run found of one format."""
+
+    rows: int = 0
+    opens: int = 0
+    closed: list[str] = field(default_factory=list)  # the first rows that do not open
+
+
+def begin(
+    connection: db.Connection,
+    table: str,
+    column: str,
+    formats: Sequence[str],
+    force: bool,
+    reason: str | None,
+) -> int:
+    """Queue the adoption, or find the one of this column that is under way; return its number."""
+    [row] = connection.execute(db.query("adoption under way"), [table, column]).fetchall() or [{}]
+    if row:
+        if sorted(row["formats"]) != sorted(formats) or row["forced"] != force:
+            raise Problem(
+                f"rotation {row['id']} adopts this column from {', '.join(row['formats'])}",
+                "Repeat that command, or let it end first.",
+            )
+        return int(row["id"])
+    [row] = connection.execute(
+        db.query("adopt column"), [table, column, list(formats), force, reason]
+    ).fetchall()
+    return int(row["id"])
+
+
+def advance(connection: db.Connection, number: int, keys: Keys) -> Iterator[None]:
+    """Take the steps of an adoption until it has ended or somebody paused it."""
+    attempts = 0
+    while True:
+        state = connection.execute(
+            "select state from rekey.rotation_status where id = %s", [number]
+        ).fetchone()
+        if state is None or state["state"] not in ("queued", "running", "verifying"):
+            return
+        try:
+            # False: nothing is left of this pass, or somebody else has the last of it in hand.
+            if state["state"] != "running" or not _batch(connection, number, keys):
+                step = worker.step(connection)
+                if step["event"] == "locked":
+                    raise Problem(f"{step['detail']['error']}: it stays queued", None, LOCKED)
+                if step["event"] in ("idle", "waiting", "blocked", "error"):
+                    time.sleep(step["wait"].total_seconds() if step["wait"] else 0.2)
+            attempts = 0
+        except psycopg.Error as error:
+            attempts += 1
+            if error.sqlstate not in PASSING or attempts >= ATTEMPTS:
+                raise
+            time.sleep(min(2**attempts / 10, 5))
+        yield
+
+
+def preview(
+    connection: db.Connection, table: str, column: str, formats: Sequence[str], force: bool, keys: Keys
+) -> dict[str, Found]:
+    """Say what an adoption would find, by format; every transaction is taken back."""
+    found: dict[str, Found] = {}
+    relation: int | None = None
+    first = "(0,0)"
+    while True:
+        with connection.transaction(force_rollback=True):
+            _send_passphrases(connection, keys)
+            batch = connection.execute(
+                db.query("adoption preview"), [table, column, list(formats), force, relation, first]
+            ).fetchone()
+        assert batch is not None
+        for place, name in enumerate(batch["formats"] or []):
+            one = found.setdefault(name, Found())
+            one.rows += 1
+            value = batch["legacy"][place]
+            problem = batch["problems"][place]
+            if problem is None and (value is None or keys.open(name, value) is not None):
+                one.opens += 1
+            elif len(one.closed) < SHOWN_KEYS:
+                one.closed.append(batch["keys"][place])
+        if batch["next"] is None and batch["next_relation"] is None:
+            return found
+        relation = batch["relation"] if batch["next"] else batch["next_relation"]
+        first = batch["next"] or "(0,0)"
+
+
+def _batch(connection: db.Connection, number: int, keys: Keys) -> bool:
+    """Adopt a batch in a transaction; tell whether there was one."""
+    with connection.transaction():
+        _send_passphrases(connection, keys)
+        batch = connection.execute(db.query("adoption batch"), [number]).fetchone()
+        if batch is None or batch["relation"] is None:
+            return False
+        opened: list[tuple[str, bytes | None, str | None]] = []
+        for place, row in enumerate(batch["rows"] or []):
+            value = batch["legacy"][place]
+            if value is None:
+                continue
+            name = batch["formats"][place]
+            plaintext = keys.open(name, value)
+            problem = None if plaintext is not None else f"{name} does not open: damaged, or another key"
+            opened.append((row, plaintext, problem))
+        if opened:
+            connection.execute(
+                'create temporary table pg_rekey_opened ("row" text, plaintext bytea, problem text)'
+                " on commit drop"
+            )
+            _copy(connection, "pg_rekey_opened", ["text", "bytea", "text"], opened)
+            connection.execute(
+                "select rekey.adoption_store(%s, %s::oid::regclass)", [number, batch["relation"]]
+            )
+    return True
+
+
+def _send_passphrases(connection: db.Connection, keys: Keys) -> None:
+    if keys.passphrases:
+        connection.execute("create temporary table pg_rekey_passphrases (passphrase bytea) on commit drop")
+        _copy(connection, "pg_rekey_passphrases", ["bytea"], [(one,) for one in keys.passphrases])
+
+
+def _copy(connection: db.Connection, table: str, types: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Fill a temporary table by binary COPY, which no log shows."""
+    with (
+        connection.cursor() as cursor,
+        cursor.copy(f"copy pg_temp.{table} from stdin binary".encode()) as copy,
+    ):
+        copy.set_types(types)
+        for row in rows:
+            copy.write_row(row)

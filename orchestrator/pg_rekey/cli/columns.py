@@ -1,0 +1,167 @@
+"""`pg-rekey columns`: the user's own tables."""
+
+import time
+
+import click
+
+from pg_rekey import adoption, db, worker
+from pg_rekey.adoption import SHOWN_KEYS
+from pg_rekey.cli.base import Output, confirm, database, fetch, output, reason_option, scalar, yes_option
+from pg_rekey.cli.rotate import follow
+from pg_rekey.cli.rotations import COLUMNS
+from pg_rekey.errors import FINDINGS, UNFINISHED
+from pg_rekey.legacy import FORMATS, Keys
+
+SHOWN = ("label", "relation", "column_name", "keyring", "context_columns", "encrypt_on_write", "problem")
+
+
+@click.group()
+def columns() -> None:
+    """Columns of your own tables: protect, adopt what is there, find what was forgotten."""
+
+
+@columns.command("list")
+@database()
+def list_(connection: db.Connection, out: Output) -> None:
+    """List the protected columns, and what blocks them."""
+    out.table(fetch(connection, db.query("columns")), SHOWN, empty="no column is protected")
+
+
+@columns.command()
+@click.argument("table")
+@click.argument("column")
+@click.option("--keyring", default="default", show_default=True, metavar="NAME")
+@click.option("--context", metavar="A,B", help="What tells rows apart; the primary key by default.")
+@click.option("--encrypt-on-write", is_flag=True, help="A trigger encrypts what is written.")
+@database(unlocked=True)
+def protect(
+    connection: db.Connection,
+    out: Output,
+    table: str,
+    column: str,
+    keyring: str,
+    context: str | None,
+    encrypt_on_write: bool,
+) -> None:
+    """Put a bytea or text column under rotation; no value changes yet. What envelopes break: warnings."""
+    names = [name.strip() for name in context.split(",")] if context is not None else None
+    label = scalar(connection, db.query("protect column"), table, column, keyring, names, encrypt_on_write)
+    out.done(
+        f"{label} is protected; `pg-rekey columns adopt` encrypts what is there", label=label, keyring=keyring
+    )
+
+
+@columns.command()
+@click.argument("table")
+@click.argument("column")
+@click.option(
+    "--from",
+    "formats",
+    type=click.Choice(FORMATS),
+    multiple=True,
+    required=True,
+    help="As what values may be taken; several may be given.",
+)
+@click.option("--dry-run", is_flag=True, help="Open every value, change nothing, count them by format.")
+@click.option("--force", is_flag=True, help="With plaintext: also what looks encrypted in another format.")
+@reason_option
+@output
+def adopt(
+    out: Output,
+    table: str,
+    column: str,
+    formats: tuple[str, ...],
+    dry_run: bool,
+    force: bool,
+    reason: str | None,
+) -> None:
+    """Encrypt what stands in a protected column and is no envelope yet: online, in batches.
+
+    The keys come from PG_REKEY_FROM_PGP_SYM, PG_REKEY_FROM_FERNET, PG_REKEY_FROM_V1 and
+    PG_REKEY_FROM_AES_GCM, each also as _FILE or _COMMAND, one key a line. Repeated after an
+    interruption, it goes on where it stopped. A value that does not open is left as it is, and named:
+    exit code 4.
+    """
+    formats = tuple(dict.fromkeys(formats))
+    keys = Keys.from_environment(formats)
+    with worker.connect() as connection:
+        if dry_run:
+            _dry_run(connection, out, table, column, formats, force, keys)
+            return
+        number = adoption.begin(connection, table, column, formats, force, reason)
+        advance = adoption.advance(connection, number, keys)
+        rotations = follow(connection, [number], lambda: next(advance, None))
+        out.table(rotations, COLUMNS)
+    if any(row["state"] != "completed" for row in rotations):
+        raise click.exceptions.Exit(UNFINISHED)
+
+
+def _dry_run(
+    connection: db.Connection,
+    out: Output,
+    table: str,
+    column: str,
+    formats: tuple[str, ...],
+    force: bool,
+    keys: Keys,
+) -> None:
+    begun = time.monotonic()
+    found = adoption.preview(connection, table, column, formats, force, keys)
+    rows = [
+        {
+            "format": name,
+            "rows": one.rows,
+            "would_open": one.opens,
+            "would_not": one.rows - one.opens,
+            "keys": one.closed,
+        }
+        for name, one in sorted(found.items())
+    ]
+    closed = sum(one.rows - one.opens for one in found.values())
+    if out.json:
+        out.document(rows)
+    else:
+        out.table(rows, ("format", "rows", "would_open", "would_not"), empty="every value is an envelope")
+        for name, one in sorted(found.items()):
+            if one.closed:
+                more = ", ..." if one.rows - one.opens > SHOWN_KEYS else ""
+                out.say(f"{name} would not open: {', '.join(one.closed)}{more}")
+        out.say(f"looked at in {time.monotonic() - begun:.1f} s; nothing was changed")
+    if closed:
+        raise click.exceptions.Exit(FINDINGS)
+
+
+@columns.command()
+@click.argument("table")
+@click.argument("column")
+@click.option("--decrypt", is_flag=True, help="Decrypt what is encrypted, in batches.")
+@yes_option
+@output
+def unprotect(out: Output, table: str, column: str, decrypt: bool, yes: bool) -> None:
+    """Take a column out of rotation. It is refused while rows are encrypted, unless --decrypt."""
+    with worker.connect() as connection:
+        if decrypt:
+            confirm(connection, f"Write the plain values of {table}.{column} back?", yes)
+        while left := scalar(connection, db.query("unprotect column"), table, column, decrypt):
+            click.echo(f"{left} rows to decrypt", err=True)
+    out.done(f"{table}.{column} is not protected any more", table=table, column=column)
+
+
+@columns.command()
+@click.argument("table")
+@database()
+def view(connection: db.Connection, out: Output, table: str) -> None:
+    """Make the view TABLE_decrypted, which shows the rows opened, under the rights of whoever reads it."""
+    name = scalar(connection, "select rekey.create_decrypted_view(%s::regclass)", table)
+    out.done(f"view {name} made; grant SELECT on it to its readers", view=name)
+
+
+@columns.command()
+@database()
+def find(connection: db.Connection, out: Output) -> None:
+    """Find columns that were forgotten, by counting; no value is shown. Exit code 5 if there are any."""
+    rows = fetch(connection, "select * from rekey.find_unprotected()")
+    shown = ("relation", "column_name", "finding", "rows", "advice")
+    out.table(rows, shown, empty="nothing was forgotten")
+    if rows:
+        raise click.exceptions.Exit(FINDINGS)
