@@ -1,42 +1,20 @@
 """Columns of the user's own tables: registered, adopted, rotated, verified and let go."""
 
-import itertools
-import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from psycopg import errors, sql
+from psycopg import errors
 
+from column_fixtures import protect
 from driving import fill, in_background, refused, rotate, rotation, run, step, step_until
 from helpers import Connection, connect, create_database, initialize, install, unlock, value
 from pg_rekey import local, release
 
-numbers = itertools.count(1)
-
-
-@pytest.fixture
-def owner(ready: Connection, db: str) -> Iterator[str]:
-    """A login role that owns the schema `app`, and administers keys."""
-    name = f"owner_{os.getpid()}_{next(numbers)}"
-    ready.execute(f"create role {name} login in role rekey_admin, rekey_app".encode())
-    ready.execute(f"create schema app authorization {name}".encode())
-    yield name
-    with connect(db) as connection:
-        connection.execute(f"drop owned by {name} cascade".encode())
-        connection.execute(f"drop role {name}".encode())
-
-
-@pytest.fixture
-def app(owner: str, session: Callable[[], Connection]) -> Connection:
-    """A session of the owner of schema `app`, unlocked."""
-    connection = session()
-    connection.execute(sql.SQL("set role {}").format(sql.Identifier(owner)))
-    connection.execute("set search_path = app")
-    return connection
+pytest_plugins = ["column_fixtures"]
 
 
 # name: definition, column, context, rows, how a row is told, and its plain value
@@ -87,18 +65,6 @@ SHAPES: dict[str, tuple[LiteralString, str, str, LiteralString]] = {
         """insert into "Odd %s $1" select g, 'o' || g from generate_series(1, 300) g""",
     ),
 }
-
-
-def protect(connection: Connection, table: str, column: str = "v", **options: Any) -> str:
-    names = {
-        name: sql.SQL("{} => {}").format(sql.Identifier(name), sql.Literal(it))
-        for name, it in options.items()
-    }
-    call = sql.SQL("select rekey.protect_column({})").format(
-        sql.SQL(", ").join([sql.Literal(table), sql.Literal(column), *names.values()])
-    )
-    [(label,)] = connection.execute(call).fetchall()  # without parameters: names may have a %
-    return str(label)
 
 
 def adopt(app: Connection, ready: Connection, table: str, column: str = "v") -> int:

@@ -2927,6 +2927,9 @@ begin
   v_envelope := rekey._seal(%5$s, v_plaintext, v_context);
   new.%1$s := %6$s;
   return new;
+exception when undefined_column then
+  raise exception 'a column that pg_rekey encrypts, or its context, was renamed' using errcode = 'RK005',
+    hint = format('Repeat rekey.protect_column(%%L, ..., encrypt_on_write => true) as the owner of the table.', tg_relid::regclass);
 end
 $body$, v_names[1], format(v_context, 'new'), format(v_context, 'old'),
     case when protected.is_text then format('convert_to(new.%s, ''UTF8'')', v_names[1]) else 'new.' || v_names[1] end,
