@@ -579,3 +579,30 @@ def test_adoption_goes_on_after_the_server_was_killed(kek: bytes) -> None:
             assert (
                 value(connection, "select sum(rows) - sum(failed) from rekey.verify_ciphertexts()") == 20000
             )
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        "vacuum full t",
+        "cluster t using t_pkey",
+        "alter table t add column m text default random()::text",
+        "truncate t",
+    ],
+)
+def test_the_table_is_rewritten_in_the_middle(ready: Connection, app: Connection, rewrite: str) -> None:
+    simple(app, ready, 3000)
+    number = rotate(ready)
+    while rotation(ready, number, "rows_done") == 0:
+        step(ready)
+    app.execute(rewrite.encode())
+    for _ in range(3):
+        step(ready)
+    if rewrite != "truncate t":
+        app.execute("update t set n = 1")
+    run(ready)
+    assert rotation(ready, number, "state", "rows_failed", "last_error") == ("completed", 0, None)
+    left = value(app, "select count(*) from t")
+    assert left in (3000, 0)
+    usage = ready.execute("select version, rows from rekey.key_usage() order by version").fetchall()
+    assert usage == [(1, 0), (2, left)]

@@ -1,0 +1,303 @@
+"""An owner of a protected table who is after keys, other people's rows, or an untrue `completed`."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import LiteralString
+
+import psycopg
+import pytest
+
+from column_fixtures import protect
+from driving import refused, rotate, rotation, run, step, step_until
+from helpers import Connection, connect, unlock, value
+
+pytest_plugins = ["column_fixtures"]
+
+# Notes who it runs as, and what that role can read and call of ours.
+SPY: LiteralString = """
+    create table spied (who text, "where" text, got text);
+    create function spy("where" text) returns boolean language plpgsql as $$
+    declare
+      v_try text;
+      v_got text;
+    begin
+      foreach v_try in array array[
+        'select count(*) from rekey.encryption_keys', 'select key from rekey._session_key',
+        'select * from rekey._kek()', 'select rekey._session_keks()',
+        'select rekey._reencrypt(''{}'', ''{}'')', 'set role rekey_owner', 'set role rekey_sweeper',
+        'select rekey._adopt(''{}'', ''{}'', 1, true, ''{}'', true, ''{}'')',
+        'set session authorization postgres', 'create role rekey_mine superuser'] loop
+        begin
+          execute v_try into v_got;
+          insert into app.spied values (current_user, "where", v_try || ': ' || coalesce(v_got, 'done'));
+        exception when others then
+          insert into app.spied values (current_user, "where", null);
+        end;
+      end loop;
+      return true;
+    end
+    $$;
+    create function spy_trigger() returns trigger language plpgsql as $$
+    begin perform app.spy(tg_name); return new; end $$;
+"""
+TABLE: LiteralString = "create table t (id int primary key, v text, n int default 0)"
+FILL: LiteralString = """
+    insert into t select g, rekey.encrypt_text('v' || g, context => array['app.t.v', g::text])
+    from generate_series(1, 5) g"""
+
+
+@pytest.fixture
+def table(app: Connection) -> None:
+    app.execute(TABLE)
+    protect(app, "t")
+    app.execute(FILL)
+
+
+@pytest.mark.parametrize("worker", ["superuser", "rekey_operator"])
+def test_what_a_sweep_fires_runs_as_the_owner_and_gets_nothing(
+    ready: Connection, app: Connection, owner: str, session: Callable[[], Connection], worker: str
+) -> None:
+    app.execute(SPY)
+    app.execute(TABLE)
+    protect(app, "t")
+    app.execute(FILL)
+    app.execute("""
+        alter table t add constraint spied check (app.spy('check'));
+        create trigger before_row before update on t for each row execute function spy_trigger();
+        create trigger after_row after update on t for each row execute function spy_trigger();
+        create trigger statement after update on t for each statement execute function spy_trigger();
+        create constraint trigger deferred after update on t deferrable initially deferred
+          for each row execute function spy_trigger();
+        alter table t enable row level security;
+        create policy spied on t using (app.spy('policy')) with check (app.spy('policy'));
+        truncate spied""")
+    worker_session = session()
+    if worker == "rekey_operator":
+        worker_session.execute("set role rekey_operator")
+    number = rotate(ready)
+    run(worker_session)
+    assert rotation(ready, number, "state", "rows_done") == ("completed", 5)
+    assert ready.execute("select distinct who, got from app.spied").fetchall() == [(owner, None)]
+    places = value(ready, 'select array_agg(distinct "where" order by "where") from app.spied')
+    assert places == ["after_row", "before_row", "check", "deferred", "statement"]
+    assert value(worker_session, "select current_setting('rekey.sweeping', true)") in ("", None)
+
+
+LYING = """
+    create or replace function rekey_targets.column_1_count(relation regclass, keyrings integer[])
+    returns table (keyring_id integer, version integer, rows bigint) language plpgsql stable security definer
+    set search_path = pg_catalog, pg_temp as $$ begin perform pg_sleep({}); return; end $$"""
+
+
+@pytest.mark.parametrize(
+    "altered",
+    [
+        "alter function rekey_targets.column_1_read security invoker",
+        "alter function rekey_targets.column_1_write set search_path = app",
+        "alter function rekey_targets.column_1_sql volatile",
+        "drop function rekey_targets.column_1_sql",
+        "revoke execute on function rekey_targets.column_1_scan from rekey_sweeper",
+    ],
+)
+def test_an_altered_function_is_not_called(
+    ready: Connection, app: Connection, table: None, altered: str
+) -> None:
+    app.execute(altered.encode())
+    for call in ("select rekey.key_usage()", "select rekey.verify_ciphertexts()"):
+        with refused("RK005"):
+            ready.execute(call.encode())
+    protect(app, "t")
+    assert value(ready, "select sum(rows) from rekey.key_usage()") == 5
+
+
+def test_the_owner_cannot_replace_a_function(ready: Connection, app: Connection, table: None) -> None:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        app.execute(LYING.format(0).encode())
+    ready.execute(LYING.format(0).encode())
+    with refused("RK005"):
+        ready.execute("select rekey.key_usage()")
+
+
+def test_a_function_that_is_altered_while_it_runs_has_no_effect(
+    ready: Connection, app: Connection, table: None, session: Callable[[], Connection]
+) -> None:
+    """Replaced by one that lies, and put back before the engine looks again."""
+    original = value(app, "select pg_get_functiondef('rekey_targets.column_1_count'::regproc)")
+    # The engine looks at the bodies, then is held up before it calls: by a lock on the first target.
+    blocker = session()
+    blocker.execute("begin; lock table rekey.secrets in access exclusive mode")
+    errors: list[str | None] = []
+
+    def count() -> None:
+        try:
+            counter = session()
+            counter.execute("select rekey.key_usage()")
+            errors.append(None)
+        except psycopg.Error as error:
+            errors.append(error.sqlstate)
+
+    counting = threading.Thread(target=count)
+    counting.start()
+    waiting: LiteralString = (
+        "select count(*) from pg_locks where not granted and relation = 'rekey.secrets'::regclass"
+    )
+    until = time.monotonic() + 10
+    while value(ready, waiting) == 0:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    ready.execute(LYING.format(1.5).encode())
+    blocker.execute("commit")
+    time.sleep(0.5)
+    ready.execute(original.encode())
+    counting.join(20)
+    assert errors == ["RK005"]
+    assert value(ready, "select sum(rows) from rekey.key_usage()") == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        """perform set_config('request.jwt.claims', '{"sub": "somebody else"}', false)""",
+        "perform set_config('rekey.unlocked', '', false)",
+        "perform set_config('request.method', 'POST', true)",
+    ],
+)
+def test_a_trigger_that_changes_who_acts_fails_the_batch(
+    ready: Connection, app: Connection, table: None, change: str
+) -> None:
+    app.execute(
+        f"create function f() returns trigger language plpgsql as"
+        f" $$ begin {change}; return new; end $$".encode()
+    )
+    app.execute("create trigger f before update on t for each row execute function f()")
+    ready.execute("select rekey.set_setting('max_attempts', '1')")
+    number = rotate(ready)
+    before = ready.execute("select current_setting('rekey.unlocked', true)").fetchone()
+    step_until(ready, "error")
+    assert rotation(ready, number, "state") == "failed"
+    assert "who acts" in rotation(ready, number, "last_error")
+    assert value(ready, "select coalesce(current_setting('request.jwt.claims', true), '')") == ""
+    assert ready.execute("select current_setting('rekey.unlocked', true)").fetchone() == before
+    assert value(ready, "select count(*) from rekey.audit_log where jwt_subject is not null") == 0
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "create rule keep as on update to t do instead nothing",
+        "create rule more as on update to t do also delete from t where id = 1",
+    ],
+)
+def test_rules_keep_no_row_unnoticed(ready: Connection, app: Connection, table: None, rule: str) -> None:
+    app.execute(rule.encode())
+    ready.execute("select rekey.set_setting('max_attempts', '1')")
+    number = rotate(ready)
+    for _ in range(50):
+        if step(ready)[0] in ("error", "idle"):
+            break
+    state, done = rotation(ready, number, "state", "rows_done")
+    left = value(ready, "select count(*) from app.t")
+    assert (state, done, left) == ("failed", 0, 5) or (state, left) == ("completed", 4)
+
+
+def test_the_lent_right_is_taken_back(ready: Connection, app: Connection, owner: str) -> None:
+    app.execute(TABLE)
+    may = "select has_schema_privilege(%s, 'rekey_targets', 'create')"
+    app.execute("select rekey._register_column('t', 'v', 'default', null, false)")
+    assert value(ready, may, owner)  # who calls it by hand keeps it, for the moment
+    app.execute("create table u (id int primary key, v text)")
+    protect(app, "u")
+    assert not value(ready, may, owner)
+    with refused("RK005"):
+        ready.execute("select rekey.key_usage()")
+    protect(app, "t")
+    ready.execute("select rekey.key_usage()")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        app.execute("create function rekey_targets.column_9_count() returns int return 1")
+
+
+def test_a_stranger_adopts_nothing(
+    ready: Connection, app: Connection, table: None, session: Callable[[], Connection]
+) -> None:
+    app.execute("insert into t values (9, 'gAAAAA' || repeat('x', 120))")
+    number = value(app, "select id from rekey.adopt_column('t', 'v', '{fernet}')")
+    step_until(ready, "planned")
+    stranger = session()
+    stranger.execute("set role rekey_admin")
+    for call in (
+        f"select rekey._adoption_batch({number}, null)",
+        f"select rekey._adoption_store({number}, 'app.t', array['(0,9)'::tid], array['x'::bytea], null)",
+        "select rekey._adoption_preview('app.t', 'v', null, '(0,0)', '{plaintext}', true, null)",
+        f"select rekey.adoption_batch({number})",
+    ):
+        with refused("42501"):
+            stranger.execute(call.encode())
+    assert value(app, "select count(*) from t where v like 'gAAAAA%%'") == 1
+
+
+def test_rows_that_are_no_part_of_a_batch_are_left(ready: Connection, app: Connection, table: None) -> None:
+    """What is an envelope already is not written, whatever the client says."""
+    app.execute("insert into t values (9, 'gAAAAA' || repeat('x', 120))")
+    number = value(app, "select id from rekey.adopt_column('t', 'v', '{fernet}')")
+    step_until(ready, "planned")
+    before = app.execute("select * from t where id < 9 order by id").fetchall()
+    with app.transaction():
+        app.execute("select rekey.adoption_batch(%s)", [number])
+        store = """
+            select rekey._adoption_store(%s, 'app.t', array_agg(ctid), array_agg('forged'::bytea), null)
+            from t"""
+        assert value(app, store, number) == 1
+    assert app.execute("select * from t where id < 9 order by id").fetchall() == before
+    assert value(app, "select rekey.decrypt_text(v, array['app.t.v', '9']) from t where id = 9") == "forged"
+
+
+def test_objects_of_the_owner_are_not_found_by_name(ready: Connection, app: Connection, table: None) -> None:
+    app.execute(SPY)
+    for name, arguments in (
+        ("substr", "bytea, integer, integer"),
+        ("octet_length", "bytea"),
+        ("encode", "bytea, text"),
+    ):
+        app.execute(
+            f"create function app.{name}({arguments}) returns text language plpgsql as"
+            f" $$ begin perform app.spy('{name}'); return null; end $$".encode()
+        )
+    app.execute("create operator app.= (function = texteq, leftarg = text, rightarg = text)")
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done") == ("completed", 5)
+    assert value(ready, "select count(*) from app.spied") == 0
+
+
+def test_a_table_of_the_same_name_is_another_table(ready: Connection, app: Connection, table: None) -> None:
+    number = rotate(ready)
+    step_until(ready, "planned")
+    app.execute("alter table t rename to old")
+    app.execute("create table t (id int primary key, v text); insert into t values (1, 'not protected')")
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done") == ("completed", 5)
+    assert value(app, "select v from t") == "not protected"
+    assert value(ready, "select relations from rekey.key_usage() where version = 2") == ["app.old"]
+
+
+def test_the_partitions_of_another_owner_block(ready: Connection, app: Connection, owner: str) -> None:
+    app.execute("create table t (id int primary key, v text) partition by range (id)")
+    app.execute("create table t_1 partition of t default")
+    protect(app, "t")
+    ready.execute("grant create on schema app to rekey_app; alter table app.t_1 owner to rekey_app")
+    number = rotate(ready)
+    step_until(ready, "blocked")
+    assert "another owner" in rotation(ready, number, "blocked_by")[0]["why"]
+    ready.execute(f"alter table app.t_1 owner to {owner}".encode())
+
+
+def test_worker_of_a_login_role(
+    ready: Connection, app: Connection, table: None, db: str, kek: bytes, owner: str
+) -> None:
+    """The owner himself may work: he is an administrator of keys, and no more than that."""
+    number = rotate(ready)
+    with connect(db, user=owner) as connection:
+        unlock(connection, kek)
+        run(connection)
+    assert rotation(ready, number, "state") == "completed"
