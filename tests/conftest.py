@@ -214,7 +214,14 @@ def extension_files() -> None:
 
 
 @pytest.fixture(scope="session")
-def hosted() -> Iterator[Hosted]:
+def hosting() -> Iterator[Hosted]:
     """A server of its own, where the installer has the rights of hosted Supabase's `postgres`."""
     with Hosted.start() as server:
         yield server
+
+
+@pytest.fixture
+def hosted(hosting: Hosted) -> Iterator[Hosted]:
+    """That server; memberships, which all its databases share, do not outlive a test."""
+    yield hosting
+    hosting.take_back()

@@ -258,8 +258,6 @@ begin
       raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
         hint = 'See rekey.column_status.';
     end;
-    perform rekey._audit('column.protected', keyring, details => jsonb_build_object(
-      'column', v_protected.label, 'context_columns', v_context, 'encrypt_on_write', encrypt_on_write));
   else
     update rekey.protected_columns c
     set places = v_protected.places, encrypt_on_write = _register_column.encrypt_on_write
@@ -332,6 +330,11 @@ begin
   perform rekey._note_names();
   if not v_protected.encrypt_on_write and to_regproc(format('rekey_targets.column_%s_trigger', id)) is not null then
     execute format('drop function rekey_targets.column_%s_trigger()', id);
+  end if;
+  -- The audit log last, as everywhere; and once.
+  if v_protected.created_at = now() then
+    perform rekey._audit('column.protected', rekey._keyring_name(v_protected.keyring_id), details => jsonb_build_object(
+      'column', v_protected.label, 'context_columns', v_protected.context_columns, 'encrypt_on_write', v_protected.encrypt_on_write));
   end if;
   return v_protected.label;
 end

@@ -441,9 +441,10 @@ begin
   v_blocked := rekey._blocked_targets();
   if v_blocked is not null then
     -- What cannot be counted is not complete.
+    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
     update rekey.rotations r
     set blocked_by = v_blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
-    where r.id = any (v_ids);
+    where r.id = any (v_ids) and r.state = 'verifying';
     event := 'blocked';
     keyring_count := cardinality(v_ids);
     detail := jsonb_build_object('rotations', v_ids[1:20], 'targets', v_blocked);

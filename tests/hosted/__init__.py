@@ -44,6 +44,22 @@ class Hosted:
             connection.execute((HERE / "database.sql").read_bytes())
         return make_conninfo(admin, user="postgres")
 
+    def take_back(self) -> None:
+        """Take back what was granted to the roles of the API."""
+        with connect(self.server.dsn("template1")) as connection:
+            connection.execute("""
+                do $$
+                declare
+                  v_grant record;
+                begin
+                  for v_grant in
+                    select m.roleid::regrole as role, m.member::regrole as member from pg_auth_members m
+                    where m.member::regrole::text in ('anon', 'authenticated', 'service_role')
+                  loop
+                    execute format('revoke %s from %s', v_grant.role, v_grant.member);
+                  end loop;
+                end $$""")
+
     def admin(self, dsn: str) -> str:
         """Return the DSN of the real superuser for a database."""
         return make_conninfo(dsn, user=self.server.superuser)
