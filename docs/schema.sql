@@ -487,6 +487,9 @@ begin
     raise exception 'the active key version of the keyring cannot be used' using errcode = 'RK006', hint = 'Rotate the keyring: rekey.rotate_keys().';
   end if;
   v_header := rekey._header(keyring_id, v_version);
+  if 'pgp_sym' = any (formats) and not rekey._keep_passphrases(passphrases) then
+    raise exception 'passphrases cannot be kept' using errcode = 'internal_error';
+  end if;
   v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
   -- Plain assignments only: the values are plain, and parameters of statements can be logged.
   foreach v_value in array "values" loop
@@ -510,7 +513,7 @@ begin
     elsif v_format = 'plaintext' then
       v_plaintext := v_bytes;
     elsif v_format = 'pgp_sym' then
-      v_plaintext := rekey._open_pgp(v_bytes, passphrases);
+      v_plaintext := rekey._open_pgp(v_bytes);
       if v_plaintext is null then
         v_problem := 'pgp_sym does not open: damaged, or another passphrase';
       end if;
@@ -2571,7 +2574,6 @@ COMMENT ON FUNCTION rekey._ensure_rows() IS 'Makes the rows that there is one of
 
 CREATE FUNCTION rekey._envelope_of(value bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog', 'pg_temp'
     RETURN CASE WHEN (substr(value, 1, 3) = '\x524b01'::bytea) THEN value ELSE NULL::bytea END;
 
 
@@ -2609,7 +2611,6 @@ COMMENT ON FUNCTION rekey._from_text(value text) IS 'Envelope of its text form, 
 
 CREATE FUNCTION rekey._envelope_of(value text) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog', 'pg_temp'
     RETURN CASE WHEN ("left"(value, 4) = 'rk1:'::text) THEN COALESCE(rekey._from_text(value), '\x'::bytea) ELSE NULL::bytea END;
 
 
@@ -2860,6 +2861,39 @@ ALTER FUNCTION rekey._is_under_way(state text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._is_under_way(state text) IS 'Whether a rotation in this state still has work to do.';
+
+
+--
+-- Name: _keep_passphrases(bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._keep_passphrases(passphrases bytea[]) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_seal bytea := rekey._session_seal();
+  v_iv bytea := rekey._random_bytes(16);
+  v_aad bytea := rekey._session_aad('p');
+  v_plain bytea;
+  v_sealed bytea;
+  v_set text;
+begin
+  v_plain := convert_to(coalesce(passphrases, '{}')::text, 'UTF8');
+  v_sealed := rekey._aead_encrypt(v_seal, v_iv, v_plain, v_aad);
+  v_set := set_config('rekey.passphrases', encode(v_iv || v_sealed, 'hex'), true);
+  return v_set <> '';
+end
+$$;
+
+
+ALTER FUNCTION rekey._keep_passphrases(passphrases bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _keep_passphrases(passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._keep_passphrases(passphrases bytea[]) IS 'Keeps passphrases until the end of the transaction, sealed, for rekey._passphrases().';
 
 
 --
@@ -3637,42 +3671,47 @@ COMMENT ON FUNCTION rekey._open(envelope bytea, context bytea) IS 'Plaintext of 
 
 
 --
--- Name: _open_pgp(bytea, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _open_pgp(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._open_pgp(value bytea, passphrases bytea[]) RETURNS bytea
-    LANGUAGE plpgsql IMMUTABLE
+CREATE FUNCTION rekey._open_pgp(value bytea) RETURNS bytea
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_message bytea := value;
-  v_passphrase text;
+  v_plaintext bytea;
+  v_count integer;
 begin
   if substr(value, 1, 5) = '-----'::bytea then
-    v_message := rekey._dearmor(encode(value, 'escape'));
-  end if;
-  for v_place in 1 .. coalesce(cardinality(passphrases), 0) loop
     begin
-      v_passphrase := convert_from(passphrases[v_place], 'UTF8');
-      return rekey._pgp_decrypt(v_message, v_passphrase);
+      v_message := rekey._dearmor(encode(value, 'escape'));
+    exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+      return null;
+    end;
+  end if;
+  select count(*) into v_count from rekey._passphrases();
+  for v_place in 1 .. v_count loop
+    begin
+      select rekey._pgp_decrypt(v_message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
+      from rekey._passphrases() p where p.place = v_place;
+      exit when v_plaintext is not null;
     exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
       null;  -- another passphrase, or damaged
     end;
   end loop;
-  return null;
-exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
-  return null;  -- damaged armour
+  return v_plaintext;
 end
 $$;
 
 
-ALTER FUNCTION rekey._open_pgp(value bytea, passphrases bytea[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._open_pgp(value bytea) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _open_pgp(value bytea, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _open_pgp(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._open_pgp(value bytea, passphrases bytea[]) IS 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where none of the passphrases opens it.';
+COMMENT ON FUNCTION rekey._open_pgp(value bytea) IS 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
 
 
 --
@@ -3766,6 +3805,47 @@ ALTER FUNCTION rekey._parse_kek(value text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._parse_kek(value text) IS 'The 32 bytes of a KEK in hex or base64; NULL for anything else.';
+
+
+--
+-- Name: _passphrases(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._passphrases() RETURNS TABLE(place integer, passphrase bytea)
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_seal bytea;
+  v_bytes bytea := decode(coalesce(current_setting('rekey.passphrases', true), ''), 'hex');
+  v_iv bytea := substr(v_bytes, 1, 16);
+  v_aad bytea := rekey._session_aad('p');
+  v_plain bytea;
+  v_passphrases bytea[];
+begin
+  if octet_length(v_bytes) < 64 then
+    return;
+  end if;
+  select s.key into v_seal from rekey._session_key s;
+  v_bytes := substr(v_bytes, 17);
+  v_plain := rekey._aead_decrypt(v_seal, v_iv, v_bytes, v_aad);
+  v_passphrases := convert_from(v_plain, 'UTF8')::bytea[];
+  place := 0;
+  foreach passphrase in array v_passphrases loop
+    place := place + 1;
+    return next;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._passphrases() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _passphrases(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._passphrases() IS 'What rekey._keep_passphrases() keeps in this transaction.';
 
 
 --
@@ -4614,6 +4694,37 @@ COMMENT ON FUNCTION rekey._refuse_stranger(relation regclass) IS 'The owner of a
 
 
 --
+-- Name: _refuse_unlock(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_unlock(problem text) RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if problem = 'scope' then
+    raise exception 'scope is transaction, session or replacement' using errcode = 'invalid_parameter_value';
+  elsif problem = 'length' then
+    raise exception 'a KEK has 32 bytes' using errcode = 'invalid_parameter_value',
+      hint = 'pg-rekey kek generate makes one. With 64 bytes, the current KEK and the next one are given together.';
+  elsif problem is not null then
+    raise exception 'wrong KEK' using errcode = 'RK002',
+      hint = format('The active KEK has the fingerprint %s; pg-rekey kek check says which one a copy is.', problem);
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_unlock(problem text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_unlock(problem text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_unlock(problem text) IS 'Raises the error for a problem of rekey._unlock().';
+
+
+--
 -- Name: _register_column(regclass, name, text, name[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5233,6 +5344,36 @@ COMMENT ON FUNCTION rekey._session_keks() IS 'The KEK, or the current and the ne
 
 
 --
+-- Name: _session_seal(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._session_seal() RETURNS bytea
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_seal bytea;
+begin
+  select s.key into v_seal from rekey._session_key s;
+  if not found then
+    insert into rekey._session_key (key) values (rekey._random_bytes(64)) on conflict do nothing;
+    select s.key into strict v_seal from rekey._session_key s;
+  end if;
+  return v_seal;
+end
+$$;
+
+
+ALTER FUNCTION rekey._session_seal() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _session_seal(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._session_seal() IS 'The key under which sessions carry secrets; made by the first that does.';
+
+
+--
 -- Name: _settings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5340,6 +5481,7 @@ declare
   v_next_batch timestamptz;
   v_batch record;
   v_contexts bytea[];
+  v_old bytea[];
   v_made rekey._sealed;
   v_done_keyrings integer[];
   v_done_rows bigint[];
@@ -5401,7 +5543,8 @@ begin
       if v_chunk.adopting then
         v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_keyrings[1], v_target.is_text, '{plaintext}', v_forced, '{}');
       else
-        v_made := rekey._reencrypt(v_batch.ciphertexts, v_contexts);
+        v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
+        v_made := rekey._reencrypt(v_old, v_contexts);
       end if;
       rows := rekey._write_rows(v_target, v_chunk.relation, v_batch.rows, v_made.ciphertexts);
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
@@ -5411,7 +5554,7 @@ begin
       into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems
       from (select case when v_chunk.adopting then v_keyrings[1] else rekey._int4(u.ciphertext, 3) end as keyring_id,
               case when not v_chunk.adopting then rekey._int4(u.ciphertext, 7) end as version, u.key, u.problem
-            from unnest(v_batch.ciphertexts, v_batch.keys, v_made.problems) as u(ciphertext, key, problem)
+            from unnest(v_old, v_batch.keys, v_made.problems) as u(ciphertext, key, problem)
             where u.problem is not null) f;
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
@@ -5646,6 +5789,61 @@ ALTER FUNCTION rekey._to_text(envelope bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._to_text(envelope bytea) IS 'The text form of an envelope.';
+
+
+--
+-- Name: _unlock(bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_first text;
+  v_second text;
+  v_active text;
+  v_seal bytea;
+  v_iv bytea;
+  v_aad bytea;
+  v_sealed bytea;
+  v_set text;
+begin
+  if scope is null or scope not in ('transaction', 'session', 'replacement') then
+    problem := 'scope';
+    return;
+  end if;
+  if coalesce(octet_length(kek), 0) not in (32, 64) then
+    problem := 'length';
+    return;
+  end if;
+  v_first := rekey._fingerprint(substr(kek, 1, 32));
+  if octet_length(kek) = 64 then
+    v_second := rekey._fingerprint(substr(kek, 33, 32));
+  end if;
+  select k.fingerprint into v_active from rekey.keks k where k.state = 'active';
+  if v_active not in (v_first, coalesce(v_second, v_first)) and scope <> 'replacement' then
+    problem := v_active;
+    return;
+  end if;
+  v_seal := rekey._session_seal();
+  v_iv := rekey._random_bytes(16);
+  v_aad := rekey._session_aad(left(scope, 1));
+  v_sealed := rekey._aead_encrypt(v_seal, v_iv, kek, v_aad);
+  -- Not PERFORM, which auto_explain and pgaudit would print with its arguments.
+  v_set := set_config('rekey.unlocked', left(scope, 1) || encode(v_iv || v_sealed, 'hex'), scope <> 'session');
+  fingerprint := case when v_second = v_active and v_set <> '' then v_second else v_first end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) IS 'What rekey.unlock() does; problem: scope, length, or the fingerprint of the KEK that is active.';
 
 
 --
@@ -8370,46 +8568,15 @@ COMMENT ON PROCEDURE rekey.tick() IS 'The unattended work: rotations that are du
 --
 
 CREATE FUNCTION rekey.unlock(kek bytea, scope text DEFAULT 'transaction'::text) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_first text;
-  v_second text;
-  v_active text;
-  v_seal bytea;
-  v_iv bytea;
-  v_aad bytea;
-  v_sealed bytea;
-  v_set text;
+  v_done record;
 begin
-  if scope is null or scope not in ('transaction', 'session', 'replacement') then
-    raise exception 'scope is transaction, session or replacement' using errcode = 'invalid_parameter_value';
-  end if;
-  if coalesce(octet_length(kek), 0) not in (32, 64) then
-    raise exception 'a KEK has 32 bytes' using errcode = 'invalid_parameter_value',
-      hint = 'pg-rekey kek generate makes one. With 64 bytes, the current KEK and the next one are given together.';
-  end if;
-  v_first := rekey._fingerprint(substr(kek, 1, 32));
-  if octet_length(kek) = 64 then
-    v_second := rekey._fingerprint(substr(kek, 33, 32));
-  end if;
-  select k.fingerprint into v_active from rekey.keks k where k.state = 'active';
-  if v_active not in (v_first, coalesce(v_second, v_first)) and scope <> 'replacement' then
-    raise exception 'wrong KEK' using errcode = 'RK002',
-      hint = format('The active KEK has the fingerprint %s; pg-rekey kek check says which one a copy is.', v_active);
-  end if;
-  select s.key into v_seal from rekey._session_key s;
-  if not found then
-    insert into rekey._session_key (key) values (rekey._random_bytes(64)) on conflict do nothing;
-    select s.key into strict v_seal from rekey._session_key s;
-  end if;
-  v_iv := rekey._random_bytes(16);
-  v_aad := rekey._session_aad(left(scope, 1));
-  v_sealed := rekey._aead_encrypt(v_seal, v_iv, kek, v_aad);
-  -- Not PERFORM, which auto_explain and pgaudit would print with its arguments.
-  v_set := set_config('rekey.unlocked', left(scope, 1) || encode(v_iv || v_sealed, 'hex'), scope <> 'session');
-  return case when v_second = v_active and v_set <> '' then v_second else v_first end;
+  v_done := rekey._unlock(kek, scope);
+  perform rekey._refuse_unlock(v_done.problem);
+  return v_done.fingerprint;
 end
 $$;
 
@@ -8433,12 +8600,13 @@ CREATE FUNCTION rekey.unlock_copied(scope text DEFAULT 'transaction'::text) RETU
     AS $$
 declare
   v_kek bytea;
-  v_fingerprint text;
+  v_done record;
 begin
   -- Dynamic, so that whoever checks all functions does not stumble over a table that is there only for the moment.
   execute format('select string_agg(k.kek, ''''::bytea order by k.ctid) from pg_temp.%I k', 'pg_rekey_kek') into v_kek;
-  v_fingerprint := rekey.unlock(v_kek, scope);
-  return v_fingerprint;
+  v_done := rekey._unlock(v_kek, scope);
+  perform rekey._refuse_unlock(v_done.problem);
+  return v_done.fingerprint;
 end
 $$;
 
@@ -10471,6 +10639,13 @@ REVOKE ALL ON FUNCTION rekey._is_under_way(state text) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _keep_passphrases(passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._keep_passphrases(passphrases bytea[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _kek(OUT id integer, OUT kek bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10629,10 +10804,10 @@ REVOKE ALL ON FUNCTION rekey._open(envelope bytea, context bytea) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _open_pgp(value bytea, passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _open_pgp(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._open_pgp(value bytea, passphrases bytea[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._open_pgp(value bytea) FROM PUBLIC;
 
 
 --
@@ -10647,6 +10822,13 @@ REVOKE ALL ON FUNCTION rekey._open_rows(keyrings integer[]) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._parse_kek(value text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _passphrases(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._passphrases() FROM PUBLIC;
 
 
 --
@@ -10770,6 +10952,16 @@ REVOKE ALL ON FUNCTION rekey._refuse_stranger(relation regclass) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _refuse_unlock(problem text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_unlock(problem text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._refuse_unlock(problem text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._refuse_unlock(problem text) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._refuse_unlock(problem text) TO rekey_app;
+
+
+--
 -- Name: FUNCTION _register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10872,6 +11064,13 @@ REVOKE ALL ON FUNCTION rekey._session_keks() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _session_seal(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._session_seal() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _settings(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10934,6 +11133,16 @@ GRANT ALL ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone
 --
 
 REVOKE ALL ON FUNCTION rekey._to_text(envelope bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) TO rekey_app;
 
 
 --

@@ -245,3 +245,98 @@ def test_nothing_secret_is_logged(loud: tuple[str, Settings], kek: bytes) -> Non
             end
             $$""")
         assert session.found(canary)
+
+
+PASSPHRASE = "passphrase canary 0815"
+
+
+def use_columns(session: Session, quiet: Connection, kek: bytes) -> None:
+    """Protect, adopt, write, read and let go: plain values and passphrases never come in a statement."""
+    connection = session.connection
+    unlock(connection, kek)
+    session.run("select rekey.register_kek()", "select rekey.create_keyring('default')")
+    fill(connection, "plain", VALUE)
+    quiet.execute("create table texts (id int primary key, v text)")
+    quiet.execute("create table messages (id int primary key, v bytea)")
+    quiet.execute("create table written (id int primary key, v text)")
+    quiet.execute("insert into texts select g, %s from generate_series(1, 5) g", [VALUE])
+    quiet.execute(
+        "insert into messages select g, pgp_sym_encrypt(%s, %s) from generate_series(1, 5) g",
+        [VALUE, PASSPHRASE],
+    )
+    quiet.execute("insert into messages values (6, convert_to('gAAAAA' || repeat('x', 120), 'UTF8'))")
+    session.run(
+        "select rekey.protect_column('texts', 'v')",
+        "select rekey.protect_column('messages', 'v')",
+        "select rekey.protect_column('written', 'v', encrypt_on_write => true)",
+        "select rekey.adoption_preview('texts', 'v')",
+        "select rekey.adopt_column('texts', 'v')",
+        "call rekey.run_rotations()",
+    )
+    assert value(quiet, "select count(*) from texts where v like 'rk1:%%'") == 5
+    session.run("select rekey.adopt_column('messages', 'v', '{pgp_sym,fernet}')")
+    with connection.transaction():
+        session.run("select rekey.rotation_step()")
+    with connection.transaction():
+        session.run("create temporary table pg_rekey_passphrases (passphrase bytea) on commit drop")
+        copy_in(connection, "pg_rekey_passphrases", ["bytea"], (b"wrong",), (PASSPHRASE.encode(),))
+        session.run("select rekey.adoption_batch(2)")
+        session.run(
+            'create temporary table pg_rekey_opened ("row" text, plaintext bytea, problem text)'
+            " on commit drop"
+        )
+        row = value(quiet, "select ctid::text from messages where id = 6")
+        copy_in(connection, "pg_rekey_opened", ["text", "bytea", "text"], (row, VALUE.encode(), None))
+        session.run("select rekey.adoption_store(2, 'messages')")
+    session.run(
+        "call rekey.run_rotations()",
+        "insert into written select g, v from plain, generate_series(1, 3) g",
+        "update written set v = v || '!' where false",
+        "update written set v = (select v from plain), id = 10 where id = 3",
+        "select rekey.create_decrypted_view('written')",
+        "select * from written_decrypted",
+        "select rekey.rotate_keys()",
+        "call rekey.run_rotations()",
+        "select * from rekey.find_unprotected()",
+        "select rekey.unprotect_column('messages', 'v', decrypt => true)",
+    )
+    assert value(quiet, "select count(*) from messages where v = convert_to(%s, 'UTF8')", VALUE) == 6
+    assert value(quiet, "select count(*) from written where v like 'rk1:%%'") == 3
+
+
+def copy_in(connection: Connection, table: str, types: list[str], *rows: tuple[object, ...]) -> None:
+    """Fill a temporary table by binary COPY, as pg-rekey does."""
+    with connection.cursor() as cursor, cursor.copy(f"copy {table} from stdin binary".encode()) as copy:
+        copy.set_types(types)
+        for row in rows:
+            copy.write_row(row)
+
+
+def test_nothing_of_protected_columns_is_logged(loud: tuple[str, Settings], kek: bytes) -> None:
+    dsn, settings = loud
+    with connect(dsn) as quiet, connect(dsn) as connection:
+        session = Session(connection, settings)
+        use_columns(session, quiet, kek)
+        secrets = {"value": VALUE.encode(), "passphrase": PASSPHRASE.encode(), "kek": kek}
+        secrets |= {f"DEK {number}": key for number, key in enumerate(deks(quiet, kek))}
+        leaks = {name: found[0][:2000] for name, key in secrets.items() if (found := session.found(key))}
+        assert leaks == {}
+        assert len(session.log) > 300
+
+
+def test_a_second_attempt_to_unlock_is_not_logged(loud: tuple[str, Settings], kek: bytes) -> None:
+    """PL/pgSQL evaluates an expression that failed in this transaction with parameters."""
+    dsn, settings = loud
+    with connect(dsn) as connection:
+        session = Session(connection, settings)
+        unlock(connection, kek)
+        session.run("select rekey.register_kek()", "select rekey.create_keyring('default')")
+        with connection.transaction():
+            for given in (WRONG, kek, WRONG[:5], kek):
+                try:
+                    unlock(connection, given, scope="transaction")
+                except psycopg.Error as error:
+                    session.note(error.diag)
+            session.run("select rekey.set_secret('a', 'b')")
+        assert session.found(kek) == []
+        assert session.found(WRONG) == []

@@ -20,7 +20,26 @@ return rekey._part('session') || rekey._part(scope) || rekey._part(pg_backend_pi
   || case when scope <> 's' then rekey._part(extract(epoch from transaction_timestamp())::text) else ''::bytea end;
 comment on function rekey._session_aad is 'What an unlocked session is bound to: server process, server start, login, and unless scope is s the transaction.';
 
-create or replace function rekey.unlock(kek bytea, scope text = 'transaction') returns text
+create or replace function rekey._session_seal() returns bytea
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_seal bytea;
+begin
+  select s.key into v_seal from rekey._session_key s;
+  if not found then
+    insert into rekey._session_key (key) values (rekey._random_bytes(64)) on conflict do nothing;
+    select s.key into strict v_seal from rekey._session_key s;
+  end if;
+  return v_seal;
+end
+$$;
+comment on function rekey._session_seal is 'The key under which sessions carry secrets; made by the first that does.';
+
+-- Raises nothing: an expression that failed once is evaluated with parameters from then on in that transaction, and a second
+-- attempt, with the right KEK, would be logged.
+create or replace function rekey._unlock(kek bytea, scope text, out fingerprint text, out problem text)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -35,11 +54,12 @@ declare
   v_set text;
 begin
   if scope is null or scope not in ('transaction', 'session', 'replacement') then
-    raise exception 'scope is transaction, session or replacement' using errcode = 'invalid_parameter_value';
+    problem := 'scope';
+    return;
   end if;
   if coalesce(octet_length(kek), 0) not in (32, 64) then
-    raise exception 'a KEK has 32 bytes' using errcode = 'invalid_parameter_value',
-      hint = 'pg-rekey kek generate makes one. With 64 bytes, the current KEK and the next one are given together.';
+    problem := 'length';
+    return;
   end if;
   v_first := rekey._fingerprint(substr(kek, 1, 32));
   if octet_length(kek) = 64 then
@@ -47,20 +67,50 @@ begin
   end if;
   select k.fingerprint into v_active from rekey.keks k where k.state = 'active';
   if v_active not in (v_first, coalesce(v_second, v_first)) and scope <> 'replacement' then
-    raise exception 'wrong KEK' using errcode = 'RK002',
-      hint = format('The active KEK has the fingerprint %s; pg-rekey kek check says which one a copy is.', v_active);
+    problem := v_active;
+    return;
   end if;
-  select s.key into v_seal from rekey._session_key s;
-  if not found then
-    insert into rekey._session_key (key) values (rekey._random_bytes(64)) on conflict do nothing;
-    select s.key into strict v_seal from rekey._session_key s;
-  end if;
+  v_seal := rekey._session_seal();
   v_iv := rekey._random_bytes(16);
   v_aad := rekey._session_aad(left(scope, 1));
   v_sealed := rekey._aead_encrypt(v_seal, v_iv, kek, v_aad);
   -- Not PERFORM, which auto_explain and pgaudit would print with its arguments.
   v_set := set_config('rekey.unlocked', left(scope, 1) || encode(v_iv || v_sealed, 'hex'), scope <> 'session');
-  return case when v_second = v_active and v_set <> '' then v_second else v_first end;
+  fingerprint := case when v_second = v_active and v_set <> '' then v_second else v_first end;
+end
+$$;
+comment on function rekey._unlock is 'What rekey.unlock() does; problem: scope, length, or the fingerprint of the KEK that is active.';
+grant execute on function rekey._unlock to rekey_admin, rekey_operator, rekey_app;
+
+create or replace function rekey._refuse_unlock(problem text) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if problem = 'scope' then
+    raise exception 'scope is transaction, session or replacement' using errcode = 'invalid_parameter_value';
+  elsif problem = 'length' then
+    raise exception 'a KEK has 32 bytes' using errcode = 'invalid_parameter_value',
+      hint = 'pg-rekey kek generate makes one. With 64 bytes, the current KEK and the next one are given together.';
+  elsif problem is not null then
+    raise exception 'wrong KEK' using errcode = 'RK002',
+      hint = format('The active KEK has the fingerprint %s; pg-rekey kek check says which one a copy is.', problem);
+  end if;
+end
+$$;
+comment on function rekey._refuse_unlock is 'Raises the error for a problem of rekey._unlock().';
+grant execute on function rekey._refuse_unlock to rekey_admin, rekey_operator, rekey_app;
+
+create or replace function rekey.unlock(kek bytea, scope text = 'transaction') returns text
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_done record;
+begin
+  v_done := rekey._unlock(kek, scope);
+  perform rekey._refuse_unlock(v_done.problem);
+  return v_done.fingerprint;
 end
 $$;
 comment on function rekey.unlock(bytea, text) is
@@ -74,12 +124,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_kek bytea;
-  v_fingerprint text;
+  v_done record;
 begin
   -- Dynamic, so that whoever checks all functions does not stumble over a table that is there only for the moment.
   execute format('select string_agg(k.kek, ''''::bytea order by k.ctid) from pg_temp.%I k', 'pg_rekey_kek') into v_kek;
-  v_fingerprint := rekey.unlock(v_kek, scope);
-  return v_fingerprint;
+  v_done := rekey._unlock(v_kek, scope);
+  perform rekey._refuse_unlock(v_done.problem);
+  return v_done.fingerprint;
 end
 $$;
 comment on function rekey.unlock_copied is

@@ -125,15 +125,14 @@ end
 $$;
 comment on function rekey._write_trigger_body is 'Body of the trigger that encrypts a column on write.';
 
+-- Inlined: what is written may be plain, and must not become the parameter of a statement.
 create or replace function rekey._envelope_of(value bytea) returns bytea
 language sql immutable parallel safe
-set search_path = pg_catalog, pg_temp
 return case when substr(value, 1, 3) = '\x524b01'::bytea then value end;
 comment on function rekey._envelope_of(bytea) is 'A value that means to be an envelope; NULL for any other.';
 
 create or replace function rekey._envelope_of(value text) returns bytea
 language sql immutable parallel safe
-set search_path = pg_catalog, pg_temp
 return case when left(value, 4) = 'rk1:' then coalesce(rekey._from_text(value), ''::bytea) end;
 comment on function rekey._envelope_of(text) is 'As for bytea, of its text form; empty where that is damaged.';
 

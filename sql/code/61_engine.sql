@@ -315,6 +315,7 @@ declare
   v_next_batch timestamptz;
   v_batch record;
   v_contexts bytea[];
+  v_old bytea[];
   v_made rekey._sealed;
   v_done_keyrings integer[];
   v_done_rows bigint[];
@@ -376,7 +377,8 @@ begin
       if v_chunk.adopting then
         v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_keyrings[1], v_target.is_text, '{plaintext}', v_forced, '{}');
       else
-        v_made := rekey._reencrypt(v_batch.ciphertexts, v_contexts);
+        v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
+        v_made := rekey._reencrypt(v_old, v_contexts);
       end if;
       rows := rekey._write_rows(v_target, v_chunk.relation, v_batch.rows, v_made.ciphertexts);
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
@@ -386,7 +388,7 @@ begin
       into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems
       from (select case when v_chunk.adopting then v_keyrings[1] else rekey._int4(u.ciphertext, 3) end as keyring_id,
               case when not v_chunk.adopting then rekey._int4(u.ciphertext, 7) end as version, u.key, u.problem
-            from unnest(v_batch.ciphertexts, v_batch.keys, v_made.problems) as u(ciphertext, key, problem)
+            from unnest(v_old, v_batch.keys, v_made.problems) as u(ciphertext, key, problem)
             where u.problem is not null) f;
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',

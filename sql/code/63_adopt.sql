@@ -42,31 +42,87 @@ end
 $$;
 comment on function rekey._legacy_format is 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
 
-create or replace function rekey._open_pgp(value bytea, passphrases bytea[]) returns bytea
-language plpgsql immutable
+-- An expression that failed once is no longer evaluated as a simple one in that transaction: its variables then are parameters,
+-- which pgaudit logs. Decryption under a wrong passphrase fails. So passphrases wait in a setting of the transaction, sealed as
+-- the KEK of a session is, and come into the statement as a column.
+create or replace function rekey._keep_passphrases(passphrases bytea[]) returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_seal bytea := rekey._session_seal();
+  v_iv bytea := rekey._random_bytes(16);
+  v_aad bytea := rekey._session_aad('p');
+  v_plain bytea;
+  v_sealed bytea;
+  v_set text;
+begin
+  v_plain := convert_to(coalesce(passphrases, '{}')::text, 'UTF8');
+  v_sealed := rekey._aead_encrypt(v_seal, v_iv, v_plain, v_aad);
+  v_set := set_config('rekey.passphrases', encode(v_iv || v_sealed, 'hex'), true);
+  return v_set <> '';
+end
+$$;
+comment on function rekey._keep_passphrases is 'Keeps passphrases until the end of the transaction, sealed, for rekey._passphrases().';
+
+create or replace function rekey._passphrases() returns table (place integer, passphrase bytea)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_seal bytea;
+  v_bytes bytea := decode(coalesce(current_setting('rekey.passphrases', true), ''), 'hex');
+  v_iv bytea := substr(v_bytes, 1, 16);
+  v_aad bytea := rekey._session_aad('p');
+  v_plain bytea;
+  v_passphrases bytea[];
+begin
+  if octet_length(v_bytes) < 64 then
+    return;
+  end if;
+  select s.key into v_seal from rekey._session_key s;
+  v_bytes := substr(v_bytes, 17);
+  v_plain := rekey._aead_decrypt(v_seal, v_iv, v_bytes, v_aad);
+  v_passphrases := convert_from(v_plain, 'UTF8')::bytea[];
+  place := 0;
+  foreach passphrase in array v_passphrases loop
+    place := place + 1;
+    return next;
+  end loop;
+end
+$$;
+comment on function rekey._passphrases is 'What rekey._keep_passphrases() keeps in this transaction.';
+
+create or replace function rekey._open_pgp(value bytea) returns bytea
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_message bytea := value;
-  v_passphrase text;
+  v_plaintext bytea;
+  v_count integer;
 begin
   if substr(value, 1, 5) = '-----'::bytea then
-    v_message := rekey._dearmor(encode(value, 'escape'));
-  end if;
-  for v_place in 1 .. coalesce(cardinality(passphrases), 0) loop
     begin
-      v_passphrase := convert_from(passphrases[v_place], 'UTF8');
-      return rekey._pgp_decrypt(v_message, v_passphrase);
+      v_message := rekey._dearmor(encode(value, 'escape'));
+    exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+      return null;
+    end;
+  end if;
+  select count(*) into v_count from rekey._passphrases();
+  for v_place in 1 .. v_count loop
+    begin
+      select rekey._pgp_decrypt(v_message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
+      from rekey._passphrases() p where p.place = v_place;
+      exit when v_plaintext is not null;
     exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
       null;  -- another passphrase, or damaged
     end;
   end loop;
-  return null;
-exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
-  return null;  -- damaged armour
+  return v_plaintext;
 end
 $$;
-comment on function rekey._open_pgp is 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where none of the passphrases opens it.';
+comment on function rekey._open_pgp is 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
 
 create or replace function rekey._dearmor(armored text) returns bytea
 language sql immutable parallel safe
@@ -108,6 +164,9 @@ begin
     raise exception 'the active key version of the keyring cannot be used' using errcode = 'RK006', hint = 'Rotate the keyring: rekey.rotate_keys().';
   end if;
   v_header := rekey._header(keyring_id, v_version);
+  if 'pgp_sym' = any (formats) and not rekey._keep_passphrases(passphrases) then
+    raise exception 'passphrases cannot be kept' using errcode = 'internal_error';
+  end if;
   v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
   -- Plain assignments only: the values are plain, and parameters of statements can be logged.
   foreach v_value in array "values" loop
@@ -131,7 +190,7 @@ begin
     elsif v_format = 'plaintext' then
       v_plaintext := v_bytes;
     elsif v_format = 'pgp_sym' then
-      v_plaintext := rekey._open_pgp(v_bytes, passphrases);
+      v_plaintext := rekey._open_pgp(v_bytes);
       if v_plaintext is null then
         v_problem := 'pgp_sym does not open: damaged, or another passphrase';
       end if;

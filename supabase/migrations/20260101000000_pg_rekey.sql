@@ -886,7 +886,26 @@ return rekey._part('session') || rekey._part(scope) || rekey._part(pg_backend_pi
   || case when scope <> 's' then rekey._part(extract(epoch from transaction_timestamp())::text) else ''::bytea end;
 comment on function rekey._session_aad is 'What an unlocked session is bound to: server process, server start, login, and unless scope is s the transaction.';
 
-create or replace function rekey.unlock(kek bytea, scope text = 'transaction') returns text
+create or replace function rekey._session_seal() returns bytea
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_seal bytea;
+begin
+  select s.key into v_seal from rekey._session_key s;
+  if not found then
+    insert into rekey._session_key (key) values (rekey._random_bytes(64)) on conflict do nothing;
+    select s.key into strict v_seal from rekey._session_key s;
+  end if;
+  return v_seal;
+end
+$$;
+comment on function rekey._session_seal is 'The key under which sessions carry secrets; made by the first that does.';
+
+-- Raises nothing: an expression that failed once is evaluated with parameters from then on in that transaction, and a second
+-- attempt, with the right KEK, would be logged.
+create or replace function rekey._unlock(kek bytea, scope text, out fingerprint text, out problem text)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -901,11 +920,12 @@ declare
   v_set text;
 begin
   if scope is null or scope not in ('transaction', 'session', 'replacement') then
-    raise exception 'scope is transaction, session or replacement' using errcode = 'invalid_parameter_value';
+    problem := 'scope';
+    return;
   end if;
   if coalesce(octet_length(kek), 0) not in (32, 64) then
-    raise exception 'a KEK has 32 bytes' using errcode = 'invalid_parameter_value',
-      hint = 'pg-rekey kek generate makes one. With 64 bytes, the current KEK and the next one are given together.';
+    problem := 'length';
+    return;
   end if;
   v_first := rekey._fingerprint(substr(kek, 1, 32));
   if octet_length(kek) = 64 then
@@ -913,20 +933,50 @@ begin
   end if;
   select k.fingerprint into v_active from rekey.keks k where k.state = 'active';
   if v_active not in (v_first, coalesce(v_second, v_first)) and scope <> 'replacement' then
-    raise exception 'wrong KEK' using errcode = 'RK002',
-      hint = format('The active KEK has the fingerprint %s; pg-rekey kek check says which one a copy is.', v_active);
+    problem := v_active;
+    return;
   end if;
-  select s.key into v_seal from rekey._session_key s;
-  if not found then
-    insert into rekey._session_key (key) values (rekey._random_bytes(64)) on conflict do nothing;
-    select s.key into strict v_seal from rekey._session_key s;
-  end if;
+  v_seal := rekey._session_seal();
   v_iv := rekey._random_bytes(16);
   v_aad := rekey._session_aad(left(scope, 1));
   v_sealed := rekey._aead_encrypt(v_seal, v_iv, kek, v_aad);
   -- Not PERFORM, which auto_explain and pgaudit would print with its arguments.
   v_set := set_config('rekey.unlocked', left(scope, 1) || encode(v_iv || v_sealed, 'hex'), scope <> 'session');
-  return case when v_second = v_active and v_set <> '' then v_second else v_first end;
+  fingerprint := case when v_second = v_active and v_set <> '' then v_second else v_first end;
+end
+$$;
+comment on function rekey._unlock is 'What rekey.unlock() does; problem: scope, length, or the fingerprint of the KEK that is active.';
+grant execute on function rekey._unlock to rekey_admin, rekey_operator, rekey_app;
+
+create or replace function rekey._refuse_unlock(problem text) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if problem = 'scope' then
+    raise exception 'scope is transaction, session or replacement' using errcode = 'invalid_parameter_value';
+  elsif problem = 'length' then
+    raise exception 'a KEK has 32 bytes' using errcode = 'invalid_parameter_value',
+      hint = 'pg-rekey kek generate makes one. With 64 bytes, the current KEK and the next one are given together.';
+  elsif problem is not null then
+    raise exception 'wrong KEK' using errcode = 'RK002',
+      hint = format('The active KEK has the fingerprint %s; pg-rekey kek check says which one a copy is.', problem);
+  end if;
+end
+$$;
+comment on function rekey._refuse_unlock is 'Raises the error for a problem of rekey._unlock().';
+grant execute on function rekey._refuse_unlock to rekey_admin, rekey_operator, rekey_app;
+
+create or replace function rekey.unlock(kek bytea, scope text = 'transaction') returns text
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_done record;
+begin
+  v_done := rekey._unlock(kek, scope);
+  perform rekey._refuse_unlock(v_done.problem);
+  return v_done.fingerprint;
 end
 $$;
 comment on function rekey.unlock(bytea, text) is
@@ -940,12 +990,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_kek bytea;
-  v_fingerprint text;
+  v_done record;
 begin
   -- Dynamic, so that whoever checks all functions does not stumble over a table that is there only for the moment.
   execute format('select string_agg(k.kek, ''''::bytea order by k.ctid) from pg_temp.%I k', 'pg_rekey_kek') into v_kek;
-  v_fingerprint := rekey.unlock(v_kek, scope);
-  return v_fingerprint;
+  v_done := rekey._unlock(v_kek, scope);
+  perform rekey._refuse_unlock(v_done.problem);
+  return v_done.fingerprint;
 end
 $$;
 comment on function rekey.unlock_copied is
@@ -2938,15 +2989,14 @@ end
 $$;
 comment on function rekey._write_trigger_body is 'Body of the trigger that encrypts a column on write.';
 
+-- Inlined: what is written may be plain, and must not become the parameter of a statement.
 create or replace function rekey._envelope_of(value bytea) returns bytea
 language sql immutable parallel safe
-set search_path = pg_catalog, pg_temp
 return case when substr(value, 1, 3) = '\x524b01'::bytea then value end;
 comment on function rekey._envelope_of(bytea) is 'A value that means to be an envelope; NULL for any other.';
 
 create or replace function rekey._envelope_of(value text) returns bytea
 language sql immutable parallel safe
-set search_path = pg_catalog, pg_temp
 return case when left(value, 4) = 'rk1:' then coalesce(rekey._from_text(value), ''::bytea) end;
 comment on function rekey._envelope_of(text) is 'As for bytea, of its text form; empty where that is damaged.';
 
@@ -4220,6 +4270,7 @@ declare
   v_next_batch timestamptz;
   v_batch record;
   v_contexts bytea[];
+  v_old bytea[];
   v_made rekey._sealed;
   v_done_keyrings integer[];
   v_done_rows bigint[];
@@ -4281,7 +4332,8 @@ begin
       if v_chunk.adopting then
         v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_keyrings[1], v_target.is_text, '{plaintext}', v_forced, '{}');
       else
-        v_made := rekey._reencrypt(v_batch.ciphertexts, v_contexts);
+        v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
+        v_made := rekey._reencrypt(v_old, v_contexts);
       end if;
       rows := rekey._write_rows(v_target, v_chunk.relation, v_batch.rows, v_made.ciphertexts);
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
@@ -4291,7 +4343,7 @@ begin
       into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems
       from (select case when v_chunk.adopting then v_keyrings[1] else rekey._int4(u.ciphertext, 3) end as keyring_id,
               case when not v_chunk.adopting then rekey._int4(u.ciphertext, 7) end as version, u.key, u.problem
-            from unnest(v_batch.ciphertexts, v_batch.keys, v_made.problems) as u(ciphertext, key, problem)
+            from unnest(v_old, v_batch.keys, v_made.problems) as u(ciphertext, key, problem)
             where u.problem is not null) f;
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
@@ -4817,31 +4869,87 @@ end
 $$;
 comment on function rekey._legacy_format is 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
 
-create or replace function rekey._open_pgp(value bytea, passphrases bytea[]) returns bytea
-language plpgsql immutable
+-- An expression that failed once is no longer evaluated as a simple one in that transaction: its variables then are parameters,
+-- which pgaudit logs. Decryption under a wrong passphrase fails. So passphrases wait in a setting of the transaction, sealed as
+-- the KEK of a session is, and come into the statement as a column.
+create or replace function rekey._keep_passphrases(passphrases bytea[]) returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_seal bytea := rekey._session_seal();
+  v_iv bytea := rekey._random_bytes(16);
+  v_aad bytea := rekey._session_aad('p');
+  v_plain bytea;
+  v_sealed bytea;
+  v_set text;
+begin
+  v_plain := convert_to(coalesce(passphrases, '{}')::text, 'UTF8');
+  v_sealed := rekey._aead_encrypt(v_seal, v_iv, v_plain, v_aad);
+  v_set := set_config('rekey.passphrases', encode(v_iv || v_sealed, 'hex'), true);
+  return v_set <> '';
+end
+$$;
+comment on function rekey._keep_passphrases is 'Keeps passphrases until the end of the transaction, sealed, for rekey._passphrases().';
+
+create or replace function rekey._passphrases() returns table (place integer, passphrase bytea)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_seal bytea;
+  v_bytes bytea := decode(coalesce(current_setting('rekey.passphrases', true), ''), 'hex');
+  v_iv bytea := substr(v_bytes, 1, 16);
+  v_aad bytea := rekey._session_aad('p');
+  v_plain bytea;
+  v_passphrases bytea[];
+begin
+  if octet_length(v_bytes) < 64 then
+    return;
+  end if;
+  select s.key into v_seal from rekey._session_key s;
+  v_bytes := substr(v_bytes, 17);
+  v_plain := rekey._aead_decrypt(v_seal, v_iv, v_bytes, v_aad);
+  v_passphrases := convert_from(v_plain, 'UTF8')::bytea[];
+  place := 0;
+  foreach passphrase in array v_passphrases loop
+    place := place + 1;
+    return next;
+  end loop;
+end
+$$;
+comment on function rekey._passphrases is 'What rekey._keep_passphrases() keeps in this transaction.';
+
+create or replace function rekey._open_pgp(value bytea) returns bytea
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_message bytea := value;
-  v_passphrase text;
+  v_plaintext bytea;
+  v_count integer;
 begin
   if substr(value, 1, 5) = '-----'::bytea then
-    v_message := rekey._dearmor(encode(value, 'escape'));
-  end if;
-  for v_place in 1 .. coalesce(cardinality(passphrases), 0) loop
     begin
-      v_passphrase := convert_from(passphrases[v_place], 'UTF8');
-      return rekey._pgp_decrypt(v_message, v_passphrase);
+      v_message := rekey._dearmor(encode(value, 'escape'));
+    exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+      return null;
+    end;
+  end if;
+  select count(*) into v_count from rekey._passphrases();
+  for v_place in 1 .. v_count loop
+    begin
+      select rekey._pgp_decrypt(v_message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
+      from rekey._passphrases() p where p.place = v_place;
+      exit when v_plaintext is not null;
     exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
       null;  -- another passphrase, or damaged
     end;
   end loop;
-  return null;
-exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
-  return null;  -- damaged armour
+  return v_plaintext;
 end
 $$;
-comment on function rekey._open_pgp is 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where none of the passphrases opens it.';
+comment on function rekey._open_pgp is 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
 
 create or replace function rekey._dearmor(armored text) returns bytea
 language sql immutable parallel safe
@@ -4883,6 +4991,9 @@ begin
     raise exception 'the active key version of the keyring cannot be used' using errcode = 'RK006', hint = 'Rotate the keyring: rekey.rotate_keys().';
   end if;
   v_header := rekey._header(keyring_id, v_version);
+  if 'pgp_sym' = any (formats) and not rekey._keep_passphrases(passphrases) then
+    raise exception 'passphrases cannot be kept' using errcode = 'internal_error';
+  end if;
   v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
   -- Plain assignments only: the values are plain, and parameters of statements can be logged.
   foreach v_value in array "values" loop
@@ -4906,7 +5017,7 @@ begin
     elsif v_format = 'plaintext' then
       v_plaintext := v_bytes;
     elsif v_format = 'pgp_sym' then
-      v_plaintext := rekey._open_pgp(v_bytes, passphrases);
+      v_plaintext := rekey._open_pgp(v_bytes);
       if v_plaintext is null then
         v_problem := 'pgp_sym does not open: damaged, or another passphrase';
       end if;
