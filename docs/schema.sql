@@ -626,7 +626,7 @@ begin
   where v_column.label is not null and (t.relation = _adoption_preview.relation or _adoption_preview.relation is null)
   order by t.relation limit 1;
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007';
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007';
   elsif v_target.problem is not null then
     raise exception '% is blocked: %', v_column.label, v_target.problem using errcode = 'RK005';
   end if;
@@ -1917,9 +1917,9 @@ CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint) RETUR
      format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values'::text, (i.indexrelid)::regclass) AS format,
      'Drop it; a value that has no room in an index row (2704 bytes) fails.'::text
     FROM pg_index i
-   WHERE ((i.indrelid = (_column_findings.relation)::oid) AND (NOT i.indisprimary) AND (EXISTS ( SELECT
+   WHERE ((i.indrelid = (_column_findings.relation)::oid) AND (NOT i.indisprimary) AND ((_column_findings.attnum = ANY ((i.indkey)::smallint[])) OR (EXISTS ( SELECT
             FROM pg_depend d
-           WHERE ((d.objid = i.indexrelid) AND (d.classid = ('pg_class'::regclass)::oid) AND (d.refobjid = (_column_findings.relation)::oid) AND (d.refobjsubid = _column_findings.attnum)))))
+           WHERE ((d.objid = i.indexrelid) AND (d.classid = ('pg_class'::regclass)::oid) AND (d.refobjid = (_column_findings.relation)::oid) AND (d.refobjsubid = _column_findings.attnum))))))
  UNION ALL
   SELECT false,
      format('generated column %I is computed from envelopes'::text, a.attname) AS format,
@@ -4763,7 +4763,7 @@ begin
   select * into v_attribute from pg_attribute a
   where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
-    raise exception '% has no column %', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'undefined_column';
+    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column';
   elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) or v_attribute.attgenerated <> '' then
     raise exception 'column %.% has the type %', target, column_name, format_type(v_attribute.atttypid, v_attribute.atttypmod)
       using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text, and not generated.';
@@ -4902,7 +4902,7 @@ begin
   id := rekey._column_id(target, column_name);
   select * into v_protected from rekey.protected_columns c where c.id = _release_column.id for update;
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
   end if;
   if rekey._column_problem(v_protected) is not null then
     raise exception '% is blocked: %', v_protected.label, rekey._column_problem(v_protected) using errcode = 'RK005';
@@ -6439,7 +6439,7 @@ begin
   end if;
   select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007',
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007',
       hint = 'rekey.protect_column() first.';
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);

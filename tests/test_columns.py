@@ -363,14 +363,14 @@ def test_protection_says_what_envelopes_break(app: Connection) -> None:
     app.add_notice_handler(lambda notice: said.append(str(notice.message_primary)))
     app.execute("""
         create table t (
-          id int primary key, v text check (v <> ''), u text generated always as (upper(v)) stored);
+          id int primary key, v text unique check (v <> ''), u text generated always as (upper(v)) stored);
         create unique index on t (v);
         create function f() returns trigger language plpgsql as 'begin return new; end';
         create trigger noted before update on t for each row execute function f();
         """)
     protect(app, "t")
-    assert len(said) == 4
-    for word in ("CHECK", "index", "generated column u", "trigger noted"):
+    assert len(said) == 5
+    for word in ("CHECK", "index app.t_v_key", "index app.t_v_idx", "generated column u", "trigger noted"):
         assert any(word in text for text in said)
 
 

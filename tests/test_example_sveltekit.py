@@ -116,9 +116,9 @@ def run(built: Path, supabase: str, log: Path) -> Iterator[App]:
 
 
 @pytest.fixture(scope="module")
-def project(hosted: Hosted, kek: bytes) -> str:
+def project(hosting: Hosted, kek: bytes) -> str:
     """A project where users with the claim `key_admin` are administrators."""
-    dsn = hosted.make_database()
+    dsn = hosting.make_database()
     install(dsn, release.assemble("supabase"))
     with connect(dsn) as connection:
         connection.execute("select vault.create_secret(%s, 'pg_rekey_kek')", [kek.hex()])

@@ -168,7 +168,8 @@ def _bytes(kek: bytes | str) -> bytes:
 
 
 def _show_notice(notice: psycopg.errors.Diagnostic) -> None:
-    click.echo(f"{notice.severity}: {notice.message_primary}", err=True)
+    hint = f"\n  {notice.message_hint}" if notice.message_hint else ""
+    click.echo(f"{notice.severity}: {notice.message_primary}{hint}", err=True)
 
 
 def _check(variable: str, value: str) -> None:

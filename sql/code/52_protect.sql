@@ -50,8 +50,8 @@ begin atomic
   select false, format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values', i.indexrelid::regclass),
     'Drop it; a value that has no room in an index row (2704 bytes) fails.'
   from pg_index i
-  where i.indrelid = relation and not i.indisprimary and exists (
-    select from pg_depend d where d.objid = i.indexrelid and d.classid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum)
+  where i.indrelid = relation and not i.indisprimary and (_column_findings.attnum = any (i.indkey) or exists (
+    select from pg_depend d where d.objid = i.indexrelid and d.classid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum))
   union all
   select false, format('generated column %I is computed from envelopes', a.attname), 'Drop it.'
   from pg_attrdef f
@@ -189,7 +189,7 @@ begin
   select * into v_attribute from pg_attribute a
   where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
-    raise exception '% has no column %', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'undefined_column';
+    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column';
   elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) or v_attribute.attgenerated <> '' then
     raise exception 'column %.% has the type %', target, column_name, format_type(v_attribute.atttypid, v_attribute.atttypmod)
       using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text, and not generated.';
@@ -375,7 +375,7 @@ begin
   id := rekey._column_id(target, column_name);
   select * into v_protected from rekey.protected_columns c where c.id = _release_column.id for update;
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
   end if;
   if rekey._column_problem(v_protected) is not null then
     raise exception '% is blocked: %', v_protected.label, rekey._column_problem(v_protected) using errcode = 'RK005';

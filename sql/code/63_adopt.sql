@@ -231,7 +231,7 @@ begin
   end if;
   select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007',
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007',
       hint = 'rekey.protect_column() first.';
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
@@ -443,7 +443,7 @@ begin
   where v_column.label is not null and (t.relation = _adoption_preview.relation or _adoption_preview.relation is null)
   order by t.relation limit 1;
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007';
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007';
   elsif v_target.problem is not null then
     raise exception '% is blocked: %', v_column.label, v_target.problem using errcode = 'RK005';
   end if;

@@ -2914,8 +2914,8 @@ begin atomic
   select false, format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values', i.indexrelid::regclass),
     'Drop it; a value that has no room in an index row (2704 bytes) fails.'
   from pg_index i
-  where i.indrelid = relation and not i.indisprimary and exists (
-    select from pg_depend d where d.objid = i.indexrelid and d.classid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum)
+  where i.indrelid = relation and not i.indisprimary and (_column_findings.attnum = any (i.indkey) or exists (
+    select from pg_depend d where d.objid = i.indexrelid and d.classid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum))
   union all
   select false, format('generated column %I is computed from envelopes', a.attname), 'Drop it.'
   from pg_attrdef f
@@ -3053,7 +3053,7 @@ begin
   select * into v_attribute from pg_attribute a
   where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
-    raise exception '% has no column %', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'undefined_column';
+    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column';
   elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) or v_attribute.attgenerated <> '' then
     raise exception 'column %.% has the type %', target, column_name, format_type(v_attribute.atttypid, v_attribute.atttypmod)
       using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text, and not generated.';
@@ -3239,7 +3239,7 @@ begin
   id := rekey._column_id(target, column_name);
   select * into v_protected from rekey.protected_columns c where c.id = _release_column.id for update;
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
   end if;
   if rekey._column_problem(v_protected) is not null then
     raise exception '% is blocked: %', v_protected.label, rekey._column_problem(v_protected) using errcode = 'RK005';
@@ -5058,7 +5058,7 @@ begin
   end if;
   select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007',
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007',
       hint = 'rekey.protect_column() first.';
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
@@ -5270,7 +5270,7 @@ begin
   where v_column.label is not null and (t.relation = _adoption_preview.relation or _adoption_preview.relation is null)
   order by t.relation limit 1;
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_literal(column_name), 'NULL') using errcode = 'RK007';
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007';
   elsif v_target.problem is not null then
     raise exception '% is blocked: %', v_column.label, v_target.problem using errcode = 'RK005';
   end if;

@@ -90,6 +90,9 @@ class Rotation(BaseModel):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    adopts: str | None = Field(description="Protected column that it adopts; null for other rotations.")
+    formats: list[str] | None
+    forced: bool
 
 
 class Rotations(BaseModel):
