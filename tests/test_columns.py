@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, LiteralString
 
@@ -606,3 +607,24 @@ def test_the_table_is_rewritten_in_the_middle(ready: Connection, app: Connection
     assert left in (3000, 0)
     usage = ready.execute("select version, rows from rekey.key_usage() order by version").fetchall()
     assert usage == [(1, 0), (2, left)]
+
+
+def test_two_owners_protect_at_once(
+    ready: Connection, app: Connection, owner: str, session: Callable[[], Connection]
+) -> None:
+    app.execute("create table t (id int primary key, v text); create table u (id int primary key, v text)")
+    other = session()
+    other.execute(f"set role {owner}".encode())
+    begun = threading.Event()
+
+    def late(_: threading.Event) -> None:
+        begun.set()
+        protect(other, "app.u")
+
+    app.execute("begin")
+    protect(app, "t")
+    with in_background(late):
+        assert begun.wait(5)
+        time.sleep(0.3)  # it waits, or has failed
+        app.execute("commit")
+    assert value(ready, "select count(*) from rekey.column_status where problem is null") == 2

@@ -3034,6 +3034,8 @@ declare
   v_name name;
   v_guard text;
 begin
+  -- One at a time: what is lent to one caller, the end of another would take back.
+  perform pg_advisory_xact_lock(0, 3);
   perform rekey._check_tenant(v_keyring.tenant_id);
   if v_keyring.retired_at is not null then
     raise exception 'keyring % is retired', quote_literal(keyring) using errcode = 'RK006';
