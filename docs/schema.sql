@@ -558,6 +558,7 @@ declare
   v_target rekey._target;
   v_state text := rekey._target_state();
   v_until_block bigint;
+  v_max_rows integer;
   v_adoption rekey._adoption;
   v_done bigint;
   v_failed record;
@@ -580,8 +581,12 @@ begin
   if v_target.problem is not null then
     raise exception '% is blocked: %', v_chunk.target, v_target.problem using errcode = 'RK005';
   end if;
+  select w.rows into v_max_rows from rekey._throttle(least(v_chunk.batch_rows, 1000)) w;
+  if v_max_rows is null then
+    return null;
+  end if;
   v_until_block := least(split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint + v_chunk.batch_blocks, v_chunk.until_block);
-  v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, least(v_chunk.batch_rows, 1000),
+  v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced, passphrases);
   v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
   select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
@@ -590,6 +595,7 @@ begin
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
   perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_chunk.target, v_chunk.relation, v_failed.keys, v_failed.problems);
+  perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
   perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
   return v_adoption;
 end
@@ -602,7 +608,7 @@ ALTER FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) OW
 -- Name: FUNCTION _adoption_batch(rotation_id bigint, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) IS 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, and where the rotation is not running.';
+COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) IS 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the rotation is not running, and while the throttle holds it up.';
 
 
 --
@@ -2708,10 +2714,7 @@ begin
   select * into v_shape from rekey._column_shape(id) s;
   if v_shape.relation is not null then
     perform rekey._refuse_stranger(v_shape.relation);
-    if exists (select from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
-               where c.keyring_id is not null) then
-      raise exception 'rows of % were encrypted meanwhile', v_protected.label using errcode = 'RK005', hint = 'Call it again.';
-    end if;
+    perform rekey._refuse_encrypted(v_protected);
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
@@ -3621,6 +3624,33 @@ COMMENT ON FUNCTION rekey._note_names() IS 'Notes what the protected columns are
 
 
 --
+-- Name: _note_pace(timestamp with time zone, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_pace(begun timestamp with time zone, rows bigint) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rate double precision := (rekey._settings()).max_rows_per_second;
+begin
+  if v_rate is not null then
+    update rekey._worker w set next_batch_at = begun + (rows / v_rate) * interval '1 second' where w.singleton;
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_pace(begun timestamp with time zone, rows bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_pace(begun timestamp with time zone, rows bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_pace(begun timestamp with time zone, rows bigint) IS 'Tells rekey._throttle() how many rows a batch had that began then.';
+
+
+--
 -- Name: _open(bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4285,6 +4315,37 @@ COMMENT ON FUNCTION rekey._refuse_change() IS 'Trigger: refuses every statement 
 
 
 --
+-- Name: _refuse_encrypted(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rows bigint;
+begin
+  select sum(c.rows) into v_rows
+  from rekey._targets(protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+  where c.keyring_id is not null;
+  if v_rows > 0 then
+    raise exception '% rows of % are encrypted', v_rows, protected.label using errcode = 'RK005',
+      hint = 'decrypt => true decrypts them, some at each call: --decrypt of pg-rekey columns unprotect. Rows that stay are locked by a session, or kept by a trigger.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_encrypted(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) IS 'RK005 where a protected column holds envelopes.';
+
+
+--
 -- Name: _refuse_foreign(bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4891,7 +4952,7 @@ COMMENT ON FUNCTION rekey._register_column(target regclass, column_name name, ke
 -- Name: _release_column(regclass, name, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint) RETURNS record
+CREATE FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
@@ -4913,22 +4974,17 @@ begin
   if found then
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
-  select sum(c.rows) into left_rows
-  from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
-  where c.keyring_id is not null;
-  left_rows := coalesce(left_rows, 0);
-  if left_rows > 0 and not decrypt then
-    raise exception '% rows of % are encrypted', left_rows, v_protected.label using errcode = 'RK005',
-      hint = 'decrypt => true decrypts them, some at each call.';
+  if not decrypt then
+    perform rekey._refuse_encrypted(v_protected);
   end if;
-  if left_rows > 0 then
+  if decrypt then
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
     join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.place];
     statements := array(
       select format(
-        'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 1000 for no key update skip locked)
+        'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 5000 for no key update skip locked)
          update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s]) from due where t.ctid = due.row',
         t.relation,
         case when v_protected.is_text then format('left(t.%s, 4) = ''rk1:''', v_names[1]) else format('substr(t.%s, 1, 3) = ''\x524b01''', v_names[1]) end,
@@ -4940,13 +4996,13 @@ end
 $_$;
 
 
-ALTER FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint) IS 'What rekey.unprotect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
+COMMENT ON FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]) IS 'What rekey.unprotect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
 
 
 --
@@ -5468,7 +5524,6 @@ CREATE FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OU
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_settings rekey.settings := rekey._settings();
   v_begin timestamptz := clock_timestamp();
   v_chunk rekey._chunks;
   v_ids bigint[];
@@ -5480,7 +5535,6 @@ declare
   v_until_block bigint;
   v_max_rows integer;
   v_forced boolean;
-  v_next_batch timestamptz;
   v_batch record;
   v_contexts bytea[];
   v_old bytea[];
@@ -5501,18 +5555,11 @@ begin
   if not found then
     return;
   end if;
-  v_max_rows := v_chunk.batch_rows;
-  if v_settings.max_rows_per_second is not null then
-    -- All workers share the throttle, one batch after the other.
-    select w.next_batch_at into v_next_batch from rekey._worker w for update;
-    -- (A time further ahead was noted by a clock that was wrong.)
-    if v_next_batch between clock_timestamp() and clock_timestamp() + interval '1 minute' then
-      event := 'waiting';
-      keyring_count := 0;
-      wait := least(v_next_batch - clock_timestamp(), interval '1 second');
-      return;
-    end if;
-    v_max_rows := least(v_max_rows, greatest(v_settings.max_rows_per_second / 5, 1));
+  select w.rows, w.wait into v_max_rows, wait from rekey._throttle(v_chunk.batch_rows) w;
+  if v_max_rows is null then
+    event := 'waiting';
+    keyring_count := 0;
+    return;
   end if;
 
   select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id), bool_or(r.forced)
@@ -5565,10 +5612,7 @@ begin
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
     end if;
-    if v_settings.max_rows_per_second is not null then
-      update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second'
-      where w.singleton;
-    end if;
+    perform rekey._note_pace(v_begin, rows);
     perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
@@ -5688,6 +5732,44 @@ ALTER FUNCTION rekey._targets(only_target text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._targets(only_target text) IS 'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast. prefix: the label of the context. problem: why it is blocked.';
+
+
+--
+-- Name: _throttle(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._throttle(wanted integer, OUT rows integer, OUT wait interval) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rate integer := (rekey._settings()).max_rows_per_second;
+  v_next timestamptz;
+begin
+  rows := wanted;
+  if v_rate is null then
+    return;
+  end if;
+  -- All workers share the throttle, one batch after the other.
+  select w.next_batch_at into v_next from rekey._worker w for update;
+  -- (A time further ahead was noted by a clock that was wrong.)
+  if v_next between clock_timestamp() and clock_timestamp() + interval '1 minute' then
+    rows := null;
+    wait := least(v_next - clock_timestamp(), interval '1 second');
+    return;
+  end if;
+  rows := least(wanted, greatest(v_rate / 5, 1));
+end
+$$;
+
+
+ALTER FUNCTION rekey._throttle(wanted integer, OUT rows integer, OUT wait interval) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _throttle(wanted integer, OUT rows integer, OUT wait interval); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._throttle(wanted integer, OUT rows integer, OUT wait interval) IS 'How many rows a batch may have now, of those wanted; NULL: none yet, for as long as wait.';
 
 
 --
@@ -6537,7 +6619,7 @@ ALTER FUNCTION rekey.adoption_batch(rotation_id bigint) OWNER TO rekey_owner;
 -- Name: FUNCTION adoption_batch(rotation_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adoption_batch(rotation_id bigint) IS 'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
+COMMENT ON FUNCTION rekey.adoption_batch(rotation_id bigint) IS 'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, or the throttle holds it up. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
 
 
 --
@@ -8664,21 +8746,24 @@ CREATE FUNCTION rekey.unprotect_column(target regclass, column_name name, decryp
 declare
   v_released record;
   v_statement text;
+  v_count bigint;
+  v_decrypted bigint := 0;
 begin
   select * into v_released from rekey._release_column(target, column_name, coalesce(decrypt, false));
   if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
     execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
   end if;
-  if v_released.left_rows > 0 then
-    foreach v_statement in array v_released.statements loop
-      execute v_statement;
-    end loop;
-    return v_released.left_rows;
+  foreach v_statement in array coalesce(v_released.statements, '{}') loop
+    execute v_statement;
+    get diagnostics v_count = row_count;
+    v_decrypted := v_decrypted + v_count;
+  end loop;
+  if v_decrypted = 0 then
+    -- Waits for those who write, and looks again.
+    execute format('lock table %s in share row exclusive mode', target);
+    perform rekey._forget_column(v_released.id);
   end if;
-  -- Waits for those who write, and looks again.
-  execute format('lock table %s in share row exclusive mode', target);
-  perform rekey._forget_column(v_released.id);
-  return 0;
+  return v_decrypted;
 end
 $$;
 
@@ -8689,7 +8774,7 @@ ALTER FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt
 -- Name: FUNCTION unprotect_column(target regclass, column_name name, decrypt boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt boolean) IS 'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 1,000 of each partition at a call: repeat it, each in its own transaction, until it returns 0; before that it returns how many there were. The owner of the table calls it, as a member of rekey_admin, or a superuser. 42501: not the owner, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
+COMMENT ON FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt boolean) IS 'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 5,000 of each partition at a call, which returns how many: repeat it, each in its own transaction, until it returns 0. The owner of the table calls it, as a member of rekey_admin, or a superuser. 42501: not the owner, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
 
 
 --
@@ -10799,6 +10884,13 @@ REVOKE ALL ON FUNCTION rekey._note_names() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _note_pace(begun timestamp with time zone, rows bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_pace(begun timestamp with time zone, rows bigint) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _open(envelope bytea, context bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10912,6 +11004,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_change() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _refuse_encrypted(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _refuse_foreign(envelope bytea, context bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10972,11 +11071,11 @@ GRANT ALL ON FUNCTION rekey._register_column(target regclass, column_name name, 
 
 
 --
--- Name: FUNCTION _release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[], OUT left_rows bigint) TO rekey_admin;
+REVOKE ALL ON FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]) TO rekey_admin;
 
 
 --
@@ -11113,6 +11212,13 @@ REVOKE ALL ON FUNCTION rekey._target_state() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._targets(only_target text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _throttle(wanted integer, OUT rows integer, OUT wait interval); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._throttle(wanted integer, OUT rows integer, OUT wait interval) FROM PUBLIC;
 
 
 --

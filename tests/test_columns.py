@@ -476,14 +476,14 @@ def test_bad_calls(ready: Connection, app: Connection, call: LiteralString, code
 
 
 def test_a_column_is_let_go(ready: Connection, app: Connection) -> None:
-    simple(app, ready, 2500)
+    simple(app, ready, 6000)
     app.execute("select rekey.adopt_column('t', 'v')")
     with refused("RK004"):
         app.execute("select rekey.unprotect_column('t', 'v', decrypt => true)")
     run(ready)
-    left = [value(app, "select rekey.unprotect_column('t', 'v', decrypt => true)") for _ in range(4)]
-    assert left == [2500, 1500, 500, 0]
-    assert value(app, "select count(*) from t where v = 'v' || id") == 2500
+    done = [value(app, "select rekey.unprotect_column('t', 'v', decrypt => true)") for _ in range(3)]
+    assert done == [5000, 1000, 0]
+    assert value(app, "select count(*) from t where v = 'v' || id") == 6000
     assert value(ready, "select count(*) from rekey.protected_columns") == 0
     assert value(ready, "select count(*) from pg_proc where proname like 'column\\_%%'") == 0
     app.execute("drop table t")
@@ -628,3 +628,37 @@ def test_two_owners_protect_at_once(
         time.sleep(0.3)  # it waits, or has failed
         app.execute("commit")
     assert value(ready, "select count(*) from rekey.column_status where problem is null") == 2
+
+
+def test_rows_that_cannot_be_decrypted_now_are_not_let_go(
+    ready: Connection, app: Connection, session: Callable[[], Connection]
+) -> None:
+    simple(app, ready, 3)
+    other = session()
+    with other.transaction():
+        other.execute("update app.t set n = 1 where id = 2")
+        assert value(app, "select rekey.unprotect_column('t', 'v', decrypt => true)") == 2
+        app.execute("set lock_timeout = '200ms'")
+        with refused("55P03"):
+            app.execute("select rekey.unprotect_column('t', 'v', decrypt => true)")
+    app.execute("create function keep() returns trigger language plpgsql as 'begin return null; end'")
+    app.execute("create trigger keep before update on t for each row execute function keep()")
+    with refused("RK005"):
+        app.execute("select rekey.unprotect_column('t', 'v', decrypt => true)")
+    app.execute("drop trigger keep on t")
+    assert value(app, "select rekey.unprotect_column('t', 'v', decrypt => true)") == 1
+    assert value(app, "select rekey.unprotect_column('t', 'v', decrypt => true)") == 0
+
+
+def test_an_adoption_that_takes_keys_keeps_to_the_throttle(ready: Connection, app: Connection) -> None:
+    app.execute("create table t (id int primary key, v text)")
+    app.execute("insert into t select g, 'gAAAAA' || repeat('x', 120) from generate_series(1, 20) g")
+    protect(app, "t")
+    ready.execute("select rekey.set_setting('max_rows_per_second', '10')")
+    number = value(app, "select id from rekey.adopt_column('t', 'v', '{fernet}')")
+    step_until(ready, "planned")
+    batch: LiteralString = "select cardinality(rows) from rekey.adoption_batch(%s)"
+    assert value(app, batch, number) == 2
+    assert value(app, batch, number) is None
+    ready.execute("update rekey._worker set next_batch_at = null")
+    assert value(app, batch, number) == 2

@@ -327,7 +327,7 @@ select * from rekey.column_status order by label
 select rekey.protect_column(%s::regclass, %s, %s, %s::name[], %s)
 
 -- name: unprotect column
--- description: Take a column out of rotation; how many rows were still encrypted.
+-- description: Take a column out of rotation; how many rows were decrypted this time.
 select rekey.unprotect_column(%s::regclass, %s, %s)
 
 -- name: adopt vault

@@ -364,7 +364,25 @@ comment on function rekey.protect_column is
   'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
 grant execute on function rekey.protect_column to rekey_admin;
 
-create or replace function rekey._release_column(target regclass, column_name name, decrypt boolean, out id integer, out statements text[], out left_rows bigint)
+create or replace function rekey._refuse_encrypted(protected rekey.protected_columns) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rows bigint;
+begin
+  select sum(c.rows) into v_rows
+  from rekey._targets(protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+  where c.keyring_id is not null;
+  if v_rows > 0 then
+    raise exception '% rows of % are encrypted', v_rows, protected.label using errcode = 'RK005',
+      hint = 'decrypt => true decrypts them, some at each call: --decrypt of pg-rekey columns unprotect. Rows that stay are locked by a session, or kept by a trigger.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_encrypted is 'RK005 where a protected column holds envelopes.';
+
+create or replace function rekey._release_column(target regclass, column_name name, decrypt boolean, out id integer, out statements text[])
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -386,22 +404,17 @@ begin
   if found then
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
-  select sum(c.rows) into left_rows
-  from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
-  where c.keyring_id is not null;
-  left_rows := coalesce(left_rows, 0);
-  if left_rows > 0 and not decrypt then
-    raise exception '% rows of % are encrypted', left_rows, v_protected.label using errcode = 'RK005',
-      hint = 'decrypt => true decrypts them, some at each call.';
+  if not decrypt then
+    perform rekey._refuse_encrypted(v_protected);
   end if;
-  if left_rows > 0 then
+  if decrypt then
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
     join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.place];
     statements := array(
       select format(
-        'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 1000 for no key update skip locked)
+        'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 5000 for no key update skip locked)
          update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s]) from due where t.ctid = due.row',
         t.relation,
         case when v_protected.is_text then format('left(t.%s, 4) = ''rk1:''', v_names[1]) else format('substr(t.%s, 1, 3) = ''\x524b01''', v_names[1]) end,
@@ -427,10 +440,7 @@ begin
   select * into v_shape from rekey._column_shape(id) s;
   if v_shape.relation is not null then
     perform rekey._refuse_stranger(v_shape.relation);
-    if exists (select from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
-               where c.keyring_id is not null) then
-      raise exception 'rows of % were encrypted meanwhile', v_protected.label using errcode = 'RK005', hint = 'Call it again.';
-    end if;
+    perform rekey._refuse_encrypted(v_protected);
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
@@ -453,25 +463,28 @@ as $$
 declare
   v_released record;
   v_statement text;
+  v_count bigint;
+  v_decrypted bigint := 0;
 begin
   select * into v_released from rekey._release_column(target, column_name, coalesce(decrypt, false));
   if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
     execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
   end if;
-  if v_released.left_rows > 0 then
-    foreach v_statement in array v_released.statements loop
-      execute v_statement;
-    end loop;
-    return v_released.left_rows;
+  foreach v_statement in array coalesce(v_released.statements, '{}') loop
+    execute v_statement;
+    get diagnostics v_count = row_count;
+    v_decrypted := v_decrypted + v_count;
+  end loop;
+  if v_decrypted = 0 then
+    -- Waits for those who write, and looks again.
+    execute format('lock table %s in share row exclusive mode', target);
+    perform rekey._forget_column(v_released.id);
   end if;
-  -- Waits for those who write, and looks again.
-  execute format('lock table %s in share row exclusive mode', target);
-  perform rekey._forget_column(v_released.id);
-  return 0;
+  return v_decrypted;
 end
 $$;
 comment on function rekey.unprotect_column(regclass, name, boolean) is
-  'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 1,000 of each partition at a call: repeat it, each in its own transaction, until it returns 0; before that it returns how many there were. The owner of the table calls it, as a member of rekey_admin, or a superuser. 42501: not the owner, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
+  'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 5,000 of each partition at a call, which returns how many: repeat it, each in its own transaction, until it returns 0. The owner of the table calls it, as a member of rekey_admin, or a superuser. 42501: not the owner, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
 grant execute on function rekey.unprotect_column(regclass, name, boolean) to rekey_admin;
 
 create or replace function rekey.unprotect_column(label text) returns void

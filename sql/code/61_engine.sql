@@ -295,12 +295,50 @@ end
 $$;
 comment on function rekey._note_batch is 'Adds what a batch did to the progress of its rotations, and what did not open to the quarantine.';
 
+create or replace function rekey._throttle(wanted integer, out rows integer, out wait interval)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rate integer := (rekey._settings()).max_rows_per_second;
+  v_next timestamptz;
+begin
+  rows := wanted;
+  if v_rate is null then
+    return;
+  end if;
+  -- All workers share the throttle, one batch after the other.
+  select w.next_batch_at into v_next from rekey._worker w for update;
+  -- (A time further ahead was noted by a clock that was wrong.)
+  if v_next between clock_timestamp() and clock_timestamp() + interval '1 minute' then
+    rows := null;
+    wait := least(v_next - clock_timestamp(), interval '1 second');
+    return;
+  end if;
+  rows := least(wanted, greatest(v_rate / 5, 1));
+end
+$$;
+comment on function rekey._throttle is 'How many rows a batch may have now, of those wanted; NULL: none yet, for as long as wait.';
+
+create or replace function rekey._note_pace(begun timestamptz, rows bigint) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rate double precision := (rekey._settings()).max_rows_per_second;
+begin
+  if v_rate is not null then
+    update rekey._worker w set next_batch_at = begun + (rows / v_rate) * interval '1 second' where w.singleton;
+  end if;
+end
+$$;
+comment on function rekey._note_pace is 'Tells rekey._throttle() how many rows a batch had that began then.';
+
 create or replace function rekey._sweep_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_settings rekey.settings := rekey._settings();
   v_begin timestamptz := clock_timestamp();
   v_chunk rekey._chunks;
   v_ids bigint[];
@@ -312,7 +350,6 @@ declare
   v_until_block bigint;
   v_max_rows integer;
   v_forced boolean;
-  v_next_batch timestamptz;
   v_batch record;
   v_contexts bytea[];
   v_old bytea[];
@@ -333,18 +370,11 @@ begin
   if not found then
     return;
   end if;
-  v_max_rows := v_chunk.batch_rows;
-  if v_settings.max_rows_per_second is not null then
-    -- All workers share the throttle, one batch after the other.
-    select w.next_batch_at into v_next_batch from rekey._worker w for update;
-    -- (A time further ahead was noted by a clock that was wrong.)
-    if v_next_batch between clock_timestamp() and clock_timestamp() + interval '1 minute' then
-      event := 'waiting';
-      keyring_count := 0;
-      wait := least(v_next_batch - clock_timestamp(), interval '1 second');
-      return;
-    end if;
-    v_max_rows := least(v_max_rows, greatest(v_settings.max_rows_per_second / 5, 1));
+  select w.rows, w.wait into v_max_rows, wait from rekey._throttle(v_chunk.batch_rows) w;
+  if v_max_rows is null then
+    event := 'waiting';
+    keyring_count := 0;
+    return;
   end if;
 
   select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id), bool_or(r.forced)
@@ -397,10 +427,7 @@ begin
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
     end if;
-    if v_settings.max_rows_per_second is not null then
-      update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second'
-      where w.singleton;
-    end if;
+    perform rekey._note_pace(v_begin, rows);
     perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),

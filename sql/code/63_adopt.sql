@@ -310,6 +310,7 @@ declare
   v_target rekey._target;
   v_state text := rekey._target_state();
   v_until_block bigint;
+  v_max_rows integer;
   v_adoption rekey._adoption;
   v_done bigint;
   v_failed record;
@@ -332,8 +333,12 @@ begin
   if v_target.problem is not null then
     raise exception '% is blocked: %', v_chunk.target, v_target.problem using errcode = 'RK005';
   end if;
+  select w.rows into v_max_rows from rekey._throttle(least(v_chunk.batch_rows, 1000)) w;
+  if v_max_rows is null then
+    return null;
+  end if;
   v_until_block := least(split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint + v_chunk.batch_blocks, v_chunk.until_block);
-  v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, least(v_chunk.batch_rows, 1000),
+  v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced, passphrases);
   v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
   select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
@@ -342,11 +347,12 @@ begin
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
   perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_chunk.target, v_chunk.relation, v_failed.keys, v_failed.problems);
+  perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
   perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
   return v_adoption;
 end
 $$;
-comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, and where the rotation is not running.';
+comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the rotation is not running, and while the throttle holds it up.';
 grant execute on function rekey._adoption_batch to rekey_admin;
 
 create or replace function rekey._note_adopted(
@@ -495,7 +501,7 @@ begin
 end
 $$;
 comment on function rekey.adoption_batch is
-  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
+  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, or the throttle holds it up. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
 grant execute on function rekey.adoption_batch to rekey_admin;
 
 create or replace function rekey.adoption_store(rotation_id bigint, relation regclass) returns bigint

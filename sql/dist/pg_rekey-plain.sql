@@ -3228,7 +3228,25 @@ comment on function rekey.protect_column is
   'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
 grant execute on function rekey.protect_column to rekey_admin;
 
-create or replace function rekey._release_column(target regclass, column_name name, decrypt boolean, out id integer, out statements text[], out left_rows bigint)
+create or replace function rekey._refuse_encrypted(protected rekey.protected_columns) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rows bigint;
+begin
+  select sum(c.rows) into v_rows
+  from rekey._targets(protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+  where c.keyring_id is not null;
+  if v_rows > 0 then
+    raise exception '% rows of % are encrypted', v_rows, protected.label using errcode = 'RK005',
+      hint = 'decrypt => true decrypts them, some at each call: --decrypt of pg-rekey columns unprotect. Rows that stay are locked by a session, or kept by a trigger.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_encrypted is 'RK005 where a protected column holds envelopes.';
+
+create or replace function rekey._release_column(target regclass, column_name name, decrypt boolean, out id integer, out statements text[])
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -3250,22 +3268,17 @@ begin
   if found then
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
-  select sum(c.rows) into left_rows
-  from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
-  where c.keyring_id is not null;
-  left_rows := coalesce(left_rows, 0);
-  if left_rows > 0 and not decrypt then
-    raise exception '% rows of % are encrypted', left_rows, v_protected.label using errcode = 'RK005',
-      hint = 'decrypt => true decrypts them, some at each call.';
+  if not decrypt then
+    perform rekey._refuse_encrypted(v_protected);
   end if;
-  if left_rows > 0 then
+  if decrypt then
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
     join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.place];
     statements := array(
       select format(
-        'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 1000 for no key update skip locked)
+        'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 5000 for no key update skip locked)
          update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s]) from due where t.ctid = due.row',
         t.relation,
         case when v_protected.is_text then format('left(t.%s, 4) = ''rk1:''', v_names[1]) else format('substr(t.%s, 1, 3) = ''\x524b01''', v_names[1]) end,
@@ -3291,10 +3304,7 @@ begin
   select * into v_shape from rekey._column_shape(id) s;
   if v_shape.relation is not null then
     perform rekey._refuse_stranger(v_shape.relation);
-    if exists (select from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
-               where c.keyring_id is not null) then
-      raise exception 'rows of % were encrypted meanwhile', v_protected.label using errcode = 'RK005', hint = 'Call it again.';
-    end if;
+    perform rekey._refuse_encrypted(v_protected);
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
@@ -3317,25 +3327,28 @@ as $$
 declare
   v_released record;
   v_statement text;
+  v_count bigint;
+  v_decrypted bigint := 0;
 begin
   select * into v_released from rekey._release_column(target, column_name, coalesce(decrypt, false));
   if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
     execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
   end if;
-  if v_released.left_rows > 0 then
-    foreach v_statement in array v_released.statements loop
-      execute v_statement;
-    end loop;
-    return v_released.left_rows;
+  foreach v_statement in array coalesce(v_released.statements, '{}') loop
+    execute v_statement;
+    get diagnostics v_count = row_count;
+    v_decrypted := v_decrypted + v_count;
+  end loop;
+  if v_decrypted = 0 then
+    -- Waits for those who write, and looks again.
+    execute format('lock table %s in share row exclusive mode', target);
+    perform rekey._forget_column(v_released.id);
   end if;
-  -- Waits for those who write, and looks again.
-  execute format('lock table %s in share row exclusive mode', target);
-  perform rekey._forget_column(v_released.id);
-  return 0;
+  return v_decrypted;
 end
 $$;
 comment on function rekey.unprotect_column(regclass, name, boolean) is
-  'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 1,000 of each partition at a call: repeat it, each in its own transaction, until it returns 0; before that it returns how many there were. The owner of the table calls it, as a member of rekey_admin, or a superuser. 42501: not the owner, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
+  'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 5,000 of each partition at a call, which returns how many: repeat it, each in its own transaction, until it returns 0. The owner of the table calls it, as a member of rekey_admin, or a superuser. 42501: not the owner, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
 grant execute on function rekey.unprotect_column(regclass, name, boolean) to rekey_admin;
 
 create or replace function rekey.unprotect_column(label text) returns void
@@ -4252,12 +4265,50 @@ end
 $$;
 comment on function rekey._note_batch is 'Adds what a batch did to the progress of its rotations, and what did not open to the quarantine.';
 
+create or replace function rekey._throttle(wanted integer, out rows integer, out wait interval)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rate integer := (rekey._settings()).max_rows_per_second;
+  v_next timestamptz;
+begin
+  rows := wanted;
+  if v_rate is null then
+    return;
+  end if;
+  -- All workers share the throttle, one batch after the other.
+  select w.next_batch_at into v_next from rekey._worker w for update;
+  -- (A time further ahead was noted by a clock that was wrong.)
+  if v_next between clock_timestamp() and clock_timestamp() + interval '1 minute' then
+    rows := null;
+    wait := least(v_next - clock_timestamp(), interval '1 second');
+    return;
+  end if;
+  rows := least(wanted, greatest(v_rate / 5, 1));
+end
+$$;
+comment on function rekey._throttle is 'How many rows a batch may have now, of those wanted; NULL: none yet, for as long as wait.';
+
+create or replace function rekey._note_pace(begun timestamptz, rows bigint) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rate double precision := (rekey._settings()).max_rows_per_second;
+begin
+  if v_rate is not null then
+    update rekey._worker w set next_batch_at = begun + (rows / v_rate) * interval '1 second' where w.singleton;
+  end if;
+end
+$$;
+comment on function rekey._note_pace is 'Tells rekey._throttle() how many rows a batch had that began then.';
+
 create or replace function rekey._sweep_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_settings rekey.settings := rekey._settings();
   v_begin timestamptz := clock_timestamp();
   v_chunk rekey._chunks;
   v_ids bigint[];
@@ -4269,7 +4320,6 @@ declare
   v_until_block bigint;
   v_max_rows integer;
   v_forced boolean;
-  v_next_batch timestamptz;
   v_batch record;
   v_contexts bytea[];
   v_old bytea[];
@@ -4290,18 +4340,11 @@ begin
   if not found then
     return;
   end if;
-  v_max_rows := v_chunk.batch_rows;
-  if v_settings.max_rows_per_second is not null then
-    -- All workers share the throttle, one batch after the other.
-    select w.next_batch_at into v_next_batch from rekey._worker w for update;
-    -- (A time further ahead was noted by a clock that was wrong.)
-    if v_next_batch between clock_timestamp() and clock_timestamp() + interval '1 minute' then
-      event := 'waiting';
-      keyring_count := 0;
-      wait := least(v_next_batch - clock_timestamp(), interval '1 second');
-      return;
-    end if;
-    v_max_rows := least(v_max_rows, greatest(v_settings.max_rows_per_second / 5, 1));
+  select w.rows, w.wait into v_max_rows, wait from rekey._throttle(v_chunk.batch_rows) w;
+  if v_max_rows is null then
+    event := 'waiting';
+    keyring_count := 0;
+    return;
   end if;
 
   select array_agg(r.id order by r.id), array_agg(r.keyring_id order by r.id), array_agg(r.to_version order by r.id), bool_or(r.forced)
@@ -4354,10 +4397,7 @@ begin
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
     end if;
-    if v_settings.max_rows_per_second is not null then
-      update rekey._worker w set next_batch_at = v_begin + (rows / v_settings.max_rows_per_second::double precision) * interval '1 second'
-      where w.singleton;
-    end if;
+    perform rekey._note_pace(v_begin, rows);
     perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
@@ -5139,6 +5179,7 @@ declare
   v_target rekey._target;
   v_state text := rekey._target_state();
   v_until_block bigint;
+  v_max_rows integer;
   v_adoption rekey._adoption;
   v_done bigint;
   v_failed record;
@@ -5161,8 +5202,12 @@ begin
   if v_target.problem is not null then
     raise exception '% is blocked: %', v_chunk.target, v_target.problem using errcode = 'RK005';
   end if;
+  select w.rows into v_max_rows from rekey._throttle(least(v_chunk.batch_rows, 1000)) w;
+  if v_max_rows is null then
+    return null;
+  end if;
   v_until_block := least(split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint + v_chunk.batch_blocks, v_chunk.until_block);
-  v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, least(v_chunk.batch_rows, 1000),
+  v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced, passphrases);
   v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
   select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
@@ -5171,11 +5216,12 @@ begin
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
   perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_chunk.target, v_chunk.relation, v_failed.keys, v_failed.problems);
+  perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
   perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
   return v_adoption;
 end
 $$;
-comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, and where the rotation is not running.';
+comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the rotation is not running, and while the throttle holds it up.';
 grant execute on function rekey._adoption_batch to rekey_admin;
 
 create or replace function rekey._note_adopted(
@@ -5324,7 +5370,7 @@ begin
 end
 $$;
 comment on function rekey.adoption_batch is
-  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
+  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, or the throttle holds it up. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
 grant execute on function rekey.adoption_batch to rekey_admin;
 
 create or replace function rekey.adoption_store(rotation_id bigint, relation regclass) returns bigint

@@ -9,10 +9,9 @@ from pg_rekey.adoption import SHOWN_KEYS
 from pg_rekey.cli.base import Output, confirm, database, fetch, output, reason_option, scalar, yes_option
 from pg_rekey.cli.rotate import follow
 from pg_rekey.cli.rotations import COLUMNS
-from pg_rekey.errors import FINDINGS, UNFINISHED, Problem
+from pg_rekey.errors import FINDINGS, UNFINISHED
 from pg_rekey.legacy import FORMATS, Keys
 
-STALLS, PAUSE = 20, 0.5  # how often, and how many seconds apart, unprotect tries rows that stay as they are
 SHOWN = ("label", "relation", "column_name", "keyring", "context_columns", "encrypt_on_write", "problem")
 
 
@@ -143,15 +142,10 @@ def unprotect(out: Output, table: str, column: str, decrypt: bool, yes: bool) ->
     with worker.connect() as connection:
         if decrypt:
             confirm(connection, f"Write the plain values of {table}.{column} back?", yes)
-        stalled, before = 0, None
-        while left := scalar(connection, db.query("unprotect column"), table, column, decrypt):
-            click.echo(f"{left} rows to decrypt", err=True)
-            stalled, before = (stalled + 1 if left == before else 0), left
-            if stalled >= STALLS:
-                raise Problem(
-                    f"{left} rows stay encrypted", "A trigger of the table keeps them, or a session."
-                )
-            time.sleep(PAUSE if stalled else 0)
+        total = 0
+        while count := scalar(connection, db.query("unprotect column"), table, column, decrypt):
+            total += count
+            click.echo(f"{total} rows decrypted", err=True)
     out.done(f"{table}.{column} is not protected any more", table=table, column=column)
 
 
