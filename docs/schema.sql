@@ -4701,6 +4701,34 @@ COMMENT ON FUNCTION rekey._refuse_over(rotation rekey.rotations) IS 'RK006 where
 
 
 --
+-- Name: _refuse_renamed(integer, name[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_renamed(id integer, names name[]) RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if names is distinct from (
+       select array_agg(a.attname order by a.attnum)
+       from rekey._column_shape(id) s join pg_attribute a on a.attrelid = s.relation and a.attnum = any (s.attnums)) then
+    raise exception 'a column that pg_rekey encrypts, or that values are bound to, was renamed' using errcode = 'RK005',
+      hint = 'Repeat rekey.protect_column(..., encrypt_on_write => true) as the owner of the table.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_renamed(id integer, names name[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_renamed(id integer, names name[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_renamed(id integer, names name[]) IS 'RK005 where the columns of a protected column are not called so any more, in table order: another column may have taken the name.';
+
+
+--
 -- Name: _refuse_snapshot(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6266,6 +6294,7 @@ declare
   v_plaintext bytea;
   v_context bytea;
 begin
+  perform rekey._refuse_renamed(%7$s, %8$L);
   if new.%1$s is null then
     return new;
   end if;
@@ -6288,13 +6317,11 @@ begin
   v_envelope := rekey._seal(%5$s, v_plaintext, v_context);
   new.%1$s := %6$s;
   return new;
-exception when undefined_column then
-  raise exception 'a column that pg_rekey encrypts, or its context, was renamed' using errcode = 'RK005',
-    hint = format('Repeat rekey.protect_column(%%L, ..., encrypt_on_write => true) as the owner of the table.', tg_relid::regclass);
 end
 $body$, v_names[1], format(v_context, 'new'), format(v_context, 'old'),
     case when protected.is_text then format('convert_to(new.%s, ''UTF8'')', v_names[1]) else 'new.' || v_names[1] end,
-    protected.keyring_id, case when protected.is_text then 'rekey._to_text(v_envelope)' else 'v_envelope' end);
+    protected.keyring_id, case when protected.is_text then 'rekey._to_text(v_envelope)' else 'v_envelope' end,
+    protected.id, (select array_agg(a.attname order by a.attnum) from pg_attribute a where a.attrelid = relation and a.attnum = any (attnums)));
 end
 $_$;
 
@@ -6305,7 +6332,7 @@ ALTER FUNCTION rekey._write_trigger_body(protected rekey.protected_columns, rela
 -- Name: FUNCTION _write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) IS 'Body of the trigger that encrypts a column on write.';
+COMMENT ON FUNCTION rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) IS 'Body of the trigger that encrypts a column on write. It calls the columns by name, since values must not be parameters of a statement.';
 
 
 --
@@ -11036,6 +11063,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_needed(keyring_id integer, version integer)
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_over(rotation rekey.rotations) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_renamed(id integer, names name[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_renamed(id integer, names name[]) FROM PUBLIC;
 
 
 --

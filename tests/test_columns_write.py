@@ -108,6 +108,9 @@ def test_a_renamed_column_says_what_to_do(app: Connection, table: str) -> None:
     app.execute("alter table t rename v to w")
     with refused("RK005"):
         app.execute("insert into t values (1, %s)", [given(table, "x")])
+    app.execute("alter table t add column v text")  # another column takes the name
+    with refused("RK005"):
+        app.execute("insert into t values (1, %s)", [given(table, "x")])
     protect(app, "t", "w", encrypt_on_write=True)
     app.execute("insert into t values (1, %s)", [given(table, "x")])
     assert value(app, OPENED.replace("(v", "(w"), 1) == b"x"

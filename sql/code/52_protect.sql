@@ -92,6 +92,7 @@ declare
   v_plaintext bytea;
   v_context bytea;
 begin
+  perform rekey._refuse_renamed(%7$s, %8$L);
   if new.%1$s is null then
     return new;
   end if;
@@ -114,16 +115,30 @@ begin
   v_envelope := rekey._seal(%5$s, v_plaintext, v_context);
   new.%1$s := %6$s;
   return new;
-exception when undefined_column then
-  raise exception 'a column that pg_rekey encrypts, or its context, was renamed' using errcode = 'RK005',
-    hint = format('Repeat rekey.protect_column(%%L, ..., encrypt_on_write => true) as the owner of the table.', tg_relid::regclass);
 end
 $body$, v_names[1], format(v_context, 'new'), format(v_context, 'old'),
     case when protected.is_text then format('convert_to(new.%s, ''UTF8'')', v_names[1]) else 'new.' || v_names[1] end,
-    protected.keyring_id, case when protected.is_text then 'rekey._to_text(v_envelope)' else 'v_envelope' end);
+    protected.keyring_id, case when protected.is_text then 'rekey._to_text(v_envelope)' else 'v_envelope' end,
+    protected.id, (select array_agg(a.attname order by a.attnum) from pg_attribute a where a.attrelid = relation and a.attnum = any (attnums)));
 end
 $$;
-comment on function rekey._write_trigger_body is 'Body of the trigger that encrypts a column on write.';
+comment on function rekey._write_trigger_body is
+  'Body of the trigger that encrypts a column on write. It calls the columns by name, since values must not be parameters of a statement.';
+
+create or replace function rekey._refuse_renamed(id integer, names name[]) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if names is distinct from (
+       select array_agg(a.attname order by a.attnum)
+       from rekey._column_shape(id) s join pg_attribute a on a.attrelid = s.relation and a.attnum = any (s.attnums)) then
+    raise exception 'a column that pg_rekey encrypts, or that values are bound to, was renamed' using errcode = 'RK005',
+      hint = 'Repeat rekey.protect_column(..., encrypt_on_write => true) as the owner of the table.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_renamed is 'RK005 where the columns of a protected column are not called so any more, in table order: another column may have taken the name.';
 
 -- Inlined: what is written may be plain, and must not become the parameter of a statement.
 create or replace function rekey._envelope_of(value bytea) returns bytea
