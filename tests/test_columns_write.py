@@ -168,3 +168,20 @@ def test_a_value_opens_for_who_may_read_its_column(app: Connection, reader: Conn
     assert value(reader, opening, sealed) == "plain"
     with refused("RK003"):
         reader.execute("select rekey.decrypt_text(%s::text, array['app.t.v', '3'])", [sealed])
+
+
+def test_a_collation_that_takes_other_letters_for_equal(app: Connection, ready: Connection) -> None:
+    app.execute("create collation blind (provider = icu, locale = 'und-u-ks-level1', deterministic = false)")
+    app.execute('create table t (id int primary key, v text collate blind, "a%s" int default 1)')
+    protect(app, "t", context_columns=["id", "a%s"], encrypt_on_write=True)
+    app.execute("insert into t values (1, 'Straße'), (2, 'STRASSE')")
+    app.execute("update t set v = 'strasse' where id = 1")
+    opened = """select rekey.decrypt_text(v, array['app.t.v', id::text, "a%s"::text]) from t order by id"""
+    assert app.execute(opened.encode()).fetchall() == [("strasse",), ("STRASSE",)]
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done") == ("completed", 2)
+    assert app.execute(opened.encode()).fetchall() == [("strasse",), ("STRASSE",)]
+    with refused("RK006"):
+        protect(app, "t", context_columns=["a%s", "id"], encrypt_on_write=True)
+    assert value(app, "select rekey.unprotect_column('t', 'v', decrypt => true)") == 2

@@ -18,10 +18,11 @@ declare
 begin
   -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row.
   if protected.is_text then
-    v_bytes := $sql$case when t.%1$s ~ '^rk1:([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$'
-      and translate(encode(decode(substr(t.%1$s, 5), 'base64'), 'base64'), E'\n', '') = substr(t.%1$s, 5)
+    -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
+    v_bytes := $sql$case when t.%1$s collate "C" ~ '^rk1:([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$'
+      and translate(encode(decode(substr(t.%1$s, 5), 'base64'), 'base64'), E'\n', '') = substr(t.%1$s, 5) collate "C"
       then decode(substr(t.%1$s, 5), 'base64') else convert_to(t.%1$s, 'UTF8') end$sql$;
-    v_header := $sql$case when substr(t.%1$s, 1, 20) ~ '^rk1:[A-Za-z0-9+/]{16}' then substr(decode(substr(t.%1$s, 5, 16), 'base64'), 1, 11) end$sql$;
+    v_header := $sql$case when substr(t.%1$s, 1, 20) collate "C" ~ '^rk1:[A-Za-z0-9+/]{16}' then substr(decode(substr(t.%1$s, 5, 16), 'base64'), 1, 11) end$sql$;
     v_stored := $sql$'rk1:' || translate(encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t

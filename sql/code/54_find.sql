@@ -16,7 +16,7 @@ begin
       array_agg(s.label is not null order by a.attnum) as protected,
       string_agg(format(case when a.atttypid = 'bytea'::regtype
           then $q$count(*) filter (where substr(t.%1$I, 1, 3) = '\x524b01'), count(*) filter (where substr(t.%1$I, 1, 3) <> '\x524b01')$q$
-          else $q$count(*) filter (where left(t.%1$I, 4) = 'rk1:'), count(*) filter (where left(t.%1$I, 4) <> 'rk1:')$q$ end, a.attname),
+          else $q$count(*) filter (where left(t.%1$I, 4) collate "C" = 'rk1:'), count(*) filter (where left(t.%1$I, 4) collate "C" <> 'rk1:')$q$ end, a.attname),
         ', ' order by a.attnum) as counts
     from pg_class c
     join pg_namespace n on n.oid = c.relnamespace

@@ -2624,10 +2624,11 @@ declare
 begin
   -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row.
   if protected.is_text then
-    v_bytes := $sql$case when t.%1$s ~ '^rk1:([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$'
-      and translate(encode(decode(substr(t.%1$s, 5), 'base64'), 'base64'), E'\n', '') = substr(t.%1$s, 5)
+    -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
+    v_bytes := $sql$case when t.%1$s collate "C" ~ '^rk1:([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$'
+      and translate(encode(decode(substr(t.%1$s, 5), 'base64'), 'base64'), E'\n', '') = substr(t.%1$s, 5) collate "C"
       then decode(substr(t.%1$s, 5), 'base64') else convert_to(t.%1$s, 'UTF8') end$sql$;
-    v_header := $sql$case when substr(t.%1$s, 1, 20) ~ '^rk1:[A-Za-z0-9+/]{16}' then substr(decode(substr(t.%1$s, 5, 16), 'base64'), 1, 11) end$sql$;
+    v_header := $sql$case when substr(t.%1$s, 1, 20) collate "C" ~ '^rk1:[A-Za-z0-9+/]{16}' then substr(decode(substr(t.%1$s, 5, 16), 'base64'), 1, 11) end$sql$;
     v_stored := $sql$'rk1:' || translate(encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
@@ -2948,7 +2949,7 @@ begin
   from unnest(protected.places) with ordinality as p(place, rank)
   join pg_attribute a on a.attrelid = relation and a.attnum = attnums[p.place];
   v_context := quote_literal(rekey._part(protected.label)::text) || '::bytea' || (
-    select coalesce(string_agg(format(' || rekey._part(%%1$s.%s::text)', c.name), '' order by c.rank), '')
+    select coalesce(string_agg(format(' || rekey._part(%%1$s.%s::text)', replace(c.name, '%', '%%')), '' order by c.rank), '')
     from unnest(v_names[2:]) with ordinality as c(name, rank));
   return format($body$
 declare
@@ -2964,7 +2965,7 @@ begin
   v_envelope := rekey._envelope_of(new.%1$s);
   if v_envelope is null then
     v_plaintext := %4$s;
-  elsif tg_op = 'UPDATE' and new.%1$s = old.%1$s then
+  elsif tg_op = 'UPDATE' and new.%1$s = old.%1$s%9$s then
     if v_context = %3$s then
       return new;
     end if;
@@ -2983,7 +2984,8 @@ end
 $body$, v_names[1], format(v_context, 'new'), format(v_context, 'old'),
     case when protected.is_text then format('convert_to(new.%s, ''UTF8'')', v_names[1]) else 'new.' || v_names[1] end,
     protected.keyring_id, case when protected.is_text then 'rekey._to_text(v_envelope)' else 'v_envelope' end,
-    protected.id, (select array_agg(a.attname order by a.attnum) from pg_attribute a where a.attrelid = relation and a.attnum = any (attnums)));
+    protected.id, (select array_agg(a.attname order by a.attnum) from pg_attribute a where a.attrelid = relation and a.attnum = any (attnums)),
+    case when protected.is_text then ' collate "C"' end);
 end
 $$;
 comment on function rekey._write_trigger_body is
@@ -3012,7 +3014,7 @@ comment on function rekey._envelope_of(bytea) is 'A value that means to be an en
 
 create or replace function rekey._envelope_of(value text) returns bytea
 language sql immutable parallel safe
-return case when left(value, 4) = 'rk1:' then coalesce(rekey._from_text(value), ''::bytea) end;
+return case when left(value, 4) collate "C" = 'rk1:' then coalesce(rekey._from_text(value), ''::bytea) end;
 comment on function rekey._envelope_of(text) is 'As for bytea, of its text form; empty where that is damaged.';
 
 create or replace function rekey._refuse_foreign(envelope bytea, context bytea) returns void
@@ -3044,6 +3046,7 @@ declare
   v_attribute pg_attribute;
   v_context name[] := context_columns;
   v_attnums smallint[];
+  v_places integer[];
   v_protected rekey.protected_columns;
   v_found record;
   v_name name;
@@ -3116,22 +3119,21 @@ begin
   where c.id = rekey._column_id(target, _register_column.column_name)
      or c.relation_name = format('%I.%I', v_table.nspname, v_table.relname) and c.column_name = _register_column.column_name and (rekey._column_shape(c.id)).relation is null
   for update;
-  if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id
-      or cardinality(v_protected.context_columns) <> cardinality(v_context)
-      or (select s.attnums from rekey._column_shape(v_protected.id) s) <> v_attnums) then
-    raise exception 'column %.% is protected already, in another way', target, column_name using errcode = 'RK006',
-      hint = 'See rekey.column_status. Keyring and context columns stay: the values are bound to them.';
-  end if;
-  v_protected.places := array(
+  v_places := array(
     select array_position(v_attnums, a.attnum)
     from unnest(_register_column.column_name || v_context) with ordinality as c(name, rank)
     join pg_attribute a on a.attrelid = target and a.attname = c.name
     order by c.rank);
+  if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id or v_protected.places <> v_places
+      or (select s.attnums from rekey._column_shape(v_protected.id) s) <> v_attnums) then
+    raise exception 'column %.% is protected already, in another way', target, column_name using errcode = 'RK006',
+      hint = 'See rekey.column_status. Keyring and context columns, and their order, stay: the values are bound to them.';
+  end if;
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
     begin
       insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write)
-      values (v_protected.label, v_keyring.id, format('%I.%I', v_table.nspname, v_table.relname), _register_column.column_name, v_context, v_protected.places,
+      values (v_protected.label, v_keyring.id, format('%I.%I', v_table.nspname, v_table.relname), _register_column.column_name, v_context, v_places,
         v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write)
       returning * into v_protected;
     exception when unique_violation then
@@ -3140,7 +3142,7 @@ begin
     end;
   else
     update rekey.protected_columns c
-    set places = v_protected.places, encrypt_on_write = _register_column.encrypt_on_write
+    set encrypt_on_write = _register_column.encrypt_on_write
     where c.id = v_protected.id returning * into v_protected;
   end if;
   id := v_protected.id;
@@ -3296,7 +3298,7 @@ begin
         'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 5000 for no key update skip locked)
          update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s]) from due where t.ctid = due.row',
         t.relation,
-        case when v_protected.is_text then format('left(t.%s, 4) = ''rk1:''', v_names[1]) else format('substr(t.%s, 1, 3) = ''\x524b01''', v_names[1]) end,
+        case when v_protected.is_text then format('left(t.%s, 4) collate "C" = ''rk1:''', v_names[1]) else format('substr(t.%s, 1, 3) = ''\x524b01''', v_names[1]) end,
         v_names[1], case when v_protected.is_text then 'decrypt_text' else 'decrypt' end, v_protected.label,
         (select string_agg(format(', t.%s::text', c), '') from unnest(v_names[2:]) c))
       from rekey._targets(v_protected.label) t);
@@ -3434,7 +3436,7 @@ language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if left(value, 4) = 'rk1:' then
+  if left(value, 4) collate "C" = 'rk1:' then
     return rekey.decrypt_text(value, context);
   end if;
   return value;
@@ -3504,7 +3506,7 @@ begin
       array_agg(s.label is not null order by a.attnum) as protected,
       string_agg(format(case when a.atttypid = 'bytea'::regtype
           then $q$count(*) filter (where substr(t.%1$I, 1, 3) = '\x524b01'), count(*) filter (where substr(t.%1$I, 1, 3) <> '\x524b01')$q$
-          else $q$count(*) filter (where left(t.%1$I, 4) = 'rk1:'), count(*) filter (where left(t.%1$I, 4) <> 'rk1:')$q$ end, a.attname),
+          else $q$count(*) filter (where left(t.%1$I, 4) collate "C" = 'rk1:'), count(*) filter (where left(t.%1$I, 4) collate "C" <> 'rk1:')$q$ end, a.attname),
         ', ' order by a.attnum) as counts
     from pg_class c
     join pg_namespace n on n.oid = c.relnamespace
