@@ -997,6 +997,10 @@ begin
   if jsonb_array_length(events) = 0 then
     return;
   end if;
+  if rekey._in_foreign_code() then
+    raise exception 'a trigger of a protected table may not do what is audited' using errcode = 'insufficient_privilege',
+      hint = 'The entry would name whoever works on the rotation.';
+  end if;
   insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
   select * into strict v_head from rekey._audit_head for update;
   v_entry.actor := session_user;
@@ -1249,16 +1253,27 @@ CREATE FUNCTION rekey._call_count(function_name name, relation regclass, keyring
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
+declare
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_changes := rekey._changes();
   end if;
   for keyring_id, version, rows in
     execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using relation, keyrings
   loop
     return next;
   end loop;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
 end
 $_$;
 
@@ -1280,14 +1295,25 @@ CREATE FUNCTION rekey._call_read(function_name name, relation regclass, first ti
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
+declare
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_read does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_changes := rekey._changes();
+  end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_read')
   into next, rows, ciphertexts, contexts, keys
   using relation, first, until, keyrings, versions, max_rows, max_bytes;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
 end
 $_$;
 
@@ -1309,14 +1335,25 @@ CREATE FUNCTION rekey._call_scan(function_name name, relation regclass, first ti
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
+declare
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_scan does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_changes := rekey._changes();
+  end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_scan')
   into next, rows, ciphertexts, contexts, keys
   using relation, first, until, keyrings, max_rows, max_bytes;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
 end
 $_$;
 
@@ -1375,13 +1412,25 @@ CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows ti
     AS $_$
 declare
   v_count bigint;
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_write does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+  end if;
   execute format('select rekey_targets.%I($1, $2, $3)', function_name || '_write') into v_count using relation, rows, ciphertexts;
+  if v_state is not null then
+    v_changes := rekey._changes();
+  end if;
   set constraints all immediate;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
   return v_count;
 end
 $_$;
@@ -1401,8 +1450,16 @@ COMMENT ON FUNCTION rekey._call_write(function_name name, relation regclass, row
 --
 
 CREATE FUNCTION rekey._caller() RETURNS name
-    LANGUAGE sql STABLE PARALLEL RESTRICTED
-    RETURN (COALESCE(NULLIF(current_setting('role'::text), 'none'::text), (SESSION_USER)::text))::name;
+    LANGUAGE plpgsql STABLE PARALLEL RESTRICTED
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if rekey._in_foreign_code() then
+    return 'rekey_sweeper';
+  end if;
+  return coalesce(nullif(current_setting('role'), 'none'), session_user);
+end
+$$;
 
 
 ALTER FUNCTION rekey._caller() OWNER TO rekey_owner;
@@ -1411,7 +1468,7 @@ ALTER FUNCTION rekey._caller() OWNER TO rekey_owner;
 -- Name: FUNCTION _caller(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._caller() IS 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in.';
+COMMENT ON FUNCTION rekey._caller() IS 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in. rekey_sweeper, which may nothing, in code that a dispatcher called.';
 
 
 --
@@ -1469,6 +1526,29 @@ ALTER FUNCTION rekey._census() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep.';
+
+
+--
+-- Name: _changes(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._changes() RETURNS bigint
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT (sum(((pg_stat_get_xact_tuples_inserted(c.oid) + pg_stat_get_xact_tuples_updated(c.oid)) + pg_stat_get_xact_tuples_deleted(c.oid))))::bigint AS sum
+    FROM pg_class c
+   WHERE (c.relkind = 'r'::"char");
+END;
+
+
+ALTER FUNCTION rekey._changes() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _changes(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._changes() IS 'How many rows this transaction has changed.';
 
 
 --
@@ -1828,7 +1908,9 @@ begin
   into v_context
   from unnest('$body$ || protected.places[2:]::text || $body$'::integer[]) with ordinality as p(place, rank);
   -- A row is called by its primary key, where it has one.
-  select string_agg(format('t.%I::text', a.attname), $q$ || '/' || $q$ order by k.rank) into v_key
+  -- (A cast to text of a type that is not PostgreSQL's may be anybody's function; an output function may not.)
+  select string_agg(format(case when (select y.typnamespace from pg_type y where y.oid = a.atttypid) = 'pg_catalog'::regnamespace
+      then 't.%I::text' else $q$format('%%s', t.%I)$q$ end, a.attname), $q$ || '/' || $q$ order by k.rank) into v_key
   from pg_index i
   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
@@ -2009,6 +2091,10 @@ begin
     return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
+  if exists (select from pg_namespace n, aclexplode(n.nspacl) a
+             where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
+    return 'somebody may make functions in schema rekey_targets, where a call of rekey.protect_column() was not finished: ' || v_again;
+  end if;
   if cardinality(v_shape.attnums) <> cardinality(protected.places) then
     return format('its guard was changed: %s', v_again);
   end if;
@@ -2068,7 +2154,7 @@ CREATE FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnu
      array_agg((d.refobjsubid)::smallint ORDER BY d.refobjsubid) AS array_agg
     FROM (pg_proc p
       JOIN pg_depend d ON (((d.classid = ('pg_proc'::regclass)::oid) AND (d.objid = p.oid) AND (d.refclassid = ('pg_class'::regclass)::oid) AND (d.refobjsubid > 0))))
-   WHERE ((p.pronamespace = ('rekey_targets'::regnamespace)::oid) AND (p.proname = (('column_'::text || _column_shape.id) || '_guard'::text)))
+   WHERE ((p.pronamespace = ('rekey_targets'::regnamespace)::oid) AND (p.proname = (('column_'::text || _column_shape.id) || '_guard'::text)) AND (p.pronargs = 0))
    GROUP BY d.refobjid;
 END;
 
@@ -2740,6 +2826,35 @@ COMMENT ON FUNCTION rekey._forget_column(id integer) IS 'Removes a column from t
 
 
 --
+-- Name: _forget_prepared(text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._forget_prepared(before text[]) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_name text;
+begin
+  for v_name in
+    select p.name from pg_prepared_statements p where not p.name || ' ' || extract(epoch from p.prepare_time) = any (before)
+  loop
+    execute format('deallocate %I', v_name);
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._forget_prepared(before text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _forget_prepared(before text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._forget_prepared(before text[]) IS 'Drops the prepared statements that were made since: no rollback does.';
+
+
+--
 -- Name: _guarded_settings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2793,6 +2908,32 @@ ALTER FUNCTION rekey._http_status(code text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._http_status(code text) IS 'The HTTP status for an SQLSTATE of ours; NULL for any other.';
+
+
+--
+-- Name: _in_foreign_code(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._in_foreign_code() RETURNS boolean
+    LANGUAGE plpgsql STABLE PARALLEL RESTRICTED
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_stack text;
+begin
+  get diagnostics v_stack = pg_context;
+  return v_stack ~ '\mrekey\._call_(count|scan|read|write|tenant_check)\(';
+end
+$$;
+
+
+ALTER FUNCTION rekey._in_foreign_code() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _in_foreign_code(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._in_foreign_code() IS 'Whether code of a protected table, or tenant_check, is running: called by a dispatcher, in the session of somebody else.';
 
 
 --
@@ -3906,6 +4047,8 @@ CREATE FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detai
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
   v_ids bigint[];
   v_pass bigint;
   v_urgent boolean;
@@ -3954,9 +4097,13 @@ begin
     keyring_count := cardinality(v_ids);
     detail := jsonb_build_object('pass', v_pass, 'rotations', v_ids[1:20]);
   exception
-    when sqlstate 'RK001' or sqlstate 'RK002' then
-      raise;
-    when query_canceled or others then
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+        raise;
+      end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
@@ -3972,6 +4119,29 @@ ALTER FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail
 --
 
 COMMENT ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail jsonb) IS 'Begins a pass for every rotation that waits for one: counts what there is to do and splits it into chunks.';
+
+
+--
+-- Name: _prepared(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._prepared() RETURNS text[]
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT ARRAY( SELECT ((p.name || ' '::text) || EXTRACT(epoch FROM p.prepare_time))
+            FROM pg_prepared_statements p
+           ORDER BY ((p.name || ' '::text) || EXTRACT(epoch FROM p.prepare_time))) AS "array";
+END;
+
+
+ALTER FUNCTION rekey._prepared() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _prepared(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._prepared() IS 'The prepared statements of the session.';
 
 
 --
@@ -4313,6 +4483,35 @@ ALTER FUNCTION rekey._refuse_change() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._refuse_change() IS 'Trigger: refuses every statement it is set on (42501).';
+
+
+--
+-- Name: _refuse_changes(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_changes(before bigint) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if current_setting('track_counts') = 'off' then
+    raise exception 'track_counts is off: what the triggers of a table do cannot be checked' using errcode = 'RK005',
+      hint = 'Set track_counts to on.';
+  elsif rekey._changes() <> before then
+    raise exception 'code of the table changed rows where it may not, or queued triggers for the end of the transaction' using errcode = 'RK005',
+      hint = 'A trigger that is deferred may not defer others: at COMMIT they would run as whoever works on the rotation.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_changes(before bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_changes(before bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_changes(before bigint) IS 'RK005 where rows were changed since rekey._changes().';
 
 
 --
@@ -4781,6 +4980,36 @@ ALTER FUNCTION rekey._refuse_stranger(relation regclass) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._refuse_stranger(relation regclass) IS 'The owner of a table. 42501 where the caller is not a member of it.';
+
+
+--
+-- Name: _refuse_traces(text[], text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_traces(before text[], search_path text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_after text[] := rekey._session_state(search_path);
+begin
+  for v_place in 1 .. cardinality(before) loop
+    if v_after[v_place] is distinct from before[v_place] then
+      raise exception 'code of the table left % behind', (array['a setting', 'a cursor', 'a temporary object', 'a prepared statement'])[v_place]
+        using errcode = 'RK005', hint = 'Its triggers run in the session of whoever works on the rotation, and must leave it as it was.';
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_traces(before text[], search_path text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_traces(before text[], search_path text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_traces(before text[], search_path text) IS 'RK005 where the session is not as rekey._session_state() found it before.';
 
 
 --
@@ -5461,6 +5690,33 @@ COMMENT ON FUNCTION rekey._session_seal() IS 'The key under which sessions carry
 
 
 --
+-- Name: _session_state(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._session_state(search_path text) RETURNS text[]
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return array[
+    search_path || ' ' || (select md5(string_agg(s.name || '=' || s.setting, ',' order by s.name)) from pg_settings s where s.name <> 'search_path'),
+    (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
+    (select string_agg(t.oid || ' ' || t.xmin, ',' order by t.oid) from pg_type t where pg_my_temp_schema() <> 0 and t.typnamespace = pg_my_temp_schema()),
+    array_to_string(rekey._prepared(), ',')];
+end
+$$;
+
+
+ALTER FUNCTION rekey._session_state(search_path text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _session_state(search_path text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._session_state(search_path text) IS 'What must be as before once the code of a table has run: settings, cursors, temporary objects, prepared statements. search_path: the one outside of this function.';
+
+
+--
 -- Name: _settings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5553,6 +5809,8 @@ CREATE FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OU
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
   v_begin timestamptz := clock_timestamp();
   v_chunk rekey._chunks;
   v_ids bigint[];
@@ -5647,9 +5905,13 @@ begin
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
-    when sqlstate 'RK001' or sqlstate 'RK002' then
-      raise;
-    when query_canceled or others then
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+        raise;
+      end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
@@ -5999,6 +6261,8 @@ CREATE FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT row
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
   v_ids bigint[];
   v_keyrings integer[];
   v_results jsonb;
@@ -6111,9 +6375,13 @@ begin
     keyring_count := cardinality(v_ids);
     detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
   exception
-    when sqlstate 'RK001' or sqlstate 'RK002' then
-      raise;
-    when query_canceled or others then
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+        raise;
+      end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
@@ -6768,7 +7036,7 @@ declare
   v_check text;
   v_app jsonb;
 begin
-  if tenant_id is null then
+  if tenant_id is null or v_caller = 'rekey_sweeper' then
     return false;
   end if;
   if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
@@ -10518,6 +10786,14 @@ REVOKE ALL ON FUNCTION rekey._census() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _changes(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._changes() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._changes() TO rekey_sweeper;
+
+
+--
 -- Name: FUNCTION _check(ciphertexts bytea[], contexts bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10706,6 +10982,13 @@ GRANT ALL ON FUNCTION rekey._forget_column(id integer) TO rekey_admin;
 
 
 --
+-- Name: FUNCTION _forget_prepared(before text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._forget_prepared(before text[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _guarded_settings(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10724,6 +11007,13 @@ REVOKE ALL ON FUNCTION rekey._header(keyring_id integer, version integer) FROM P
 --
 
 REVOKE ALL ON FUNCTION rekey._http_status(code text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _in_foreign_code(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._in_foreign_code() FROM PUBLIC;
 
 
 --
@@ -10969,6 +11259,14 @@ REVOKE ALL ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OU
 
 
 --
+-- Name: FUNCTION _prepared(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._prepared() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._prepared() TO rekey_sweeper;
+
+
+--
 -- Name: FUNCTION _provided_keks(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -11033,6 +11331,14 @@ REVOKE ALL ON FUNCTION rekey._refuse_change() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _refuse_changes(before bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_changes(before bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._refuse_changes(before bigint) TO rekey_sweeper;
+
+
+--
 -- Name: FUNCTION _refuse_encrypted(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -11086,6 +11392,14 @@ REVOKE ALL ON FUNCTION rekey._refuse_snapshot() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_stranger(relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_traces(before text[], search_path text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_traces(before text[], search_path text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._refuse_traces(before text[], search_path text) TO rekey_sweeper;
 
 
 --
@@ -11205,6 +11519,14 @@ REVOKE ALL ON FUNCTION rekey._session_keks() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._session_seal() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _session_state(search_path text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._session_state(search_path text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._session_state(search_path text) TO rekey_sweeper;
 
 
 --

@@ -225,3 +225,7 @@ def hosted(hosting: Hosted) -> Iterator[Hosted]:
     """That server; memberships, which all its databases share, do not outlive a test."""
     yield hosting
     hosting.take_back()
+    while hosting.made:
+        with connect(hosting.made.pop()) as connection:
+            disconnect_others(connection)
+            note_calls(connection)

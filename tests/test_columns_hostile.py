@@ -301,3 +301,63 @@ def test_worker_of_a_login_role(
         unlock(connection, kek)
         run(connection)
     assert rotation(ready, number, "state") == "completed"
+
+
+def test_a_trigger_is_not_taken_for_the_worker(ready: Connection, app: Connection, table: None) -> None:
+    """It runs in the session of somebody who reaches every tenant: no function of ours may believe that."""
+    tenant = "11111111-1111-1111-1111-111111111111"
+    ready.execute("select rekey.set_secret('theirs', 'not yours', %s)", [tenant])
+    app.execute("create table stolen (what text)")
+    app.execute(
+        f"""
+        create function f() returns trigger language plpgsql as $$
+        begin
+          begin
+            insert into app.stolen select rekey.get_secret('theirs', '{tenant}');
+          exception when insufficient_privilege then
+            insert into app.stolen values (sqlstate);
+          end;
+          begin
+            perform rekey.set_setting('max_attempts', '999');
+            insert into app.stolen values ('set');
+          exception when insufficient_privilege then
+            insert into app.stolen values (sqlstate);
+          end;
+          return new;
+        end $$;
+        create trigger f before update on t for each row execute function f()""".encode()
+    )
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state") == "completed"
+    assert app.execute("select distinct what from stolen").fetchall() == [("42501",)]
+    assert value(ready, "select max_attempts from rekey.settings") != 999
+
+
+@pytest.mark.parametrize("deferred", ["", "constraint"])
+def test_a_search_path_that_a_trigger_sets_reaches_nobody(
+    ready: Connection, app: Connection, table: None, deferred: str
+) -> None:
+    """It would be in force in the functions that called it, too: their operators would be the owner's."""
+    app.execute("""
+        create table ran_as (who text);
+        create function cardinality(anyarray) returns integer language plpgsql as
+          $$ begin insert into app.ran_as values (current_user); return pg_catalog.cardinality($1); end $$;
+        create function ne(text, text) returns boolean language plpgsql as
+          $$ begin insert into app.ran_as values (current_user); return false; end $$;
+        create operator <> (function = ne, leftarg = text, rightarg = text);
+        grant insert on ran_as to public; grant usage on schema app to public;
+        create function f() returns trigger language plpgsql as
+          $$ begin perform set_config('search_path', 'app, pg_catalog', false); return null; end $$""")
+    when = "deferrable initially deferred" if deferred else ""
+    app.execute(
+        f"create {deferred} trigger f after update on t {when} for each row execute function f()".encode()
+    )
+    ready.execute("select rekey.set_setting('max_attempts', '1')")
+    number = rotate(ready)
+    path = value(ready, "select current_setting('search_path')")
+    step_until(ready, "error")
+    assert rotation(ready, number, "state") == "failed"
+    assert "left a setting behind" in rotation(ready, number, "last_error")
+    assert value(ready, "select current_setting('search_path')") == path
+    assert value(ready, "select count(*) from app.ran_as") == 0

@@ -17,10 +17,33 @@ end
 $$;
 comment on function rekey._claims is 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
 
+-- Neither role nor session_user tells the code of a protected table from the worker in whose session it runs. The call
+-- stack does: nobody can take a line out of it, and who adds one only loses rights.
+create or replace function rekey._in_foreign_code() returns boolean
+language plpgsql stable parallel restricted
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stack text;
+begin
+  get diagnostics v_stack = pg_context;
+  return v_stack ~ '\mrekey\._call_(count|scan|read|write|tenant_check)\(';
+end
+$$;
+comment on function rekey._in_foreign_code is 'Whether code of a protected table, or tenant_check, is running: called by a dispatcher, in the session of somebody else.';
+
 create or replace function rekey._caller() returns name
-language sql stable parallel restricted
-return coalesce(nullif(current_setting('role'), 'none'), session_user)::name;
-comment on function rekey._caller is 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in.';
+language plpgsql stable parallel restricted
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if rekey._in_foreign_code() then
+    return 'rekey_sweeper';
+  end if;
+  return coalesce(nullif(current_setting('role'), 'none'), session_user);
+end
+$$;
+comment on function rekey._caller is 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in. rekey_sweeper, which may nothing, in code that a dispatcher called.';
 
 create or replace function rekey._audit_hash(entry rekey.audit_log) returns bytea
 language sql stable
@@ -45,6 +68,10 @@ declare
 begin
   if jsonb_array_length(events) = 0 then
     return;
+  end if;
+  if rekey._in_foreign_code() then
+    raise exception 'a trigger of a protected table may not do what is audited' using errcode = 'insufficient_privilege',
+      hint = 'The entry would name whoever works on the rotation.';
   end if;
   insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
   select * into strict v_head from rekey._audit_head for update;

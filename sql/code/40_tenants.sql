@@ -34,7 +34,7 @@ declare
   v_check text;
   v_app jsonb;
 begin
-  if tenant_id is null then
+  if tenant_id is null or v_caller = 'rekey_sweeper' then
     return false;
   end if;
   if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then

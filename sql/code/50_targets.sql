@@ -114,23 +114,120 @@ end
 $$;
 comment on function rekey_targets.secrets_write is 'Stores new ciphertexts in rows that secrets_read returned in this transaction, and returns how many.';
 
+-- What the code of a table may leave behind in the session of the worker, there to act with the worker's rights: a search
+-- path, which reaches even the functions that called it, or another setting; a cursor that is opened at COMMIT; a prepared
+-- statement under a name that the client uses; a temporary view in front of a table. Run by rekey_sweeper.
+create or replace function rekey._session_state(search_path text) returns text[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array[
+    search_path || ' ' || (select md5(string_agg(s.name || '=' || s.setting, ',' order by s.name)) from pg_settings s where s.name <> 'search_path'),
+    (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
+    (select string_agg(t.oid || ' ' || t.xmin, ',' order by t.oid) from pg_type t where pg_my_temp_schema() <> 0 and t.typnamespace = pg_my_temp_schema()),
+    array_to_string(rekey._prepared(), ',')];
+end
+$$;
+comment on function rekey._session_state is 'What must be as before once the code of a table has run: settings, cursors, temporary objects, prepared statements. search_path: the one outside of this function.';
+
+create or replace function rekey._refuse_traces(before text[], search_path text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_after text[] := rekey._session_state(search_path);
+begin
+  for v_place in 1 .. cardinality(before) loop
+    if v_after[v_place] is distinct from before[v_place] then
+      raise exception 'code of the table left % behind', (array['a setting', 'a cursor', 'a temporary object', 'a prepared statement'])[v_place]
+        using errcode = 'RK005', hint = 'Its triggers run in the session of whoever works on the rotation, and must leave it as it was.';
+    end if;
+  end loop;
+end
+$$;
+comment on function rekey._refuse_traces is 'RK005 where the session is not as rekey._session_state() found it before.';
+
+create or replace function rekey._prepared() returns text[]
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select array(select p.name || ' ' || extract(epoch from p.prepare_time) from pg_prepared_statements p order by 1);
+end;
+comment on function rekey._prepared is 'The prepared statements of the session.';
+
+create or replace function rekey._forget_prepared(before text[]) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_name text;
+begin
+  for v_name in
+    select p.name from pg_prepared_statements p where not p.name || ' ' || extract(epoch from p.prepare_time) = any (before)
+  loop
+    execute format('deallocate %I', v_name);
+  end loop;
+end
+$$;
+comment on function rekey._forget_prepared is 'Drops the prepared statements that were made since: no rollback does.';
+
+-- Row triggers are queued by changes of rows, and by nothing else. So where firing all that is queued changes no row,
+-- nothing is queued any more, and nothing is left for COMMIT, where it would run as the worker.
+create or replace function rekey._changes() returns bigint
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select sum(pg_stat_get_xact_tuples_inserted(c.oid) + pg_stat_get_xact_tuples_updated(c.oid) + pg_stat_get_xact_tuples_deleted(c.oid))::bigint
+  from pg_class c where c.relkind = 'r';
+end;
+comment on function rekey._changes is 'How many rows this transaction has changed.';
+
+create or replace function rekey._refuse_changes(before bigint) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('track_counts') = 'off' then
+    raise exception 'track_counts is off: what the triggers of a table do cannot be checked' using errcode = 'RK005',
+      hint = 'Set track_counts to on.';
+  elsif rekey._changes() <> before then
+    raise exception 'code of the table changed rows where it may not, or queued triggers for the end of the transaction' using errcode = 'RK005',
+      hint = 'A trigger that is deferred may not defer others: at COMMIT they would run as whoever works on the rotation.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_changes is 'RK005 where rows were changed since rekey._changes().';
+
 -- These are owned by rekey_sweeper (footer.sql), which has no other right: whatever a target's function has become,
--- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql).
+-- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql). What follows
+-- the call is named with its schema: the search path may be another one now.
 create or replace function rekey._call_count(function_name name, relation regclass, keyrings integer[])
 returns table (keyring_id integer, version integer, rows bigint)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_changes := rekey._changes();
   end if;
   for keyring_id, version, rows in
     execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using relation, keyrings
   loop
     return next;
   end loop;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
 end
 $$;
 comment on function rekey._call_count is 'Calls the count function of a target.';
@@ -142,14 +239,25 @@ create or replace function rekey._call_scan(
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_scan does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_changes := rekey._changes();
+  end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_scan')
   into next, rows, ciphertexts, contexts, keys
   using relation, first, until, keyrings, max_rows, max_bytes;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
 end
 $$;
 comment on function rekey._call_scan is 'Calls the scan function of a target.';
@@ -161,14 +269,25 @@ create or replace function rekey._call_read(
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_read does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_changes := rekey._changes();
+  end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_read')
   into next, rows, ciphertexts, contexts, keys
   using relation, first, until, keyrings, versions, max_rows, max_bytes;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
 end
 $$;
 comment on function rekey._call_read is 'Calls the read function of a target.';
@@ -179,13 +298,25 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_count bigint;
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_write does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+  end if;
   execute format('select rekey_targets.%I($1, $2, $3)', function_name || '_write') into v_count using relation, rows, ciphertexts;
+  if v_state is not null then
+    v_changes := rekey._changes();
+  end if;
   set constraints all immediate;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
   return v_count;
 end
 $$;

@@ -67,7 +67,9 @@ begin
   into v_context
   from unnest('$body$ || protected.places[2:]::text || $body$'::integer[]) with ordinality as p(place, rank);
   -- A row is called by its primary key, where it has one.
-  select string_agg(format('t.%I::text', a.attname), $q$ || '/' || $q$ order by k.rank) into v_key
+  -- (A cast to text of a type that is not PostgreSQL's may be anybody's function; an output function may not.)
+  select string_agg(format(case when (select y.typnamespace from pg_type y where y.oid = a.atttypid) = 'pg_catalog'::regnamespace
+      then 't.%I::text' else $q$format('%%s', t.%I)$q$ end, a.attname), $q$ || '/' || $q$ order by k.rank) into v_key
   from pg_index i
   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
@@ -132,7 +134,7 @@ begin atomic
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
   from pg_proc p
   join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
-  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = 'column_' || _column_shape.id || '_guard'
+  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = 'column_' || _column_shape.id || '_guard' and p.pronargs = 0
   group by d.refobjid;
 end;
 comment on function rekey._column_shape is 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
@@ -171,6 +173,10 @@ begin
     return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
+  if exists (select from pg_namespace n, aclexplode(n.nspacl) a
+             where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
+    return 'somebody may make functions in schema rekey_targets, where a call of rekey.protect_column() was not finished: ' || v_again;
+  end if;
   if cardinality(v_shape.attnums) <> cardinality(protected.places) then
     return format('its guard was changed: %s', v_again);
   end if;

@@ -144,6 +144,8 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
   v_ids bigint[];
   v_pass bigint;
   v_urgent boolean;
@@ -192,9 +194,13 @@ begin
     keyring_count := cardinality(v_ids);
     detail := jsonb_build_object('pass', v_pass, 'rotations', v_ids[1:20]);
   exception
-    when sqlstate 'RK001' or sqlstate 'RK002' then
-      raise;
-    when query_canceled or others then
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+        raise;
+      end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
@@ -339,6 +345,8 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
   v_begin timestamptz := clock_timestamp();
   v_chunk rekey._chunks;
   v_ids bigint[];
@@ -433,9 +441,13 @@ begin
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
-    when sqlstate 'RK001' or sqlstate 'RK002' then
-      raise;
-    when query_canceled or others then
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+        raise;
+      end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
@@ -450,6 +462,8 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
   v_ids bigint[];
   v_keyrings integer[];
   v_results jsonb;
@@ -562,9 +576,13 @@ begin
     keyring_count := cardinality(v_ids);
     detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
   exception
-    when sqlstate 'RK001' or sqlstate 'RK002' then
-      raise;
-    when query_canceled or others then
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+        raise;
+      end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);

@@ -596,10 +596,33 @@ end
 $$;
 comment on function rekey._claims is 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
 
+-- Neither role nor session_user tells the code of a protected table from the worker in whose session it runs. The call
+-- stack does: nobody can take a line out of it, and who adds one only loses rights.
+create or replace function rekey._in_foreign_code() returns boolean
+language plpgsql stable parallel restricted
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stack text;
+begin
+  get diagnostics v_stack = pg_context;
+  return v_stack ~ '\mrekey\._call_(count|scan|read|write|tenant_check)\(';
+end
+$$;
+comment on function rekey._in_foreign_code is 'Whether code of a protected table, or tenant_check, is running: called by a dispatcher, in the session of somebody else.';
+
 create or replace function rekey._caller() returns name
-language sql stable parallel restricted
-return coalesce(nullif(current_setting('role'), 'none'), session_user)::name;
-comment on function rekey._caller is 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in.';
+language plpgsql stable parallel restricted
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if rekey._in_foreign_code() then
+    return 'rekey_sweeper';
+  end if;
+  return coalesce(nullif(current_setting('role'), 'none'), session_user);
+end
+$$;
+comment on function rekey._caller is 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in. rekey_sweeper, which may nothing, in code that a dispatcher called.';
 
 create or replace function rekey._audit_hash(entry rekey.audit_log) returns bytea
 language sql stable
@@ -624,6 +647,10 @@ declare
 begin
   if jsonb_array_length(events) = 0 then
     return;
+  end if;
+  if rekey._in_foreign_code() then
+    raise exception 'a trigger of a protected table may not do what is audited' using errcode = 'insufficient_privilege',
+      hint = 'The entry would name whoever works on the rotation.';
   end if;
   insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
   select * into strict v_head from rekey._audit_head for update;
@@ -1652,7 +1679,7 @@ declare
   v_check text;
   v_app jsonb;
 begin
-  if tenant_id is null then
+  if tenant_id is null or v_caller = 'rekey_sweeper' then
     return false;
   end if;
   if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
@@ -2227,23 +2254,120 @@ end
 $$;
 comment on function rekey_targets.secrets_write is 'Stores new ciphertexts in rows that secrets_read returned in this transaction, and returns how many.';
 
+-- What the code of a table may leave behind in the session of the worker, there to act with the worker's rights: a search
+-- path, which reaches even the functions that called it, or another setting; a cursor that is opened at COMMIT; a prepared
+-- statement under a name that the client uses; a temporary view in front of a table. Run by rekey_sweeper.
+create or replace function rekey._session_state(search_path text) returns text[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array[
+    search_path || ' ' || (select md5(string_agg(s.name || '=' || s.setting, ',' order by s.name)) from pg_settings s where s.name <> 'search_path'),
+    (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
+    (select string_agg(t.oid || ' ' || t.xmin, ',' order by t.oid) from pg_type t where pg_my_temp_schema() <> 0 and t.typnamespace = pg_my_temp_schema()),
+    array_to_string(rekey._prepared(), ',')];
+end
+$$;
+comment on function rekey._session_state is 'What must be as before once the code of a table has run: settings, cursors, temporary objects, prepared statements. search_path: the one outside of this function.';
+
+create or replace function rekey._refuse_traces(before text[], search_path text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_after text[] := rekey._session_state(search_path);
+begin
+  for v_place in 1 .. cardinality(before) loop
+    if v_after[v_place] is distinct from before[v_place] then
+      raise exception 'code of the table left % behind', (array['a setting', 'a cursor', 'a temporary object', 'a prepared statement'])[v_place]
+        using errcode = 'RK005', hint = 'Its triggers run in the session of whoever works on the rotation, and must leave it as it was.';
+    end if;
+  end loop;
+end
+$$;
+comment on function rekey._refuse_traces is 'RK005 where the session is not as rekey._session_state() found it before.';
+
+create or replace function rekey._prepared() returns text[]
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select array(select p.name || ' ' || extract(epoch from p.prepare_time) from pg_prepared_statements p order by 1);
+end;
+comment on function rekey._prepared is 'The prepared statements of the session.';
+
+create or replace function rekey._forget_prepared(before text[]) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_name text;
+begin
+  for v_name in
+    select p.name from pg_prepared_statements p where not p.name || ' ' || extract(epoch from p.prepare_time) = any (before)
+  loop
+    execute format('deallocate %I', v_name);
+  end loop;
+end
+$$;
+comment on function rekey._forget_prepared is 'Drops the prepared statements that were made since: no rollback does.';
+
+-- Row triggers are queued by changes of rows, and by nothing else. So where firing all that is queued changes no row,
+-- nothing is queued any more, and nothing is left for COMMIT, where it would run as the worker.
+create or replace function rekey._changes() returns bigint
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select sum(pg_stat_get_xact_tuples_inserted(c.oid) + pg_stat_get_xact_tuples_updated(c.oid) + pg_stat_get_xact_tuples_deleted(c.oid))::bigint
+  from pg_class c where c.relkind = 'r';
+end;
+comment on function rekey._changes is 'How many rows this transaction has changed.';
+
+create or replace function rekey._refuse_changes(before bigint) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('track_counts') = 'off' then
+    raise exception 'track_counts is off: what the triggers of a table do cannot be checked' using errcode = 'RK005',
+      hint = 'Set track_counts to on.';
+  elsif rekey._changes() <> before then
+    raise exception 'code of the table changed rows where it may not, or queued triggers for the end of the transaction' using errcode = 'RK005',
+      hint = 'A trigger that is deferred may not defer others: at COMMIT they would run as whoever works on the rotation.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_changes is 'RK005 where rows were changed since rekey._changes().';
+
 -- These are owned by rekey_sweeper (footer.sql), which has no other right: whatever a target's function has become,
--- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql).
+-- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql). What follows
+-- the call is named with its schema: the search path may be another one now.
 create or replace function rekey._call_count(function_name name, relation regclass, keyrings integer[])
 returns table (keyring_id integer, version integer, rows bigint)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
+  end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_changes := rekey._changes();
   end if;
   for keyring_id, version, rows in
     execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using relation, keyrings
   loop
     return next;
   end loop;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
 end
 $$;
 comment on function rekey._call_count is 'Calls the count function of a target.';
@@ -2255,14 +2379,25 @@ create or replace function rekey._call_scan(
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_scan does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_changes := rekey._changes();
+  end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_scan')
   into next, rows, ciphertexts, contexts, keys
   using relation, first, until, keyrings, max_rows, max_bytes;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
 end
 $$;
 comment on function rekey._call_scan is 'Calls the scan function of a target.';
@@ -2274,14 +2409,25 @@ create or replace function rekey._call_read(
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_read does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_changes := rekey._changes();
+  end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_read')
   into next, rows, ciphertexts, contexts, keys
   using relation, first, until, keyrings, versions, max_rows, max_bytes;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
 end
 $$;
 comment on function rekey._call_read is 'Calls the read function of a target.';
@@ -2292,13 +2438,25 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_count bigint;
+  v_state text[];
+  v_changes bigint;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_write does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
+  if function_name operator(pg_catalog.<>) 'secrets' then
+    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+  end if;
   execute format('select rekey_targets.%I($1, $2, $3)', function_name || '_write') into v_count using relation, rows, ciphertexts;
+  if v_state is not null then
+    v_changes := rekey._changes();
+  end if;
   set constraints all immediate;
+  if v_state is not null then
+    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+    perform rekey._refuse_changes(v_changes);
+  end if;
   return v_count;
 end
 $$;
@@ -2674,7 +2832,9 @@ begin
   into v_context
   from unnest('$body$ || protected.places[2:]::text || $body$'::integer[]) with ordinality as p(place, rank);
   -- A row is called by its primary key, where it has one.
-  select string_agg(format('t.%I::text', a.attname), $q$ || '/' || $q$ order by k.rank) into v_key
+  -- (A cast to text of a type that is not PostgreSQL's may be anybody's function; an output function may not.)
+  select string_agg(format(case when (select y.typnamespace from pg_type y where y.oid = a.atttypid) = 'pg_catalog'::regnamespace
+      then 't.%I::text' else $q$format('%%s', t.%I)$q$ end, a.attname), $q$ || '/' || $q$ order by k.rank) into v_key
   from pg_index i
   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
@@ -2739,7 +2899,7 @@ begin atomic
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
   from pg_proc p
   join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
-  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = 'column_' || _column_shape.id || '_guard'
+  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = 'column_' || _column_shape.id || '_guard' and p.pronargs = 0
   group by d.refobjid;
 end;
 comment on function rekey._column_shape is 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
@@ -2778,6 +2938,10 @@ begin
     return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
+  if exists (select from pg_namespace n, aclexplode(n.nspacl) a
+             where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
+    return 'somebody may make functions in schema rekey_targets, where a call of rekey.protect_column() was not finished: ' || v_again;
+  end if;
   if cardinality(v_shape.attnums) <> cardinality(protected.places) then
     return format('its guard was changed: %s', v_again);
   end if;
@@ -4132,6 +4296,8 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
   v_ids bigint[];
   v_pass bigint;
   v_urgent boolean;
@@ -4180,9 +4346,13 @@ begin
     keyring_count := cardinality(v_ids);
     detail := jsonb_build_object('pass', v_pass, 'rotations', v_ids[1:20]);
   exception
-    when sqlstate 'RK001' or sqlstate 'RK002' then
-      raise;
-    when query_canceled or others then
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+        raise;
+      end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
@@ -4327,6 +4497,8 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
   v_begin timestamptz := clock_timestamp();
   v_chunk rekey._chunks;
   v_ids bigint[];
@@ -4421,9 +4593,13 @@ begin
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
-    when sqlstate 'RK001' or sqlstate 'RK002' then
-      raise;
-    when query_canceled or others then
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+        raise;
+      end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
@@ -4438,6 +4614,8 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
   v_ids bigint[];
   v_keyrings integer[];
   v_results jsonb;
@@ -4550,9 +4728,13 @@ begin
     keyring_count := cardinality(v_ids);
     detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
   exception
-    when sqlstate 'RK001' or sqlstate 'RK002' then
-      raise;
-    when query_canceled or others then
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+        raise;
+      end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
@@ -6039,6 +6221,7 @@ begin
 end
 $$;
 grant execute on function rekey._call_count, rekey._call_scan, rekey._call_read, rekey._call_write, rekey._call_tenant_check to rekey_owner;
+grant execute on function rekey._session_state, rekey._refuse_traces, rekey._prepared, rekey._changes, rekey._refuse_changes to rekey_sweeper;
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;

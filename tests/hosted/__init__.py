@@ -22,6 +22,7 @@ class Hosted:
     """The server, and its databases, which `postgres` owns."""
 
     server: local.Server
+    made: list[str] = field(default_factory=list)  # since somebody last emptied it
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
     @classmethod
@@ -40,6 +41,7 @@ class Hosted:
         """Make a database as a new project has it; return the DSN of `postgres`."""
         name = name or f"hosted_{next(self._numbers)}"
         admin = create_database(self.server.dsn("template1"), name, owner="postgres")
+        self.made.append(admin)
         with connect(admin) as connection, connection.transaction():
             connection.execute((HERE / "database.sql").read_bytes())
         return make_conninfo(admin, user="postgres")
