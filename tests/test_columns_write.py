@@ -72,6 +72,17 @@ def test_a_rotation_goes_through_the_trigger(app: Connection, ready: Connection,
     assert value(app, OPENED, 5) == b"v"
 
 
+def test_values_not_adopted_yet_wait_for_adoption(app: Connection) -> None:
+    app.execute("set search_path = app, public")
+    app.execute("create table t (id int primary key, v bytea, n int default 0)")
+    app.execute("insert into t select g, pgp_sym_encrypt('v', 'passphrase') from generate_series(1, 2) g")
+    protect(app, "t", encrypt_on_write=True)
+    app.execute("update t set n = 1, v = v where id = 1")
+    app.execute("update t set id = 3 where id = 2")
+    found = app.execute("select id, pgp_sym_decrypt(v, 'passphrase') from t order by id").fetchall()
+    assert found == [(1, "v"), (3, "v")]
+
+
 def test_a_copy_is_encrypted(app: Connection) -> None:
     app.execute("create table t (id int primary key, v text) partition by range (id)")
     app.execute("create table t_1 partition of t default")

@@ -3128,13 +3128,14 @@ begin
   end if;
   v_context := %2$s;
   v_envelope := rekey._envelope_of(new.%1$s);
-  if v_envelope is null then
-    v_plaintext := %4$s;
-  elsif tg_op = 'UPDATE' and new.%1$s = old.%1$s%9$s then
-    if v_context = %3$s then
+  if tg_op = 'UPDATE' and new.%1$s = old.%1$s%9$s then
+    -- A value that is not adopted yet may be encrypted by other means: the trigger does not take it for plaintext.
+    if v_envelope is null or v_context = %3$s then
       return new;
     end if;
     v_plaintext := rekey._open(v_envelope, %3$s);
+  elsif v_envelope is null then
+    v_plaintext := %4$s;
   else
     -- An envelope that comes in must be of this row. (What a sweep writes, the engine has made of the row itself.)
     if current_setting('rekey.sweeping', true) is distinct from 'on' then
@@ -3407,7 +3408,7 @@ begin
 end
 $$;
 comment on function rekey.protect_column is
-  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
+  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
 grant execute on function rekey.protect_column to rekey_admin;
 
 create or replace function rekey._refuse_encrypted(protected rekey.protected_columns) returns void
