@@ -4645,6 +4645,34 @@ COMMENT ON FUNCTION rekey._refuse_needed(keyring_id integer, version integer) IS
 
 
 --
+-- Name: _refuse_other_table(integer, oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_other_table(id integer, relation oid) RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_table oid := (rekey._column_shape(id)).relation;
+begin
+  if v_table is null or relation <> v_table and not exists (select from pg_partition_ancestors(relation) a where a.relid = v_table) then
+    raise exception '% is not the table that this trigger encrypts', relation::regclass using errcode = 'RK005',
+      hint = 'rekey.protect_column(..., encrypt_on_write => true) makes the trigger of a table.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_other_table(id integer, relation oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_other_table(id integer, relation oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_other_table(id integer, relation oid) IS 'RK005 where the trigger that encrypts a column on write was set on a table that is not its own.';
+
+
+--
 -- Name: rotations; Type: TABLE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6563,6 +6591,7 @@ declare
   v_plaintext bytea;
   v_context bytea;
 begin
+  perform rekey._refuse_other_table(%7$s, tg_relid);
   perform rekey._refuse_renamed(%7$s, %8$L);
   if new.%1$s is null then
     return new;
@@ -11365,6 +11394,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version inte
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_needed(keyring_id integer, version integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_other_table(id integer, relation oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_other_table(id integer, relation oid) FROM PUBLIC;
 
 
 --

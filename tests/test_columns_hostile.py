@@ -361,3 +361,50 @@ def test_a_search_path_that_a_trigger_sets_reaches_nobody(
     assert "left a setting behind" in rotation(ready, number, "last_error")
     assert value(ready, "select current_setting('search_path')") == path
     assert value(ready, "select count(*) from app.ran_as") == 0
+
+
+CAST: LiteralString = """
+    create type k as (i int);
+    create function spell(k) returns text language plpgsql as $$
+    begin
+      insert into app.loot select current_user, count(*)::text from rekey.encryption_keys;
+      return 'x';
+    end $$;
+    create cast (k as text) with function spell(k)"""
+
+
+@pytest.fixture
+def loot(ready: Connection, app: Connection, table: None) -> None:
+    """A place where everybody may leave what was got; evil() notes who runs it."""
+    app.execute("""
+        create table loot (who text, what text);
+        create function evil() returns int language plpgsql as $$
+        begin insert into app.loot values (current_user, 'evil'); return 1; end $$;
+        grant usage on schema app to public;
+        grant all on loot to public""")
+
+
+@pytest.mark.parametrize("way", ["another table", "another column of that name"])
+def test_the_write_trigger_casts_nothing_of_the_owners(
+    ready: Connection, app: Connection, loot: None, way: str
+) -> None:
+    """It runs as rekey_owner, who can read the keys."""
+    app.execute(CAST)
+    app.execute("create table w (id int primary key, v text)")
+    protect(app, "w", encrypt_on_write=True)
+    if way == "another table":
+        app.execute("drop table loot cascade; create table loot (who text, what text)")
+        app.execute("create table x (id k, v text)")
+        trigger = value(
+            app, "select tgfoid::regproc::text from pg_trigger where tgname like 'zz_pg_rekey_%%'"
+        )
+        app.execute(f"create trigger x before insert on x for each row execute function {trigger}()".encode())
+        name = "x"
+    else:
+        app.execute(
+            "alter table w rename id to old; alter table w alter old set default 1; alter table w add id k"
+        )
+        name = "w"
+    with refused("RK005"):
+        app.execute(f"insert into {name} (id, v) values (row(1)::k, 'x')".encode())
+    assert value(ready, "select count(*) from app.loot") == 0

@@ -3121,6 +3121,7 @@ declare
   v_plaintext bytea;
   v_context bytea;
 begin
+  perform rekey._refuse_other_table(%7$s, tg_relid);
   perform rekey._refuse_renamed(%7$s, %8$L);
   if new.%1$s is null then
     return new;
@@ -3155,6 +3156,23 @@ end
 $$;
 comment on function rekey._write_trigger_body is
   'Body of the trigger that encrypts a column on write. It calls the columns by name, since values must not be parameters of a statement.';
+
+-- The trigger runs as rekey_owner, and casts what it finds under the names of the context columns to text: on a table with a
+-- column of another type, that would be a function of whoever made the type.
+create or replace function rekey._refuse_other_table(id integer, relation oid) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table oid := (rekey._column_shape(id)).relation;
+begin
+  if v_table is null or relation <> v_table and not exists (select from pg_partition_ancestors(relation) a where a.relid = v_table) then
+    raise exception '% is not the table that this trigger encrypts', relation::regclass using errcode = 'RK005',
+      hint = 'rekey.protect_column(..., encrypt_on_write => true) makes the trigger of a table.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_other_table is 'RK005 where the trigger that encrypts a column on write was set on a table that is not its own.';
 
 create or replace function rekey._refuse_renamed(id integer, names name[]) returns void
 language plpgsql stable
