@@ -408,3 +408,24 @@ def test_the_write_trigger_casts_nothing_of_the_owners(
     with refused("RK005"):
         app.execute(f"insert into {name} (id, v) values (row(1)::k, 'x')".encode())
     assert value(ready, "select count(*) from app.loot") == 0
+
+
+@pytest.mark.parametrize("call", ["select rekey.key_usage()", "select rekey.verify_ciphertexts()"])
+def test_what_inherits_from_a_protected_table_blocks_it(
+    ready: Connection, app: Connection, table: None, call: str
+) -> None:
+    app.execute("create table child () inherits (t)")
+    with refused("RK005"):
+        ready.execute(call.encode())
+    app.execute("alter table child no inherit t")
+    ready.execute(call.encode())
+
+
+def test_a_column_without_its_guard_is_not_forgotten(ready: Connection, app: Connection, table: None) -> None:
+    app.execute("drop function rekey_targets.column_1_guard()")
+    with refused("RK005"):
+        ready.execute("select rekey.key_usage()")
+    with refused("RK006"):
+        ready.execute("select rekey.unprotect_column('app.t.v')")
+    protect(app, "t")
+    assert value(ready, "select sum(rows) from rekey.key_usage()") == 5

@@ -184,6 +184,9 @@ begin
      not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) then
     return 'its column has another type now';
   end if;
+  if v_table.relkind = 'r' and exists (select from pg_inherits i where i.inhparent = v_shape.relation) then
+    return 'tables inherit from it, whose rows are not swept: ALTER TABLE ... NO INHERIT';
+  end if;
   for v_part in
     select c.oid::regclass as relation, c.relkind, c.relowner, c.relforcerowsecurity from pg_class c where c.oid = v_shape.relation
     union all

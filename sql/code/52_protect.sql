@@ -476,6 +476,13 @@ begin
   if v_shape.relation is not null then
     perform rekey._refuse_stranger(v_shape.relation);
     perform rekey._refuse_encrypted(v_protected);
+  elsif exists (select from pg_attribute a
+                join pg_class c on c.oid = a.attrelid
+                join pg_namespace n on n.oid = c.relnamespace
+                where format('%I.%I', n.nspname, c.relname) = v_protected.relation_name
+                  and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped) then
+    raise exception 'the table of % is there, without its functions', v_protected.label using errcode = 'RK006',
+      hint = format('Its rows may be encrypted: rekey.protect_column(%L, %L) makes the functions anew.', v_protected.relation_name, v_protected.column_name);
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
