@@ -7,6 +7,7 @@ from typing import LiteralString
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from column_fixtures import protect
 from driving import refused, rotate, rotation, run, step, step_until
@@ -429,3 +430,94 @@ def test_a_column_without_its_guard_is_not_forgotten(ready: Connection, app: Con
         ready.execute("select rekey.unprotect_column('app.t.v')")
     protect(app, "t")
     assert value(ready, "select sum(rows) from rekey.key_usage()") == 5
+
+
+def set_trigger(app: Connection, body: str, when: str = "before") -> None:
+    app.execute(
+        f"create function tr() returns trigger language plpgsql as $t$ begin {body}; return new; end $t$;"
+        f" create trigger tr {when} update on t for each row execute function tr()".encode()
+    )
+
+
+def failing_rotation(ready: Connection) -> int:
+    """Begin a rotation that may fail once, and step until it did or nothing is left to do."""
+    ready.execute("select rekey.set_setting('max_attempts', '1')")
+    number = rotate(ready)
+    for _ in range(30):
+        if step(ready)[0] in ("error", "idle", "completed"):
+            break
+    return number
+
+
+def test_a_trigger_that_puts_the_old_value_back_is_found_out(
+    ready: Connection, app: Connection, table: None
+) -> None:
+    set_trigger(app, "new.v := old.v")
+    number = failing_rotation(ready)
+    assert rotation(ready, number, "state", "rows_done") == ("failed", 0)
+    assert "were not changed" in rotation(ready, number, "last_error")
+
+
+@pytest.mark.parametrize("code", ["RK001", "RK002", "P0004", "57014", "40P01"])
+def test_no_error_code_stops_the_engine_without_a_trace(
+    ready: Connection, app: Connection, table: None, code: str
+) -> None:
+    """Not a missing KEK either, which would stop every rotation and count as no attempt."""
+    set_trigger(app, f"raise exception 'stop' using errcode = '{code}'")
+    number = failing_rotation(ready)
+    assert rotation(ready, number, "state", "last_error") == ("failed", "stop")
+
+
+def test_a_nondeterministic_collation_hides_nothing(ready: Connection, app: Connection) -> None:
+    app.execute("create collation ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false)")
+    app.execute("create table t (id int primary key, v text collate ci)")
+    protect(app, "t")
+    app.execute(FILL)
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done") == ("completed", 5)
+
+
+@pytest.mark.parametrize("name", ["%s", "$1", 'a"b', "'", "x" * 63, "%1$I", "\\"])
+def test_odd_names_of_column_and_context(ready: Connection, app: Connection, name: str) -> None:
+    """With encryption on write, whose trigger has the names in its body."""
+    column, key = (sql.Identifier(part) for part in (name, "k" + name[:62]))
+    app.execute(sql.SQL("create table odd ({} int primary key, {} text)").format(key, column))
+    label = protect(app, "odd", name, encrypt_on_write=True)
+    app.execute(sql.SQL("insert into odd values (7, 'plain')").format())
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done") == ("completed", 1)
+    opened = sql.SQL("select rekey.decrypt_text({}, array[{}, '7']) from odd").format(
+        column, sql.Literal(label)
+    )
+    assert app.execute(opened).fetchone() == ("plain",)
+
+
+def test_a_row_is_named_without_its_owners_code(ready: Connection, app: Connection, loot: None) -> None:
+    app.execute(CAST)
+    app.execute("create table u (id int, kk k, v text, primary key (id, kk))")
+    protect(app, "u", context_columns=["id"])
+    app.execute("""
+        insert into u select g, row(g)::k, rekey.encrypt_text('v', context => array['app.u.v', g::text])
+        from generate_series(1, 3) g""")
+    app.execute("insert into u values (9, row(9)::k, rekey.encrypt_text('v', context => '{elsewhere}'))")
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done") == ("completed_with_failures", 8)
+    assert value(ready, "select row_key from rekey.rotation_failures") == "9/(9)"
+    assert value(ready, "select count(*) from app.loot") == 0
+
+
+def test_a_label_opens_nothing_for_who_may_not_read_its_column(
+    ready: Connection, app: Connection, table: None, session: Callable[[], Connection]
+) -> None:
+    stolen = value(ready, "select v from app.t where id = 1")
+    stranger = session()
+    stranger.execute("set role rekey_app")
+    for call in (
+        f"select rekey.decrypt_text('{stolen}'::text, array['app.t.v', '1'])",
+        "select rekey.encrypt_text('forged', context => array['app.t.v', '1'])",
+    ):
+        with refused("42501"):
+            stranger.execute(call.encode())

@@ -394,6 +394,9 @@ begin
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
   perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  if v_target.problem is not null then
+    raise exception '% is blocked: %', v_rotation.label, v_target.problem using errcode = 'RK005';
+  end if;
   if rows is null then
     return 0;
   end if;

@@ -2875,12 +2875,16 @@ end
 '),
     ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
 declare
-  v_count bigint;
+  v_count bigint := 0;
+  v_kept boolean;
 begin
-  execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'update only %2$s t set %1$s = ' || v_stored || ' from unnest($1, $2) as u(row, ciphertext) where t.ctid = u.row') || ')
-  using rows, ciphertexts;
-  get diagnostics v_count = row_count;
+  -- A trigger may have kept the row, or put another value into it.
+  for v_kept in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'update only %2$s t set %1$s = ' || v_stored || ' from unnest($1, $2) as u(row, ciphertext) where t.ctid = u.row
+    returning t.%1$s = ' || v_stored || case when protected.is_text then ' collate "C"' else '' end) || ')
+    using rows, ciphertexts loop
+    v_count := v_count + case when v_kept then 1 else 0 end;
+  end loop;
   set constraints all immediate;
   return v_count;
 end
@@ -5491,6 +5495,9 @@ begin
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
   perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  if v_target.problem is not null then
+    raise exception '% is blocked: %', v_rotation.label, v_target.problem using errcode = 'RK005';
+  end if;
   if rows is null then
     return 0;
   end if;
