@@ -2,13 +2,13 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from psycopg import sql
 
-from helpers import Connection, connect
+from helpers import Connection, connect, unlock
 
 numbers = itertools.count(1)
 
@@ -26,12 +26,12 @@ def owner(ready: Connection, db: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def app(owner: str, session: Callable[[], Connection]) -> Connection:
+def app(db: str, owner: str, kek: bytes) -> Iterator[Connection]:
     """A session of the owner of schema `app`, unlocked."""
-    connection = session()
-    connection.execute(sql.SQL("set role {}").format(sql.Identifier(owner)))
-    connection.execute("set search_path = app")
-    return connection
+    with connect(db, user=owner) as connection:
+        unlock(connection, kek)
+        connection.execute("set search_path = app")
+        yield connection
 
 
 def protect(connection: Connection, table: str, column: str = "v", **options: Any) -> str:

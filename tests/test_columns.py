@@ -1,5 +1,6 @@
 """Columns of the user's own tables: registered, adopted, rotated, verified and let go."""
 
+import os
 import random
 import threading
 import time
@@ -662,3 +663,21 @@ def test_an_adoption_that_takes_keys_keeps_to_the_throttle(ready: Connection, ap
     assert value(app, batch, number) is None
     ready.execute("update rekey._worker set next_batch_at = null")
     assert value(app, batch, number) == 2
+
+
+def test_an_owner_whose_name_needs_quotes(ready: Connection) -> None:
+    name = f'"An owner\'s {os.getpid()}"'
+    ready.execute(
+        f"create role {name} in role rekey_admin, rekey_app; grant create on schema public to {name}".encode()
+    )
+    try:
+        ready.execute(f"set role {name}".encode())
+        ready.execute("create table odd (id int primary key, v text); insert into odd values (1, 'one')")
+        protect(ready, "odd", encrypt_on_write=True)
+        ready.execute("select rekey.adopt_column('odd', 'v')")
+        ready.execute("reset role")
+        run(ready)
+        assert value(ready, "select rekey.decrypt_text(v, array['public.odd.v', '1']) from odd") == "one"
+    finally:
+        ready.execute("reset role")
+        ready.execute(f"drop owned by {name} cascade; drop role {name}".encode())

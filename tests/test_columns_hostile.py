@@ -521,3 +521,18 @@ def test_a_label_opens_nothing_for_who_may_not_read_its_column(
     ):
         with refused("42501"):
             stranger.execute(call.encode())
+
+
+@pytest.mark.parametrize("role", ["postgres", "the owner"])
+def test_no_code_of_the_owner_runs_in_a_session_of_a_superuser_who_decrypts(
+    ready: Connection, app: Connection, owner: str, loot: None, role: str
+) -> None:
+    set_trigger(app, "reset role; insert into app.loot values (current_user, 'trigger')")
+    if role == "the owner":
+        ready.execute(f"set role {owner}".encode())  # the trigger would reset it
+    with refused("42501"):
+        ready.execute("select rekey.unprotect_column('app.t', 'v', decrypt => true)")
+    ready.execute("reset role")
+    assert value(ready, "select count(*) from app.loot") == 0
+    assert value(app, "select rekey.unprotect_column('t', 'v', decrypt => true)") == 5
+    assert app.execute("select distinct who from loot").fetchall() == [(owner,)]

@@ -6,7 +6,7 @@ language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_owner name := (select c.relowner::regrole::name from pg_class c where c.oid = relation);
+  v_owner name := (select pg_get_userbyid(c.relowner) from pg_class c where c.oid = relation);
 begin
   if v_owner is null or not pg_has_role(rekey._caller(), v_owner, 'usage') then
     raise exception 'only the owner of % may do this', relation using errcode = 'insufficient_privilege';
@@ -15,6 +15,26 @@ begin
 end
 $$;
 comment on function rekey._refuse_stranger is 'The owner of a table. 42501 where the caller is not a member of it.';
+
+-- SET ROLE would not do: code of the owner's can RESET it, and SESSION AUTHORIZATION too.
+create or replace function rekey._refuse_superuser(relation regclass) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_owner name := (select pg_get_userbyid(c.relowner) from pg_class c where c.oid = relation);
+  v_login name := (select a.usename from pg_stat_activity a where a.pid = pg_backend_pid());
+  v_caller name := rekey._caller();
+begin
+  if exists (select from pg_roles r where r.rolname in (v_login, v_caller) and r.rolsuper)
+    and not exists (select from pg_roles r where r.rolname = v_owner and r.rolsuper)
+  then
+    raise exception 'a superuser may not decrypt the rows of %', relation using errcode = 'insufficient_privilege',
+      hint = format('Triggers, constraints and rules of the table would run as superuser. Connect as %I, with rekey_admin and rekey_app.', v_owner);
+  end if;
+end
+$$;
+comment on function rekey._refuse_superuser is '42501 where a session of a superuser would run the code of another who owns a table.';
 
 create or replace function rekey._column_id(relation regclass, column_name name) returns integer
 language plpgsql stable
@@ -350,7 +370,7 @@ declare
   v_role name;
 begin
   for v_role in
-    select distinct a.grantee::regrole::name from pg_namespace n, aclexplode(n.nspacl) a
+    select distinct pg_get_userbyid(a.grantee) from pg_namespace n, aclexplode(n.nspacl) a
     where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee not in (0, n.nspowner)
   loop
     execute format('revoke create on schema rekey_targets from %I', v_role);
@@ -441,6 +461,8 @@ begin
   end if;
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
+  else
+    perform rekey._refuse_superuser(target);
   end if;
   if decrypt then
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
@@ -526,7 +548,7 @@ begin
 end
 $$;
 comment on function rekey.unprotect_column(regclass, name, boolean) is
-  'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 5,000 of each partition at a call, which returns how many: repeat it, each in its own transaction, until it returns 0. The owner of the table calls it, as a member of rekey_admin, or a superuser. 42501: not the owner, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
+  'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 5,000 of each partition at a call, which returns how many: repeat it, each in its own transaction, until it returns 0. The owner of the table calls it, as a member of rekey_admin, or a superuser; but to decrypt in a session of a superuser is refused, unless one owns the table: its triggers would run with his rights. 42501: not the owner, a superuser, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
 grant execute on function rekey.unprotect_column(regclass, name, boolean) to rekey_admin;
 
 create or replace function rekey.unprotect_column(label text) returns void
