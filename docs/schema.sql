@@ -5934,6 +5934,9 @@ begin
   left join rekey.protected_columns p on p.id = r.column_id
   where r.pass_id = v_chunk.pass_id and r.state = 'running' and rekey._is_due(r.next_attempt_at)
     and case when v_chunk.adopting then p.label = v_chunk.target else r.trigger <> 'adoption' end;
+  if v_ids is null then
+    return;  -- paused or superseded since
+  end if;
   v_first_block := split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint;
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 

@@ -91,6 +91,15 @@ def step_until(connection: Connection, *events: str, seconds: float = 20) -> lis
     raise AssertionError(f"none of {events} within {seconds} s: ... {seen[-20:]}")
 
 
+def waits(connection: Connection, pid: int, seconds: float = 10) -> None:
+    """Wait until that session waits for a lock."""
+    waiting: LiteralString = "select count(*) from pg_locks where pid = %s and not granted"
+    until = time.monotonic() + seconds
+    while value(connection, waiting, pid) == 0:
+        assert time.monotonic() < until, "it does not wait"
+        time.sleep(0.01)
+
+
 def run(connection: Connection, max_duration: str = "20 s") -> None:
     """Work on rotations until none is left; leave no chunk behind."""
     connection.execute("call rekey.run_rotations(%s)", (max_duration,))

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, LiteralString
 
 import psycopg
@@ -12,7 +13,7 @@ import pytest
 from psycopg import errors
 
 from column_fixtures import protect
-from driving import fill, in_background, refused, rotate, rotation, run, step, step_until
+from driving import fill, in_background, refused, rotate, rotation, run, step, step_until, waits
 from helpers import Connection, connect, create_database, initialize, install, unlock, value
 from pg_rekey import local, release
 
@@ -428,6 +429,33 @@ def test_adoption_can_be_paused_and_goes_on_after_a_kill(
     assert value(ready, "select sum(failed) from rekey.verify_ciphertexts()") == 0
     with refused("RK006"):
         ready.execute("select rekey.rollback_rotation(%s)", [number])
+
+
+def test_a_rotation_is_paused_while_its_batch_waits(
+    ready: Connection, app: Connection, session: Callable[[], Connection]
+) -> None:
+    app.execute("create table t (id int primary key, v text)")
+    app.execute("insert into t select g, 'sealed' from generate_series(1, 10) g")
+    protect(app, "t")
+    adopt(app, ready, "t")
+    app.execute("insert into t select g, 'plain' from generate_series(11, 20) g")
+    number = rotate(ready)
+    assert step(ready)[0] == "planned"
+    ready.execute("select rekey.set_setting('max_rows_per_second', '1000')")
+    holder, worker = session(), session()
+    with ThreadPoolExecutor(1) as pool:
+        with holder.transaction():
+            holder.execute("select from rekey._worker for update")
+            stepped = pool.submit(step, worker)
+            waits(ready, worker.info.backend_pid)
+            ready.execute("select rekey.pause_rotation(%s)", [number])
+        assert stepped.result(10)[0] == "waiting"
+    assert rotation(ready, number, "state", "rows_done", "rows_failed") == ("paused", 0, 0)
+    assert value(app, "select count(*) from t where v = 'plain'") == 10
+    ready.execute("select rekey.resume_rotation(%s)", [number])
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done", "rows_failed") == ("completed", 10, 0)
+    assert value(app, "select count(*) from t where v = 'plain'") == 10
 
 
 def test_what_looks_encrypted_is_not_taken_for_plaintext(ready: Connection, app: Connection) -> None:

@@ -24,21 +24,13 @@ from driving import (
     states,
     step,
     step_until,
+    waits,
 )
 from helpers import Connection, connect, unlock, value
 
 LEVELS = [IsolationLevel.READ_COMMITTED, IsolationLevel.REPEATABLE_READ, IsolationLevel.SERIALIZABLE]
 SET: LiteralString = "select rekey.set_secret(%s, %s)"
 SECRETS = 200_000
-
-
-def waits(connection: Connection, pid: int, seconds: float = 10) -> None:
-    """Wait until that session waits for a lock."""
-    waiting: LiteralString = "select count(*) from pg_locks where pid = %s and not granted"
-    until = time.monotonic() + seconds
-    while value(connection, waiting, pid) == 0:
-        assert time.monotonic() < until, "it does not wait"
-        time.sleep(0.01)
 
 
 def test_200_000_secrets_under_load(ready: Connection, session: Callable[[], Connection]) -> None:
