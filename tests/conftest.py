@@ -57,6 +57,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     stack = session.config.stash[cleanup] = contextlib.ExitStack()
     os.environ[CALLS] = stack.enter_context(tempfile.TemporaryDirectory(prefix="pgrk-calls-"))
     try:
+        local.ensure_test_tools()
         server = os.environ.get("PG_REKEY_TEST_DSN") or stack.enter_context(local.Server()).dsn()
         name = os.environ[TEMPLATE] = f"rekey_template_{os.getpid()}"
         os.environ[SERVER] = server

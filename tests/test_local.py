@@ -149,11 +149,10 @@ def test_apt_installs_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert local.ensure().major == 16
     assert asked == [
         ("postgresql",),
-        (
-            *(f"postgresql-16-{package}" for package in ("cron", "pgtap", "plpgsql-check", "pgaudit")),
-            "libtap-parser-sourcehandler-pgtap-perl",
-        ),
+        tuple(f"postgresql-16-{package}" for package in ("cron", "pgtap", "plpgsql-check", "pgaudit")),
     ]
+    local.ensure_test_tools()
+    assert asked[2:] == [("libtap-parser-sourcehandler-pgtap-perl", "pgbouncer", "faketime")]
     assert not marker.exists()
 
 

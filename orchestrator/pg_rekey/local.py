@@ -28,6 +28,11 @@ from pg_rekey import release
 
 OLDEST = 15
 COMPANIONS = {"pg_cron": "cron", "pgtap": "pgtap", "plpgsql_check": "plpgsql-check", "pgaudit": "pgaudit"}
+TEST_TOOLS = {
+    "pg_prove": "libtap-parser-sourcehandler-pgtap-perl",
+    "pgbouncer": "pgbouncer",
+    "faketime": "faketime",
+}
 DEBIAN_PLACE = Path("/usr/lib/postgresql")
 PLACES = (
     f"{DEBIAN_PLACE}/*/bin",
@@ -92,6 +97,13 @@ def ensure() -> Installation:
     if installation is None:
         raise click.ClickException(INSTALL_HELP)
     return installation
+
+
+def ensure_test_tools() -> None:
+    """Get the programs that only the tests use, with apt where that can be; tests say what they skip."""
+    missing = [package for program, package in TEST_TOOLS.items() if not shutil.which(program)]
+    if missing and _can_apt():
+        _apt(*missing)
 
 
 def install_extension(installation: Installation) -> None:
@@ -283,8 +295,6 @@ def _apt_install_companions(installation: Installation | None) -> None:
         for name, package in COMPANIONS.items()
         if not installation.has(name)
     ]
-    if not shutil.which("pg_prove"):
-        missing.append("libtap-parser-sourcehandler-pgtap-perl")
     if missing:
         _apt(*missing)
 
