@@ -578,9 +578,7 @@ begin
     return null;
   end if;
   v_target := rekey._target_of(v_chunk);
-  if v_target.problem is not null then
-    raise exception '% is blocked: %', v_chunk.target, v_target.problem using errcode = 'RK005';
-  end if;
+  perform rekey._refuse_problem(v_chunk.target, v_target.problem);
   select w.rows into v_max_rows from rekey._throttle(least(v_chunk.batch_rows, 1000)) w;
   if v_max_rows is null then
     return null;
@@ -633,9 +631,8 @@ begin
   order by t.relation limit 1;
   if not found then
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007';
-  elsif v_target.problem is not null then
-    raise exception '% is blocked: %', v_column.label, v_target.problem using errcode = 'RK005';
   end if;
+  perform rekey._refuse_problem(v_column.label, v_target.problem);
   v_until := split_part(trim(first::text, '()'), ',', 1)::bigint + 64;
   v_adoption := rekey._adoption_rows(v_target, v_target.relation, first, v_until, 1000, v_column.keyring_id, formats, forced, passphrases);
   v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
@@ -741,9 +738,7 @@ begin
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
   perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
-  if v_target.problem is not null then
-    raise exception '% is blocked: %', v_rotation.label, v_target.problem using errcode = 'RK005';
-  end if;
+  perform rekey._refuse_problem(v_rotation.label, v_target.problem);
   if rows is null then
     return 0;
   end if;
@@ -2091,7 +2086,8 @@ declare
   v_shape record;
   v_table pg_class;
   v_part record;
-  v_again text := 'repeat rekey.protect_column() as the owner of the table';
+  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table',
+    case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
   if v_shape.relation is null then
@@ -2808,9 +2804,13 @@ declare
   v_function regprocedure;
 begin
   select * into v_protected from rekey.protected_columns c where c.id = _forget_column.id for update;
+  if not found then
+    raise exception 'no such protected column' using errcode = 'RK007', hint = 'See rekey.column_status.';
+  end if;
   select * into v_shape from rekey._column_shape(id) s;
   if v_shape.relation is not null then
     perform rekey._refuse_stranger(v_shape.relation);
+    perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
     perform rekey._refuse_encrypted(v_protected);
   elsif exists (select from pg_attribute a
                 join pg_class c on c.oid = a.attrelid
@@ -2818,7 +2818,8 @@ begin
                 where format('%I.%I', n.nspname, c.relname) = v_protected.relation_name
                   and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped) then
     raise exception 'the table of % is there, without its functions', v_protected.label using errcode = 'RK006',
-      hint = format('Its rows may be encrypted: rekey.protect_column(%L, %L) makes the functions anew.', v_protected.relation_name, v_protected.column_name);
+      hint = format('Its rows may be encrypted: rekey.protect_column(%L, %L%s) makes the functions anew.', v_protected.relation_name, v_protected.column_name,
+        case when v_protected.encrypt_on_write then ', encrypt_on_write => true' end);
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
@@ -2839,7 +2840,7 @@ ALTER FUNCTION rekey._forget_column(id integer) OWNER TO rekey_owner;
 -- Name: FUNCTION _forget_column(id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._forget_column(id integer) IS 'Removes a column from the registry, with its functions. RK005: envelopes are left.';
+COMMENT ON FUNCTION rekey._forget_column(id integer) IS 'Removes a column from the registry, with its functions. 25001: not in READ COMMITTED; RK005: envelopes are left, or it cannot be counted; RK007: there is none.';
 
 
 --
@@ -4542,6 +4543,7 @@ CREATE FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) RETUR
 declare
   v_rows bigint;
 begin
+  perform rekey._refuse_snapshot();
   select sum(c.rows) into v_rows
   from rekey._targets(protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
   where c.keyring_id is not null;
@@ -4559,7 +4561,7 @@ ALTER FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) OWNER 
 -- Name: FUNCTION _refuse_encrypted(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) IS 'RK005 where a protected column holds envelopes.';
+COMMENT ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) IS 'RK005 where a protected column holds envelopes; 25001 outside READ COMMITTED.';
 
 
 --
@@ -4946,6 +4948,31 @@ COMMENT ON FUNCTION rekey._refuse_over(rotation rekey.rotations) IS 'RK006 where
 
 
 --
+-- Name: _refuse_problem(text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_problem(target text, problem text) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if problem is not null then
+    raise exception '% is blocked: %', target, problem using errcode = 'RK005', hint = 'See rekey.column_status.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_problem(target text, problem text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_problem(target text, problem text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_problem(target text, problem text) IS 'RK005 where a target has a problem.';
+
+
+--
 -- Name: _refuse_renamed(integer, name[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5168,6 +5195,10 @@ begin
       using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text, and not generated.';
   end if;
 
+  if cardinality(v_context) = 0 then
+    raise exception 'context_columns is empty' using errcode = 'invalid_parameter_value',
+      hint = 'Name what rows are told apart by: a value could be moved to any other row. NULL, the default, takes the primary key.';
+  end if;
   if v_context is null then
     select array_agg(a.attname order by k.rank) into v_context
     from pg_index i
@@ -5230,6 +5261,10 @@ begin
         hint = 'See rekey.column_status.';
     end;
   else
+    if v_protected.encrypt_on_write and not _register_column.encrypt_on_write then
+      raise warning 'from now on, what is written into %.% is not encrypted', target, quote_ident(column_name)
+        using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.';
+    end if;
     update rekey.protected_columns c
     set encrypt_on_write = _register_column.encrypt_on_write
     where c.id = v_protected.id returning * into v_protected;
@@ -5302,9 +5337,7 @@ begin
   if not found then
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
   end if;
-  if rekey._column_problem(v_protected) is not null then
-    raise exception '% is blocked: %', v_protected.label, rekey._column_problem(v_protected) using errcode = 'RK005';
-  end if;
+  perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
   select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
   if found then
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
@@ -5313,8 +5346,6 @@ begin
     perform rekey._refuse_encrypted(v_protected);
   else
     perform rekey._refuse_superuser(target);
-  end if;
-  if decrypt then
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
@@ -6908,9 +6939,7 @@ begin
       hint = 'rekey.protect_column() first.';
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
-  if rekey._column_problem(v_column) is not null then
-    raise exception '% is blocked: %', v_column.label, rekey._column_problem(v_column) using errcode = 'RK005';
-  end if;
+  perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
   select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
   if found then
     raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.';
@@ -9155,7 +9184,7 @@ ALTER FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt
 -- Name: FUNCTION unprotect_column(target regclass, column_name name, decrypt boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt boolean) IS 'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 5,000 of each partition at a call, which returns how many: repeat it, each in its own transaction, until it returns 0. The owner of the table calls it, as a member of rekey_admin, or a superuser; but to decrypt in a session of a superuser is refused, unless one owns the table: its triggers would run with his rights. 42501: not the owner, a superuser, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
+COMMENT ON FUNCTION rekey.unprotect_column(target regclass, column_name name, decrypt boolean) IS 'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 5,000 of each partition at a call, which returns how many: repeat it, each in its own transaction, until it returns 0. The owner of the table calls it, as a member of rekey_admin, or a superuser; but to decrypt in a session of a superuser is refused, unless one owns the table: its triggers would run with his rights. 25001: not in READ COMMITTED; 42501: not the owner, a superuser, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
 
 
 --
@@ -11462,6 +11491,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_other_table(id integer, relation oid) FROM 
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_over(rotation rekey.rotations) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_problem(target text, problem text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_problem(target text, problem text) FROM PUBLIC;
 
 
 --

@@ -305,6 +305,7 @@ def test_a_protected_column_is_not_dropped_unnoticed(ready: Connection, app: Con
         ),
         ("create table t (id int primary key, v text)", {"context_columns": ["none"]}, "22023"),
         ("create table t (id int primary key, v text)", {"context_columns": ["v"]}, "22023"),
+        ("create table t (id int primary key, v text)", {"context_columns": []}, "22023"),
         ("create table t (id int primary key, v text)", {"context_columns": ["id", "id"]}, "22023"),
         ("create table t (id int primary key, v text, at timestamptz)", {"context_columns": ["at"]}, "22023"),
         ("create table t (id int primary key, v text)", {"keyring": "none"}, "RK007"),
@@ -519,6 +520,29 @@ def test_a_column_is_let_go(ready: Connection, app: Connection) -> None:
     run_again = rotate(ready)
     run(ready)
     assert rotation(ready, run_again, "state") == "completed"
+
+
+def test_an_older_snapshot_lets_go_of_nothing(ready: Connection, app: Connection) -> None:
+    app.execute("create table t (id int primary key, v text)")
+    protect(app, "t", encrypt_on_write=True)
+    with app.transaction():
+        app.execute("set transaction isolation level repeatable read")
+        assert value(app, "select count(*) from t") == 0
+        sealed = "insert into app.t select 1, rekey.encrypt_text('x', context => '{app.t.v,1}')"
+        ready.execute(sealed)
+        with refused("25001"), app.transaction():
+            app.execute("select rekey.unprotect_column('t', 'v')")
+    assert value(ready, "select sum(rows) from rekey.key_usage()") == 1
+
+
+def test_what_is_forgotten_must_be_there_and_counted(ready: Connection, app: Connection) -> None:
+    simple(app, ready)
+    with refused("RK007"):
+        app.execute("select rekey._forget_column(2)")
+    app.execute("alter table t force row level security")
+    with refused("RK005"):
+        app.execute("select rekey._forget_column(1)")
+    assert value(ready, "select count(*) from rekey.audit_log where event = 'column.unprotected'") == 0
 
 
 def test_a_trigger_that_keeps_rows_from_being_changed_fails_the_rotation(

@@ -127,8 +127,17 @@ def test_a_renamed_column_says_what_to_do(app: Connection, table: str) -> None:
     assert value(app, OPENED.replace("(v", "(w"), 1) == b"x"
 
 
+def test_a_column_that_is_blocked_says_how_it_keeps_its_trigger(app: Connection, table: str) -> None:
+    app.execute("drop function rekey_targets.column_1_count(regclass, integer[])")
+    problem = value(app, "select problem from rekey.column_status")
+    assert "repeat rekey.protect_column(..., encrypt_on_write => true)" in problem
+
+
 def test_the_trigger_can_be_taken_away(app: Connection, table: str) -> None:
+    said: list[str] = []
+    app.add_notice_handler(lambda notice: said.append(str(notice.message_primary)))
     protect(app, "t")
+    assert said == ["from now on, what is written into app.t.v is not encrypted"]
     app.execute("insert into t values (1, %s)", [given(table, "plain")])
     assert value(app, "select count(*) from pg_trigger where tgname like 'zz%%'") == 0
 

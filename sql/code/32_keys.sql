@@ -125,6 +125,12 @@ end
 $$;
 comment on function rekey._keyring is 'The keyring of that name, its row locked if asked for. RK007: there is none.';
 
+create or replace function rekey._keyring_name(id integer) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+return (select k.name from rekey.keyrings k where k.id = _keyring_name.id);
+comment on function rekey._keyring_name is 'The name of a keyring.';
+
 create or replace function rekey._key(keyring_id integer, version integer) returns rekey.encryption_keys
 language plpgsql
 set search_path = pg_catalog, pg_temp

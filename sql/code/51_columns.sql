@@ -170,7 +170,8 @@ declare
   v_shape record;
   v_table pg_class;
   v_part record;
-  v_again text := 'repeat rekey.protect_column() as the owner of the table';
+  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table',
+    case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
   if v_shape.relation is null then
@@ -221,6 +222,18 @@ begin
 end
 $$;
 comment on function rekey._column_problem is 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can.';
+
+create or replace function rekey._refuse_problem(target text, problem text) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if problem is not null then
+    raise exception '% is blocked: %', target, problem using errcode = 'RK005', hint = 'See rekey.column_status.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_problem is 'RK005 where a target has a problem.';
 
 create or replace function rekey._targets(only_target text = null) returns setof rekey._target
 language plpgsql stable

@@ -253,6 +253,10 @@ begin
       using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text, and not generated.';
   end if;
 
+  if cardinality(v_context) = 0 then
+    raise exception 'context_columns is empty' using errcode = 'invalid_parameter_value',
+      hint = 'Name what rows are told apart by: a value could be moved to any other row. NULL, the default, takes the primary key.';
+  end if;
   if v_context is null then
     select array_agg(a.attname order by k.rank) into v_context
     from pg_index i
@@ -315,6 +319,10 @@ begin
         hint = 'See rekey.column_status.';
     end;
   else
+    if v_protected.encrypt_on_write and not _register_column.encrypt_on_write then
+      raise warning 'from now on, what is written into %.% is not encrypted', target, quote_ident(column_name)
+        using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.';
+    end if;
     update rekey.protected_columns c
     set encrypt_on_write = _register_column.encrypt_on_write
     where c.id = v_protected.id returning * into v_protected;
@@ -426,6 +434,7 @@ as $$
 declare
   v_rows bigint;
 begin
+  perform rekey._refuse_snapshot();
   select sum(c.rows) into v_rows
   from rekey._targets(protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
   where c.keyring_id is not null;
@@ -435,7 +444,7 @@ begin
   end if;
 end
 $$;
-comment on function rekey._refuse_encrypted is 'RK005 where a protected column holds envelopes.';
+comment on function rekey._refuse_encrypted is 'RK005 where a protected column holds envelopes; 25001 outside READ COMMITTED.';
 
 create or replace function rekey._release_column(target regclass, column_name name, decrypt boolean, out id integer, out statements text[])
 language plpgsql volatile security definer
@@ -452,9 +461,7 @@ begin
   if not found then
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
   end if;
-  if rekey._column_problem(v_protected) is not null then
-    raise exception '% is blocked: %', v_protected.label, rekey._column_problem(v_protected) using errcode = 'RK005';
-  end if;
+  perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
   select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
   if found then
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
@@ -463,8 +470,6 @@ begin
     perform rekey._refuse_encrypted(v_protected);
   else
     perform rekey._refuse_superuser(target);
-  end if;
-  if decrypt then
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
@@ -494,9 +499,13 @@ declare
   v_function regprocedure;
 begin
   select * into v_protected from rekey.protected_columns c where c.id = _forget_column.id for update;
+  if not found then
+    raise exception 'no such protected column' using errcode = 'RK007', hint = 'See rekey.column_status.';
+  end if;
   select * into v_shape from rekey._column_shape(id) s;
   if v_shape.relation is not null then
     perform rekey._refuse_stranger(v_shape.relation);
+    perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
     perform rekey._refuse_encrypted(v_protected);
   elsif exists (select from pg_attribute a
                 join pg_class c on c.oid = a.attrelid
@@ -504,7 +513,8 @@ begin
                 where format('%I.%I', n.nspname, c.relname) = v_protected.relation_name
                   and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped) then
     raise exception 'the table of % is there, without its functions', v_protected.label using errcode = 'RK006',
-      hint = format('Its rows may be encrypted: rekey.protect_column(%L, %L) makes the functions anew.', v_protected.relation_name, v_protected.column_name);
+      hint = format('Its rows may be encrypted: rekey.protect_column(%L, %L%s) makes the functions anew.', v_protected.relation_name, v_protected.column_name,
+        case when v_protected.encrypt_on_write then ', encrypt_on_write => true' end);
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
@@ -517,7 +527,7 @@ begin
   perform rekey._audit('column.unprotected', rekey._keyring_name(v_protected.keyring_id), details => jsonb_build_object('column', v_protected.label));
 end
 $$;
-comment on function rekey._forget_column is 'Removes a column from the registry, with its functions. RK005: envelopes are left.';
+comment on function rekey._forget_column is 'Removes a column from the registry, with its functions. 25001: not in READ COMMITTED; RK005: envelopes are left, or it cannot be counted; RK007: there is none.';
 grant execute on function rekey._forget_column to rekey_admin;
 
 create or replace function rekey.unprotect_column(target regclass, column_name name, decrypt boolean = false) returns bigint
@@ -548,7 +558,7 @@ begin
 end
 $$;
 comment on function rekey.unprotect_column(regclass, name, boolean) is
-  'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 5,000 of each partition at a call, which returns how many: repeat it, each in its own transaction, until it returns 0. The owner of the table calls it, as a member of rekey_admin, or a superuser; but to decrypt in a session of a superuser is refused, unless one owns the table: its triggers would run with his rights. 42501: not the owner, a superuser, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
+  'Ends the protection of a column. decrypt: rows that are encrypted are decrypted, at most 5,000 of each partition at a call, which returns how many: repeat it, each in its own transaction, until it returns 0. The owner of the table calls it, as a member of rekey_admin, or a superuser; but to decrypt in a session of a superuser is refused, unless one owns the table: its triggers would run with his rights. 25001: not in READ COMMITTED; 42501: not the owner, a superuser, or not rekey_app; RK003: a row does not open; RK004: it is being adopted; RK005: rows are encrypted, or it is blocked; RK007: not protected.';
 grant execute on function rekey.unprotect_column(regclass, name, boolean) to rekey_admin;
 
 create or replace function rekey.unprotect_column(label text) returns void

@@ -176,12 +176,6 @@ end
 $$;
 comment on function rekey._rotation is 'A rotation, its row and that of its keyring locked. RK007: there is none.';
 
-create or replace function rekey._keyring_name(id integer) returns text
-language sql stable
-set search_path = pg_catalog, pg_temp
-return (select k.name from rekey.keyrings k where k.id = _keyring_name.id);
-comment on function rekey._keyring_name is 'The name of a keyring.';
-
 create or replace function rekey.pause_rotation(id bigint) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp

@@ -235,9 +235,7 @@ begin
       hint = 'rekey.protect_column() first.';
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
-  if rekey._column_problem(v_column) is not null then
-    raise exception '% is blocked: %', v_column.label, rekey._column_problem(v_column) using errcode = 'RK005';
-  end if;
+  perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
   select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
   if found then
     raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.';
@@ -330,9 +328,7 @@ begin
     return null;
   end if;
   v_target := rekey._target_of(v_chunk);
-  if v_target.problem is not null then
-    raise exception '% is blocked: %', v_chunk.target, v_target.problem using errcode = 'RK005';
-  end if;
+  perform rekey._refuse_problem(v_chunk.target, v_target.problem);
   select w.rows into v_max_rows from rekey._throttle(least(v_chunk.batch_rows, 1000)) w;
   if v_max_rows is null then
     return null;
@@ -394,9 +390,7 @@ begin
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
   perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
-  if v_target.problem is not null then
-    raise exception '% is blocked: %', v_rotation.label, v_target.problem using errcode = 'RK005';
-  end if;
+  perform rekey._refuse_problem(v_rotation.label, v_target.problem);
   if rows is null then
     return 0;
   end if;
@@ -453,9 +447,8 @@ begin
   order by t.relation limit 1;
   if not found then
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007';
-  elsif v_target.problem is not null then
-    raise exception '% is blocked: %', v_column.label, v_target.problem using errcode = 'RK005';
   end if;
+  perform rekey._refuse_problem(v_column.label, v_target.problem);
   v_until := split_part(trim(first::text, '()'), ',', 1)::bigint + 64;
   v_adoption := rekey._adoption_rows(v_target, v_target.relation, first, v_until, 1000, v_column.keyring_id, formats, forced, passphrases);
   v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
