@@ -108,6 +108,25 @@ COMMENT ON TYPE rekey._sealed IS 'What the engine made of values, in their order
 
 
 --
+-- Name: _sealing; Type: TYPE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TYPE rekey._sealing AS (
+	header bytea,
+	key bytea
+);
+
+
+ALTER TYPE rekey._sealing OWNER TO rekey_owner;
+
+--
+-- Name: TYPE _sealing; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TYPE rekey._sealing IS 'What a value is sealed with: the header of its envelope, and the DEK.';
+
+
+--
 -- Name: _target; Type: TYPE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -456,17 +475,16 @@ COMMENT ON FUNCTION rekey._active_versions(keyrings integer[]) IS 'The active ve
 
 
 --
--- Name: _adopt(bytea[], bytea[], integer, boolean, text[], boolean, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _adopt(bytea[], bytea[], rekey._sealing, boolean, text[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]) RETURNS rekey._sealed
+CREATE FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean) RETURNS rekey._sealed
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_version integer := (rekey._lock_active(array[keyring_id]))[1];
-  v_key bytea;
-  v_header bytea;
+  v_key bytea := sealing.key;
+  v_header bytea := sealing.header;
   v_bytes bytea;
   v_format text;
   v_plaintext bytea;
@@ -482,14 +500,6 @@ declare
   v_formats text[];
   v_made rekey._sealed;
 begin
-  select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
-  if v_key is null then
-    raise exception 'the active key version of the keyring cannot be used' using errcode = 'RK006', hint = 'Rotate the keyring: rekey.rotate_keys().';
-  end if;
-  v_header := rekey._header(keyring_id, v_version);
-  if 'pgp_sym' = any (formats) and not rekey._keep_passphrases(passphrases) then
-    raise exception 'passphrases cannot be kept' using errcode = 'internal_error';
-  end if;
   v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
   -- Plain assignments only: the values are plain, and parameters of statements can be logged.
   foreach v_value in array "values" loop
@@ -535,20 +545,20 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]) IS 'Seals values that are no envelopes: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open (fernet, v1, aes_gcm) gets neither ciphertext nor problem.';
+COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean) IS 'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open (fernet, v1, aes_gcm) gets neither ciphertext nor problem.';
 
 
 --
--- Name: _adoption_batch(bigint, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _adoption_batch(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) RETURNS rekey._adoption
+CREATE FUNCTION rekey._adoption_batch(rotation_id bigint) RETURNS rekey._adoption
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -585,7 +595,7 @@ begin
   end if;
   v_until_block := least(split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
-    v_rotation.keyring_id, v_rotation.formats, v_rotation.forced, passphrases);
+    v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
   v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
   select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
   from unnest(v_adoption.problems) with ordinality as u(problem, place) where u.problem is not null;
@@ -600,20 +610,20 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._adoption_batch(rotation_id bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _adoption_batch(rotation_id bigint, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adoption_batch(rotation_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) IS 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the rotation is not running, and while the throttle holds it up.';
+COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint) IS 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the rotation is not running, and while the throttle holds it up.';
 
 
 --
--- Name: _adoption_preview(regclass, name, regclass, tid, text[], boolean, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _adoption_preview(regclass, name, regclass, tid, text[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]) RETURNS rekey._adoption
+CREATE FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean) RETURNS rekey._adoption
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -634,7 +644,7 @@ begin
   end if;
   perform rekey._refuse_problem(v_column.label, v_target.problem);
   v_until := split_part(trim(first::text, '()'), ',', 1)::bigint + 64;
-  v_adoption := rekey._adoption_rows(v_target, v_target.relation, first, v_until, 1000, v_column.keyring_id, formats, forced, passphrases);
+  v_adoption := rekey._adoption_rows(v_target, v_target.relation, first, v_until, 1000, v_column.keyring_id, formats, forced);
   v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
   if v_adoption.next is not null then
     v_adoption.next := rekey._next_row(v_adoption.next);
@@ -650,26 +660,27 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]) IS 'As rekey._adoption_batch(), before there is an adoption: writes nothing. first: where to begin in relation. next, next_relation: where to go on.';
+COMMENT ON FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean) IS 'As rekey._adoption_batch(), before there is an adoption: writes nothing. first: where to begin in relation. next, next_relation: where to go on.';
 
 
 --
--- Name: _adoption_rows(rekey._target, regclass, tid, bigint, integer, integer, text[], boolean, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _adoption_rows(rekey._target, regclass, tid, bigint, integer, integer, text[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]) RETURNS rekey._adoption
+CREATE FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean) RETURNS rekey._adoption
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_batch record;
   v_contexts bytea[];
+  v_sealing rekey._sealing;
   v_made rekey._sealed;
   v_legacy bytea[];
   v_adoption rekey._adoption;
@@ -681,7 +692,8 @@ begin
   if v_batch.rows is not null then
     v_contexts := array(
       select target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
-    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, keyring_id, target.is_text, formats, forced, passphrases);
+    v_sealing := rekey._sealing(keyring_id);
+    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, target.is_text, formats, forced);
     v_adoption.rows := v_batch.rows;
     v_adoption.keys := v_batch.keys;
     v_adoption.formats := v_made.formats;
@@ -700,13 +712,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]) IS 'Locks values of a range that are no envelopes, and seals those that the server can open; legacy are those that the client has to.';
+COMMENT ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean) IS 'Locks values of a range that are no envelopes, and seals those that the server can open; legacy are those that the client has to.';
 
 
 --
@@ -728,6 +740,7 @@ declare
   v_contexts bytea[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_sealing rekey._sealing;
   v_made rekey._sealed;
   v_done bigint := 0;
 begin
@@ -757,7 +770,8 @@ begin
     end if;
   end loop;
   if v_rows is not null then
-    v_made := rekey._adopt(v_values, v_contexts, v_rotation.keyring_id, v_target.is_text, '{plaintext}', true, '{}');
+    v_sealing := rekey._sealing(v_rotation.keyring_id);
+    v_made := rekey._adopt(v_values, v_contexts, v_sealing, v_target.is_text, '{plaintext}', true);
     for v_place in 1 .. cardinality(v_rows) loop
       if v_made.problems[v_place] is not null then
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
@@ -932,15 +946,30 @@ COMMENT ON FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aa
 CREATE FUNCTION rekey._as_text(bytes bytea) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
+    AS $_$
+declare
+  v_latin text;
 begin
+  if getdatabaseencoding() <> 'UTF8' then
+    begin
+      return convert_from(bytes, 'UTF8');
+    exception when character_not_in_repertoire or untranslatable_character then
+      return null;
+    end;
+  elsif position('\x00'::bytea in bytes) > 0 then
+    return null;
+  end if;
+  -- One character a byte, to be looked at without an error, which would quote some of them: the well-formed sequences of
+  -- RFC 3629, section 4.
+  v_latin := convert_from(bytes, 'LATIN1');
+  if octet_length(v_latin) > octet_length(bytes) and v_latin collate "C" !~ ('^([\u0001-\u007f]|[\u00c2-\u00df][\u0080-\u00bf]'
+      || '|\u00e0[\u00a0-\u00bf][\u0080-\u00bf]|[\u00e1-\u00ec\u00ee\u00ef][\u0080-\u00bf]{2}|\u00ed[\u0080-\u009f][\u0080-\u00bf]'
+      || '|\u00f0[\u0090-\u00bf][\u0080-\u00bf]{2}|[\u00f1-\u00f3][\u0080-\u00bf]{3}|\u00f4[\u0080-\u008f][\u0080-\u00bf]{2})*$') then
+    return null;
+  end if;
   return convert_from(bytes, 'UTF8');
-exception when character_not_in_repertoire or untranslatable_character then
-  -- PostgreSQL's own message would quote some of the bytes.
-  raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
-    hint = 'rekey.decrypt() returns its bytes.';
 end
-$$;
+$_$;
 
 
 ALTER FUNCTION rekey._as_text(bytes bytea) OWNER TO rekey_owner;
@@ -949,7 +978,7 @@ ALTER FUNCTION rekey._as_text(bytes bytea) OWNER TO rekey_owner;
 -- Name: FUNCTION _as_text(bytes bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._as_text(bytes bytea) IS 'Text of UTF-8 bytes. 22021: they are none.';
+COMMENT ON FUNCTION rekey._as_text(bytes bytea) IS 'Text of UTF-8 bytes; NULL where they are none, or the encoding of the database lacks one of the characters.';
 
 
 --
@@ -2412,6 +2441,7 @@ CREATE FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping boo
 declare
   v_wrapping bytea;
   v_key record;
+  v_aad bytea;
 begin
   select k.kek into v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
@@ -2430,7 +2460,8 @@ begin
       when v_key.kek_state = 'lost' then format('key version %s is wrapped under KEK %s, which is lost', v_key.version, v_key.kek_id)
       end;
     if problem is null then
-      key := rekey._unwrap(v_wrapping, v_key.kek_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+      v_aad := rekey._wrap_aad(v_key.kek_id, v_key.keyring_id, v_key.version);
+      key := rekey._unwrap(v_wrapping, v_key.wrapped_key, v_aad);
       if key is null then
         problem := format('the wrapped key of version %s is damaged', v_key.version);
       end if;
@@ -3031,7 +3062,7 @@ COMMENT ON FUNCTION rekey._is_under_way(state text) IS 'Whether a rotation in th
 --
 
 CREATE FUNCTION rekey._keep_passphrases(passphrases bytea[]) RETURNS boolean
-    LANGUAGE plpgsql
+    LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
@@ -3056,7 +3087,7 @@ ALTER FUNCTION rekey._keep_passphrases(passphrases bytea[]) OWNER TO rekey_owner
 -- Name: FUNCTION _keep_passphrases(passphrases bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._keep_passphrases(passphrases bytea[]) IS 'Keeps passphrases until the end of the transaction, sealed, for rekey._passphrases().';
+COMMENT ON FUNCTION rekey._keep_passphrases(passphrases bytea[]) IS 'Keeps passphrases until the end of the transaction, sealed, for rekey._passphrases(). True.';
 
 
 --
@@ -3317,13 +3348,11 @@ declare
   v_inner bytea;
 begin
   -- bytea that was cast to text: \x and hexadecimal digits.
-  if substr(value, 1, 2) <> '\x5c78'::bytea or octet_length(value) % 2 <> 0 or encode(substr(value, 3, 40), 'escape') !~ '^[0-9a-fA-F]+$' then
+  if substr(value, 1, 2) <> '\x5c78'::bytea or encode(substr(value, 3), 'escape') !~ '^([0-9a-fA-F]{2})+$' then
     return value;
   end if;
   v_inner := decode(encode(substr(value, 3), 'escape'), 'hex');
   return case when rekey._legacy_format(v_inner) <> 'plaintext' then v_inner else value end;
-exception when invalid_parameter_value then
-  return value;
 end
 $_$;
 
@@ -3603,15 +3632,18 @@ CREATE FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) RETURNS 
 declare
   v_kek_id integer;
   v_wrapping bytea;
+  v_iv bytea;
   v_dek bytea;
+  v_aad bytea;
   v_wrapped bytea[];
 begin
   select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
   for v_place in 1 .. cardinality(keyrings) loop
+    v_iv := rekey._random_bytes(16);
     v_dek := rekey._random_bytes(64);
-    v_wrapped[v_place] := rekey._wrap(
-      v_wrapping, v_kek_id, keyrings[v_place], versions[v_place], v_dek, rekey._random_bytes(16));
+    v_aad := rekey._wrap_aad(v_kek_id, keyrings[v_place], versions[v_place]);
+    v_wrapped[v_place] := rekey._wrap(v_wrapping, v_iv, v_dek, v_aad);
   end loop;
   insert into rekey.encryption_keys (keyring_id, version, state, wrapped_key, kek_id, activated_at)
   select n.keyring_id, n.version, 'active', n.wrapped_key, v_kek_id, now()
@@ -3972,20 +4004,10 @@ COMMENT ON FUNCTION rekey._open_rows(keyrings integer[]) IS 'Counts as rekey._co
 --
 
 CREATE FUNCTION rekey._parse_kek(value text) RETURNS bytea
-    LANGUAGE plpgsql IMMUTABLE
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $_$
-declare
-  v_trimmed text := btrim(value, E' \t\r\n');
-begin
-  if v_trimmed ~ '^[0-9A-Fa-f]{64}$' then
-    return decode(v_trimmed, 'hex');
-  elsif v_trimmed ~ '^[A-Za-z0-9+/]{43}=$' then
-    return decode(v_trimmed, 'base64');
-  end if;
-  return null;
-end
-$_$;
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN (value ~ '^[ \t\r\n]*[0-9A-Fa-f]{64}[ \t\r\n]*$'::text) THEN decode(btrim(value, ' 	
+'::text), 'hex'::text) WHEN (value ~ '^[ \t\r\n]*[A-Za-z0-9+/]{43}=[ \t\r\n]*$'::text) THEN decode(btrim(value, ' 	
+'::text), 'base64'::text) ELSE NULL::bytea END;
 
 
 ALTER FUNCTION rekey._parse_kek(value text) OWNER TO rekey_owner;
@@ -5648,46 +5670,42 @@ COMMENT ON FUNCTION rekey._rpc_refusal() IS 'The answer to whoever may not: 403 
 
 
 --
--- Name: _seal(integer, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _sealing(integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._seal(keyring_id integer, plaintext bytea, context bytea) RETURNS bytea
+CREATE FUNCTION rekey._sealing(keyring_id integer, bytes integer DEFAULT 0) RETURNS rekey._sealing
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_version integer;
-  v_key bytea;
-  v_iv bytea;
-  v_aad bytea;
+  v_sealing rekey._sealing;
 begin
-  if octet_length(plaintext) > rekey._max_bytes() then
-    raise exception 'a value has at most % bytes, this one has %', rekey._max_bytes(), octet_length(plaintext)
-      using errcode = 'invalid_parameter_value';
+  if bytes > rekey._max_bytes() then
+    raise exception 'a value has at most % bytes, this one has %', rekey._max_bytes(), bytes using errcode = 'invalid_parameter_value';
   end if;
   v_version := (rekey._lock_active(array[keyring_id]))[1];
   if v_version is null then
     raise exception 'the keyring is retired' using errcode = 'RK006';
   end if;
-  select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
-  if v_key is null then
+  select d.key into v_sealing.key from rekey._deks(array[keyring_id], array[v_version]) d;
+  if v_sealing.key is null then
     raise exception 'the active key version % cannot be used', v_version using errcode = 'RK006',
       hint = 'Rotate the keyring: rekey.rotate_keys().';
   end if;
-  v_iv := rekey._random_bytes(16);
-  v_aad := rekey._header(keyring_id, v_version) || context;
-  return rekey._header(keyring_id, v_version) || v_iv || rekey._aead_encrypt(v_key, v_iv, plaintext, v_aad);
+  v_sealing.header := rekey._header(keyring_id, v_version);
+  return v_sealing;
 end
 $$;
 
 
-ALTER FUNCTION rekey._seal(keyring_id integer, plaintext bytea, context bytea) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._sealing(keyring_id integer, bytes integer) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _seal(keyring_id integer, plaintext bytea, context bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _sealing(keyring_id integer, bytes integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._seal(keyring_id integer, plaintext bytea, context bytea) IS 'Envelope of plaintext under the active version of the keyring, which it keeps in use until the transaction ends.';
+COMMENT ON FUNCTION rekey._sealing(keyring_id integer, bytes integer) IS 'Header and DEK for values of that many bytes under the active version of the keyring, which it keeps in use until the transaction ends. 22023: too long; RK001, RK002: KEK; RK006: retired, or its key is damaged.';
 
 
 --
@@ -5935,6 +5953,7 @@ declare
   v_batch record;
   v_contexts bytea[];
   v_old bytea[];
+  v_sealing rekey._sealing;
   v_made rekey._sealed;
   v_done_keyrings integer[];
   v_done_rows bigint[];
@@ -5990,7 +6009,8 @@ begin
       v_contexts := array(
         select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
       if v_chunk.adopting then
-        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_keyrings[1], v_target.is_text, '{plaintext}', v_forced, '{}');
+        v_sealing := rekey._sealing(v_keyrings[1]);
+        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, v_target.is_text, '{plaintext}', v_forced);
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
         v_made := rekey._reencrypt(v_old, v_contexts);
@@ -6335,34 +6355,21 @@ COMMENT ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, O
 
 
 --
--- Name: _unwrap(bytea, integer, integer, integer, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _unwrap(bytea, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea) RETURNS bytea
-    LANGUAGE plpgsql STABLE
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
-declare
-  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
-  v_iv bytea := substr(wrapped_key, 12, 16);
-  v_sealed bytea := substr(wrapped_key, 28);
-begin
-  -- header, IV, 64 bytes with padding, tag
-  if octet_length(wrapped_key) is distinct from 139 then
-    return null;
-  end if;
-  return rekey._aead_decrypt(wrapping_key, v_iv, v_sealed, v_aad);
-end
-$$;
+CREATE FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN (octet_length(wrapped_key) = 139) THEN rekey._aead_decrypt(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) ELSE NULL::bytea END;
 
 
-ALTER FUNCTION rekey._unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea) IS 'The DEK of a wrapped key; NULL where it does not open.';
+COMMENT ON FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) IS 'The DEK of a wrapped key; NULL where it does not open. aad: rekey._wrap_aad().';
 
 
 --
@@ -6546,28 +6553,21 @@ COMMENT ON FUNCTION rekey._view_columns(target regclass) IS 'The columns of a ta
 
 
 --
--- Name: _wrap(bytea, integer, integer, integer, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _wrap(bytea, bytea, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea) RETURNS bytea
-    LANGUAGE plpgsql STABLE
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
-declare
-  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
-begin
-  return rekey._header(keyring_id, version) || iv || rekey._aead_encrypt(wrapping_key, iv, dek, v_aad);
-end
-$$;
+CREATE FUNCTION rekey._wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN ((substr(aad, 1, 11) || iv) || rekey._aead_encrypt(wrapping_key, iv, dek, aad));
 
 
-ALTER FUNCTION rekey._wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea) IS 'A DEK sealed under the wrapping key of a KEK.';
+COMMENT ON FUNCTION rekey._wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea) IS 'A DEK sealed under the wrapping key of a KEK; aad: rekey._wrap_aad().';
 
 
 --
@@ -6674,7 +6674,11 @@ begin
 declare
   v_envelope bytea;
   v_plaintext bytea;
+  v_length integer;
   v_context bytea;
+  v_sealing rekey._sealing;
+  v_iv bytea;
+  v_aad bytea;
 begin
   perform rekey._refuse_other_table(%7$s, tg_relid);
   perform rekey._refuse_renamed(%7$s, %8$L);
@@ -6698,7 +6702,11 @@ begin
     end if;
     return new;
   end if;
-  v_envelope := rekey._seal(%5$s, v_plaintext, v_context);
+  v_length := octet_length(v_plaintext);
+  v_sealing := rekey._sealing(%5$s, v_length);
+  v_iv := rekey._random_bytes(16);
+  v_aad := v_sealing.header || v_context;
+  v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_plaintext, v_aad);
   new.%1$s := %6$s;
   return new;
 end
@@ -7015,10 +7023,9 @@ CREATE FUNCTION rekey.adoption_batch(rotation_id bigint) RETURNS rekey._adoption
     AS $$
 declare
   v_passphrases bytea[] := rekey._copied_passphrases();
-  v_adoption rekey._adoption;
+  v_kept boolean := rekey._keep_passphrases(v_passphrases);
 begin
-  v_adoption := rekey._adoption_batch(rotation_id, v_passphrases);
-  return v_adoption;
+  return case when v_kept then rekey._adoption_batch(rotation_id) end;
 end
 $$;
 
@@ -7042,9 +7049,10 @@ CREATE FUNCTION rekey.adoption_preview(target regclass, column_name name, format
     AS $$
 declare
   v_passphrases bytea[] := rekey._copied_passphrases();
+  v_kept boolean := rekey._keep_passphrases(v_passphrases);
   v_adoption rekey._adoption;
 begin
-  v_adoption := rekey._adoption_preview(target, column_name, relation, first, formats, force, v_passphrases);
+  v_adoption := case when v_kept then rekey._adoption_preview(target, column_name, relation, first, formats, force) end;
   v_adoption.ciphertexts := null;
   return v_adoption;
 end
@@ -7398,8 +7406,13 @@ CREATE FUNCTION rekey.decrypt_text(ciphertext bytea, context text[] DEFAULT '{}'
     AS $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
+  v_text text := rekey._as_text(v_plaintext);
 begin
-  return rekey._as_text(v_plaintext);
+  if v_text is null and v_plaintext is not null then
+    raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
+      hint = 'rekey.decrypt() returns its bytes.';
+  end if;
+  return v_text;
 end
 $$;
 
@@ -7421,10 +7434,8 @@ CREATE FUNCTION rekey.decrypt_text(ciphertext text, context text[] DEFAULT '{}':
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-declare
-  v_plaintext bytea := rekey.decrypt(ciphertext, context);
 begin
-  return rekey._as_text(v_plaintext);
+  return rekey.decrypt_text(case when ciphertext is not null then coalesce(rekey._from_text(ciphertext), ''::bytea) end, context);
 end
 $$;
 
@@ -7532,16 +7543,21 @@ CREATE FUNCTION rekey.encrypt(plaintext bytea, keyring text DEFAULT 'default'::t
     AS $$
 declare
   v_keyring rekey.keyrings;
+  v_bytes integer := octet_length(plaintext);
   v_context bytea;
-  v_envelope bytea;
+  v_sealing rekey._sealing;
+  v_iv bytea;
+  v_aad bytea;
 begin
-  if plaintext is null then
+  if v_bytes is null then
     return null;
   end if;
   v_keyring := rekey._keyring(keyring);
   v_context := rekey._check_context(context, v_keyring.tenant_id);
-  v_envelope := rekey._seal(v_keyring.id, plaintext, v_context);
-  return v_envelope;
+  v_sealing := rekey._sealing(v_keyring.id, v_bytes);
+  v_iv := rekey._random_bytes(16);
+  v_aad := v_sealing.header || v_context;
+  return v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, plaintext, v_aad);
 end
 $$;
 
@@ -7560,13 +7576,8 @@ COMMENT ON FUNCTION rekey.encrypt(plaintext bytea, keyring text, context text[])
 --
 
 CREATE FUNCTION rekey.encrypt(plaintext text, keyring text DEFAULT 'default'::text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
-    LANGUAGE plpgsql
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
-begin
-  return rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context);
-end
-$$;
+    LANGUAGE sql
+    RETURN rekey.encrypt(convert_to(plaintext, 'UTF8'::name), keyring, context);
 
 
 ALTER FUNCTION rekey.encrypt(plaintext text, keyring text, context text[]) OWNER TO rekey_owner;
@@ -7583,15 +7594,9 @@ COMMENT ON FUNCTION rekey.encrypt(plaintext text, keyring text, context text[]) 
 --
 
 CREATE FUNCTION rekey.encrypt_text(plaintext text, keyring text DEFAULT 'default'::text, context text[] DEFAULT '{}'::text[]) RETURNS text
-    LANGUAGE plpgsql
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
-declare
-  v_envelope bytea := rekey.encrypt(plaintext, keyring, context);
-begin
-  return 'rk1:' || translate(encode(v_envelope, 'base64'), E'\n', '');
-end
-$$;
+    LANGUAGE sql
+    RETURN ('rk1:'::text || translate(encode(rekey.encrypt(convert_to(plaintext, 'UTF8'::name), keyring, context), 'base64'::text), '
+'::text, ''::text));
 
 
 ALTER FUNCTION rekey.encrypt_text(plaintext text, keyring text, context text[]) OWNER TO rekey_owner;
@@ -8572,7 +8577,9 @@ declare
   v_new_id integer;
   v_new bytea;
   v_fingerprint text;
+  v_iv bytea;
   v_dek bytea;
+  v_aad bytea;
   v_wrapped bytea;
   v_key record;
   v_count integer := 0;
@@ -8594,13 +8601,16 @@ begin
     where k.kek_id = v_old_id and k.state <> 'destroyed'
     order by k.id for update
   loop
-    v_dek := rekey._unwrap(v_old, v_old_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+    v_aad := rekey._wrap_aad(v_old_id, v_key.keyring_id, v_key.version);
+    v_dek := rekey._unwrap(v_old, v_key.wrapped_key, v_aad);
     if v_dek is null then
       raise exception 'version % of keyring % cannot be unwrapped: nothing was changed', v_key.version,
         (select r.name from rekey.keyrings r where r.id = v_key.keyring_id)
         using errcode = 'RK003', hint = 'Its wrapped key is damaged. Restore rekey.encryption_keys from a backup first.';
     end if;
-    v_wrapped := rekey._wrap(v_new, v_new_id, v_key.keyring_id, v_key.version, v_dek, rekey._random_bytes(16));
+    v_iv := rekey._random_bytes(16);
+    v_aad := rekey._wrap_aad(v_new_id, v_key.keyring_id, v_key.version);
+    v_wrapped := rekey._wrap(v_new, v_iv, v_dek, v_aad);
     update rekey.encryption_keys set wrapped_key = v_wrapped, kek_id = v_new_id where id = v_key.id;
     v_count := v_count + 1;
   end loop;
@@ -8934,7 +8944,10 @@ declare
   v_id uuid;
   v_known boolean;
   v_bytes bytea;
-  v_context bytea;
+  v_length integer;
+  v_sealing rekey._sealing;
+  v_iv bytea;
+  v_aad bytea;
   v_envelope bytea;
 begin
   perform rekey._check_tenant(tenant_id);
@@ -8949,6 +8962,8 @@ begin
     raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.';
   end if;
   v_bytes := convert_to(value, 'UTF8');
+  v_length := octet_length(v_bytes);
+  v_sealing := rekey._sealing(v_keyring.id, v_length);
   loop
     -- The id first, then the seal: a value sealed for an id that is thrown away could never be opened.
     select s.id into v_id from rekey.secrets s
@@ -8957,8 +8972,9 @@ begin
     if not v_known then
       v_id := gen_random_uuid();
     end if;
-    v_context := rekey._secret_context(tenant_id, v_id);
-    v_envelope := rekey._seal(v_keyring.id, v_bytes, v_context);
+    v_iv := rekey._random_bytes(16);
+    v_aad := v_sealing.header || rekey._secret_context(tenant_id, v_id);
+    v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_bytes, v_aad);
     if v_known then
       update rekey.secrets s
       set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
@@ -10716,33 +10732,33 @@ REVOKE ALL ON FUNCTION rekey._active_versions(keyrings integer[]) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]) FROM PUBLIC;
-
-
---
--- Name: FUNCTION _adoption_batch(rotation_id bigint, passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) TO rekey_admin;
+REVOKE ALL ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adoption_batch(rotation_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]) TO rekey_admin;
+REVOKE ALL ON FUNCTION rekey._adoption_batch(rotation_id bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._adoption_batch(rotation_id bigint) TO rekey_admin;
 
 
 --
--- Name: FUNCTION _adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean) FROM PUBLIC;
 
 
 --
@@ -11162,6 +11178,7 @@ REVOKE ALL ON FUNCTION rekey._is_under_way(state text) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._keep_passphrases(passphrases bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._keep_passphrases(passphrases bytea[]) TO rekey_admin;
 
 
 --
@@ -11621,10 +11638,10 @@ REVOKE ALL ON FUNCTION rekey._rpc_refusal() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _seal(keyring_id integer, plaintext bytea, context bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _sealing(keyring_id integer, bytes integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._seal(keyring_id integer, plaintext bytea, context bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._sealing(keyring_id integer, bytes integer) FROM PUBLIC;
 
 
 --
@@ -11746,10 +11763,10 @@ GRANT ALL ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text,
 
 
 --
--- Name: FUNCTION _unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._unwrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) FROM PUBLIC;
 
 
 --
@@ -11768,10 +11785,10 @@ GRANT ALL ON FUNCTION rekey._view_columns(target regclass) TO rekey_admin;
 
 
 --
--- Name: FUNCTION _wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._wrap(wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea) FROM PUBLIC;
 
 
 --

@@ -8,7 +8,7 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from psycopg.rows import dict_row
 
@@ -98,6 +98,9 @@ INLINED: dict[LiteralString, list[str]] = {
     "rekey._random_bytes(16)": ["gen_random_bytes("],
     "rekey._fingerprint(key)": ["hmac("],
     "rekey._wrapping_key(key)": ["hmac("],
+    "rekey._wrap(key, iv, plaintext, aad)": ["hmac(", "encrypt_iv("],
+    "rekey._unwrap(key, plaintext, aad)": ["hmac(", "decrypt_iv("],
+    "rekey._parse_kek(part)": ["decode("],
 }
 
 
@@ -110,6 +113,23 @@ def test_inlined(conn: Connection) -> None:
         plan = "\n".join(line for (line,) in conn.execute("explain (verbose) select " + call + " from t"))
         assert [part for part in parts if part not in plan] == [], call
         assert set(re.findall(r"rekey\.(\w+)\(", plan)) <= {"_refuse_lengths"}, call
+    for call in ("encrypt", "encrypt_text"):
+        plan = str(conn.execute(f"explain (verbose) select rekey.{call}(part) from t".encode()).fetchall())
+        assert "rekey.encrypt(convert_to(part, 'UTF8'" in plan.replace("::name", "").replace("''", "'"), plan
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=st.binary() | st.tuples(st.text(), st.binary(max_size=4)).map(lambda it: it[0].encode() + it[1]))
+@example(b"\xed\xa0\x80")
+@example(b"\xc0\x80")
+@example(b"\xf4\x90\x80\x80")
+@example("ä€\U0010ffff".encode())
+def test_text_is_what_utf_8_makes_it(conn: Connection, raw: bytes) -> None:
+    try:
+        text = raw.decode() if b"\0" not in raw else None
+    except UnicodeDecodeError:
+        text = None
+    assert value(conn, "select rekey._as_text(%s)", raw) == text
 
 
 def keys(connection: Connection, kek: bytes) -> dict[tuple[int, int], bytes]:

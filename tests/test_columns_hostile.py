@@ -27,7 +27,7 @@ SPY: LiteralString = """
         'select count(*) from rekey.encryption_keys', 'select key from rekey._session_key',
         'select * from rekey._kek()', 'select rekey._session_keks()',
         'select rekey._reencrypt(''{}'', ''{}'')', 'set role rekey_owner', 'set role rekey_sweeper',
-        'select rekey._adopt(''{}'', ''{}'', 1, true, ''{}'', true, ''{}'')',
+        'select rekey._adopt(''{}'', ''{}'', null, true, ''{}'', true)',
         'set session authorization postgres', 'create role rekey_mine superuser'] loop
         begin
           execute v_try into v_got;
@@ -227,9 +227,9 @@ def test_a_stranger_adopts_nothing(
     stranger = session()
     stranger.execute("set role rekey_admin")
     for call in (
-        f"select rekey._adoption_batch({number}, null)",
+        f"select rekey._adoption_batch({number})",
         f"select rekey._adoption_store({number}, 'app.t', array['(0,9)'::tid], array['x'::bytea], null)",
-        "select rekey._adoption_preview('app.t', 'v', null, '(0,0)', '{plaintext}', true, null)",
+        "select rekey._adoption_preview('app.t', 'v', null, '(0,0)', '{plaintext}', true)",
         f"select rekey.adoption_batch({number})",
     ):
         with refused("42501"):

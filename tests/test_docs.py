@@ -154,7 +154,7 @@ def test_sql_opens_the_vectors_of_the_format(conn: Connection) -> None:
         bytes.fromhex("".join(re.findall(r'"([0-9a-f]+)"', text)))
         for text in re.findall(r"(?s)(?:wrapped_key|envelope) = bytes\.fromhex\((.*?)\n\)", page)
     )
-    unwrap = "select rekey._unwrap(rekey._wrapping_key(%s), 1, 1193046, 2, %s)"
+    unwrap = "select rekey._unwrap(rekey._wrapping_key(%s), %s, rekey._wrap_aad(1, 1193046, 2))"
     dek = value(conn, unwrap, bytes(range(32)), wrapped)
     assert dek == bytes(range(64))
     [secret_id] = set(re.findall(r"6f9619ff-[0-9a-f-]+", page))

@@ -1,6 +1,7 @@
 """No key and no value appears in what the server logs, however loud it is told to be."""
 
 import base64
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import LiteralString
@@ -340,3 +341,61 @@ def test_a_second_attempt_to_unlock_is_not_logged(loud: tuple[str, Settings], ke
             session.run("select rekey.set_secret('a', 'b')")
         assert session.found(kek) == []
         assert session.found(WRONG) == []
+
+
+def test_a_second_attempt_with_a_value_is_not_logged(loud: tuple[str, Settings], kek: bytes) -> None:
+    """Nor is a value that was in hand when something failed, whatever it was."""
+    dsn, settings = loud
+    with connect(dsn) as connection:
+        session = Session(connection, settings)
+        unlock(connection, kek)
+        session.run("select rekey.register_kek()", "select rekey.create_keyring('default')")
+        session.run("create table written (id int primary key, v text)")
+        session.run("select rekey.protect_column('written', 'v', encrypt_on_write => true)")
+        session.run("create table kept (id int primary key, v text)")
+        session.run("select rekey.protect_column('kept', 'v')")
+        half_hex = "\\x" + "c30d0407" * 12 + VALUE
+        copy_in(connection, "kept", ["int4", "text"], (1, half_hex), (2, half_hex), (3, half_hex))
+        fill(connection, "plain", VALUE)
+        fill(connection, "raw", b"\xff" + VALUE.encode())
+        session.run("create temporary table sealed as select rekey.encrypt(v) as v from raw")
+
+        statements: tuple[LiteralString, ...] = (
+            "select rekey.set_secret('a', v) from plain",
+            "select rekey.encrypt(v) from plain",
+            "select rekey.encrypt_text(v) from plain",
+            "select rekey.encrypt(v) from raw",
+        )
+
+        def attempt(code: str | None) -> None:
+            for statement in statements:
+                with expected(session, code), connection.transaction():
+                    session.run(statement)
+            with expected(session, code), connection.transaction():
+                copy_in(connection, "written", ["int4", "text"], (1, VALUE))
+
+        session.run("select rekey.lock()")
+        with connection.transaction():
+            attempt("RK001")
+            unlock(connection, kek, scope="transaction")
+            attempt(None)
+            for _ in range(2):
+                with expected(session, "22021"), connection.transaction():
+                    session.run("select rekey.decrypt_text(v) from sealed")
+            session.run("select rekey.adopt_column('kept', 'v')")
+            session.run("select rekey.rotation_step()", "select rekey.rotation_step()")
+        assert value(connection, "select count(*) from kept where v like 'rk1:%%'") == 3
+        assert session.found(VALUE.encode()) == []
+        assert len(session.log) > 200
+
+
+@contextlib.contextmanager
+def expected(session: Session, code: str | None) -> Iterator[None]:
+    """Expect an error with this code, or none, and keep what it says."""
+    found = None
+    try:
+        yield
+    except psycopg.Error as error:
+        found = error.sqlstate
+        session.note(error.diag)
+    assert found == code

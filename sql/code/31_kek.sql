@@ -149,20 +149,10 @@ comment on function rekey.lock is 'Forgets the KEK of this session and transacti
 grant execute on function rekey.lock to rekey_admin, rekey_operator, rekey_app;
 
 create or replace function rekey._parse_kek(value text) returns bytea
-language plpgsql immutable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_trimmed text := btrim(value, E' \t\r\n');
-begin
-  if v_trimmed ~ '^[0-9A-Fa-f]{64}$' then
-    return decode(v_trimmed, 'hex');
-  elsif v_trimmed ~ '^[A-Za-z0-9+/]{43}=$' then
-    return decode(v_trimmed, 'base64');
-  end if;
-  return null;
-end
-$$;
+language sql immutable parallel safe
+return case
+  when value ~ '^[ \t\r\n]*[0-9A-Fa-f]{64}[ \t\r\n]*$' then decode(btrim(value, E' \t\r\n'), 'hex')
+  when value ~ '^[ \t\r\n]*[A-Za-z0-9+/]{43}=[ \t\r\n]*$' then decode(btrim(value, E' \t\r\n'), 'base64') end;
 comment on function rekey._parse_kek is 'The 32 bytes of a KEK in hex or base64; NULL for anything else.';
 
 create or replace function rekey._session_keks() returns bytea
@@ -354,7 +344,9 @@ declare
   v_new_id integer;
   v_new bytea;
   v_fingerprint text;
+  v_iv bytea;
   v_dek bytea;
+  v_aad bytea;
   v_wrapped bytea;
   v_key record;
   v_count integer := 0;
@@ -376,13 +368,16 @@ begin
     where k.kek_id = v_old_id and k.state <> 'destroyed'
     order by k.id for update
   loop
-    v_dek := rekey._unwrap(v_old, v_old_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+    v_aad := rekey._wrap_aad(v_old_id, v_key.keyring_id, v_key.version);
+    v_dek := rekey._unwrap(v_old, v_key.wrapped_key, v_aad);
     if v_dek is null then
       raise exception 'version % of keyring % cannot be unwrapped: nothing was changed', v_key.version,
         (select r.name from rekey.keyrings r where r.id = v_key.keyring_id)
         using errcode = 'RK003', hint = 'Its wrapped key is damaged. Restore rekey.encryption_keys from a backup first.';
     end if;
-    v_wrapped := rekey._wrap(v_new, v_new_id, v_key.keyring_id, v_key.version, v_dek, rekey._random_bytes(16));
+    v_iv := rekey._random_bytes(16);
+    v_aad := rekey._wrap_aad(v_new_id, v_key.keyring_id, v_key.version);
+    v_wrapped := rekey._wrap(v_new, v_iv, v_dek, v_aad);
     update rekey.encryption_keys set wrapped_key = v_wrapped, kek_id = v_new_id where id = v_key.id;
     v_count := v_count + 1;
   end loop;

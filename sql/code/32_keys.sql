@@ -6,39 +6,17 @@ return rekey._header(keyring_id, version) || rekey._part('dek') || rekey._part(k
   || rekey._part(kek_id::text);
 comment on function rekey._wrap_aad is 'What a wrapped DEK is bound to.';
 
-create or replace function rekey._wrap(
-  wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea
-) returns bytea
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
-begin
-  return rekey._header(keyring_id, version) || iv || rekey._aead_encrypt(wrapping_key, iv, dek, v_aad);
-end
-$$;
-comment on function rekey._wrap is 'A DEK sealed under the wrapping key of a KEK.';
+create or replace function rekey._wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea) returns bytea
+language sql immutable parallel safe
+return substr(aad, 1, 11) || iv || rekey._aead_encrypt(wrapping_key, iv, dek, aad);
+comment on function rekey._wrap is 'A DEK sealed under the wrapping key of a KEK; aad: rekey._wrap_aad().';
 
-create or replace function rekey._unwrap(
-  wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea
-) returns bytea
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
-  v_iv bytea := substr(wrapped_key, 12, 16);
-  v_sealed bytea := substr(wrapped_key, 28);
-begin
-  -- header, IV, 64 bytes with padding, tag
-  if octet_length(wrapped_key) is distinct from 139 then
-    return null;
-  end if;
-  return rekey._aead_decrypt(wrapping_key, v_iv, v_sealed, v_aad);
-end
-$$;
-comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it does not open.';
+-- 139 bytes: header, IV, 64 bytes with padding, tag.
+create or replace function rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) returns bytea
+language sql immutable parallel safe
+return case when octet_length(wrapped_key) = 139 then
+  rekey._aead_decrypt(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) end;
+comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it does not open. aad: rekey._wrap_aad().';
 
 create or replace function rekey._deks(keyrings integer[], versions integer[], sweeping boolean = false)
 returns table (keyring_id integer, version integer, key bytea, problem text)
@@ -49,6 +27,7 @@ as $$
 declare
   v_wrapping bytea;
   v_key record;
+  v_aad bytea;
 begin
   select k.kek into v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
@@ -67,7 +46,8 @@ begin
       when v_key.kek_state = 'lost' then format('key version %s is wrapped under KEK %s, which is lost', v_key.version, v_key.kek_id)
       end;
     if problem is null then
-      key := rekey._unwrap(v_wrapping, v_key.kek_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+      v_aad := rekey._wrap_aad(v_key.kek_id, v_key.keyring_id, v_key.version);
+      key := rekey._unwrap(v_wrapping, v_key.wrapped_key, v_aad);
       if key is null then
         problem := format('the wrapped key of version %s is damaged', v_key.version);
       end if;
@@ -199,15 +179,18 @@ as $$
 declare
   v_kek_id integer;
   v_wrapping bytea;
+  v_iv bytea;
   v_dek bytea;
+  v_aad bytea;
   v_wrapped bytea[];
 begin
   select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
   for v_place in 1 .. cardinality(keyrings) loop
+    v_iv := rekey._random_bytes(16);
     v_dek := rekey._random_bytes(64);
-    v_wrapped[v_place] := rekey._wrap(
-      v_wrapping, v_kek_id, keyrings[v_place], versions[v_place], v_dek, rekey._random_bytes(16));
+    v_aad := rekey._wrap_aad(v_kek_id, keyrings[v_place], versions[v_place]);
+    v_wrapped[v_place] := rekey._wrap(v_wrapping, v_iv, v_dek, v_aad);
   end loop;
   insert into rekey.encryption_keys (keyring_id, version, state, wrapped_key, kek_id, activated_at)
   select n.keyring_id, n.version, 'active', n.wrapped_key, v_kek_id, now()

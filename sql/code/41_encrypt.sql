@@ -5,35 +5,34 @@ language sql immutable parallel safe
 return 33554432;
 comment on function rekey._max_bytes is 'Longest plaintext, in bytes: 32 MiB. An envelope is in memory several times while it is made.';
 
-create or replace function rekey._seal(keyring_id integer, plaintext bytea, context bytea) returns bytea
+-- What can fail comes before a plain value is touched: PL/pgSQL gives the variables of an expression that failed once in a
+-- transaction to a statement from then on, as parameters, which can be logged. So no expression with a plain value may raise.
+create or replace function rekey._sealing(keyring_id integer, bytes integer = 0) returns rekey._sealing
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_version integer;
-  v_key bytea;
-  v_iv bytea;
-  v_aad bytea;
+  v_sealing rekey._sealing;
 begin
-  if octet_length(plaintext) > rekey._max_bytes() then
-    raise exception 'a value has at most % bytes, this one has %', rekey._max_bytes(), octet_length(plaintext)
-      using errcode = 'invalid_parameter_value';
+  if bytes > rekey._max_bytes() then
+    raise exception 'a value has at most % bytes, this one has %', rekey._max_bytes(), bytes using errcode = 'invalid_parameter_value';
   end if;
   v_version := (rekey._lock_active(array[keyring_id]))[1];
   if v_version is null then
     raise exception 'the keyring is retired' using errcode = 'RK006';
   end if;
-  select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
-  if v_key is null then
+  select d.key into v_sealing.key from rekey._deks(array[keyring_id], array[v_version]) d;
+  if v_sealing.key is null then
     raise exception 'the active key version % cannot be used', v_version using errcode = 'RK006',
       hint = 'Rotate the keyring: rekey.rotate_keys().';
   end if;
-  v_iv := rekey._random_bytes(16);
-  v_aad := rekey._header(keyring_id, v_version) || context;
-  return rekey._header(keyring_id, v_version) || v_iv || rekey._aead_encrypt(v_key, v_iv, plaintext, v_aad);
+  v_sealing.header := rekey._header(keyring_id, v_version);
+  return v_sealing;
 end
 $$;
-comment on function rekey._seal is 'Envelope of plaintext under the active version of the keyring, which it keeps in use until the transaction ends.';
+comment on function rekey._sealing is
+  'Header and DEK for values of that many bytes under the active version of the keyring, which it keeps in use until the transaction ends. 22023: too long; RK001, RK002: KEK; RK006: retired, or its key is damaged.';
 
 create or replace function rekey._open(envelope bytea, context bytea) returns bytea
 language plpgsql stable
@@ -110,43 +109,37 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_keyring rekey.keyrings;
+  v_bytes integer := octet_length(plaintext);
   v_context bytea;
-  v_envelope bytea;
+  v_sealing rekey._sealing;
+  v_iv bytea;
+  v_aad bytea;
 begin
-  if plaintext is null then
+  if v_bytes is null then
     return null;
   end if;
   v_keyring := rekey._keyring(keyring);
   v_context := rekey._check_context(context, v_keyring.tenant_id);
-  v_envelope := rekey._seal(v_keyring.id, plaintext, v_context);
-  return v_envelope;
+  v_sealing := rekey._sealing(v_keyring.id, v_bytes);
+  v_iv := rekey._random_bytes(16);
+  v_aad := v_sealing.header || v_context;
+  return v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, plaintext, v_aad);
 end
 $$;
 comment on function rekey.encrypt(bytea, text, text[]) is
   'Encrypts a value of at most 32 MiB with the active version of keyring. context: what the value belongs to (its column, its row); the same is needed to open it. NULL stays NULL. 22023: too long; 42501: reserved context or another tenant''s keyring; RK001, RK002: KEK; RK006: retired keyring; RK007: no such keyring.';
 grant execute on function rekey.encrypt(bytea, text, text[]) to rekey_app;
 
+-- Inlined, as encrypt_text is: the text must not become the parameter of a statement.
 create or replace function rekey.encrypt(plaintext text, keyring text = 'default', context text[] = '{}') returns bytea
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context);
-end
-$$;
+language sql volatile
+return rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context);
 comment on function rekey.encrypt(text, text, text[]) is 'As rekey.encrypt(bytea, ...), of the UTF-8 bytes of a text.';
 grant execute on function rekey.encrypt(text, text, text[]) to rekey_app;
 
 create or replace function rekey.encrypt_text(plaintext text, keyring text = 'default', context text[] = '{}') returns text
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_envelope bytea := rekey.encrypt(plaintext, keyring, context);
-begin
-  return 'rk1:' || translate(encode(v_envelope, 'base64'), E'\n', '');
-end
-$$;
+language sql volatile
+return 'rk1:' || translate(encode(rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context), 'base64'), E'\n', '');
 comment on function rekey.encrypt_text is 'As rekey.encrypt(text, ...), in the text form of an envelope: rk1: and base64.';
 grant execute on function rekey.encrypt_text to rekey_app;
 
@@ -195,15 +188,30 @@ create or replace function rekey._as_text(bytes bytea) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_latin text;
 begin
+  if getdatabaseencoding() <> 'UTF8' then
+    begin
+      return convert_from(bytes, 'UTF8');
+    exception when character_not_in_repertoire or untranslatable_character then
+      return null;
+    end;
+  elsif position('\x00'::bytea in bytes) > 0 then
+    return null;
+  end if;
+  -- One character a byte, to be looked at without an error, which would quote some of them: the well-formed sequences of
+  -- RFC 3629, section 4.
+  v_latin := convert_from(bytes, 'LATIN1');
+  if octet_length(v_latin) > octet_length(bytes) and v_latin collate "C" !~ ('^([\u0001-\u007f]|[\u00c2-\u00df][\u0080-\u00bf]'
+      || '|\u00e0[\u00a0-\u00bf][\u0080-\u00bf]|[\u00e1-\u00ec\u00ee\u00ef][\u0080-\u00bf]{2}|\u00ed[\u0080-\u009f][\u0080-\u00bf]'
+      || '|\u00f0[\u0090-\u00bf][\u0080-\u00bf]{2}|[\u00f1-\u00f3][\u0080-\u00bf]{3}|\u00f4[\u0080-\u008f][\u0080-\u00bf]{2})*$') then
+    return null;
+  end if;
   return convert_from(bytes, 'UTF8');
-exception when character_not_in_repertoire or untranslatable_character then
-  -- PostgreSQL's own message would quote some of the bytes.
-  raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
-    hint = 'rekey.decrypt() returns its bytes.';
 end
 $$;
-comment on function rekey._as_text is 'Text of UTF-8 bytes. 22021: they are none.';
+comment on function rekey._as_text is 'Text of UTF-8 bytes; NULL where they are none, or the encoding of the database lacks one of the characters.';
 
 create or replace function rekey.decrypt_text(ciphertext bytea, context text[] = '{}') returns text
 language plpgsql stable security definer
@@ -211,8 +219,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
+  v_text text := rekey._as_text(v_plaintext);
 begin
-  return rekey._as_text(v_plaintext);
+  if v_text is null and v_plaintext is not null then
+    raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
+      hint = 'rekey.decrypt() returns its bytes.';
+  end if;
+  return v_text;
 end
 $$;
 comment on function rekey.decrypt_text(bytea, text[]) is 'As rekey.decrypt(), of a value that was text. 22021: it was not.';
@@ -222,10 +235,8 @@ create or replace function rekey.decrypt_text(ciphertext text, context text[] = 
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_plaintext bytea := rekey.decrypt(ciphertext, context);
 begin
-  return rekey._as_text(v_plaintext);
+  return rekey.decrypt_text(case when ciphertext is not null then coalesce(rekey._from_text(ciphertext), ''::bytea) end, context);
 end
 $$;
 comment on function rekey.decrypt_text(text, text[]) is 'As rekey.decrypt(), of the text form of a value that was text. 22021: it was not.';

@@ -16,7 +16,10 @@ declare
   v_id uuid;
   v_known boolean;
   v_bytes bytea;
-  v_context bytea;
+  v_length integer;
+  v_sealing rekey._sealing;
+  v_iv bytea;
+  v_aad bytea;
   v_envelope bytea;
 begin
   perform rekey._check_tenant(tenant_id);
@@ -31,6 +34,8 @@ begin
     raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.';
   end if;
   v_bytes := convert_to(value, 'UTF8');
+  v_length := octet_length(v_bytes);
+  v_sealing := rekey._sealing(v_keyring.id, v_length);
   loop
     -- The id first, then the seal: a value sealed for an id that is thrown away could never be opened.
     select s.id into v_id from rekey.secrets s
@@ -39,8 +44,9 @@ begin
     if not v_known then
       v_id := gen_random_uuid();
     end if;
-    v_context := rekey._secret_context(tenant_id, v_id);
-    v_envelope := rekey._seal(v_keyring.id, v_bytes, v_context);
+    v_iv := rekey._random_bytes(16);
+    v_aad := v_sealing.header || rekey._secret_context(tenant_id, v_id);
+    v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_bytes, v_aad);
     if v_known then
       update rekey.secrets s
       set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),

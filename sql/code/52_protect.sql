@@ -110,7 +110,11 @@ begin
 declare
   v_envelope bytea;
   v_plaintext bytea;
+  v_length integer;
   v_context bytea;
+  v_sealing rekey._sealing;
+  v_iv bytea;
+  v_aad bytea;
 begin
   perform rekey._refuse_other_table(%7$s, tg_relid);
   perform rekey._refuse_renamed(%7$s, %8$L);
@@ -134,7 +138,11 @@ begin
     end if;
     return new;
   end if;
-  v_envelope := rekey._seal(%5$s, v_plaintext, v_context);
+  v_length := octet_length(v_plaintext);
+  v_sealing := rekey._sealing(%5$s, v_length);
+  v_iv := rekey._random_bytes(16);
+  v_aad := v_sealing.header || v_context;
+  v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_plaintext, v_aad);
   new.%1$s := %6$s;
   return new;
 end

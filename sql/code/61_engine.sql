@@ -361,6 +361,7 @@ declare
   v_batch record;
   v_contexts bytea[];
   v_old bytea[];
+  v_sealing rekey._sealing;
   v_made rekey._sealed;
   v_done_keyrings integer[];
   v_done_rows bigint[];
@@ -416,7 +417,8 @@ begin
       v_contexts := array(
         select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
       if v_chunk.adopting then
-        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_keyrings[1], v_target.is_text, '{plaintext}', v_forced, '{}');
+        v_sealing := rekey._sealing(v_keyrings[1]);
+        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, v_target.is_text, '{plaintext}', v_forced);
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
         v_made := rekey._reencrypt(v_old, v_contexts);

@@ -9,13 +9,11 @@ declare
   v_inner bytea;
 begin
   -- bytea that was cast to text: \x and hexadecimal digits.
-  if substr(value, 1, 2) <> '\x5c78'::bytea or octet_length(value) % 2 <> 0 or encode(substr(value, 3, 40), 'escape') !~ '^[0-9a-fA-F]+$' then
+  if substr(value, 1, 2) <> '\x5c78'::bytea or encode(substr(value, 3), 'escape') !~ '^([0-9a-fA-F]{2})+$' then
     return value;
   end if;
   v_inner := decode(encode(substr(value, 3), 'escape'), 'hex');
   return case when rekey._legacy_format(v_inner) <> 'plaintext' then v_inner else value end;
-exception when invalid_parameter_value then
-  return value;
 end
 $$;
 comment on function rekey._legacy_bytes is 'A value without the hexadecimal form around it that a cast of bytea to text gives, where something known is inside.';
@@ -42,11 +40,10 @@ end
 $$;
 comment on function rekey._legacy_format is 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
 
--- An expression that failed once is no longer evaluated as a simple one in that transaction: its variables then are parameters,
--- which pgaudit logs. Decryption under a wrong passphrase fails. So passphrases wait in a setting of the transaction, sealed as
--- the KEK of a session is, and come into the statement as a column.
+-- Decryption under a wrong passphrase fails, and no expression with a secret may (41_encrypt.sql). So passphrases wait in a setting
+-- of the transaction, sealed as the KEK of a session is, and come into the statement as a column.
 create or replace function rekey._keep_passphrases(passphrases bytea[]) returns boolean
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -63,7 +60,8 @@ begin
   return v_set <> '';
 end
 $$;
-comment on function rekey._keep_passphrases is 'Keeps passphrases until the end of the transaction, sealed, for rekey._passphrases().';
+comment on function rekey._keep_passphrases is 'Keeps passphrases until the end of the transaction, sealed, for rekey._passphrases(). True.';
+grant execute on function rekey._keep_passphrases to rekey_admin;
 
 create or replace function rekey._passphrases() returns table (place integer, passphrase bytea)
 language plpgsql stable
@@ -135,15 +133,14 @@ return pgp_sym_decrypt_bytea(message, passphrase);
 comment on function rekey._pgp_decrypt is 'pgcrypto''s pgp_sym_decrypt_bytea(), wherever it is.';
 
 create or replace function rekey._adopt(
-  "values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]
+  "values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean
 ) returns rekey._sealed
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_version integer := (rekey._lock_active(array[keyring_id]))[1];
-  v_key bytea;
-  v_header bytea;
+  v_key bytea := sealing.key;
+  v_header bytea := sealing.header;
   v_bytes bytea;
   v_format text;
   v_plaintext bytea;
@@ -159,14 +156,6 @@ declare
   v_formats text[];
   v_made rekey._sealed;
 begin
-  select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
-  if v_key is null then
-    raise exception 'the active key version of the keyring cannot be used' using errcode = 'RK006', hint = 'Rotate the keyring: rekey.rotate_keys().';
-  end if;
-  v_header := rekey._header(keyring_id, v_version);
-  if 'pgp_sym' = any (formats) and not rekey._keep_passphrases(passphrases) then
-    raise exception 'passphrases cannot be kept' using errcode = 'internal_error';
-  end if;
   v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
   -- Plain assignments only: the values are plain, and parameters of statements can be logged.
   foreach v_value in array "values" loop
@@ -211,7 +200,7 @@ begin
 end
 $$;
 comment on function rekey._adopt is
-  'Seals values that are no envelopes: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open (fernet, v1, aes_gcm) gets neither ciphertext nor problem.';
+  'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open (fernet, v1, aes_gcm) gets neither ciphertext nor problem.';
 
 create or replace function rekey.adopt_column(
   target regclass, column_name name, formats text[] = '{plaintext}', force boolean = false, reason text = null
@@ -260,7 +249,7 @@ grant execute on function rekey.adopt_column to rekey_admin;
 -- What follows is how pg-rekey columns adopt works. One batch is two calls in one transaction: in between, the client opens
 -- what the server cannot, and copies the plain values into a temporary table by binary COPY, as it does passphrases.
 create or replace function rekey._adoption_rows(
-  target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]
+  target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean
 ) returns rekey._adoption
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -268,6 +257,7 @@ as $$
 declare
   v_batch record;
   v_contexts bytea[];
+  v_sealing rekey._sealing;
   v_made rekey._sealed;
   v_legacy bytea[];
   v_adoption rekey._adoption;
@@ -279,7 +269,8 @@ begin
   if v_batch.rows is not null then
     v_contexts := array(
       select target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
-    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, keyring_id, target.is_text, formats, forced, passphrases);
+    v_sealing := rekey._sealing(keyring_id);
+    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, target.is_text, formats, forced);
     v_adoption.rows := v_batch.rows;
     v_adoption.keys := v_batch.keys;
     v_adoption.formats := v_made.formats;
@@ -298,7 +289,7 @@ end
 $$;
 comment on function rekey._adoption_rows is 'Locks values of a range that are no envelopes, and seals those that the server can open; legacy are those that the client has to.';
 
-create or replace function rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) returns rekey._adoption
+create or replace function rekey._adoption_batch(rotation_id bigint) returns rekey._adoption
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -335,7 +326,7 @@ begin
   end if;
   v_until_block := least(split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
-    v_rotation.keyring_id, v_rotation.formats, v_rotation.forced, passphrases);
+    v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
   v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
   select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
   from unnest(v_adoption.problems) with ordinality as u(problem, place) where u.problem is not null;
@@ -380,6 +371,7 @@ declare
   v_contexts bytea[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_sealing rekey._sealing;
   v_made rekey._sealed;
   v_done bigint := 0;
 begin
@@ -409,7 +401,8 @@ begin
     end if;
   end loop;
   if v_rows is not null then
-    v_made := rekey._adopt(v_values, v_contexts, v_rotation.keyring_id, v_target.is_text, '{plaintext}', true, '{}');
+    v_sealing := rekey._sealing(v_rotation.keyring_id);
+    v_made := rekey._adopt(v_values, v_contexts, v_sealing, v_target.is_text, '{plaintext}', true);
     for v_place in 1 .. cardinality(v_rows) loop
       if v_made.problems[v_place] is not null then
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
@@ -428,7 +421,7 @@ comment on function rekey._adoption_store is 'Seals what the client opened of a 
 grant execute on function rekey._adoption_store to rekey_admin;
 
 create or replace function rekey._adoption_preview(
-  target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]
+  target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean
 ) returns rekey._adoption
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -450,7 +443,7 @@ begin
   end if;
   perform rekey._refuse_problem(v_column.label, v_target.problem);
   v_until := split_part(trim(first::text, '()'), ',', 1)::bigint + 64;
-  v_adoption := rekey._adoption_rows(v_target, v_target.relation, first, v_until, 1000, v_column.keyring_id, formats, forced, passphrases);
+  v_adoption := rekey._adoption_rows(v_target, v_target.relation, first, v_until, 1000, v_column.keyring_id, formats, forced);
   v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
   if v_adoption.next is not null then
     v_adoption.next := rekey._next_row(v_adoption.next);
@@ -490,10 +483,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_passphrases bytea[] := rekey._copied_passphrases();
-  v_adoption rekey._adoption;
+  v_kept boolean := rekey._keep_passphrases(v_passphrases);
 begin
-  v_adoption := rekey._adoption_batch(rotation_id, v_passphrases);
-  return v_adoption;
+  return case when v_kept then rekey._adoption_batch(rotation_id) end;
 end
 $$;
 comment on function rekey.adoption_batch is
@@ -528,9 +520,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_passphrases bytea[] := rekey._copied_passphrases();
+  v_kept boolean := rekey._keep_passphrases(v_passphrases);
   v_adoption rekey._adoption;
 begin
-  v_adoption := rekey._adoption_preview(target, column_name, relation, first, formats, force, v_passphrases);
+  v_adoption := case when v_kept then rekey._adoption_preview(target, column_name, relation, first, formats, force) end;
   v_adoption.ciphertexts := null;
   return v_adoption;
 end

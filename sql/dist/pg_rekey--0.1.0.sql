@@ -457,6 +457,9 @@ comment on type rekey.key_rows is 'Result of rekey.key_usage(): rows that stand 
 create type rekey.verified_rows as (relation text, keyring text, version integer, rows bigint, failed bigint);
 comment on type rekey.verified_rows is 'Result of rekey.verify_ciphertexts(): rows of a relation on a key version, and how many of them do not open.';
 
+create type rekey._sealing as (header bytea, key bytea);
+comment on type rekey._sealing is 'What a value is sealed with: the header of its envelope, and the DEK.';
+
 create type rekey._sealed as (ciphertexts bytea[], problems text[], formats text[]);
 comment on type rekey._sealed is 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL and the format that only the client can open.';
 
@@ -1043,20 +1046,10 @@ comment on function rekey.lock is 'Forgets the KEK of this session and transacti
 grant execute on function rekey.lock to rekey_admin, rekey_operator, rekey_app;
 
 create or replace function rekey._parse_kek(value text) returns bytea
-language plpgsql immutable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_trimmed text := btrim(value, E' \t\r\n');
-begin
-  if v_trimmed ~ '^[0-9A-Fa-f]{64}$' then
-    return decode(v_trimmed, 'hex');
-  elsif v_trimmed ~ '^[A-Za-z0-9+/]{43}=$' then
-    return decode(v_trimmed, 'base64');
-  end if;
-  return null;
-end
-$$;
+language sql immutable parallel safe
+return case
+  when value ~ '^[ \t\r\n]*[0-9A-Fa-f]{64}[ \t\r\n]*$' then decode(btrim(value, E' \t\r\n'), 'hex')
+  when value ~ '^[ \t\r\n]*[A-Za-z0-9+/]{43}=[ \t\r\n]*$' then decode(btrim(value, E' \t\r\n'), 'base64') end;
 comment on function rekey._parse_kek is 'The 32 bytes of a KEK in hex or base64; NULL for anything else.';
 
 create or replace function rekey._session_keks() returns bytea
@@ -1248,7 +1241,9 @@ declare
   v_new_id integer;
   v_new bytea;
   v_fingerprint text;
+  v_iv bytea;
   v_dek bytea;
+  v_aad bytea;
   v_wrapped bytea;
   v_key record;
   v_count integer := 0;
@@ -1270,13 +1265,16 @@ begin
     where k.kek_id = v_old_id and k.state <> 'destroyed'
     order by k.id for update
   loop
-    v_dek := rekey._unwrap(v_old, v_old_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+    v_aad := rekey._wrap_aad(v_old_id, v_key.keyring_id, v_key.version);
+    v_dek := rekey._unwrap(v_old, v_key.wrapped_key, v_aad);
     if v_dek is null then
       raise exception 'version % of keyring % cannot be unwrapped: nothing was changed', v_key.version,
         (select r.name from rekey.keyrings r where r.id = v_key.keyring_id)
         using errcode = 'RK003', hint = 'Its wrapped key is damaged. Restore rekey.encryption_keys from a backup first.';
     end if;
-    v_wrapped := rekey._wrap(v_new, v_new_id, v_key.keyring_id, v_key.version, v_dek, rekey._random_bytes(16));
+    v_iv := rekey._random_bytes(16);
+    v_aad := rekey._wrap_aad(v_new_id, v_key.keyring_id, v_key.version);
+    v_wrapped := rekey._wrap(v_new, v_iv, v_dek, v_aad);
     update rekey.encryption_keys set wrapped_key = v_wrapped, kek_id = v_new_id where id = v_key.id;
     v_count := v_count + 1;
   end loop;
@@ -1299,39 +1297,17 @@ return rekey._header(keyring_id, version) || rekey._part('dek') || rekey._part(k
   || rekey._part(kek_id::text);
 comment on function rekey._wrap_aad is 'What a wrapped DEK is bound to.';
 
-create or replace function rekey._wrap(
-  wrapping_key bytea, kek_id integer, keyring_id integer, version integer, dek bytea, iv bytea
-) returns bytea
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
-begin
-  return rekey._header(keyring_id, version) || iv || rekey._aead_encrypt(wrapping_key, iv, dek, v_aad);
-end
-$$;
-comment on function rekey._wrap is 'A DEK sealed under the wrapping key of a KEK.';
+create or replace function rekey._wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea) returns bytea
+language sql immutable parallel safe
+return substr(aad, 1, 11) || iv || rekey._aead_encrypt(wrapping_key, iv, dek, aad);
+comment on function rekey._wrap is 'A DEK sealed under the wrapping key of a KEK; aad: rekey._wrap_aad().';
 
-create or replace function rekey._unwrap(
-  wrapping_key bytea, kek_id integer, keyring_id integer, version integer, wrapped_key bytea
-) returns bytea
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_aad bytea := rekey._wrap_aad(kek_id, keyring_id, version);
-  v_iv bytea := substr(wrapped_key, 12, 16);
-  v_sealed bytea := substr(wrapped_key, 28);
-begin
-  -- header, IV, 64 bytes with padding, tag
-  if octet_length(wrapped_key) is distinct from 139 then
-    return null;
-  end if;
-  return rekey._aead_decrypt(wrapping_key, v_iv, v_sealed, v_aad);
-end
-$$;
-comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it does not open.';
+-- 139 bytes: header, IV, 64 bytes with padding, tag.
+create or replace function rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) returns bytea
+language sql immutable parallel safe
+return case when octet_length(wrapped_key) = 139 then
+  rekey._aead_decrypt(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) end;
+comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it does not open. aad: rekey._wrap_aad().';
 
 create or replace function rekey._deks(keyrings integer[], versions integer[], sweeping boolean = false)
 returns table (keyring_id integer, version integer, key bytea, problem text)
@@ -1342,6 +1318,7 @@ as $$
 declare
   v_wrapping bytea;
   v_key record;
+  v_aad bytea;
 begin
   select k.kek into v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
@@ -1360,7 +1337,8 @@ begin
       when v_key.kek_state = 'lost' then format('key version %s is wrapped under KEK %s, which is lost', v_key.version, v_key.kek_id)
       end;
     if problem is null then
-      key := rekey._unwrap(v_wrapping, v_key.kek_id, v_key.keyring_id, v_key.version, v_key.wrapped_key);
+      v_aad := rekey._wrap_aad(v_key.kek_id, v_key.keyring_id, v_key.version);
+      key := rekey._unwrap(v_wrapping, v_key.wrapped_key, v_aad);
       if key is null then
         problem := format('the wrapped key of version %s is damaged', v_key.version);
       end if;
@@ -1492,15 +1470,18 @@ as $$
 declare
   v_kek_id integer;
   v_wrapping bytea;
+  v_iv bytea;
   v_dek bytea;
+  v_aad bytea;
   v_wrapped bytea[];
 begin
   select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
   for v_place in 1 .. cardinality(keyrings) loop
+    v_iv := rekey._random_bytes(16);
     v_dek := rekey._random_bytes(64);
-    v_wrapped[v_place] := rekey._wrap(
-      v_wrapping, v_kek_id, keyrings[v_place], versions[v_place], v_dek, rekey._random_bytes(16));
+    v_aad := rekey._wrap_aad(v_kek_id, keyrings[v_place], versions[v_place]);
+    v_wrapped[v_place] := rekey._wrap(v_wrapping, v_iv, v_dek, v_aad);
   end loop;
   insert into rekey.encryption_keys (keyring_id, version, state, wrapped_key, kek_id, activated_at)
   select n.keyring_id, n.version, 'active', n.wrapped_key, v_kek_id, now()
@@ -1749,35 +1730,34 @@ language sql immutable parallel safe
 return 33554432;
 comment on function rekey._max_bytes is 'Longest plaintext, in bytes: 32 MiB. An envelope is in memory several times while it is made.';
 
-create or replace function rekey._seal(keyring_id integer, plaintext bytea, context bytea) returns bytea
+-- What can fail comes before a plain value is touched: PL/pgSQL gives the variables of an expression that failed once in a
+-- transaction to a statement from then on, as parameters, which can be logged. So no expression with a plain value may raise.
+create or replace function rekey._sealing(keyring_id integer, bytes integer = 0) returns rekey._sealing
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_version integer;
-  v_key bytea;
-  v_iv bytea;
-  v_aad bytea;
+  v_sealing rekey._sealing;
 begin
-  if octet_length(plaintext) > rekey._max_bytes() then
-    raise exception 'a value has at most % bytes, this one has %', rekey._max_bytes(), octet_length(plaintext)
-      using errcode = 'invalid_parameter_value';
+  if bytes > rekey._max_bytes() then
+    raise exception 'a value has at most % bytes, this one has %', rekey._max_bytes(), bytes using errcode = 'invalid_parameter_value';
   end if;
   v_version := (rekey._lock_active(array[keyring_id]))[1];
   if v_version is null then
     raise exception 'the keyring is retired' using errcode = 'RK006';
   end if;
-  select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
-  if v_key is null then
+  select d.key into v_sealing.key from rekey._deks(array[keyring_id], array[v_version]) d;
+  if v_sealing.key is null then
     raise exception 'the active key version % cannot be used', v_version using errcode = 'RK006',
       hint = 'Rotate the keyring: rekey.rotate_keys().';
   end if;
-  v_iv := rekey._random_bytes(16);
-  v_aad := rekey._header(keyring_id, v_version) || context;
-  return rekey._header(keyring_id, v_version) || v_iv || rekey._aead_encrypt(v_key, v_iv, plaintext, v_aad);
+  v_sealing.header := rekey._header(keyring_id, v_version);
+  return v_sealing;
 end
 $$;
-comment on function rekey._seal is 'Envelope of plaintext under the active version of the keyring, which it keeps in use until the transaction ends.';
+comment on function rekey._sealing is
+  'Header and DEK for values of that many bytes under the active version of the keyring, which it keeps in use until the transaction ends. 22023: too long; RK001, RK002: KEK; RK006: retired, or its key is damaged.';
 
 create or replace function rekey._open(envelope bytea, context bytea) returns bytea
 language plpgsql stable
@@ -1854,43 +1834,37 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_keyring rekey.keyrings;
+  v_bytes integer := octet_length(plaintext);
   v_context bytea;
-  v_envelope bytea;
+  v_sealing rekey._sealing;
+  v_iv bytea;
+  v_aad bytea;
 begin
-  if plaintext is null then
+  if v_bytes is null then
     return null;
   end if;
   v_keyring := rekey._keyring(keyring);
   v_context := rekey._check_context(context, v_keyring.tenant_id);
-  v_envelope := rekey._seal(v_keyring.id, plaintext, v_context);
-  return v_envelope;
+  v_sealing := rekey._sealing(v_keyring.id, v_bytes);
+  v_iv := rekey._random_bytes(16);
+  v_aad := v_sealing.header || v_context;
+  return v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, plaintext, v_aad);
 end
 $$;
 comment on function rekey.encrypt(bytea, text, text[]) is
   'Encrypts a value of at most 32 MiB with the active version of keyring. context: what the value belongs to (its column, its row); the same is needed to open it. NULL stays NULL. 22023: too long; 42501: reserved context or another tenant''s keyring; RK001, RK002: KEK; RK006: retired keyring; RK007: no such keyring.';
 grant execute on function rekey.encrypt(bytea, text, text[]) to rekey_app;
 
+-- Inlined, as encrypt_text is: the text must not become the parameter of a statement.
 create or replace function rekey.encrypt(plaintext text, keyring text = 'default', context text[] = '{}') returns bytea
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context);
-end
-$$;
+language sql volatile
+return rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context);
 comment on function rekey.encrypt(text, text, text[]) is 'As rekey.encrypt(bytea, ...), of the UTF-8 bytes of a text.';
 grant execute on function rekey.encrypt(text, text, text[]) to rekey_app;
 
 create or replace function rekey.encrypt_text(plaintext text, keyring text = 'default', context text[] = '{}') returns text
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_envelope bytea := rekey.encrypt(plaintext, keyring, context);
-begin
-  return 'rk1:' || translate(encode(v_envelope, 'base64'), E'\n', '');
-end
-$$;
+language sql volatile
+return 'rk1:' || translate(encode(rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context), 'base64'), E'\n', '');
 comment on function rekey.encrypt_text is 'As rekey.encrypt(text, ...), in the text form of an envelope: rk1: and base64.';
 grant execute on function rekey.encrypt_text to rekey_app;
 
@@ -1939,15 +1913,30 @@ create or replace function rekey._as_text(bytes bytea) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_latin text;
 begin
+  if getdatabaseencoding() <> 'UTF8' then
+    begin
+      return convert_from(bytes, 'UTF8');
+    exception when character_not_in_repertoire or untranslatable_character then
+      return null;
+    end;
+  elsif position('\x00'::bytea in bytes) > 0 then
+    return null;
+  end if;
+  -- One character a byte, to be looked at without an error, which would quote some of them: the well-formed sequences of
+  -- RFC 3629, section 4.
+  v_latin := convert_from(bytes, 'LATIN1');
+  if octet_length(v_latin) > octet_length(bytes) and v_latin collate "C" !~ ('^([\u0001-\u007f]|[\u00c2-\u00df][\u0080-\u00bf]'
+      || '|\u00e0[\u00a0-\u00bf][\u0080-\u00bf]|[\u00e1-\u00ec\u00ee\u00ef][\u0080-\u00bf]{2}|\u00ed[\u0080-\u009f][\u0080-\u00bf]'
+      || '|\u00f0[\u0090-\u00bf][\u0080-\u00bf]{2}|[\u00f1-\u00f3][\u0080-\u00bf]{3}|\u00f4[\u0080-\u008f][\u0080-\u00bf]{2})*$') then
+    return null;
+  end if;
   return convert_from(bytes, 'UTF8');
-exception when character_not_in_repertoire or untranslatable_character then
-  -- PostgreSQL's own message would quote some of the bytes.
-  raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
-    hint = 'rekey.decrypt() returns its bytes.';
 end
 $$;
-comment on function rekey._as_text is 'Text of UTF-8 bytes. 22021: they are none.';
+comment on function rekey._as_text is 'Text of UTF-8 bytes; NULL where they are none, or the encoding of the database lacks one of the characters.';
 
 create or replace function rekey.decrypt_text(ciphertext bytea, context text[] = '{}') returns text
 language plpgsql stable security definer
@@ -1955,8 +1944,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
+  v_text text := rekey._as_text(v_plaintext);
 begin
-  return rekey._as_text(v_plaintext);
+  if v_text is null and v_plaintext is not null then
+    raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
+      hint = 'rekey.decrypt() returns its bytes.';
+  end if;
+  return v_text;
 end
 $$;
 comment on function rekey.decrypt_text(bytea, text[]) is 'As rekey.decrypt(), of a value that was text. 22021: it was not.';
@@ -1966,10 +1960,8 @@ create or replace function rekey.decrypt_text(ciphertext text, context text[] = 
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_plaintext bytea := rekey.decrypt(ciphertext, context);
 begin
-  return rekey._as_text(v_plaintext);
+  return rekey.decrypt_text(case when ciphertext is not null then coalesce(rekey._from_text(ciphertext), ''::bytea) end, context);
 end
 $$;
 comment on function rekey.decrypt_text(text, text[]) is 'As rekey.decrypt(), of the text form of a value that was text. 22021: it was not.';
@@ -1994,7 +1986,10 @@ declare
   v_id uuid;
   v_known boolean;
   v_bytes bytea;
-  v_context bytea;
+  v_length integer;
+  v_sealing rekey._sealing;
+  v_iv bytea;
+  v_aad bytea;
   v_envelope bytea;
 begin
   perform rekey._check_tenant(tenant_id);
@@ -2009,6 +2004,8 @@ begin
     raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.';
   end if;
   v_bytes := convert_to(value, 'UTF8');
+  v_length := octet_length(v_bytes);
+  v_sealing := rekey._sealing(v_keyring.id, v_length);
   loop
     -- The id first, then the seal: a value sealed for an id that is thrown away could never be opened.
     select s.id into v_id from rekey.secrets s
@@ -2017,8 +2014,9 @@ begin
     if not v_known then
       v_id := gen_random_uuid();
     end if;
-    v_context := rekey._secret_context(tenant_id, v_id);
-    v_envelope := rekey._seal(v_keyring.id, v_bytes, v_context);
+    v_iv := rekey._random_bytes(16);
+    v_aad := v_sealing.header || rekey._secret_context(tenant_id, v_id);
+    v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_bytes, v_aad);
     if v_known then
       update rekey.secrets s
       set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
@@ -3166,7 +3164,11 @@ begin
 declare
   v_envelope bytea;
   v_plaintext bytea;
+  v_length integer;
   v_context bytea;
+  v_sealing rekey._sealing;
+  v_iv bytea;
+  v_aad bytea;
 begin
   perform rekey._refuse_other_table(%7$s, tg_relid);
   perform rekey._refuse_renamed(%7$s, %8$L);
@@ -3190,7 +3192,11 @@ begin
     end if;
     return new;
   end if;
-  v_envelope := rekey._seal(%5$s, v_plaintext, v_context);
+  v_length := octet_length(v_plaintext);
+  v_sealing := rekey._sealing(%5$s, v_length);
+  v_iv := rekey._random_bytes(16);
+  v_aad := v_sealing.header || v_context;
+  v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_plaintext, v_aad);
   new.%1$s := %6$s;
   return new;
 end
@@ -4591,6 +4597,7 @@ declare
   v_batch record;
   v_contexts bytea[];
   v_old bytea[];
+  v_sealing rekey._sealing;
   v_made rekey._sealed;
   v_done_keyrings integer[];
   v_done_rows bigint[];
@@ -4646,7 +4653,8 @@ begin
       v_contexts := array(
         select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
       if v_chunk.adopting then
-        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_keyrings[1], v_target.is_text, '{plaintext}', v_forced, '{}');
+        v_sealing := rekey._sealing(v_keyrings[1]);
+        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, v_target.is_text, '{plaintext}', v_forced);
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
         v_made := rekey._reencrypt(v_old, v_contexts);
@@ -5159,13 +5167,11 @@ declare
   v_inner bytea;
 begin
   -- bytea that was cast to text: \x and hexadecimal digits.
-  if substr(value, 1, 2) <> '\x5c78'::bytea or octet_length(value) % 2 <> 0 or encode(substr(value, 3, 40), 'escape') !~ '^[0-9a-fA-F]+$' then
+  if substr(value, 1, 2) <> '\x5c78'::bytea or encode(substr(value, 3), 'escape') !~ '^([0-9a-fA-F]{2})+$' then
     return value;
   end if;
   v_inner := decode(encode(substr(value, 3), 'escape'), 'hex');
   return case when rekey._legacy_format(v_inner) <> 'plaintext' then v_inner else value end;
-exception when invalid_parameter_value then
-  return value;
 end
 $$;
 comment on function rekey._legacy_bytes is 'A value without the hexadecimal form around it that a cast of bytea to text gives, where something known is inside.';
@@ -5192,11 +5198,10 @@ end
 $$;
 comment on function rekey._legacy_format is 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
 
--- An expression that failed once is no longer evaluated as a simple one in that transaction: its variables then are parameters,
--- which pgaudit logs. Decryption under a wrong passphrase fails. So passphrases wait in a setting of the transaction, sealed as
--- the KEK of a session is, and come into the statement as a column.
+-- Decryption under a wrong passphrase fails, and no expression with a secret may (41_encrypt.sql). So passphrases wait in a setting
+-- of the transaction, sealed as the KEK of a session is, and come into the statement as a column.
 create or replace function rekey._keep_passphrases(passphrases bytea[]) returns boolean
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -5213,7 +5218,8 @@ begin
   return v_set <> '';
 end
 $$;
-comment on function rekey._keep_passphrases is 'Keeps passphrases until the end of the transaction, sealed, for rekey._passphrases().';
+comment on function rekey._keep_passphrases is 'Keeps passphrases until the end of the transaction, sealed, for rekey._passphrases(). True.';
+grant execute on function rekey._keep_passphrases to rekey_admin;
 
 create or replace function rekey._passphrases() returns table (place integer, passphrase bytea)
 language plpgsql stable
@@ -5285,15 +5291,14 @@ return pgp_sym_decrypt_bytea(message, passphrase);
 comment on function rekey._pgp_decrypt is 'pgcrypto''s pgp_sym_decrypt_bytea(), wherever it is.';
 
 create or replace function rekey._adopt(
-  "values" bytea[], contexts bytea[], keyring_id integer, is_text boolean, formats text[], forced boolean, passphrases bytea[]
+  "values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean
 ) returns rekey._sealed
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_version integer := (rekey._lock_active(array[keyring_id]))[1];
-  v_key bytea;
-  v_header bytea;
+  v_key bytea := sealing.key;
+  v_header bytea := sealing.header;
   v_bytes bytea;
   v_format text;
   v_plaintext bytea;
@@ -5309,14 +5314,6 @@ declare
   v_formats text[];
   v_made rekey._sealed;
 begin
-  select d.key into v_key from rekey._deks(array[keyring_id], array[v_version]) d;
-  if v_key is null then
-    raise exception 'the active key version of the keyring cannot be used' using errcode = 'RK006', hint = 'Rotate the keyring: rekey.rotate_keys().';
-  end if;
-  v_header := rekey._header(keyring_id, v_version);
-  if 'pgp_sym' = any (formats) and not rekey._keep_passphrases(passphrases) then
-    raise exception 'passphrases cannot be kept' using errcode = 'internal_error';
-  end if;
   v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
   -- Plain assignments only: the values are plain, and parameters of statements can be logged.
   foreach v_value in array "values" loop
@@ -5361,7 +5358,7 @@ begin
 end
 $$;
 comment on function rekey._adopt is
-  'Seals values that are no envelopes: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open (fernet, v1, aes_gcm) gets neither ciphertext nor problem.';
+  'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open (fernet, v1, aes_gcm) gets neither ciphertext nor problem.';
 
 create or replace function rekey.adopt_column(
   target regclass, column_name name, formats text[] = '{plaintext}', force boolean = false, reason text = null
@@ -5410,7 +5407,7 @@ grant execute on function rekey.adopt_column to rekey_admin;
 -- What follows is how pg-rekey columns adopt works. One batch is two calls in one transaction: in between, the client opens
 -- what the server cannot, and copies the plain values into a temporary table by binary COPY, as it does passphrases.
 create or replace function rekey._adoption_rows(
-  target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean, passphrases bytea[]
+  target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean
 ) returns rekey._adoption
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -5418,6 +5415,7 @@ as $$
 declare
   v_batch record;
   v_contexts bytea[];
+  v_sealing rekey._sealing;
   v_made rekey._sealed;
   v_legacy bytea[];
   v_adoption rekey._adoption;
@@ -5429,7 +5427,8 @@ begin
   if v_batch.rows is not null then
     v_contexts := array(
       select target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
-    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, keyring_id, target.is_text, formats, forced, passphrases);
+    v_sealing := rekey._sealing(keyring_id);
+    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, target.is_text, formats, forced);
     v_adoption.rows := v_batch.rows;
     v_adoption.keys := v_batch.keys;
     v_adoption.formats := v_made.formats;
@@ -5448,7 +5447,7 @@ end
 $$;
 comment on function rekey._adoption_rows is 'Locks values of a range that are no envelopes, and seals those that the server can open; legacy are those that the client has to.';
 
-create or replace function rekey._adoption_batch(rotation_id bigint, passphrases bytea[]) returns rekey._adoption
+create or replace function rekey._adoption_batch(rotation_id bigint) returns rekey._adoption
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -5485,7 +5484,7 @@ begin
   end if;
   v_until_block := least(split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
-    v_rotation.keyring_id, v_rotation.formats, v_rotation.forced, passphrases);
+    v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
   v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
   select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
   from unnest(v_adoption.problems) with ordinality as u(problem, place) where u.problem is not null;
@@ -5530,6 +5529,7 @@ declare
   v_contexts bytea[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_sealing rekey._sealing;
   v_made rekey._sealed;
   v_done bigint := 0;
 begin
@@ -5559,7 +5559,8 @@ begin
     end if;
   end loop;
   if v_rows is not null then
-    v_made := rekey._adopt(v_values, v_contexts, v_rotation.keyring_id, v_target.is_text, '{plaintext}', true, '{}');
+    v_sealing := rekey._sealing(v_rotation.keyring_id);
+    v_made := rekey._adopt(v_values, v_contexts, v_sealing, v_target.is_text, '{plaintext}', true);
     for v_place in 1 .. cardinality(v_rows) loop
       if v_made.problems[v_place] is not null then
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
@@ -5578,7 +5579,7 @@ comment on function rekey._adoption_store is 'Seals what the client opened of a 
 grant execute on function rekey._adoption_store to rekey_admin;
 
 create or replace function rekey._adoption_preview(
-  target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean, passphrases bytea[]
+  target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean
 ) returns rekey._adoption
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -5600,7 +5601,7 @@ begin
   end if;
   perform rekey._refuse_problem(v_column.label, v_target.problem);
   v_until := split_part(trim(first::text, '()'), ',', 1)::bigint + 64;
-  v_adoption := rekey._adoption_rows(v_target, v_target.relation, first, v_until, 1000, v_column.keyring_id, formats, forced, passphrases);
+  v_adoption := rekey._adoption_rows(v_target, v_target.relation, first, v_until, 1000, v_column.keyring_id, formats, forced);
   v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
   if v_adoption.next is not null then
     v_adoption.next := rekey._next_row(v_adoption.next);
@@ -5640,10 +5641,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_passphrases bytea[] := rekey._copied_passphrases();
-  v_adoption rekey._adoption;
+  v_kept boolean := rekey._keep_passphrases(v_passphrases);
 begin
-  v_adoption := rekey._adoption_batch(rotation_id, v_passphrases);
-  return v_adoption;
+  return case when v_kept then rekey._adoption_batch(rotation_id) end;
 end
 $$;
 comment on function rekey.adoption_batch is
@@ -5678,9 +5678,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_passphrases bytea[] := rekey._copied_passphrases();
+  v_kept boolean := rekey._keep_passphrases(v_passphrases);
   v_adoption rekey._adoption;
 begin
-  v_adoption := rekey._adoption_preview(target, column_name, relation, first, formats, force, v_passphrases);
+  v_adoption := case when v_kept then rekey._adoption_preview(target, column_name, relation, first, formats, force) end;
   v_adoption.ciphertexts := null;
   return v_adoption;
 end

@@ -4,6 +4,9 @@ comment on type rekey.key_rows is 'Result of rekey.key_usage(): rows that stand 
 create type rekey.verified_rows as (relation text, keyring text, version integer, rows bigint, failed bigint);
 comment on type rekey.verified_rows is 'Result of rekey.verify_ciphertexts(): rows of a relation on a key version, and how many of them do not open.';
 
+create type rekey._sealing as (header bytea, key bytea);
+comment on type rekey._sealing is 'What a value is sealed with: the header of its envelope, and the DEK.';
+
 create type rekey._sealed as (ciphertexts bytea[], problems text[], formats text[]);
 comment on type rekey._sealed is 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL and the format that only the client can open.';
 
