@@ -121,6 +121,14 @@ def test_where_the_kek_is(
     assert not any("others can read" in one for one in findings(cli_ready))
 
 
+def test_how_old_the_kek_is(cli_ready: Cli, ready: Connection) -> None:
+    old = "the KEK is in use since"
+    ready.execute("update rekey.keks set created_at = now() - interval '23 months'")
+    assert not any(one.startswith(old) for one in findings(cli_ready))
+    ready.execute("update rekey.keks set created_at = now() - interval '25 months'")
+    assert [severity for one, severity in findings(cli_ready).items() if one.startswith(old)] == ["warning"]
+
+
 def test_server_versions(cli_db: Cli) -> None:
     query = database.query("doctor: server version")
     number = "current_setting('server_version_num')::int"

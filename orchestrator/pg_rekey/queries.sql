@@ -248,10 +248,15 @@ from rekey.failure_status f where f.resolved_at is null
 group by f.rotation_id, f.keyring
 
 -- name: doctor: KEK
--- description: Where the KEK is, and whether it is still there.
+-- description: Where the KEK is, how old, and whether it is still there.
 select 'warning' as severity, 'the KEK is in the database that it protects' as finding,
   'PCI DSS 3.6.1.2 forbids it. Use the provider file, or session with `pg-rekey work --forever`.' as advice
 from rekey.setting_status s where s.name = 'kek_provider' and s.value = 'vault'
+union all
+-- NIST SP 800-57 Part 1 Rev. 5, 5.3.6: a symmetric key-wrapping key wraps for two years at most.
+select 'warning', format('the KEK is in use since %s, more than two years', k.created_at::timestamptz(0)),
+  'Rotate it: `pg-rekey kek generate`, then `pg-rekey kek rotate`.'
+from rekey.keks k where k.state = 'active' and k.created_at < now() - interval '2 years'
 union all
 select 'critical', 'no KEK is registered', 'Run `pg-rekey init`.'
 where not exists (select from rekey.keks where state = 'active')
