@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import shlex
+import signal
 import subprocess
 import tempfile
 import tomllib
@@ -52,6 +53,8 @@ def is_controller(config: pytest.Config) -> bool:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Start the server and make the template database, before xdist starts its workers."""
+    # A shell that runs us in the background has it ignored, and what we start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not is_controller(session.config) or session.config.option.collectonly:
         return
     stack = session.config.stash[cleanup] = contextlib.ExitStack()
