@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, LiteralString
@@ -143,10 +143,28 @@ def refused(code: str) -> Iterator[None]:
     assert caught.value.diag.sqlstate == code, caught.value
 
 
-def check(connection: Connection, *models: dict[str, str], tenants: tuple[str, ...] = (NIL,)) -> None:
-    """Assert the invariants: values, versions, IVs, leftovers and the audit chain."""
+def opened(connection: Connection, table: str) -> dict[str, str]:
+    """Return what the protected column v of a table holds, opened, by its key id; table with its schema."""
+    query = (
+        f"select id::text, convert_from(rekey.decrypt(v, array['{table}.v', id::text]), 'UTF8') from {table}"
+    )
+    return dict(connection.execute(query.encode()).fetchall())
+
+
+def check(
+    connection: Connection,
+    *models: dict[str, str],
+    tenants: tuple[str, ...] = (NIL,),
+    columns: Mapping[str, dict[str, str]] | None = None,
+) -> None:
+    """Assert the invariants: values, versions, IVs, leftovers, the audit chain and what is in it once.
+
+    columns: what the column v of protected tables holds, as opened() returns it.
+    """
     for tenant, model in zip(tenants, models, strict=True):
         assert read(connection, tenant) == model
+    for table, model in (columns or {}).items():
+        assert opened(connection, table) == model
     dead: LiteralString = """
         select count(*) from rekey.secrets s
         left join rekey.encryption_keys k on k.keyring_id = s.keyring_id and k.version = s.key_version
@@ -156,11 +174,26 @@ def check(connection: Connection, *models: dict[str, str], tenants: tuple[str, .
         select count(*) from rekey.keyrings k where k.retired_at is null and 1 <>
           (select count(*) from rekey.encryption_keys e where e.keyring_id = k.id and e.is_active)"""
     assert value(connection, active) == 0
-    reused: LiteralString = "select count(*) - count(distinct substr(ciphertext, 4, 24)) from rekey.secrets"
-    assert value(connection, reused) == 0
+    in_use: LiteralString = (
+        "select count(*) from rekey.key_usage() where rows > 0 and state in ('destroyed', 'unknown')"
+    )
+    assert value(connection, in_use) == 0
+    sealed = "select ciphertext from rekey.secrets" + "".join(
+        f" union all select case when pg_typeof(v) = 'bytea'::regtype then v::text::bytea"
+        f" else decode(substr(v::text, 5), 'base64') end from {table}"
+        for table in columns or {}
+    )
+    reused = f"select count(*) - count(distinct substr(s.ciphertext, 4, 24)) from ({sealed}) s"
+    assert connection.execute(reused.encode()).fetchone() == (0,)
     unfinished: LiteralString = "select count(*) from rekey.rotations where rekey._is_under_way(state)"
     if value(connection, unfinished) == 0:
         assert value(connection, "select count(*) from rekey._chunks") == 0
+    twice: LiteralString = """
+        select event, keyring, version, rotation_id from rekey.audit_log
+        where event in (
+          'key.created', 'key.destroyed', 'keyring.created', 'rotation.requested', 'rotation.started')
+        group by 1, 2, 3, 4 having count(*) > 1"""
+    assert connection.execute(twice).fetchall() == []
     assert connection.execute("select valid, reason from rekey.verify_audit_log()").fetchone() == (True, None)
 
 
