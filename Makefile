@@ -5,8 +5,10 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 PG_CONFIG = pg_config
 ARGS =
+KILLS = 20
+MINUTES = 2
 
-.PHONY: help demo test lint sql install dev clean
+.PHONY: help demo test prove lint sql install dev clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-8s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -16,6 +18,9 @@ demo: $(STAMP) ## rotate the keys of real secrets in a real server, live (ARGS="
 
 test: $(STAMP) ## run the whole suite; prints coverage and SQL functions that were never called
 	@$(BIN)/pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--cov --cov-report=term)
+
+prove: $(STAMP) ## kill processes of all kinds under load, and count what was lost (KILLS=200 MINUTES=10)
+	@PYTHONPATH=tests $(BIN)/python -m prove --kills $(KILLS) --minutes $(MINUTES) $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy, pgspot, plpgsql_check, and that the generated files are fresh
 	@$(BIN)/ruff check --quiet
