@@ -42,9 +42,10 @@ def begin(
                 "Repeat that command, or let it end first.",
             )
         return int(row["id"])
-    [row] = connection.execute(
-        db.query("adopt column"), [table, column, list(formats), force, reason]
-    ).fetchall()
+    with worker.transaction(connection):
+        [row] = connection.execute(
+            db.query("adopt column"), [table, column, list(formats), force, reason]
+        ).fetchall()
     return int(row["id"])
 
 
@@ -105,7 +106,7 @@ def preview(
 
 def _batch(connection: db.Connection, number: int, keys: Keys) -> bool:
     """Adopt a batch in a transaction; tell whether there was one."""
-    with connection.transaction():
+    with worker.transaction(connection):
         _send_passphrases(connection, keys)
         batch = connection.execute(db.query("adoption batch"), [number]).fetchone()
         if batch is None or batch["relation"] is None:

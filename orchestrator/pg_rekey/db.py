@@ -84,6 +84,12 @@ def _configure(connection: Connection) -> None:
     connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
 
 
+def is_pooled(connection: Connection) -> bool:
+    """Tell whether there is a pooler in between: to its clients it names another process than serves them."""
+    row = connection.execute("select pg_backend_pid() as pid").fetchone()
+    return row is not None and row["pid"] != connection.info.backend_pid
+
+
 def where(connection: psycopg.Connection[Any]) -> str:
     """Say which database this is, for a person who is about to change it."""
     info = connection.info

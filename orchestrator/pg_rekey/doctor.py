@@ -75,12 +75,11 @@ def _environment() -> Iterator[Finding]:
 
 
 def _pooler(connection: db.Connection) -> Iterator[Finding]:
-    row = connection.execute("select pg_backend_pid() as pid").fetchone()
-    if row and row["pid"] != connection.info.backend_pid:
+    if db.is_pooled(connection):
         yield Finding(
             "warning",
             "there is a connection pooler between here and the server",
-            "In transaction mode, unlock transactions only; `work` and `rotate` need a direct connection.",
+            "In transaction mode, unlock transactions only: a session that is unlocked serves others too.",
         )
 
 

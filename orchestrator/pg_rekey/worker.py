@@ -23,25 +23,45 @@ QUIET = ("waiting", "idle")
 
 
 def connect() -> db.Connection:
-    """Connect for work of many transactions: in autocommit mode, unlocked until the connection is closed."""
+    """Connect for work of many transactions, each of them begun by transaction(), in autocommit mode."""
     connection = db.connect(autocommit=True)
     try:
-        # Opening every row of a large table is one statement.
-        connection.execute("set statement_timeout = 0")
-        connection.execute("set default_transaction_isolation = 'read committed'")
-        if db.in_environment():
-            db.unlock(connection, scope="session")
+        if db.is_pooled(connection):
+            with transaction(connection):
+                pass  # says at once whether the KEK is right
+        else:
+            # Opening every row of a large table is one statement.
+            connection.execute("set statement_timeout = 0")
+            if db.in_environment():
+                db.unlock(connection, scope="session")
     except BaseException:
         connection.close()
         raise
     return connection
 
 
+@contextmanager
+def transaction(connection: db.Connection) -> Iterator[None]:
+    """Begin a transaction that has the KEK; behind a pooler, for itself alone: sessions serve others too."""
+    pooled = db.is_pooled(connection)
+    with connection.transaction():
+        if pooled:
+            connection.execute("set local statement_timeout = 0")
+            if db.in_environment():
+                db.unlock(connection)
+        yield
+
+
 def step(connection: db.Connection) -> dict[str, Any]:
     """Take one step of the rotations under way, in a transaction of its own."""
-    with connection.transaction():
+    with transaction(connection):
         [row] = connection.execute("select * from rekey.rotation_step()").fetchall()
     return row
+
+
+def _do(connection: db.Connection, duty: str, begun: datetime) -> None:
+    with transaction(connection):
+        connection.execute("select rekey._tick_duty(%s, %s)", [duty, begun])
 
 
 def log(event: str, **fields: Any) -> None:
@@ -92,9 +112,9 @@ class Worker:
             begun = clock["now"]
             until = time.monotonic() + TICK_SECONDS
             for duty in ("schedules", "destructions", "census"):
-                connection.execute("select rekey._tick_duty(%s, %s)", [duty, begun])
+                _do(connection, duty, begun)
             idle = self._sweep(connection, until)
-            connection.execute("select rekey._tick_duty('end', %s)", [begun])
+            _do(connection, "end", begun)
             if idle and not self._forever:
                 return
             if idle:

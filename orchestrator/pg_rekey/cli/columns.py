@@ -143,10 +143,15 @@ def unprotect(out: Output, table: str, column: str, decrypt: bool, yes: bool) ->
         if decrypt:
             confirm(connection, f"Write the plain values of {table}.{column} back?", yes)
         total = 0
-        while count := scalar(connection, db.query("unprotect column"), table, column, decrypt):
+        while count := _unprotect(connection, table, column, decrypt):
             total += count
             click.echo(f"{total} rows decrypted", err=True)
     out.done(f"{table}.{column} is not protected any more", table=table, column=column)
+
+
+def _unprotect(connection: db.Connection, table: str, column: str, decrypt: bool) -> int:
+    with worker.transaction(connection):
+        return int(scalar(connection, db.query("unprotect column"), table, column, decrypt))
 
 
 @columns.command()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -65,7 +66,8 @@ def rotate(
             connection.rollback()
             return
         statement = "select * from rekey.rotate_keys(%s, %s, %s)"
-        rotations = fetch(connection, statement, keyring, reason, supersede)
+        with worker.transaction(connection) if wait else nullcontext():
+            rotations = fetch(connection, statement, keyring, reason, supersede)
         if wait:
             ids = [row["id"] for row in rotations]
             rotations = follow(connection, ids, lambda: _steps(connection))
