@@ -5005,7 +5005,8 @@ CREATE FUNCTION rekey._refuse_renamed(id integer, names name[]) RETURNS void
 begin
   if names is distinct from (
        select array_agg(a.attname order by a.attnum)
-       from rekey._column_shape(id) s join pg_attribute a on a.attrelid = s.relation and a.attnum = any (s.attnums)) then
+       from rekey._column_shape(id) s join pg_attribute a on a.attrelid = s.relation and a.attnum = any (s.attnums)
+       where (select t.typnamespace from pg_type t where t.oid = a.atttypid) = 'pg_catalog'::regnamespace) then
     raise exception 'a column that pg_rekey encrypts, or that values are bound to, was renamed' using errcode = 'RK005',
       hint = 'Repeat rekey.protect_column(..., encrypt_on_write => true) as the owner of the table.';
   end if;
@@ -5019,7 +5020,7 @@ ALTER FUNCTION rekey._refuse_renamed(id integer, names name[]) OWNER TO rekey_ow
 -- Name: FUNCTION _refuse_renamed(id integer, names name[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._refuse_renamed(id integer, names name[]) IS 'RK005 where the columns of a protected column are not called so any more, in table order: another column may have taken the name.';
+COMMENT ON FUNCTION rekey._refuse_renamed(id integer, names name[]) IS 'RK005 where the columns of a protected column are not called so any more, in table order, or have a type of the user''s: another column may have taken the name.';
 
 
 --

@@ -411,6 +411,27 @@ def test_the_write_trigger_casts_nothing_of_the_owners(
     assert value(ready, "select count(*) from app.loot") == 0
 
 
+def test_the_write_trigger_believes_no_guard_of_the_owners(
+    ready: Connection, app: Connection, loot: None
+) -> None:
+    """While he registers a column he may make functions: a guard too, over a table with types of his own."""
+    app.execute(CAST)
+    app.execute("create table w (id int primary key, v text); create table x (id k, v text)")
+    with app.transaction():
+        registered = "select id from rekey._register_column('app.w', 'v', 'default', null, true)"
+        number = value(app, registered)
+        app.execute(
+            f"""
+            create function rekey_targets.column_{number}_guard() returns setof record language sql stable
+              begin atomic select t.v, t.id from only app.x t; end;
+            create trigger x before insert on x
+              for each row execute function rekey_targets.column_{number}_trigger()""".encode()
+        )
+    with refused("RK005"):
+        app.execute("insert into x values (row(1)::k, 'plain')")
+    assert value(ready, "select count(*) from app.loot") == 0
+
+
 @pytest.mark.parametrize("call", ["select rekey.key_usage()", "select rekey.verify_ciphertexts()"])
 def test_what_inherits_from_a_protected_table_blocks_it(
     ready: Connection, app: Connection, table: None, call: str

@@ -3227,6 +3227,7 @@ end
 $$;
 comment on function rekey._refuse_other_table is 'RK005 where the trigger that encrypts a column on write was set on a table that is not its own.';
 
+-- The types too: whoever owns the guard can make another one, over a table with the same names.
 create or replace function rekey._refuse_renamed(id integer, names name[]) returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -3234,13 +3235,14 @@ as $$
 begin
   if names is distinct from (
        select array_agg(a.attname order by a.attnum)
-       from rekey._column_shape(id) s join pg_attribute a on a.attrelid = s.relation and a.attnum = any (s.attnums)) then
+       from rekey._column_shape(id) s join pg_attribute a on a.attrelid = s.relation and a.attnum = any (s.attnums)
+       where (select t.typnamespace from pg_type t where t.oid = a.atttypid) = 'pg_catalog'::regnamespace) then
     raise exception 'a column that pg_rekey encrypts, or that values are bound to, was renamed' using errcode = 'RK005',
       hint = 'Repeat rekey.protect_column(..., encrypt_on_write => true) as the owner of the table.';
   end if;
 end
 $$;
-comment on function rekey._refuse_renamed is 'RK005 where the columns of a protected column are not called so any more, in table order: another column may have taken the name.';
+comment on function rekey._refuse_renamed is 'RK005 where the columns of a protected column are not called so any more, in table order, or have a type of the user''s: another column may have taken the name.';
 
 -- Inlined: what is written may be plain, and must not become the parameter of a statement.
 create or replace function rekey._envelope_of(value bytea) returns bytea
