@@ -2828,6 +2828,7 @@ COMMENT ON FUNCTION rekey._finish_column(id integer) IS 'Takes back what rekey._
 CREATE FUNCTION rekey._forget_column(id integer) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -2970,8 +2971,9 @@ CREATE FUNCTION rekey._in_foreign_code() RETURNS boolean
 declare
   v_stack text;
 begin
+  perform rekey._refuse_escapes();
   get diagnostics v_stack = pg_context;
-  return v_stack ~ '\mrekey\._call_(count|scan|read|write|tenant_check)\(';
+  return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(';
 end
 $$;
 
@@ -3790,6 +3792,7 @@ COMMENT ON FUNCTION rekey._note_denied(details jsonb) IS 'Notes in the audit log
 CREATE FUNCTION rekey._note_names() RETURNS void
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
     BEGIN ATOMIC
  UPDATE rekey.protected_columns c SET relation_name = n.relation_name, column_name = n.names[1], context_columns = n.names[2:]
     FROM ( SELECT p.id,
@@ -4141,7 +4144,7 @@ begin
       get stacked diagnostics v_context = pg_exception_context;
       perform rekey._forget_prepared(v_prepared);
       -- Not what the code of a table calls so.
-      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
@@ -4584,6 +4587,32 @@ ALTER FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) OWNER 
 --
 
 COMMENT ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) IS 'RK005 where a protected column holds envelopes; 25001 outside READ COMMITTED.';
+
+
+--
+-- Name: _refuse_escapes(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_escapes() RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if current_setting('standard_conforming_strings') = 'off' then
+    raise exception 'standard_conforming_strings is off: PL/pgSQL would read every backslash as an escape' using errcode = 'RK005',
+      hint = 'Set standard_conforming_strings to on.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_escapes() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_escapes(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_escapes() IS 'RK005 in a session whose settings give our functions another meaning: they would take envelopes for something else.';
 
 
 --
@@ -5177,6 +5206,7 @@ COMMENT ON FUNCTION rekey._refuse_unlock(problem text) IS 'Raises the error for 
 CREATE FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
     AS $_$
 declare
   v_owner name := rekey._refuse_stranger(target);
@@ -5827,6 +5857,7 @@ CREATE FUNCTION rekey._session_state(search_path text) RETURNS text[]
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
+  perform rekey._refuse_escapes();
   return array[
     search_path || ' ' || (select md5(string_agg(s.name || '=' || s.setting, ',' order by s.name)) from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
@@ -6043,7 +6074,7 @@ begin
       get stacked diagnostics v_context = pg_exception_context;
       perform rekey._forget_prepared(v_prepared);
       -- Not what the code of a table calls so.
-      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
@@ -6500,7 +6531,7 @@ begin
       get stacked diagnostics v_context = pg_exception_context;
       perform rekey._forget_prepared(v_prepared);
       -- Not what the code of a table calls so.
-      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
@@ -8211,6 +8242,7 @@ COMMENT ON FUNCTION rekey.pause_rotation(id bigint) IS 'Pauses the re-encryption
 CREATE FUNCTION rekey.protect_column(target regclass, column_name name, keyring text DEFAULT 'default'::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false) RETURNS text
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
     AS $$
 declare
   v_made record;
@@ -11474,6 +11506,14 @@ GRANT ALL ON FUNCTION rekey._refuse_changes(before bigint) TO rekey_sweeper;
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_escapes(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_escapes() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._refuse_escapes() TO rekey_sweeper;
 
 
 --

@@ -304,8 +304,14 @@ def test_worker_of_a_login_role(
     assert rotation(ready, number, "state") == "completed"
 
 
-def test_a_trigger_is_not_taken_for_the_worker(ready: Connection, app: Connection, table: None) -> None:
-    """It runs in the session of somebody who reaches every tenant: no function of ours may believe that."""
+@pytest.mark.parametrize("quoted", ["off", "on"])
+def test_a_trigger_is_not_taken_for_the_worker(
+    ready: Connection, app: Connection, table: None, session: Callable[[], Connection], quoted: str
+) -> None:
+    """It runs in the session of somebody who reaches every tenant: no function of ours may believe that.
+
+    The call stack tells; where quote_all_identifiers is on, it has quotes around names.
+    """
     tenant = "11111111-1111-1111-1111-111111111111"
     ready.execute("select rekey.set_secret('theirs', 'not yours', %s)", [tenant])
     app.execute("create table stolen (what text)")
@@ -329,7 +335,9 @@ def test_a_trigger_is_not_taken_for_the_worker(ready: Connection, app: Connectio
         create trigger f before update on t for each row execute function f()""".encode()
     )
     number = rotate(ready)
-    run(ready)
+    worker = session()
+    worker.execute(f"set quote_all_identifiers = {quoted}".encode())
+    run(worker)
     assert rotation(ready, number, "state") == "completed"
     assert app.execute("select distinct what from stolen").fetchall() == [("42501",)]
     assert value(ready, "select max_attempts from rekey.settings") != 999
@@ -453,6 +461,18 @@ def test_a_column_without_its_guard_is_not_forgotten(ready: Connection, app: Con
     assert value(ready, "select sum(rows) from rekey.key_usage()") == 5
 
 
+def test_quoted_names_are_the_same_names(ready: Connection, app: Connection) -> None:
+    """A column whose table is there is not forgotten, and has one label, whatever the setting."""
+    app.execute("set quote_all_identifiers = on")
+    app.execute(TABLE)
+    assert protect(app, "t") == "app.t.v"
+    app.execute(FILL)
+    run(ready)
+    app.execute("drop function rekey_targets.column_1_guard()")
+    with refused("RK006"):
+        app.execute("select rekey.unprotect_column('app.t.v')")
+
+
 def set_trigger(app: Connection, body: str, when: str = "before") -> None:
     app.execute(
         f"create function tr() returns trigger language plpgsql as $t$ begin {body}; return new; end $t$;"
@@ -477,6 +497,25 @@ def test_a_trigger_that_puts_the_old_value_back_is_found_out(
     number = failing_rotation(ready)
     assert rotation(ready, number, "state", "rows_done") == ("failed", 0)
     assert "were not changed" in rotation(ready, number, "last_error")
+
+
+@pytest.mark.parametrize("setting", ["standard_conforming_strings = off", "quote_all_identifiers = on"])
+def test_no_setting_hides_rows(
+    ready: Connection, app: Connection, table: None, session: Callable[[], Connection], setting: str
+) -> None:
+    """Without standard strings, the statements of the column's functions would look for another header."""
+    worker = session()
+    worker.execute(f"set {setting}".encode())
+    number = rotate(ready)
+    if setting.startswith("quote"):
+        assert value(worker, "select sum(rows) from rekey.key_usage()") == 5
+        run(worker)
+    else:
+        for call in ("key_usage", "verify_ciphertexts", "rotation_step"):
+            with refused("RK005"):
+                worker.execute(f"select rekey.{call}()".encode())
+        run(ready)
+    assert rotation(ready, number, "state", "rows_done", "rows_failed") == ("completed", 5, 0)
 
 
 @pytest.mark.parametrize("code", ["RK001", "RK002", "P0004", "57014", "40P01"])

@@ -146,6 +146,7 @@ comment on function rekey._column_shape is 'The table of a protected column now,
 create or replace function rekey._note_names() returns void
 language sql volatile
 set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- as rekey._register_column()
 begin atomic
   update rekey.protected_columns c
   set relation_name = n.relation_name, column_name = n.names[1], context_columns = n.names[2:]

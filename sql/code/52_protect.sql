@@ -222,6 +222,7 @@ create or replace function rekey._register_column(
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- names are kept, and found, as %I writes them
 as $$
 declare
   v_owner name := rekey._refuse_stranger(target);
@@ -421,6 +422,7 @@ create or replace function rekey.protect_column(
 ) returns text
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- as rekey._register_column()
 as $$
 declare
   v_made record;
@@ -502,6 +504,7 @@ grant execute on function rekey._release_column to rekey_admin;
 create or replace function rekey._forget_column(id integer) returns void
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off
 as $$
 declare
   v_protected rekey.protected_columns;

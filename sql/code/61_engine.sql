@@ -198,7 +198,7 @@ begin
       get stacked diagnostics v_context = pg_exception_context;
       perform rekey._forget_prepared(v_prepared);
       -- Not what the code of a table calls so.
-      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
@@ -450,7 +450,7 @@ begin
       get stacked diagnostics v_context = pg_exception_context;
       perform rekey._forget_prepared(v_prepared);
       -- Not what the code of a table calls so.
-      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
@@ -585,7 +585,7 @@ begin
       get stacked diagnostics v_context = pg_exception_context;
       perform rekey._forget_prepared(v_prepared);
       -- Not what the code of a table calls so.
-      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);

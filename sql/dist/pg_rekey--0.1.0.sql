@@ -599,8 +599,22 @@ end
 $$;
 comment on function rekey._claims is 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
 
+create or replace function rekey._refuse_escapes() returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('standard_conforming_strings') = 'off' then
+    raise exception 'standard_conforming_strings is off: PL/pgSQL would read every backslash as an escape' using errcode = 'RK005',
+      hint = 'Set standard_conforming_strings to on.';
+  end if;
+end
+$$;
+comment on function rekey._refuse_escapes is 'RK005 in a session whose settings give our functions another meaning: they would take envelopes for something else.';
+
 -- Neither role nor session_user tells the code of a protected table from the worker in whose session it runs. The call
--- stack does: nobody can take a line out of it, and who adds one only loses rights.
+-- stack does: nobody can take a line out of it, and who adds one only loses rights. (Names are quoted in it, where the
+-- setting quote_all_identifiers is on.)
 create or replace function rekey._in_foreign_code() returns boolean
 language plpgsql stable parallel restricted
 set search_path = pg_catalog, pg_temp
@@ -608,8 +622,9 @@ as $$
 declare
   v_stack text;
 begin
+  perform rekey._refuse_escapes();
   get diagnostics v_stack = pg_context;
-  return v_stack ~ '\mrekey\._call_(count|scan|read|write|tenant_check)\(';
+  return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(';
 end
 $$;
 comment on function rekey._in_foreign_code is 'Whether code of a protected table, or tenant_check, is running: called by a dispatcher, in the session of somebody else.';
@@ -2266,6 +2281,7 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform rekey._refuse_escapes();
   return array[
     search_path || ' ' || (select md5(string_agg(s.name || '=' || s.setting, ',' order by s.name)) from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
@@ -2915,6 +2931,7 @@ comment on function rekey._column_shape is 'The table of a protected column now,
 create or replace function rekey._note_names() returns void
 language sql volatile
 set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- as rekey._register_column()
 begin atomic
   update rekey.protected_columns c
   set relation_name = n.relation_name, column_name = n.names[1], context_columns = n.names[2:]
@@ -3276,6 +3293,7 @@ create or replace function rekey._register_column(
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- names are kept, and found, as %I writes them
 as $$
 declare
   v_owner name := rekey._refuse_stranger(target);
@@ -3475,6 +3493,7 @@ create or replace function rekey.protect_column(
 ) returns text
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- as rekey._register_column()
 as $$
 declare
   v_made record;
@@ -3556,6 +3575,7 @@ grant execute on function rekey._release_column to rekey_admin;
 create or replace function rekey._forget_column(id integer) returns void
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off
 as $$
 declare
   v_protected rekey.protected_columns;
@@ -4436,7 +4456,7 @@ begin
       get stacked diagnostics v_context = pg_exception_context;
       perform rekey._forget_prepared(v_prepared);
       -- Not what the code of a table calls so.
-      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
@@ -4688,7 +4708,7 @@ begin
       get stacked diagnostics v_context = pg_exception_context;
       perform rekey._forget_prepared(v_prepared);
       -- Not what the code of a table calls so.
-      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
@@ -4823,7 +4843,7 @@ begin
       get stacked diagnostics v_context = pg_exception_context;
       perform rekey._forget_prepared(v_prepared);
       -- Not what the code of a table calls so.
-      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey\._call_' then
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
       perform rekey._record_error(v_ids, sqlerrm, sqlstate);
@@ -6301,7 +6321,7 @@ begin
 end
 $$;
 grant execute on function rekey._call_count, rekey._call_scan, rekey._call_read, rekey._call_write, rekey._call_tenant_check to rekey_owner;
-grant execute on function rekey._session_state, rekey._refuse_traces, rekey._prepared, rekey._changes, rekey._refuse_changes to rekey_sweeper;
+grant execute on function rekey._session_state, rekey._refuse_escapes, rekey._refuse_traces, rekey._prepared, rekey._changes, rekey._refuse_changes to rekey_sweeper;
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;
