@@ -1025,8 +1025,8 @@ begin
     return;
   end if;
   if rekey._in_foreign_code() then
-    raise exception 'a trigger of a protected table may not do what is audited' using errcode = 'insufficient_privilege',
-      hint = 'The entry would name whoever works on the rotation.';
+    raise exception 'code of a table may not do what is audited' using errcode = 'insufficient_privilege',
+      hint = 'The entry would name whoever works on the rotation, or maintains the table.';
   end if;
   insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
   select * into strict v_head from rekey._audit_head for update;
@@ -1477,7 +1477,7 @@ COMMENT ON FUNCTION rekey._call_write(function_name name, relation regclass, row
 --
 
 CREATE FUNCTION rekey._caller() RETURNS name
-    LANGUAGE plpgsql STABLE PARALLEL RESTRICTED
+    LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
@@ -1495,7 +1495,7 @@ ALTER FUNCTION rekey._caller() OWNER TO rekey_owner;
 -- Name: FUNCTION _caller(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._caller() IS 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in. rekey_sweeper, which may nothing, in code that a dispatcher called.';
+COMMENT ON FUNCTION rekey._caller() IS 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in. rekey_sweeper, which may nothing, in code of somebody else.';
 
 
 --
@@ -2965,7 +2965,7 @@ COMMENT ON FUNCTION rekey._http_status(code text) IS 'The HTTP status for an SQL
 --
 
 CREATE FUNCTION rekey._in_foreign_code() RETURNS boolean
-    LANGUAGE plpgsql STABLE PARALLEL RESTRICTED
+    LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
@@ -2973,7 +2973,7 @@ declare
 begin
   perform rekey._refuse_escapes();
   get diagnostics v_stack = pg_context;
-  return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(';
+  return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(' or rekey._in_maintenance();
 end
 $$;
 
@@ -2984,7 +2984,33 @@ ALTER FUNCTION rekey._in_foreign_code() OWNER TO rekey_owner;
 -- Name: FUNCTION _in_foreign_code(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._in_foreign_code() IS 'Whether code of a protected table, or tenant_check, is running: called by a dispatcher, in the session of somebody else.';
+COMMENT ON FUNCTION rekey._in_foreign_code() IS 'Whether code of somebody else is running in this session: of a protected table, or tenant_check, called by a dispatcher; or in the maintenance of a table.';
+
+
+--
+-- Name: _in_maintenance(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._in_maintenance() RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  unlisten pg_rekey;
+  return false;
+exception when insufficient_privilege then
+  return true;
+end
+$$;
+
+
+ALTER FUNCTION rekey._in_maintenance() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _in_maintenance(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._in_maintenance() IS 'Whether code of a table, index or view is running that somebody else maintains.';
 
 
 --
@@ -11176,6 +11202,13 @@ REVOKE ALL ON FUNCTION rekey._http_status(code text) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._in_foreign_code() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _in_maintenance(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._in_maintenance() FROM PUBLIC;
 
 
 --

@@ -598,6 +598,22 @@ end
 $$;
 comment on function rekey._claims is 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
 
+-- ANALYZE, REINDEX, REFRESH MATERIALIZED VIEW and autovacuum run what an owner put into his indexes, statistics and views:
+-- as the owner, but in the session of whoever maintains the table. PostgreSQL tells by what it refuses then. UNLISTEN is
+-- one of these statements, and else does nothing to a channel that nobody listens to.
+create or replace function rekey._in_maintenance() returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  unlisten pg_rekey;
+  return false;
+exception when insufficient_privilege then
+  return true;
+end
+$$;
+comment on function rekey._in_maintenance is 'Whether code of a table, index or view is running that somebody else maintains.';
+
 create or replace function rekey._refuse_escapes() returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -615,7 +631,7 @@ comment on function rekey._refuse_escapes is 'RK005 in a session whose settings 
 -- stack does: nobody can take a line out of it, and who adds one only loses rights. (Names are quoted in it, where the
 -- setting quote_all_identifiers is on.)
 create or replace function rekey._in_foreign_code() returns boolean
-language plpgsql stable parallel restricted
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -623,13 +639,13 @@ declare
 begin
   perform rekey._refuse_escapes();
   get diagnostics v_stack = pg_context;
-  return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(';
+  return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(' or rekey._in_maintenance();
 end
 $$;
-comment on function rekey._in_foreign_code is 'Whether code of a protected table, or tenant_check, is running: called by a dispatcher, in the session of somebody else.';
+comment on function rekey._in_foreign_code is 'Whether code of somebody else is running in this session: of a protected table, or tenant_check, called by a dispatcher; or in the maintenance of a table.';
 
 create or replace function rekey._caller() returns name
-language plpgsql stable parallel restricted
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -639,7 +655,7 @@ begin
   return coalesce(nullif(current_setting('role'), 'none'), session_user);
 end
 $$;
-comment on function rekey._caller is 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in. rekey_sweeper, which may nothing, in code that a dispatcher called.';
+comment on function rekey._caller is 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in. rekey_sweeper, which may nothing, in code of somebody else.';
 
 create or replace function rekey._audit_hash(entry rekey.audit_log) returns bytea
 language sql stable
@@ -666,8 +682,8 @@ begin
     return;
   end if;
   if rekey._in_foreign_code() then
-    raise exception 'a trigger of a protected table may not do what is audited' using errcode = 'insufficient_privilege',
-      hint = 'The entry would name whoever works on the rotation.';
+    raise exception 'code of a table may not do what is audited' using errcode = 'insufficient_privilege',
+      hint = 'The entry would name whoever works on the rotation, or maintains the table.';
   end if;
   insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
   select * into strict v_head from rekey._audit_head for update;
