@@ -1,4 +1,4 @@
-"""The disk is full in the middle of a rotation: it says so, loses nothing, and goes on once there is space."""
+"""The disk is full in the middle of a rotation: it says so, loses nothing, and goes on with more space."""
 
 import os
 import shutil
