@@ -3449,18 +3449,7 @@ begin
     v_versions := rekey._active_versions(keyrings);
     exit when v_versions is not distinct from v_locked;
   end loop;
-  if current_setting('transaction_isolation') <> 'read committed' then
-    -- This snapshot may be older than a rotation. A row lock sees the row as it is now: 40001 where it was changed.
-    begin
-      perform from rekey.encryption_keys k
-      where (k.keyring_id, k.version) in (select u.keyring_id, u.version from unnest(keyrings, v_versions) as u(keyring_id, version))
-      for share nowait;
-      raise exception using errcode = 'RKEND';
-    exception
-      when sqlstate 'RKEND' then null;
-      when lock_not_available then null;  -- a rotation that has not committed: its barrier will see our lock
-    end;
-  end if;
+  perform rekey._refuse_old_snapshot(keyrings, v_versions);
   return v_versions;
 end
 $$;
@@ -4646,12 +4635,16 @@ COMMENT ON FUNCTION rekey._refuse_escapes() IS 'RK005 in a session whose setting
 --
 
 CREATE FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) RETURNS void
-    LANGUAGE plpgsql STABLE
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_plaintext bytea;
 begin
+  if rekey._is_envelope(envelope) then
+    perform pg_advisory_xact_lock_shared(rekey._int4(envelope, 3), rekey._int4(envelope, 7));
+    perform rekey._refuse_old_snapshot(array[rekey._int4(envelope, 3)], array[rekey._int4(envelope, 7)]);
+  end if;
   v_plaintext := rekey._open(envelope, context);
   if v_plaintext is null then
     raise exception 'cannot open ciphertext' using errcode = 'RK003';
@@ -4738,6 +4731,40 @@ ALTER FUNCTION rekey._refuse_needed(keyring_id integer, version integer) OWNER T
 --
 
 COMMENT ON FUNCTION rekey._refuse_needed(keyring_id integer, version integer) IS 'RK005 where a rotation under way needs the version.';
+
+
+--
+-- Name: _refuse_old_snapshot(integer[], integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_old_snapshot(keyrings integer[], versions integer[]) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    -- This snapshot may be older than a rotation. A row lock sees the row as it is now: 40001 where it was changed.
+    begin
+      perform from rekey.encryption_keys k
+      where (k.keyring_id, k.version) in (select u.keyring_id, u.version from unnest(keyrings, versions) as u(keyring_id, version))
+      for share nowait;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;
+      when lock_not_available then null;  -- a rotation that has not committed: its barrier will see our lock
+    end;
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_old_snapshot(keyrings integer[], versions integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_old_snapshot(keyrings integer[], versions integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_old_snapshot(keyrings integer[], versions integer[]) IS '40001 in REPEATABLE READ and SERIALIZABLE, where these versions were changed since the snapshot. The caller holds their advisory locks.';
 
 
 --
@@ -11568,6 +11595,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version inte
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_needed(keyring_id integer, version integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_old_snapshot(keyrings integer[], versions integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_old_snapshot(keyrings integer[], versions integer[]) FROM PUBLIC;
 
 
 --

@@ -1,12 +1,12 @@
 """Encryption on write, the decrypted view, and who may open a value of a protected column."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import LiteralString
 
 import pytest
 
 from column_fixtures import protect
-from driving import refused, rotate, rotation, run
+from driving import refused, rotate, rotation, run, step_until
 from helpers import Connection, connect, unlock, value
 
 pytest_plugins = ["column_fixtures"]
@@ -70,6 +70,31 @@ def test_a_rotation_goes_through_the_trigger(app: Connection, ready: Connection,
     run(ready)
     assert rotation(ready, number, "state", "rows_done") == ("completed", 50)
     assert value(app, OPENED, 5) == b"v"
+
+
+def test_a_ciphertext_held_back_keeps_its_key_while_uncommitted(
+    app: Connection, ready: Connection, session: Callable[[], Connection], table: str
+) -> None:
+    """A client encrypted before the rotation, and stores without having committed when the key is to go."""
+    writer, late = session(), session()
+    encrypt: LiteralString = "select rekey.encrypt('held'::text, 'default', array['app.t.v', '1'])"
+    held = value(app, encrypt.replace("encrypt", "encrypt_text", 1) if table == "text" else encrypt)
+    with late.transaction():
+        late.execute("set transaction isolation level repeatable read")
+        late.execute("select from rekey.settings")
+        with writer.transaction():
+            writer.execute("insert into app.t values (1, %s)", [held])
+            number = rotate(ready)
+            step_until(ready, "blocked")
+            with refused("RK005"):
+                ready.execute("select rekey.schedule_key_destruction('default', 1, '0 s')")
+        run(ready)
+        assert rotation(ready, number, "state", "rows_done") == ("completed", 1)
+        ready.execute("select rekey.schedule_key_destruction('default', 1, '0 s')")
+        # A snapshot that shows the key as it was does not let it pass either.
+        with refused("40001"), late.transaction():
+            late.execute("insert into app.t values (1, %s) on conflict do nothing", [held])
+    assert value(app, OPENED, 1) == b"held"
 
 
 def test_values_not_adopted_yet_wait_for_adoption(app: Connection) -> None:

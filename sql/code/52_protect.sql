@@ -201,13 +201,18 @@ language sql immutable parallel safe
 return case when left(value, 4) collate "C" = 'rk1:' then coalesce(rekey._from_text(value), ''::bytea) end;
 comment on function rekey._envelope_of(text) is 'As for bytea, of its text form; empty where that is damaged.';
 
+-- Until the transaction ends, the version stays in use: what was held back and is stored now must not lose its key.
 create or replace function rekey._refuse_foreign(envelope bytea, context bytea) returns void
-language plpgsql stable
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_plaintext bytea;
 begin
+  if rekey._is_envelope(envelope) then
+    perform pg_advisory_xact_lock_shared(rekey._int4(envelope, 3), rekey._int4(envelope, 7));
+    perform rekey._refuse_old_snapshot(array[rekey._int4(envelope, 3)], array[rekey._int4(envelope, 7)]);
+  end if;
   v_plaintext := rekey._open(envelope, context);
   if v_plaintext is null then
     raise exception 'cannot open ciphertext' using errcode = 'RK003';

@@ -1458,6 +1458,27 @@ return (
   left join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.state = 'active');
 comment on function rekey._active_versions is 'The active version of each keyring; NULL where it has none.';
 
+create or replace function rekey._refuse_old_snapshot(keyrings integer[], versions integer[]) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    -- This snapshot may be older than a rotation. A row lock sees the row as it is now: 40001 where it was changed.
+    begin
+      perform from rekey.encryption_keys k
+      where (k.keyring_id, k.version) in (select u.keyring_id, u.version from unnest(keyrings, versions) as u(keyring_id, version))
+      for share nowait;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;
+      when lock_not_available then null;  -- a rotation that has not committed: its barrier will see our lock
+    end;
+  end if;
+end
+$$;
+comment on function rekey._refuse_old_snapshot is '40001 in REPEATABLE READ and SERIALIZABLE, where these versions were changed since the snapshot. The caller holds their advisory locks.';
+
 -- A writer's promise to whoever waits for a version to fall out of use: a shared advisory lock on (keyring, version),
 -- taken before the version is looked at for the last time.
 create or replace function rekey._lock_active(keyrings integer[]) returns integer[]
@@ -1476,18 +1497,7 @@ begin
     v_versions := rekey._active_versions(keyrings);
     exit when v_versions is not distinct from v_locked;
   end loop;
-  if current_setting('transaction_isolation') <> 'read committed' then
-    -- This snapshot may be older than a rotation. A row lock sees the row as it is now: 40001 where it was changed.
-    begin
-      perform from rekey.encryption_keys k
-      where (k.keyring_id, k.version) in (select u.keyring_id, u.version from unnest(keyrings, v_versions) as u(keyring_id, version))
-      for share nowait;
-      raise exception using errcode = 'RKEND';
-    exception
-      when sqlstate 'RKEND' then null;
-      when lock_not_available then null;  -- a rotation that has not committed: its barrier will see our lock
-    end;
-  end if;
+  perform rekey._refuse_old_snapshot(keyrings, v_versions);
   return v_versions;
 end
 $$;
@@ -3288,13 +3298,18 @@ language sql immutable parallel safe
 return case when left(value, 4) collate "C" = 'rk1:' then coalesce(rekey._from_text(value), ''::bytea) end;
 comment on function rekey._envelope_of(text) is 'As for bytea, of its text form; empty where that is damaged.';
 
+-- Until the transaction ends, the version stays in use: what was held back and is stored now must not lose its key.
 create or replace function rekey._refuse_foreign(envelope bytea, context bytea) returns void
-language plpgsql stable
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_plaintext bytea;
 begin
+  if rekey._is_envelope(envelope) then
+    perform pg_advisory_xact_lock_shared(rekey._int4(envelope, 3), rekey._int4(envelope, 7));
+    perform rekey._refuse_old_snapshot(array[rekey._int4(envelope, 3)], array[rekey._int4(envelope, 7)]);
+  end if;
   v_plaintext := rekey._open(envelope, context);
   if v_plaintext is null then
     raise exception 'cannot open ciphertext' using errcode = 'RK003';
