@@ -600,6 +600,23 @@ def test_partitions_come_and_go(ready: Connection, app: Connection) -> None:
     assert value(ready, "select sum(rows) from rekey.key_usage()") == 1
 
 
+def test_a_key_is_compromised_during_an_adoption(ready: Connection, app: Connection) -> None:
+    """The adoption is superseded: what it left is plain, and not taken for adopted."""
+    rotate(ready)
+    run(ready)
+    app.execute("create table t (id int primary key, v text)")
+    app.execute("insert into t select g, 'plain' || g from generate_series(1, 20) g")
+    protect(app, "t")
+    adoption = int(value(app, "select id from rekey.adopt_column('t', 'v')"))
+    sweep = int(value(ready, "select id from rekey.mark_key_compromised('default', 1)"))
+    run(ready)
+    assert rotation(ready, adoption, "state", "trigger") == ("superseded", "adoption")
+    assert rotation(ready, sweep, "state", "trigger", "from_versions") == ("completed", "compromise", [1])
+    again = int(value(app, "select id from rekey.adopt_column('t', 'v')"))
+    run(ready)
+    assert rotation(ready, again, "state", "rows_done") == ("completed", 20)
+
+
 def test_adoption_goes_on_after_the_server_was_killed(kek: bytes) -> None:
     with local.Server() as server:
         dsn = create_database(server.dsn(), "killed")

@@ -4186,7 +4186,11 @@ begin
     select r into v_rotation from rekey._rotate(array[v_keyring.id], 'compromise', reason, true) r;
     v_key := rekey._key(v_keyring.id, version);
   else
-    -- One that is under way takes the rows along, and does not wait any longer, whatever it was.
+    -- An adoption takes no envelopes along: it has to be asked for again.
+    update rekey.rotations r
+    set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and r.trigger = 'adoption';
+    -- Any other that is under way takes the rows along, and does not wait any longer, whatever it was.
     update rekey.rotations r
     set trigger = 'compromise', attempts = 0, next_attempt_at = null,
         state = case when r.state in ('paused', 'failed') then 'queued' else r.state end
@@ -4212,7 +4216,7 @@ begin
 end
 $$;
 comment on function rekey.mark_key_compromised is
-  'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+  'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
 grant execute on function rekey.mark_key_compromised to rekey_admin;
 
 create or replace function rekey._replace_lost_keys(kek_id integer) returns void
