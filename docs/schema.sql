@@ -2119,7 +2119,9 @@ declare
     case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
-  if v_shape.relation is null then
+  if current_setting('standard_conforming_strings') = 'off' then
+    return 'standard_conforming_strings is off in this session: its functions would take envelopes for something else';
+  elsif v_shape.relation is null then
     return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
@@ -2971,7 +2973,10 @@ CREATE FUNCTION rekey._in_foreign_code() RETURNS boolean
 declare
   v_stack text;
 begin
-  perform rekey._refuse_escapes();
+  if current_setting('standard_conforming_strings') = 'off' then
+    raise exception 'standard_conforming_strings is off: PL/pgSQL would read every backslash as an escape' using errcode = 'RK005',
+      hint = 'Set standard_conforming_strings to on.';
+  end if;
   get diagnostics v_stack = pg_context;
   return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(' or rekey._in_maintenance();
 end
@@ -4605,32 +4610,6 @@ COMMENT ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) I
 
 
 --
--- Name: _refuse_escapes(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._refuse_escapes() RETURNS void
-    LANGUAGE plpgsql STABLE
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
-begin
-  if current_setting('standard_conforming_strings') = 'off' then
-    raise exception 'standard_conforming_strings is off: PL/pgSQL would read every backslash as an escape' using errcode = 'RK005',
-      hint = 'Set standard_conforming_strings to on.';
-  end if;
-end
-$$;
-
-
-ALTER FUNCTION rekey._refuse_escapes() OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _refuse_escapes(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._refuse_escapes() IS 'RK005 in a session whose settings give our functions another meaning: they would take envelopes for something else.';
-
-
---
 -- Name: _refuse_foreign(bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5910,7 +5889,6 @@ CREATE FUNCTION rekey._session_state(search_path text) RETURNS text[]
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
-  perform rekey._refuse_escapes();
   return array[
     search_path || ' ' || (select md5(string_agg(s.name || '=' || s.setting, ',' order by s.name)) from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
@@ -11570,14 +11548,6 @@ GRANT ALL ON FUNCTION rekey._refuse_changes(before bigint) TO rekey_sweeper;
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) FROM PUBLIC;
-
-
---
--- Name: FUNCTION _refuse_escapes(); Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey._refuse_escapes() FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._refuse_escapes() TO rekey_sweeper;
 
 
 --

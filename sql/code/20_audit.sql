@@ -33,19 +33,6 @@ end
 $$;
 comment on function rekey._in_maintenance is 'Whether code of a table, index or view is running that somebody else maintains.';
 
-create or replace function rekey._refuse_escapes() returns void
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if current_setting('standard_conforming_strings') = 'off' then
-    raise exception 'standard_conforming_strings is off: PL/pgSQL would read every backslash as an escape' using errcode = 'RK005',
-      hint = 'Set standard_conforming_strings to on.';
-  end if;
-end
-$$;
-comment on function rekey._refuse_escapes is 'RK005 in a session whose settings give our functions another meaning: they would take envelopes for something else.';
-
 -- Neither role nor session_user tells the code of a protected table from the worker in whose session it runs. The call
 -- stack does: nobody can take a line out of it, and who adds one only loses rights. (Names are quoted in it, where the
 -- setting quote_all_identifiers is on.)
@@ -56,7 +43,10 @@ as $$
 declare
   v_stack text;
 begin
-  perform rekey._refuse_escapes();
+  if current_setting('standard_conforming_strings') = 'off' then
+    raise exception 'standard_conforming_strings is off: PL/pgSQL would read every backslash as an escape' using errcode = 'RK005',
+      hint = 'Set standard_conforming_strings to on.';
+  end if;
   get diagnostics v_stack = pg_context;
   return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(' or rekey._in_maintenance();
 end

@@ -122,7 +122,6 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform rekey._refuse_escapes();
   return array[
     search_path || ' ' || (select md5(string_agg(s.name || '=' || s.setting, ',' order by s.name)) from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),

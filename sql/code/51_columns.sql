@@ -175,7 +175,9 @@ declare
     case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
-  if v_shape.relation is null then
+  if current_setting('standard_conforming_strings') = 'off' then
+    return 'standard_conforming_strings is off in this session: its functions would take envelopes for something else';
+  elsif v_shape.relation is null then
     return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;

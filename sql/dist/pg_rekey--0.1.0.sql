@@ -615,19 +615,6 @@ end
 $$;
 comment on function rekey._in_maintenance is 'Whether code of a table, index or view is running that somebody else maintains.';
 
-create or replace function rekey._refuse_escapes() returns void
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if current_setting('standard_conforming_strings') = 'off' then
-    raise exception 'standard_conforming_strings is off: PL/pgSQL would read every backslash as an escape' using errcode = 'RK005',
-      hint = 'Set standard_conforming_strings to on.';
-  end if;
-end
-$$;
-comment on function rekey._refuse_escapes is 'RK005 in a session whose settings give our functions another meaning: they would take envelopes for something else.';
-
 -- Neither role nor session_user tells the code of a protected table from the worker in whose session it runs. The call
 -- stack does: nobody can take a line out of it, and who adds one only loses rights. (Names are quoted in it, where the
 -- setting quote_all_identifiers is on.)
@@ -638,7 +625,10 @@ as $$
 declare
   v_stack text;
 begin
-  perform rekey._refuse_escapes();
+  if current_setting('standard_conforming_strings') = 'off' then
+    raise exception 'standard_conforming_strings is off: PL/pgSQL would read every backslash as an escape' using errcode = 'RK005',
+      hint = 'Set standard_conforming_strings to on.';
+  end if;
   get diagnostics v_stack = pg_context;
   return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(' or rekey._in_maintenance();
 end
@@ -2307,7 +2297,6 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform rekey._refuse_escapes();
   return array[
     search_path || ' ' || (select md5(string_agg(s.name || '=' || s.setting, ',' order by s.name)) from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
@@ -2986,7 +2975,9 @@ declare
     case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
-  if v_shape.relation is null then
+  if current_setting('standard_conforming_strings') = 'off' then
+    return 'standard_conforming_strings is off in this session: its functions would take envelopes for something else';
+  elsif v_shape.relation is null then
     return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
@@ -6356,7 +6347,7 @@ begin
 end
 $$;
 grant execute on function rekey._call_count, rekey._call_scan, rekey._call_read, rekey._call_write, rekey._call_tenant_check to rekey_owner;
-grant execute on function rekey._session_state, rekey._refuse_escapes, rekey._refuse_traces, rekey._prepared, rekey._changes, rekey._refuse_changes to rekey_sweeper;
+grant execute on function rekey._session_state, rekey._refuse_traces, rekey._prepared, rekey._changes, rekey._refuse_changes to rekey_sweeper;
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;
