@@ -5,13 +5,14 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import LiteralString
+from typing import LiteralString, NamedTuple
 
 import psycopg
 import pytest
 from psycopg import errors, sql
 
-from helpers import Connection, connect, unlock, value
+from helpers import Connection, connect, install, unlock, value
+from hosted import Hosted
 from pg_rekey import release
 
 TABLE = tomllib.loads((Path(__file__).parent / "privileges.toml").read_text())
@@ -20,26 +21,78 @@ NIL = "00000000-0000-0000-0000-000000000000"
 OTHER_TENANT = "11111111-1111-1111-1111-111111111111"
 
 
+ROLES = tuple(TABLE["roles"])
+SUPABASE = ("anon", "authenticated", "service_role")
+
+
 def grants(connection: Connection, query: str) -> dict[str, list[str]]:
     return dict(connection.execute(query.encode()).fetchall())
 
 
-def test_functions_are_executed_by_whom_the_table_says(conn: Connection) -> None:
+def reach(role: str) -> set[str]:
+    """Return a role and all that it is a member of."""
+    return {role}.union(*(reach(other) for other in TABLE["roles"].get(role, [])))
+
+
+def executors(supabase: bool) -> dict[str, set[str]]:
+    """Return every function, and the roles that it is granted to."""
+    names = TABLE["execute"] | {name: [] for name in TABLE["private"]["functions"]}
+    more = TABLE["supabase"] if supabase else {}
+    return {name: {*roles, *more.get(name, ())} for name, roles in names.items()}
+
+
+def owner_of(signature: str) -> str | None:
+    """Return which of our roles owns a function, None where it is the installer."""
+    if signature in TABLE["definer"]["rekey_sweeper"]:
+        return "rekey_sweeper"
+    return "rekey_owner" if signature.startswith("rekey") else None
+
+
+class Installed(NamedTuple):
+    """A database with pg_rekey, and a connection of the real superuser."""
+
+    connection: Connection
+    installer: str
+    supabase: bool
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Whom the table speaks of here."""
+        mine = tuple(role for role in ROLES if role != "rekey_worker" or not self.supabase)
+        return (*mine, *(SUPABASE if self.supabase else ()))
+
+
+@pytest.fixture(params=["plain", "supabase"])
+def installed(request: pytest.FixtureRequest) -> Iterator[Installed]:
+    """As a superuser installs it, and as the owner of a Supabase project does, whose defaults grant much."""
+    if request.param == "plain":
+        connection: Connection = request.getfixturevalue("conn")
+        yield Installed(connection, connection.info.user, supabase=False)
+        return
+    hosted: Hosted = request.getfixturevalue("hosted")
+    dsn = hosted.make_database()
+    install(dsn, release.assemble("supabase"))
+    with connect(hosted.admin(dsn)) as admin:
+        yield Installed(admin, "postgres", supabase=True)
+
+
+def test_functions_are_executed_by_whom_the_table_says(installed: Installed) -> None:
     found = grants(
-        conn,
+        installed.connection,
         f"""
         select p.oid::regprocedure::text,
           array(select coalesce(g.rolname, 'PUBLIC')::text
+                  || case when a.is_grantable then ' with grant option' else '' end
                 from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
-                left join pg_roles g on g.oid = a.grantee where a.grantee <> p.proowner order by 1)
+                left join pg_roles g on g.oid = a.grantee where a.grantee <> p.proowner)
         from pg_proc p where p.pronamespace {OURS} or p.proname in ('rotate_keys', 'key_rotation_status')""",
     )
-    assert found == TABLE["execute"] | {name: [] for name in TABLE["private"]["functions"]}
+    assert {name: set(roles) for name, roles in found.items()} == executors(installed.supabase)
 
 
-def test_relations_are_read_by_whom_the_table_says(conn: Connection) -> None:
+def test_relations_are_read_by_whom_the_table_says(installed: Installed) -> None:
     found = grants(
-        conn,
+        installed.connection,
         f"""
         select c.oid::regclass::text,
           array(select coalesce(g.rolname, 'PUBLIC') || ' ' || a.privilege_type
@@ -52,7 +105,203 @@ def test_relations_are_read_by_whom_the_table_says(conn: Connection) -> None:
     columns = (
         "select count(*) from pg_attribute a join pg_class c on c.oid = a.attrelid where a.attacl is not null"
     )
-    assert value(conn, f"{columns} and c.relnamespace {OURS}") == 0
+    assert value(installed.connection, f"{columns} and c.relnamespace {OURS}") == 0
+
+
+def test_what_roles_may_in_effect(installed: Installed) -> None:
+    """By memberships too, and by what PUBLIC may: as PostgreSQL itself answers."""
+    login = f"tenant_{os.getpid()}"
+    installed.connection.execute(f"create role {login} login in role rekey_app".encode())
+    try:
+        roles = {role: reach(role) for role in installed.roles} | {
+            login: {login, "rekey_app"},
+            "public": set(),
+        }
+        for role, groups in roles.items():
+            query = f"""
+                select p.oid::regprocedure::text from pg_proc p
+                where (p.pronamespace {OURS} or p.proname in ('rotate_keys', 'key_rotation_status'))
+                  and has_function_privilege('{role}', p.oid, 'execute')"""
+            assert {name for (name,) in installed.connection.execute(query.encode())} == {
+                signature
+                for signature, granted in executors(installed.supabase).items()
+                if groups & granted or owner_of(signature) in groups
+            }, role
+            if role == "rekey_owner":
+                continue  # owns all of what follows
+            query = f"""
+                select c.oid::regclass::text from pg_class c
+                where c.relnamespace {OURS} and c.relkind in ('r', 'v')
+                  and has_any_column_privilege('{role}', c.oid, 'select')"""
+            assert {name for (name,) in installed.connection.execute(query.encode())} == {
+                relation
+                for relation, granted in TABLE["relations"].items()
+                if any(f"{group} SELECT" in granted for group in groups)
+            }, role
+            query = f"""
+                select c.oid::regclass from pg_class c where c.relnamespace {OURS} and case
+                  when c.relkind = 'S' then has_sequence_privilege('{role}', c.oid, 'usage, select, update')
+                  when c.relkind in ('r', 'v') then
+                    has_table_privilege('{role}', c.oid, 'delete, truncate, trigger')
+                    or has_any_column_privilege('{role}', c.oid, 'insert, update, references') end"""
+            assert installed.connection.execute(query.encode()).fetchall() == [], role
+            for schema, allowed in TABLE["schemas"].items():
+                may = value(
+                    installed.connection, f"select has_schema_privilege('{role}', '{schema}', 'usage')"
+                )
+                assert may == any(f"{group} USAGE" in allowed for group in groups), (role, schema)
+                assert not value(
+                    installed.connection, f"select has_schema_privilege('{role}', '{schema}', 'create')"
+                ), (role, schema)
+    finally:
+        installed.connection.execute(f"drop role {login}".encode())
+
+
+def test_what_the_installer_keeps(installed: Installed) -> None:
+    """A superuser needs nothing; who is none is a member of both owners. Neither owns more than the RPC."""
+    owned = f"""
+        select p.oid::regprocedure::text from pg_proc p
+        where p.proowner = '{installed.installer}'::regrole
+          and (p.pronamespace {OURS} or p.proname in ('rotate_keys', 'key_rotation_status'))
+        union select c.oid::regclass::text from pg_class c
+        where c.relowner = '{installed.installer}'::regrole and c.relnamespace {OURS}
+        union select n.nspname from pg_namespace n
+        where n.nspowner = '{installed.installer}'::regrole and n.oid {OURS}"""
+    assert {name for (name,) in installed.connection.execute(owned.encode())} == {
+        "rotate_keys(text,text,boolean)",
+        "key_rotation_status()",
+    }
+    for owner in ("rekey_owner", "rekey_sweeper"):
+        member = f"""
+            select exists (select from pg_auth_members m
+              where m.roleid = '{owner}'::regrole and m.member = '{installed.installer}'::regrole)"""
+        assert value(installed.connection, member) == installed.supabase
+
+
+def test_nothing_is_installed_outside_the_table(installed: Installed) -> None:
+    """No object of another kind, no default privilege, and nothing in another schema."""
+    kinds = {
+        "pg_operator": "oprnamespace",
+        "pg_opclass": "opcnamespace",
+        "pg_opfamily": "opfnamespace",
+        "pg_collation": "collnamespace",
+        "pg_conversion": "connamespace",
+        "pg_ts_config": "cfgnamespace",
+        "pg_ts_dict": "dictnamespace",
+        "pg_ts_parser": "prsnamespace",
+        "pg_ts_template": "tmplnamespace",
+        "pg_statistic_ext": "stxnamespace",
+        "pg_default_acl": "defaclnamespace",
+    }
+    for catalog, column in kinds.items():
+        assert value(installed.connection, f"select count(*) from {catalog} where {column} {OURS}") == 0, (
+            catalog
+        )
+    found = f"""
+        select t.oid::regtype::text, array[t.typacl::text]
+        from pg_type t left join pg_class c on c.oid = t.typrelid
+        where t.typnamespace {OURS} and t.typelem = 0 and coalesce(c.relkind, 'c') = 'c'"""
+    assert grants(installed.connection, found) == {name: [None] for name in TABLE["types"]["names"]}
+    ours = "refobjid in ('rekey_owner'::regrole, 'rekey_sweeper'::regrole)"
+    elsewhere = f"""
+        select pg_describe_object(d.classid, d.objid, 0)
+        from pg_shdepend d
+        cross join lateral pg_identify_object(d.classid, d.objid, 0) o
+        where {ours} and d.refclassid = 'pg_authid'::regclass and d.deptype = 'o'
+          and d.dbid = (select oid from pg_database where datname = current_database())
+          and coalesce(o.schema, o.identity) not in ('rekey', 'rekey_targets')"""
+    assert installed.connection.execute(elsewhere.encode()).fetchall() == []
+    shared = f"""select count(*) from pg_shdepend d
+        where {ours} and d.refclassid = 'pg_authid'::regclass and d.dbid = 0 and d.deptype = 'o'"""
+    assert value(installed.connection, shared) == 0
+
+
+ATTRIBUTES = """
+    select r.rolname, array_remove(array[
+        case when r.rolsuper then 'SUPERUSER' end, case when r.rolcanlogin then 'LOGIN' end,
+        case when r.rolbypassrls then 'BYPASSRLS' end, case when r.rolcreaterole then 'CREATEROLE' end,
+        case when r.rolcreatedb then 'CREATEDB' end, case when r.rolreplication then 'REPLICATION' end], null)
+    from pg_roles r where r.rolname ~ '^rekey_(owner|sweeper|admin|operator|auditor|app|worker)$'"""
+
+
+def test_roles_and_memberships(installed: Installed) -> None:
+    assert grants(installed.connection, ATTRIBUTES) == {
+        role: ["LOGIN"] if role == "rekey_worker" else [] for role in ROLES if role in installed.roles
+    }
+    members = grants(
+        installed.connection,
+        """
+        select r.rolname,
+          array(select m.roleid::regrole::text from pg_auth_members m where m.member = r.oid order by 1)
+        from pg_roles r where r.rolname ~ '^rekey_(owner|sweeper|admin|operator|auditor|app|worker)$'""",
+    )
+    assert members == {role: others for role, others in TABLE["roles"].items() if role in installed.roles}
+    usage = grants(
+        installed.connection,
+        f"""
+        select n.nspname,
+          array_agg(coalesce(g.rolname, 'PUBLIC') || ' ' || a.privilege_type order by g.rolname)
+        from pg_namespace n cross join aclexplode(n.nspacl) a left join pg_roles g on g.oid = a.grantee
+        where n.oid {OURS} and a.grantee <> n.nspowner group by 1""",
+    )
+    assert usage == TABLE["schemas"]
+
+
+def refusal(connection: Connection, statement: str) -> bool:
+    """Whether a statement is refused for want of a right, and not for another reason; undo it."""
+    try:
+        with connection.transaction(force_rollback=True):
+            connection.execute(statement.encode())
+    except errors.InsufficientPrivilege as error:
+        return error.diag.context is None  # else it is what is in the function that is refused
+    except psycopg.Error:
+        pass
+    return False
+
+
+def test_everything_is_tried_by_everybody(installed: Installed) -> None:
+    """Every function with NULL for its arguments, every relation: refused, or not, as the table says."""
+    connection = installed.connection
+    calls = grants(
+        connection,
+        f"""
+        select p.oid::regprocedure::text, array[format('%s %s.%s(%s)',
+            case p.prokind when 'p' then 'call' else 'select' end,
+            p.pronamespace::regnamespace, p.proname, (
+          -- Not a constant: a strict function would not even be looked at.
+          select string_agg(case p.prokind when 'p' then format('null::%s', t.type::regtype)
+            else format('(select null::%s)', t.type::regtype) end, ', ' order by t.place)
+          from unnest(p.proargtypes::oid[]) with ordinality t(type, place)))]
+        from pg_proc p where p.pronamespace {OURS} or p.proname in ('rotate_keys', 'key_rotation_status')""",
+    )
+    logins = {
+        role: f"try_{role}_{os.getpid()}" for role in installed.roles if not role.startswith("rekey_owner")
+    }
+    for role, login in logins.items():
+        connection.execute(f"create role {login} login; grant {role} to {login}".encode())
+    try:
+        for role, login in logins.items():
+            groups = reach(role)
+            inside = {
+                schema
+                for schema, allowed in TABLE["schemas"].items()
+                if any(f"{group} USAGE" in allowed for group in groups)
+            } | {"public"}
+            with connect(connection.info.dsn, user=login) as session:
+                session.execute("set statement_timeout = '30 s'")
+                for signature, granted in executors(installed.supabase).items():
+                    [call] = calls[signature]
+                    schema = call.split()[1].split(".")[0]
+                    may = bool(groups & granted or owner_of(signature) in groups) and schema in inside
+                    if may and signature == "rekey.run_rotations(interval)":
+                        continue  # waits
+                    assert refusal(session, call) == (not may), (role, call)
+                for relation, allowed in TABLE["relations"].items():
+                    may = any(f"{group} SELECT" in allowed for group in groups)
+                    assert refusal(session, f"select from {relation} limit 0") == (not may), (role, relation)
+    finally:
+        for login in logins.values():
+            connection.execute(f"drop role {login}".encode())
 
 
 def test_definer_functions_and_their_owners(conn: Connection) -> None:
@@ -64,28 +313,6 @@ def test_definer_functions_and_their_owners(conn: Connection) -> None:
         from pg_proc p where p.pronamespace {OURS} and p.prosecdef group by 1""",
     )
     assert found == {owner: sorted(names) for owner, names in TABLE["definer"].items()}
-
-
-def test_schemas_and_memberships(conn: Connection) -> None:
-    usage = grants(
-        conn,
-        f"""
-        select n.nspname,
-          array_agg(coalesce(g.rolname, 'PUBLIC') || ' ' || a.privilege_type order by g.rolname)
-        from pg_namespace n cross join aclexplode(n.nspacl) a left join pg_roles g on g.oid = a.grantee
-        where n.oid {OURS} and a.grantee <> n.nspowner group by 1""",
-    )
-    names = ("rekey_admin", "rekey_app", "rekey_auditor", "rekey_operator", "rekey_sweeper")
-    assert usage == {"rekey": [f"{name} USAGE" for name in names], "rekey_targets": ["rekey_sweeper USAGE"]}
-    memberships = """
-        select m.member::regrole::text || ' in ' || m.roleid::regrole::text from pg_auth_members m
-        where m.member::regrole::text ~ '^rekey_(owner|sweeper|admin|operator|auditor|app|worker)$'
-        order by 1"""
-    assert [member for (member,) in conn.execute(memberships)] == [
-        "rekey_admin in rekey_auditor",
-        "rekey_admin in rekey_operator",
-        "rekey_worker in rekey_operator",
-    ]
 
 
 def test_every_plpgsql_function_pins_its_search_path(conn: Connection) -> None:
