@@ -8656,7 +8656,7 @@ begin
   select k.id, k.kek into v_old_id, v_old from rekey._kek() k;
   v_new := rekey._new_kek();
   if v_new is null then
-    raise exception 'there is no next KEK' using errcode = 'RK001',
+    raise exception 'there is no next KEK: number % is active already, and no other is at hand', v_old_id using errcode = 'RK001',
       hint = 'Give the current and the next one: PG_REKEY_NEW_KEK for pg-rekey, the Vault secret or file with _new appended, or 64 bytes to rekey.unlock().';
   end if;
   v_fingerprint := rekey._fingerprint(v_new);

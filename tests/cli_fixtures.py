@@ -1,7 +1,12 @@
 """The command line, run in this process against the database of a test. (PYTEST_DONT_REWRITE)"""
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,8 @@ from click.testing import CliRunner
 
 from helpers import Connection
 from pg_rekey.cli import main
+
+COMMAND = str(Path(sys.executable).parent / "pg-rekey")
 
 
 class Cli:
@@ -30,6 +37,29 @@ class Cli:
     def json(self, *arguments: str | Path | int, code: int = 0, stdin: str | None = None) -> Any:
         """Run a command with --json and return the document."""
         return json.loads(self(*arguments, "--json", code=code, stdin=stdin))
+
+
+@contextmanager
+def process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command line as a process, in a group of its own."""
+    command = [COMMAND, *arguments]
+    pipe = subprocess.PIPE
+    environ = os.environ | environment
+    with subprocess.Popen(
+        command, env=environ, stdout=pipe, stderr=pipe, text=True, process_group=0
+    ) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def eventually(condition: Callable[[], Any]) -> None:
+    """Wait until something is so."""
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, "it never came to be"
+        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def show(console: Console, figures: Figures) -> None:
         table.add_row(name.replace("_", " "), f"{count:,}", style=style)
     console.print(table)
     for problem in figures.broken:
-        console.print(problem, style="red", markup=False)
+        console.print(problem, style="red", markup=False, soft_wrap=True)
 
 
 NUMBERS = (

@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,11 +21,11 @@ from typing import IO, Any, Literal, LiteralString
 
 import psycopg
 
+from cli_fixtures import COMMAND
 from helpers import Connection, connect, initialize, install, value
 from pg_rekey import kek as keks
 from pg_rekey import local, release
 
-COMMAND = str(Path(sys.executable).parent / "pg-rekey")
 WRITERS, READERS = 3, 2
 NAMES = 120  # of each writer, half of them secrets, half of them rows of a protected table
 KEYRINGS = ("default", "other")
@@ -56,6 +55,11 @@ TWICE: LiteralString = """
     select count(*) from (
       select from rekey.audit_log where event in ('rotation.requested', 'rotation.rolled_back')
       group by event, rotation_id having count(*) > 1) t"""
+STALE: LiteralString = """
+    select count(*) from rekey.secrets s
+    join rekey.encryption_keys k on k.keyring_id = s.keyring_id and k.version = s.key_version
+    where k.state <> 'active' and not exists (
+      select from rekey.rotations r where r.keyring_id = s.keyring_id and rekey._is_under_way(r.state))"""
 TOKENS: LiteralString = """
     select id, rekey.decrypt_text(v, array['public.tokens.v', id::text]) from tokens where id = any (%s)"""
 PLAIN: LiteralString = (
@@ -207,10 +211,9 @@ class Storm:
         os.chown(draft, owner.st_uid, owner.st_gid)
         draft.replace(self.kek_file(suffix))
 
-    def hand_out_next_kek(self) -> None:
+    def hand_out_next_kek(self, connection: Connection) -> None:
         """Let the server find the active KEK first and a fresh one second, and never miss the active one."""
-        with connect(self.dsn) as connection:
-            active = value(connection, "select fingerprint from rekey.keks where state = 'active'")
+        active = value(connection, "select fingerprint from rekey.keks where state = 'active'")
         if keks.fingerprint(self.next_kek) == active:
             self.kek = self.next_kek
         self._put_kek(self.kek)
@@ -261,6 +264,8 @@ class Storm:
         found = connection.execute(ACTIVE).fetchall()
         if found != [(name, 1) for name in KEYRINGS]:
             complain(f"active versions: {found}")
+        if number := value(connection, STALE):
+            complain(f"{number} rows were left behind by rotations that ended")
         audit = connection.execute("select valid, reason from rekey.verify_audit_log()").fetchone()
         if audit != (True, None):
             complain(f"audit log: {audit}")
@@ -434,10 +439,12 @@ class Writer(Actor):
         for _ in range(self.choice.choice((1, 1, 2, 5, 20))):
             self.count += 1
             key = self.choice.choice(self.keys)
-            new[key] = None if self.choice.random() < 0.1 else f"{key[0]} {key[1]}: {self.count}"
+            new[key] = None if self.choice.random() < 0.25 else f"{key[0]} {key[1]}: {self.count}"
             self.store(key, new[key])
             if self.choice.random() < 0.03:
                 time.sleep(self.choice.random() * 0.5)
+        if self.choice.random() < 0.02:
+            time.sleep(3)  # long enough for a rotation, were it not to wait, and the destruction after it
         if self.choice.random() < 0.1:
             connection.execute("rollback")
             return
@@ -603,7 +610,7 @@ class Administrator(Actor):
         connection.execute("select rekey.retry_rotation(id) from rekey.rotations where state = 'failed'")
 
     def kek(self) -> None:
-        self.storm.hand_out_next_kek()
+        self.storm.hand_out_next_kek(self.connection)
         self.connection.execute("select rekey.rotate_kek()")
 
     def destroy(self, connection: Connection) -> None:

@@ -4,12 +4,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,7 @@ import psycopg
 import pytest
 from rich.console import Console
 
-from cli_fixtures import Cli
+from cli_fixtures import Cli, eventually, process
 from helpers import Connection, connect, unlock, value
 from pg_rekey import worker
 from pg_rekey.cli import rotate
@@ -26,31 +21,7 @@ from pg_rekey.errors import INTERRUPTED, LOCKED, UNFINISHED, USAGE
 
 pytest_plugins = ["cli_fixtures"]
 
-COMMAND = str(Path(sys.executable).parent / "pg-rekey")
 SECRETS = "select count(rekey.set_secret('s' || n, 'value')) from generate_series(1, %s) n"
-
-
-@contextmanager
-def process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Run the command line as a process, in a group of its own."""
-    command = [COMMAND, *arguments]
-    pipe = subprocess.PIPE
-    environ = os.environ | environment
-    with subprocess.Popen(
-        command, env=environ, stdout=pipe, stderr=pipe, text=True, process_group=0
-    ) as running:
-        try:
-            yield running
-        finally:
-            running.kill()
-
-
-def eventually(condition: Callable[[], Any]) -> None:
-    """Wait until something is so."""
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def states(connection: Connection) -> list[str]:

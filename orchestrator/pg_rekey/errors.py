@@ -65,6 +65,11 @@ def explain(error: psycopg.Error) -> tuple[str, str | None]:
     """Return message and hint of a database error."""
     message = error.diag.message_primary or " ".join(str(error).split()) or type(error).__name__
     hint = error.diag.message_hint or _HINTS.get(error.sqlstate or "")
+    if _is_lost(error):
+        hint = (
+            "What was under way may have been committed: `pg-rekey status` shows it. Repeating the command "
+            "does no harm."
+        )
     if _is_missing(error):
         hint = "pg_rekey is not installed in this database, or in another version: run `pg-rekey init`."
     return message, hint
@@ -77,6 +82,11 @@ def http_status(error: psycopg.Error) -> int | None:
     if _is_missing(error):
         return 503
     return HTTP_STATUS.get(error.sqlstate) or HTTP_STATUS.get(error.sqlstate[:2])
+
+
+def _is_lost(error: psycopg.Error) -> bool:
+    """Tell whether a connection ended while something was under way; only psycopg's own words tell that."""
+    return error.sqlstate is None and str(error).startswith("consuming input failed")
 
 
 def _is_missing(error: psycopg.Error) -> bool:
