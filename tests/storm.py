@@ -755,7 +755,7 @@ def storm(kills: int, seed: int, report: Report, sabotage: str = "") -> Figures:
                 if number % CHECK_EVERY == 0:
                     here.check()
                 report(number, victim)
-                if here.counts.lost or here.counts.undecryptable:
+                if here.counts.broken:
                     break
             here.finish()
         finally:
