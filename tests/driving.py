@@ -209,3 +209,18 @@ def in_background(*tasks: Callable[[threading.Event], None]) -> Iterator[None]:
             stop.set()
         for future in futures:
             future.result(30)
+
+
+def sealed_ivs(connection: Connection, rows: int, rotations: int) -> tuple[int, int]:
+    """Seal values one by one, and `rows` in each rotation; return how many IVs there were, and differ."""
+    connection.execute("create temporary table ivs (iv bytea)")
+    connection.execute(
+        "insert into ivs select substr(rekey.encrypt('x'::text), 12, 16) from generate_series(1, 2000)"
+    )
+    fill(connection, rows)
+    for _ in range(rotations):
+        rotate(connection)
+        run(connection, "1 hour")
+        connection.execute("insert into ivs select substr(ciphertext, 12, 16) from rekey.secrets")
+    [(total, distinct)] = connection.execute("select count(*), count(distinct iv) from ivs").fetchall()
+    return total, distinct

@@ -142,6 +142,8 @@ class Server:
         self.directory = Path(tempfile.mkdtemp(prefix="pgrk-", dir="/tmp"))
         self.data = self.directory / "data"
         self.log = self.directory / "log"
+        # What the server gets besides PATH and LC_ALL, from its next start on.
+        self.environment: dict[str, str] = {}
         if self._account:
             os.chown(self.directory, self._account.pw_uid, self._account.pw_gid)
         self._guard = subprocess.Popen(
@@ -248,7 +250,7 @@ class Server:
             text=True,
             check=False,
             cwd="/",
-            env={"PATH": f"{self.bindir}:/usr/bin:/bin", "LC_ALL": "C"},
+            env={"PATH": f"{self.bindir}:/usr/bin:/bin", "LC_ALL": "C", **self.environment},
             user=self._account and self._account.pw_uid,
             group=self._account and self._account.pw_gid,
             extra_groups=self._account and [],
