@@ -123,7 +123,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   return array[
-    search_path || ' ' || (select md5(string_agg(s.name || '=' || s.setting, ',' order by s.name)) from pg_settings s where s.name <> 'search_path'),
+    search_path || ' ' || (
+      select encode(sha256(convert_to(string_agg(s.name || '=' || s.setting, ',' order by s.name), 'UTF8')), 'hex')
+      from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
     (select string_agg(t.oid || ' ' || t.xmin, ',' order by t.oid) from pg_type t where pg_my_temp_schema() <> 0 and t.typnamespace = pg_my_temp_schema()),
     array_to_string(rekey._prepared(), ',')];
