@@ -3073,6 +3073,30 @@ COMMENT ON FUNCTION rekey._is_envelope(value bytea) IS 'Whether value has the sh
 
 
 --
+-- Name: _is_service_role(name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_service_role(caller name) RETURNS boolean
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  -- Whoever may create roles can make one of that name, but none that passes by row-level security, as Supabase's does.
+  return caller = 'service_role' and exists (select from pg_roles r where r.rolname = caller and r.rolbypassrls);
+end
+$$;
+
+
+ALTER FUNCTION rekey._is_service_role(caller name) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_service_role(caller name); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_service_role(caller name) IS 'Whether the caller is Supabase''s service_role.';
+
+
+--
 -- Name: _is_under_way(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3556,7 +3580,7 @@ declare
   v_caller name := rekey._caller();
   v_claim text;
 begin
-  if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+  if rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
     return true;
   end if;
   if v_caller <> 'authenticated' then
@@ -7225,7 +7249,7 @@ begin
   if tenant_id is null or v_caller = 'rekey_sweeper' then
     return false;
   end if;
-  if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+  if rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
     return true;
   end if;
   select s.tenant_check into v_check from rekey.settings s;
@@ -11241,6 +11265,13 @@ REVOKE ALL ON FUNCTION rekey._is_due(next_attempt_at timestamp with time zone) F
 --
 
 REVOKE ALL ON FUNCTION rekey._is_envelope(value bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _is_service_role(caller name); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_service_role(caller name) FROM PUBLIC;
 
 
 --

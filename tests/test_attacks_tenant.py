@@ -183,6 +183,24 @@ def test_a_function_with_a_role_of_its_own(tenant: Connection) -> None:
             select evil.f()""")
 
 
+def test_a_role_that_is_called_service_role(tenant: Connection, ready: Connection, kek: bytes) -> None:
+    """Who may create roles can have one of that name; his own function has the right to call ours."""
+    user = sql.Identifier(tenant.info.user)
+    tenant.execute("""
+        create function evil.take() returns text language sql security definer
+          return rekey.get_secret('theirs', '11111111-1111-1111-1111-111111111111');
+        grant execute on function evil.take() to public""")
+    with ready.transaction(force_rollback=True):  # roles are those of the whole server
+        if not value(ready, "select to_regrole('service_role') is not null"):
+            ready.execute("create role service_role nologin")
+        ready.execute("alter role service_role nobypassrls")
+        ready.execute(sql.SQL("grant service_role to {}").format(user))
+        ready.execute(sql.SQL("set local session authorization {}").format(user))
+        ready.execute("set local role service_role")
+        with refused("42501"):
+            ready.execute("select evil.take()")
+
+
 # Code of the caller, in a type or behind a cast: it runs before our functions do, as him.
 CALLERS_TYPES: dict[str, LiteralString] = {
     "domain": "select rekey.get_secret('mine'::evil.d)",

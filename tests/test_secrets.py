@@ -56,7 +56,7 @@ def service_role(connection: Connection) -> Iterator[None]:
     """Act as Supabase's service_role, which is made for the moment where it is missing."""
     with connection.transaction(force_rollback=True):
         if not value(connection, "select to_regrole('service_role') is not null"):
-            connection.execute("create role service_role nologin")
+            connection.execute("create role service_role nologin bypassrls")
         connection.execute("grant rekey_app to service_role")
         connection.execute("set local role service_role")
         yield

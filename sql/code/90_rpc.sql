@@ -9,7 +9,7 @@ declare
   v_caller name := rekey._caller();
   v_claim text;
 begin
-  if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+  if rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
     return true;
   end if;
   if v_caller <> 'authenticated' then

@@ -1688,6 +1688,17 @@ end
 $$;
 comment on function rekey._call_tenant_check is 'Asks the function that the setting tenant_check names.';
 
+create or replace function rekey._is_service_role(caller name) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- Whoever may create roles can make one of that name, but none that passes by row-level security, as Supabase's does.
+  return caller = 'service_role' and exists (select from pg_roles r where r.rolname = caller and r.rolbypassrls);
+end
+$$;
+comment on function rekey._is_service_role is 'Whether the caller is Supabase''s service_role.';
+
 create or replace function rekey.can_access_tenant(tenant_id uuid) returns boolean
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -1700,7 +1711,7 @@ begin
   if tenant_id is null or v_caller = 'rekey_sweeper' then
     return false;
   end if;
-  if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+  if rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
     return true;
   end if;
   select s.tenant_check into v_check from rekey.settings s;
@@ -6132,7 +6143,7 @@ declare
   v_caller name := rekey._caller();
   v_claim text;
 begin
-  if v_caller = 'service_role' or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+  if rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
     return true;
   end if;
   if v_caller <> 'authenticated' then
