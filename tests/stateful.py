@@ -1031,7 +1031,7 @@ class Walk(RuleBasedStateMachine):
         self.lab.server.restart()
         self.lose_sessions()
 
-    @move(lambda self: self.now.step % 8 == 7)
+    @move(lambda self: self.now.step % 20 == 19)
     def restore(self) -> None:
         """Go on in a copy of the database; what was not committed is not in it."""
         self.close_sessions()
@@ -1138,6 +1138,17 @@ class Walk(RuleBasedStateMachine):
                 self.remove(place)
             else:
                 self.store(place, text)
+
+    @move(lambda self: not self.has_writer(), name=names, commits=st.booleans())
+    def a_rotation_meets_a_writer(self, name: str, commits: bool) -> None:
+        """It waits, whatever the writer does in the end."""
+        self.a_writer_begins(level="read committed")
+        self.a_writer_sets(which=False, name=name, ring="default")
+        self.rotate(ring="default", supersede=False)
+        self.holds()
+        self.run()
+        if self.has_writer():
+            self.a_writer_ends(which=False, commits=commits)
 
     def has_writer(self) -> bool:
         return any(writer.open for writer in self.writers)
@@ -1290,6 +1301,8 @@ class Walk(RuleBasedStateMachine):
         self.failures = found
         for it, (state, total, done, failed) in finished:
             rows = self.now.on(self.now.rings[it.ring])
+            sources = {(it.ring, version) for version in it.sources}
+            assert not any(sources & writer.locks for writer in self.writers), f"{it} did not wait"
             behind = {p for p, row in rows.items() if self.now.sweepable(p) and row.version != it.target}
             assert not behind, f"{it} completed without {behind}"
             dead = sorted((p[0], rows[p].row_key) for p in rows if not self.now.sweepable(p))
