@@ -77,9 +77,11 @@ class Estate:
 def copy_data(source: local.Server, target: local.Server, *options: str) -> None:
     """Put a base backup of one server in the place of another's data, which is left stopped."""
     target.kill()
+    kept = (target.data / "postmaster.opts").rename(target.directory / "opts")  # pg_ctl restarts with it
     shutil.rmtree(target.data)
     dsn = source.dsn()
     target._run(target.bindir / "pg_basebackup", "-D", target.data, "-d", dsn, "-c", "fast", *options)
+    kept.rename(target.data / "postmaster.opts")
     configure(target, unix_socket_directories=str(target.directory), **{"cron.host": str(target.directory)})
 
 
