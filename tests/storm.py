@@ -443,8 +443,9 @@ class Writer(Actor):
             self.store(key, new[key])
             if self.choice.random() < 0.03:
                 time.sleep(self.choice.random() * 0.5)
-        if self.choice.random() < 0.02:
-            time.sleep(3)  # long enough for a rotation, were it not to wait, and the destruction after it
+        if all(histories[key].committed is None for key in new) and self.choice.random() < 0.25:
+            # Rows that nobody can see or lock yet, for as long as a rotation and a destruction would take.
+            time.sleep(3)
         if self.choice.random() < 0.1:
             connection.execute("rollback")
             return
