@@ -13,7 +13,7 @@ import pytest
 from psycopg import errors
 
 from column_fixtures import protect
-from driving import fill, in_background, refused, rotate, rotation, run, step, step_until, waits
+from driving import fill, in_background, refused, rotate, rotation, run, states, step, step_until, waits
 from helpers import Connection, connect, create_database, initialize, install, unlock, value
 from pg_rekey import local, release
 
@@ -600,7 +600,6 @@ def test_partitions_come_and_go(ready: Connection, app: Connection) -> None:
     assert value(ready, "select sum(rows) from rekey.key_usage()") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="a plain INSERT takes no lock on the version that its envelope names")
 def test_a_ciphertext_held_back_keeps_its_key_without_a_trigger(
     ready: Connection, app: Connection, session: Callable[[], Connection]
 ) -> None:
@@ -615,6 +614,17 @@ def test_a_ciphertext_held_back_keeps_its_key_without_a_trigger(
         run(ready, "2 s")
         with refused("RK005"):
             ready.execute("select rekey.schedule_key_destruction('default', 1, '0 s')")
+    with refused("RK005"):
+        ready.execute("select rekey.schedule_key_destruction('default', 1, '0 s')")
+    app.execute("delete from t")
+    ready.execute("select rekey.schedule_key_destruction('default', 1, '0 s')")
+    ready.execute("update rekey._worker set last_tick_at = now()")
+    with writer.transaction():
+        writer.execute("insert into app.t values (1, %s)", (held,))
+        ready.execute("call rekey.tick()")
+    postponed = "select details ->> 'postponed' from rekey.audit_log order by id desc limit 1"
+    assert value(ready, postponed) == "a transaction that writes into app.t.v is open"
+    assert states(ready)[1] == "destroy_scheduled"
 
 
 def test_a_key_is_compromised_during_an_adoption(ready: Connection, app: Connection) -> None:

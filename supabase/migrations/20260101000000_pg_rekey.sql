@@ -5055,6 +5055,35 @@ grant execute on procedure rekey.run_rotations to rekey_admin, rekey_operator;
 -- sql/code/62_destruction.sql
 -- Destroying key versions, and retiring keyrings.
 
+-- Who writes into a protected table by other means than our functions and triggers takes no lock on a version. So whoever
+-- writes there now is waited for, and what he stored is counted then.
+create or replace function rekey._open_writers() returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_writers text[];
+  v_target text;
+begin
+  select array_agg(distinct l.virtualtransaction) into v_writers
+  from rekey._targets() t
+  join pg_locks l on l.relation = t.relation::oid
+  where t.target <> 'rekey.secrets' and l.locktype = 'relation' and l.granted and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+    and l.database = (select d.oid from pg_database d where d.datname = current_database()) and l.pid is distinct from pg_backend_pid();
+  for v_try in 1 .. 100 loop
+    select t.target into v_target
+    from rekey._targets() t join pg_locks l on l.relation = t.relation::oid
+    where l.virtualtransaction = any (v_writers) limit 1;
+    if not found then
+      return null;
+    end if;
+    perform pg_sleep(0.02);
+  end loop;
+  return format('a transaction that writes into %s is open', v_target);
+end
+$$;
+comment on function rekey._open_writers is 'Waits 2 seconds for the transactions that write into protected tables now. NULL: they have ended.';
+
 create or replace function rekey._refuse_in_use(keyring rekey.keyrings, version integer) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -5088,6 +5117,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_wait interval := coalesce(wait, (rekey._settings()).destroy_wait);
+  v_writing text;
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
 begin
@@ -5098,6 +5128,10 @@ begin
   v_key := rekey._key(v_keyring.id, version);
   if v_key.state not in ('decrypt_only', 'disabled', 'compromised') then
     raise exception 'version % is %: it cannot be scheduled for destruction', version, v_key.state using errcode = 'RK006';
+  end if;
+  v_writing := rekey._open_writers();
+  if v_writing is not null then
+    raise exception '%: what it stores may need version %', v_writing, version using errcode = 'RK005', hint = 'Try again when it has ended.';
   end if;
   perform rekey._refuse_in_use(v_keyring, version);
   perform rekey._move_key(v_key, 'destroy_scheduled', 'key.destroy_scheduled', null, now() + v_wait);
@@ -5133,6 +5167,7 @@ declare
   v_due record;
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
+  v_writing text;
   v_postponed text;
   -- After a jump of the clock, what is due within the day may only seem so too.
   v_until timestamptz := now() + case when clock_jumped then interval '1 day' else interval '0' end;
@@ -5141,6 +5176,7 @@ begin
   if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled' and k.destroy_after <= v_until) then
     return;
   end if;
+  v_writing := rekey._open_writers();
   perform rekey._lock_kek();  -- first, as everywhere: a KEK rotation holds every key
   for v_due in
     select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
@@ -5150,7 +5186,7 @@ begin
     v_keyring := rekey._keyring(v_due.name, lock => true);
     v_key := rekey._key(v_keyring.id, v_due.version);
     continue when v_key.state <> 'destroy_scheduled' or v_key.destroy_after > v_until;
-    v_postponed := case when clock_jumped then 'more than a day since the last tick: the clock may be wrong' end;
+    v_postponed := case when clock_jumped then 'more than a day since the last tick: the clock may be wrong' else v_writing end;
     if v_postponed is null then
       begin
         perform rekey._refuse_in_use(v_keyring, v_due.version);
