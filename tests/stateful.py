@@ -1087,9 +1087,7 @@ class Walk(RuleBasedStateMachine):
     def a_writer_writes_a_letter(self, which: bool, number: str) -> None:
         writer, place, text = self.writer(which), ("letters", "", number), self.text()
         it = (writer.past or self.now).rings["default"]
-        code = (
-            self.sealing(writer, it) or self.row_conflict(writer, place) or self.new_conflict(writer, place)
-        )
+        code = self.sealing(writer, it) or self.upsert_conflict(writer, place)
         if self.writes(writer, code, PUT_LETTER, number, text) is not None:
             self.wrote(writer, place, text, ("default", it.active))
 
@@ -1100,7 +1098,7 @@ class Walk(RuleBasedStateMachine):
             return  # where no trigger encrypts, nothing keeps the version while the row is not committed
         target: Place = ("letters", "", held.context[1])
         code = self.letter_refuses(writer, held, held.context[1])
-        code = code or self.row_conflict(writer, target) or self.new_conflict(writer, target)
+        code = code or self.upsert_conflict(writer, target)
         if self.writes(writer, code, PUT_LETTER, held.context[1], as_text(held.envelope)) is not None:
             self.wrote(writer, target, held.value, (held.ring, held.envelope.version))
 
@@ -1192,6 +1190,19 @@ class Walk(RuleBasedStateMachine):
         if self.holder(place, writer):
             return "55P03"
         return "40001" if place in self.now.values else None
+
+    def upsert_conflict(self, writer: Writer, place: Place) -> str | None:
+        """What ON CONFLICT DO UPDATE says: it meets the row as it is now, seen or not."""
+        if place in writer.wrote:
+            return None
+        if self.holder(place, writer):
+            return "55P03"
+        seen = (
+            writer.past is None
+            or place not in self.now.values
+            or (place in writer.past.rows and writer.past.rows[place].raw == self.raw(place))
+        )
+        return None if seen else "40001"
 
     def raw(self, place: Place) -> bytes:
         return self.now.rows[place].raw if place in self.now.rows else b""
