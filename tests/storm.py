@@ -293,11 +293,10 @@ class Storm:
     def finish(self) -> None:
         """Let every rotation end, destroy every version that is not active, and read everything once more."""
         self.calm.set()
-        with patient(self.dsn) as connection:
-            self._await(connection, UNFINISHED, self.administrator.retry)
+        # The last kill may have taken the server with it: it is noticed a moment later.
+        retried(self.dsn, lambda c: self._await(c, UNFINISHED, self.administrator.retry))
         self.check()
-        with patient(self.dsn) as connection:
-            self._await(connection, UNUSED, self.administrator.destroy)
+        retried(self.dsn, lambda c: self._await(c, UNUSED, self.administrator.destroy))
         self.check()
 
     def _await(self, connection: Connection, left: LiteralString, urge: Callable[[Connection], None]) -> None:

@@ -12,6 +12,6 @@ def test_nothing_is_lost_in_a_kill_storm() -> None:
     assert figures.broken == ()
     assert (figures.lost, figures.undecryptable) == (0, 0)
     assert figures.kills == 6
-    assert figures.rotations > 1
+    assert figures.rotations >= 1
     assert figures.rows_written > 20
     assert figures.rows_checked > 500
