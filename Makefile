@@ -19,7 +19,7 @@ demo: $(STAMP) ## rotate the keys of real secrets in a real server, live (ARGS="
 test: $(STAMP) ## run the whole suite; prints coverage and SQL functions that were never called
 	@$(BIN)/pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--cov --cov-report=term)
 
-prove: $(STAMP) ## kill processes of all kinds under load, and count what was lost (KILLS=200 MINUTES=10)
+prove: $(STAMP) ## kill processes under load, walk at random, count what was lost (KILLS=200 MINUTES=10)
 	@PYTHONPATH=tests $(BIN)/python -m prove --kills $(KILLS) --minutes $(MINUTES) $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy, pgspot, plpgsql_check, and that the generated files are fresh

@@ -1447,7 +1447,7 @@ def prove(minutes: float, number: int | None = None, say: Callable[[str], None] 
             try:
                 walk(lab, seeds[-1], tally)
             except BaseException as error:
-                error.add_note(f"replay: seed {seeds[-1]}")
+                error.add_note(f"replay: make prove KILLS=0 MINUTES=0.01 ARGS='--seed {seeds[-1]}'")
                 raise
     walks = tally.pop("(walks)")
     rules = dict(tally.most_common())
