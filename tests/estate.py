@@ -26,10 +26,13 @@ class Estate:
     columns: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def build(cls, server: local.Server, name: str, kek: bytes, rows: int = 300) -> Self:
+    def build(
+        cls, server: local.Server, name: str, kek: bytes, rows: int = 300, road: release.Road = "plain"
+    ) -> Self:
         """Make the database."""
         estate = cls(server, name, kek)
-        install(create_database(server.dsn(), name), release.assemble("plain"))
+        script = "create extension pg_rekey" if road == "extension" else release.assemble(road)
+        install(create_database(server.dsn(), name), script)
         with connect(server.dsn(name)) as connection:
             initialize(connection, kek)
             estate.fill(connection, rows)

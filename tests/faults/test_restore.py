@@ -13,7 +13,7 @@ import pytest
 from column_fixtures import protect
 from driving import FLIP, in_background, on_versions, rotate, rotation, run, step
 from estate import Estate
-from helpers import connect, create_database, initialize, value
+from helpers import connect, create_database, value
 from pg_rekey import local, release
 
 
@@ -32,18 +32,8 @@ def test_a_dump_from_the_middle_goes_on_elsewhere(
     """A worker sweeps meanwhile: a rotation and an adoption are half-way, and a row is in quarantine."""
     server, second = servers
     name = f"dumped_{road}"
-    dsn = create_database(server.dsn(), name)
-    with connect(dsn) as connection:
-        connection.execute("create extension pgcrypto")
-        if road == "extension":
-            connection.execute("create extension pg_rekey")
-        else:
-            with connection.transaction():
-                connection.execute(release.assemble(road).encode())
-    estate = Estate(server, name, kek)
-    with connect(dsn) as connection:
-        initialize(connection, kek)
-        estate.fill(connection, 300)
+    estate = Estate.build(server, name, kek, road=road)
+    with estate.connect() as connection:
         connection.execute("select rekey.create_keyring('plain')")
         connection.execute("create table olds (id int primary key, v text)")
         connection.execute("insert into olds select g, 'old ' || g from generate_series(1, 1000) g")
@@ -61,7 +51,7 @@ def test_a_dump_from_the_middle_goes_on_elsewhere(
                     step(worker)
 
         with in_background(work):
-            tool(server, "pg_dump", "-d", dsn, "-Fc", "-f", str(tmp_path / "dump"))
+            tool(server, "pg_dump", "-d", server.dsn(name), "-Fc", "-f", str(tmp_path / "dump"))
         roles = tool(server, "pg_dumpall", "-d", server.dsn(), "--roles-only")
 
     with connect(second.dsn()) as connection:

@@ -1,0 +1,97 @@
+"""pg_upgrade takes a database along in the middle of a rotation, and the rotation goes on."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from driving import on_versions, rotate, rotation, run, step
+from estate import Estate
+from pg_rekey import local, release
+
+
+def installations() -> list[local.Installation]:
+    """Return what is installed here, the oldest version first."""
+    folders = [Path(path) for place in local.PLACES for path in sorted(Path("/").glob(place[1:]))]
+    found = [one for folder in folders if (one := local.Installation.at(folder))]
+    usable = [one for one in found if one.major >= local.OLDEST and (one.bindir / "pg_upgrade").exists()]
+    return sorted(usable, key=lambda one: one.major)
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[local.Server, local.Server]]:
+    """A server of the oldest version that is here, and one of the newest.
+
+    With only one version, pg_upgrade refuses the same things and takes everything the same way.
+    """
+    found = installations()
+    if not found:
+        pytest.skip("no PostgreSQL with pg_upgrade is here")
+    with ExitStack() as stack:
+        started = []
+        for installation in (found[0], found[-1]):
+            monkeypatch.setattr(local, "ensure", lambda it=installation: it)
+            started.append(stack.enter_context(local.Server()))
+        yield started[0], started[1]
+
+
+@pytest.mark.usefixtures("extension_files")
+@pytest.mark.parametrize("road", ["plain", "extension"])
+def test_pg_upgrade_in_the_middle(
+    servers: tuple[local.Server, local.Server], kek: bytes, road: release.Road
+) -> None:
+    old, new = servers
+    if not new.installation.has("pg_rekey") and road == "extension":
+        pytest.skip(f"the files of the extension are not in {new.installation.extensions}")
+    estate = Estate.build(old, "upgraded", kek, road=road)
+    with estate.connect() as connection:
+        number = rotate(connection)
+        while rotation(connection, number, "rows_done") == 0:
+            step(connection)
+        done = rotation(connection, number, "rows_done")
+    for server in servers:
+        server._pg_ctl("stop", "-m", "fast")
+    (new.data / "postmaster.opts").rename(new.directory / "opts")
+    upgrade(old, new)
+    (new.directory / "opts").rename(new.data / "postmaster.opts")
+    new.restart()
+    copy = replace(estate, server=new)
+    with copy.connect() as connection:
+        assert rotation(connection, number, "state", "rows_done") == ("running", done)
+        copy.check(connection)
+        run(connection)
+        assert rotation(connection, number, "state", "rows_failed") == ("completed", 0)
+        assert set(on_versions(connection)) == {2}
+        copy.check(connection)
+
+
+def upgrade(old: local.Server, new: local.Server) -> None:
+    """Run pg_upgrade."""
+    account = new._account
+    options = ("-U", old.superuser, "-s", str(new.directory))
+    done = subprocess.run(
+        [
+            new.bindir / "pg_upgrade",
+            "-b",
+            old.bindir,
+            "-B",
+            new.bindir,
+            "-d",
+            old.data,
+            "-D",
+            new.data,
+            *options,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        cwd=new.directory,  # where it leaves a script
+        user=account and account.pw_uid,
+        group=account and account.pw_gid,
+        extra_groups=account and [],
+    )
+    assert done.returncode == 0, done.stdout
