@@ -128,11 +128,13 @@ class Server:
         superuser: str = "postgres",
         cron_database: str = "postgres",
         port: int | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Create the cluster and start it.
 
         Durable means that commits wait for the disk. With a port, it listens there on 127.0.0.1 too, for
-        clients that know no Unix sockets, and for everybody on this machine.
+        clients that know no Unix sockets, and for everybody on this machine. The environment is what its
+        processes get beside a search path.
         """
         self.installation = ensure()
         self.bindir = self.installation.bindir
@@ -143,7 +145,7 @@ class Server:
         self.data = self.directory / "data"
         self.log = self.directory / "log"
         # What the server gets besides PATH and LC_ALL, from its next start on.
-        self.environment: dict[str, str] = {}
+        self.environment = dict(environment or {})
         if self._account:
             os.chown(self.directory, self._account.pw_uid, self._account.pw_gid)
         self._guard = subprocess.Popen(
