@@ -114,8 +114,13 @@ where s.tenant_id = %s
 order by s.name
 
 -- name: set secret
--- description: Store one secret.
+-- description: Store one secret, as an application does.
 select rekey.set_secret(%s, %s, tenant_id => %s, keyring => %s, description => %s)
+
+-- name: set copied secrets
+-- description: Store the secrets that were copied, in one tenant.
+select rekey.set_secret(s.name, s.value, tenant_id => %s, keyring => %s, description => %s) as id
+from pg_temp.pg_rekey_secrets s
 
 -- name: audit log
 -- description: The newest entries of the audit log, of one keyring or all.

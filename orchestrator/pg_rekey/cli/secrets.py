@@ -2,6 +2,7 @@
 
 import getpass
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from uuid import UUID
 
@@ -12,6 +13,7 @@ from pg_rekey.cli.base import (
     FilePath,
     InputPath,
     Output,
+    Row,
     confirm,
     database,
     fetch,
@@ -47,8 +49,8 @@ def set_(
     description: str | None,
 ) -> None:
     """Store a secret. The value comes from a file, or standard input without its last line break."""
-    identity = scalar(connection, db.query("set secret"), name, _value(path), tenant, keyring, description)
-    out.done(f"secret {name} stored", name=name, id=identity)
+    [row] = _store(connection, {name: _value(path)}, tenant, keyring, description)
+    out.done(f"secret {name} stored", name=name, id=row["id"])
 
 
 @secrets.command()
@@ -106,8 +108,7 @@ def import_(
     rows = fetch(connection, "select name, value from rekey.read_secrets(%s, %s)", list(values), tenant)
     known = {row["name"]: row["value"] for row in rows}
     changed = {name: value for name, value in values.items() if known.get(name) != value}
-    for name, value in changed.items():
-        connection.execute(db.query("set secret"), (name, value, tenant, keyring, None))
+    _store(connection, changed, tenant, keyring)
     created = sorted(changed.keys() - known.keys())
     updated = sorted(changed.keys() & known.keys())
     unchanged = sorted(values.keys() - changed.keys())
@@ -137,6 +138,25 @@ def export(connection: db.Connection, out: Output, path: Path | None, tenant: UU
         out.document(values)
     else:
         click.echo(envfile.write(values), nl=False)
+
+
+def _store(
+    connection: db.Connection,
+    values: Mapping[str, str],
+    tenant: UUID,
+    keyring: str,
+    description: str | None = None,
+) -> list[Row]:
+    """Store secrets. Their values go by binary COPY, which no log shows: one may show parameters."""
+    connection.execute("create temporary table pg_rekey_secrets (name text, value text) on commit drop")
+    with (
+        connection.cursor() as cursor,
+        cursor.copy("copy pg_temp.pg_rekey_secrets from stdin binary") as copy,
+    ):
+        copy.set_types(["text", "text"])
+        for row in values.items():
+            copy.write_row(row)
+    return fetch(connection, db.query("set copied secrets"), tenant, keyring, description)
 
 
 def _value(path: Path | None) -> str:
