@@ -249,6 +249,7 @@ def test_nothing_secret_is_logged(loud: tuple[str, Settings], kek: bytes) -> Non
 
 
 PASSPHRASE = "passphrase canary 0815"
+OPEN = "plaintext of a table before and after 1234 " * 3
 
 
 def use_columns(session: Session, quiet: Connection, kek: bytes) -> None:
@@ -260,10 +261,10 @@ def use_columns(session: Session, quiet: Connection, kek: bytes) -> None:
     quiet.execute("create table texts (id int primary key, v text)")
     quiet.execute("create table messages (id int primary key, v bytea)")
     quiet.execute("create table written (id int primary key, v text)")
-    quiet.execute("insert into texts select g, %s from generate_series(1, 5) g", [VALUE])
+    quiet.execute("insert into texts select g, %s from generate_series(1, 5) g", [OPEN])
     quiet.execute(
         "insert into messages select g, pgp_sym_encrypt(%s, %s) from generate_series(1, 5) g",
-        [VALUE, PASSPHRASE],
+        [OPEN, PASSPHRASE],
     )
     quiet.execute("insert into messages values (6, convert_to('gAAAAA' || repeat('x', 120), 'UTF8'))")
     session.run(
@@ -287,7 +288,7 @@ def use_columns(session: Session, quiet: Connection, kek: bytes) -> None:
             " on commit drop"
         )
         row = value(quiet, "select ctid::text from messages where id = 6")
-        copy_in(connection, "pg_rekey_opened", ["text", "bytea", "text"], (row, VALUE.encode(), None))
+        copy_in(connection, "pg_rekey_opened", ["text", "bytea", "text"], (row, OPEN.encode(), None))
         session.run("select rekey.adoption_store(2, 'messages')")
     session.run(
         "call rekey.run_rotations()",
@@ -301,7 +302,7 @@ def use_columns(session: Session, quiet: Connection, kek: bytes) -> None:
         "select * from rekey.find_unprotected()",
         "select rekey.unprotect_column('messages', 'v', decrypt => true)",
     )
-    assert value(quiet, "select count(*) from messages where v = convert_to(%s, 'UTF8')", VALUE) == 6
+    assert value(quiet, "select count(*) from messages where v = convert_to(%s, 'UTF8')", OPEN) == 6
     assert value(quiet, "select count(*) from written where v like 'rk1:%%'") == 3
 
 
@@ -318,7 +319,12 @@ def test_nothing_of_protected_columns_is_logged(loud: tuple[str, Settings], kek:
     with connect(dsn) as quiet, connect(dsn) as connection:
         session = Session(connection, settings)
         use_columns(session, quiet, kek)
-        secrets = {"value": VALUE.encode(), "passphrase": PASSPHRASE.encode(), "kek": kek}
+        secrets = {
+            "value": VALUE.encode(),
+            "open value": OPEN.encode(),
+            "passphrase": PASSPHRASE.encode(),
+            "kek": kek,
+        }
         secrets |= {f"DEK {number}": key for number, key in enumerate(deks(quiet, kek))}
         leaks = {name: found[0][:2000] for name, key in secrets.items() if (found := session.found(key))}
         assert leaks == {}
