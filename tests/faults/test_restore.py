@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import LiteralString
 
 import psycopg
 import pytest
@@ -69,8 +70,10 @@ def test_a_dump_from_the_middle_goes_on_elsewhere(
     )
     copy = replace(estate, server=second)
     with copy.connect() as connection:
-        for which in (number, adoption):
-            assert rotation(connection, which, "state") == "running"
+        for which, failed in ((number, 1), (adoption, 0)):
+            assert rotation(connection, which, "state", "rows_failed") == ("running", failed)
+            failures: LiteralString = "select count(*) from rekey.rotation_failures where rotation_id = %s"
+            assert value(connection, failures, which) == failed
         connection.execute("select rekey.set_setting('max_rows_per_second', null)")
         run(connection)
         assert rotation(connection, number, "state", "rows_failed") == ("completed_with_failures", 1)
