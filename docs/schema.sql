@@ -2357,9 +2357,11 @@ CREATE FUNCTION rekey._count(keyrings integer[], opening boolean) RETURNS TABLE(
     AS $$
 declare
   v_state text;
+  v_locked oid[];
 begin
   perform rekey._refuse_blocked();
   v_state := rekey._target_state();
+  v_locked := rekey._lock_targets();
   -- One statement, one snapshot: no row escapes by moving.
   if opening then
     return query select o.* from rekey._open_rows(keyrings) o;
@@ -2369,8 +2371,8 @@ begin
       from rekey._count_rows(keyrings) c where c.keyring_id is not null;
   end if;
   perform rekey._refuse_blocked();
-  if rekey._target_state() is distinct from v_state then
-    raise exception 'the functions of a protected column were changed while its rows were counted' using errcode = 'RK005',
+  if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
+    raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
   end if;
 end
@@ -3550,6 +3552,36 @@ ALTER FUNCTION rekey._lock_kek() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._lock_kek() IS 'Keeps the active KEK from being replaced until the end of the transaction: taken by whoever makes a DEK.';
+
+
+--
+-- Name: _lock_targets(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._lock_targets() RETURNS oid[]
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_target rekey._target;
+  v_locked oid[];
+begin
+  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
+    perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', 1, 1);
+    v_locked := v_locked || v_target.relation::oid;
+  end loop;
+  return v_locked;
+end
+$$;
+
+
+ALTER FUNCTION rekey._lock_targets() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _lock_targets(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._lock_targets() IS 'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends; returns which.';
 
 
 --
@@ -11414,6 +11446,13 @@ REVOKE ALL ON FUNCTION rekey._lock_holders(keyring_id integer, versions integer[
 --
 
 REVOKE ALL ON FUNCTION rekey._lock_kek() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _lock_targets(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._lock_targets() FROM PUBLIC;
 
 
 --

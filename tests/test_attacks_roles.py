@@ -26,7 +26,7 @@ TRIES: dict[str, tuple[LiteralString, ...]] = {
         "select rekey._session_keks()",
         "select rekey._provided_keks()",
         "select * from rekey._deks('{1}', '{1}')",
-        "select rekey._seal(1, '', '')",
+        "select rekey._sealing(1)",
         "select rekey._passphrases()",
     ),
     "ciphertexts": (

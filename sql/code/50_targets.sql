@@ -539,6 +539,25 @@ begin atomic
 end;
 comment on function rekey._target_state is 'What changes whenever a function of a target does.';
 
+-- To a snapshot from before it was rewritten, a table may be empty (ALTER TABLE). So the locks come first, and the snapshot of
+-- the statement that counts after them.
+create or replace function rekey._lock_targets() returns oid[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_target rekey._target;
+  v_locked oid[];
+begin
+  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
+    perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', 1, 1);
+    v_locked := v_locked || v_target.relation::oid;
+  end loop;
+  return v_locked;
+end
+$$;
+comment on function rekey._lock_targets is 'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends; returns which.';
+
 create or replace function rekey._count(keyrings integer[], opening boolean)
 returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
 language plpgsql volatile
@@ -546,9 +565,11 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state text;
+  v_locked oid[];
 begin
   perform rekey._refuse_blocked();
   v_state := rekey._target_state();
+  v_locked := rekey._lock_targets();
   -- One statement, one snapshot: no row escapes by moving.
   if opening then
     return query select o.* from rekey._open_rows(keyrings) o;
@@ -558,8 +579,8 @@ begin
       from rekey._count_rows(keyrings) c where c.keyring_id is not null;
   end if;
   perform rekey._refuse_blocked();
-  if rekey._target_state() is distinct from v_state then
-    raise exception 'the functions of a protected column were changed while its rows were counted' using errcode = 'RK005',
+  if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
+    raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
   end if;
 end
