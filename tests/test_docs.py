@@ -173,7 +173,7 @@ def anchors(page: Path) -> set[str]:
 
 def test_assurance_names_tests_that_exist() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (DOCS / "assurance.md").read_text())
-    assert len(named) > 100
+    assert len(named) > 80
     root = DOCS.parent
     missing = [name for path, name in named if f"def {name}(" not in (root / path).read_text()]
     assert missing == []

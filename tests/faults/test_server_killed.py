@@ -50,6 +50,7 @@ class Writer:
     estate: Estate
     name: str
     known: list[str] = field(default_factory=list)
+    begun: bool = False
 
     def __call__(self, stop: threading.Event) -> None:
         try:
@@ -57,7 +58,7 @@ class Writer:
                 for n in itertools.count():
                     self.known = [*self.known[-1:], f"{self.name} {n}"]
                     connection.execute("select rekey.set_secret(%s, %s)", (self.name, self.known[-1]))
-                    self.known = self.known[-1:]
+                    self.known, self.begun = self.known[-1:], True
                     if stop.is_set():
                         break
         except psycopg.OperationalError:
@@ -139,7 +140,7 @@ def test_the_server_is_lost_with_work_in_hand(
             holder.execute(row)
             hanging = pool.submit(worker.execute, statement)
             waits(holder, worker.info.backend_pid)
-            while not all(writer.known for writer in writers):
+            while not all(writer.begun for writer in writers):
                 time.sleep(0.01)
             lose(server)
             with pytest.raises(psycopg.OperationalError):
