@@ -38,7 +38,7 @@ def test_a_seed_finds_a_flaw_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
     lab.break_product(
         sources("41_encrypt.sql", "v_iv := rekey._random_bytes(16)", "v_iv := repeat('x', 16)::bytea")
     )
-    found = next(it for it in map(partial(outcome, lab), range(SEED, SEED + 20)) if it[2])
+    found = next(it for it in map(partial(outcome, lab), range(1, 20)) if it[2])
     assert "an IV was used twice" in found[2]
     assert outcome(lab, found[0]) == found
 
