@@ -706,7 +706,9 @@ class Walk(RuleBasedStateMachine):
         code = self.key_refuses(ring, version, {"decrypt_only", "disabled", "compromised"})
         code = "22023" if wait == "-1 s" else code
         it = self.now.rings.get(ring)
-        if code is None and it and self.in_use(it, version):
+        # Whoever writes into a protected table may store what was held back.
+        writing = any(kind != "secret" for writer in self.writers for kind, *_ in writer.wrote)
+        if code is None and it and (writing or self.in_use(it, version)):
             code = "RK005"
         self.call(self.admin, code, SCHEDULE, ring, version, wait)
         if it and code is None:
