@@ -4089,24 +4089,24 @@ CREATE FUNCTION rekey._open_writers() RETURNS text
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+  v_relations oid[];
   v_writers text[];
-  v_target text;
+  v_relation regclass;
 begin
+  select array_agg(t.relation::oid) into v_relations from rekey._targets() t where t.target <> 'rekey.secrets';
   select array_agg(distinct l.virtualtransaction) into v_writers
-  from rekey._targets() t
-  join pg_locks l on l.relation = t.relation::oid
-  where t.target <> 'rekey.secrets' and l.locktype = 'relation' and l.granted and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
-    and l.database = (select d.oid from pg_database d where d.datname = current_database()) and l.pid is distinct from pg_backend_pid();
+  from pg_locks l
+  where l.locktype = 'relation' and l.granted and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+    and l.relation = any (v_relations) and l.database = (select d.oid from pg_database d where d.datname = current_database())
+    and l.pid is distinct from pg_backend_pid();
   for v_try in 1 .. 100 loop
-    select t.target into v_target
-    from rekey._targets() t join pg_locks l on l.relation = t.relation::oid
-    where l.virtualtransaction = any (v_writers) limit 1;
+    select l.relation into v_relation from pg_locks l where l.virtualtransaction = any (v_writers) and l.relation = any (v_relations) limit 1;
     if not found then
       return null;
     end if;
     perform pg_sleep(0.02);
   end loop;
-  return format('a transaction that writes into %s is open', v_target);
+  return format('a transaction that writes into %s is open', v_relation);
 end
 $$;
 
@@ -4719,7 +4719,9 @@ declare
   v_plaintext bytea;
 begin
   if rekey._is_envelope(envelope) then
-    perform pg_advisory_xact_lock_shared(rekey._int4(envelope, 3), rekey._int4(envelope, 7));
+    -- Of a version that there is: else an envelope that was made up would hold any lock.
+    perform pg_advisory_xact_lock_shared(k.keyring_id, k.version)
+    from rekey.encryption_keys k where k.keyring_id = rekey._int4(envelope, 3) and k.version = rekey._int4(envelope, 7);
     perform rekey._refuse_old_snapshot(array[rekey._int4(envelope, 3)], array[rekey._int4(envelope, 7)]);
   end if;
   v_plaintext := rekey._open(envelope, context);

@@ -210,7 +210,9 @@ declare
   v_plaintext bytea;
 begin
   if rekey._is_envelope(envelope) then
-    perform pg_advisory_xact_lock_shared(rekey._int4(envelope, 3), rekey._int4(envelope, 7));
+    -- Of a version that there is: else an envelope that was made up would hold any lock.
+    perform pg_advisory_xact_lock_shared(k.keyring_id, k.version)
+    from rekey.encryption_keys k where k.keyring_id = rekey._int4(envelope, 3) and k.version = rekey._int4(envelope, 7);
     perform rekey._refuse_old_snapshot(array[rekey._int4(envelope, 3)], array[rekey._int4(envelope, 7)]);
   end if;
   v_plaintext := rekey._open(envelope, context);
