@@ -30,13 +30,12 @@ lint: $(STAMP) ## ruff, mypy, pgspot, plpgsql_check, and that the generated file
 	@PYTHONPATH=tests $(BIN)/python -m lint.sql
 
 sql: $(STAMP) ## assemble the SQL and write what is generated from it: sql/dist, the migration, the reference
-	@$(BIN)/python -m pg_rekey.release
+	@$(BIN)/python -m pg_rekey.release $(ARGS)
 	@$(BIN)/python docs/generate.py
 
-install: ## copy the extension's files to the server that PG_CONFIG belongs to
-	@dir=`$(PG_CONFIG) --sharedir`/extension && \
-	install -m 644 sql/pg_rekey.control sql/dist/pg_rekey--*.sql "$$dir" && \
-	echo "installed in $$dir; now, in the database: create extension pg_rekey cascade"
+install: ## put the extension into the server that PG_CONFIG belongs to; no Python needed
+	@$(MAKE) --no-print-directory -C sql install PG_CONFIG='$(PG_CONFIG)'
+	@echo 'now, in the database: create extension pg_rekey cascade'
 
 dev: $(STAMP) ## a server that stays until Ctrl-C and reloads sql/code when a file changes
 	@$(BIN)/python -m pg_rekey.local dev

@@ -1,9 +1,13 @@
 """The assembler: what it makes of the sources, and that what is committed is fresh."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +24,11 @@ from pg_rekey import local, release
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the sources that a test may change."""
     shutil.copytree(release.SOURCES, tmp_path / "sql")
+    shutil.copy(release.ROOT / "CHANGELOG.md", tmp_path)
     monkeypatch.setattr(release, "ROOT", tmp_path)
     monkeypatch.setattr(release, "SOURCES", tmp_path / "sql")
     monkeypatch.setattr(release, "DIST", tmp_path / "sql" / "dist")
-    monkeypatch.setattr(release, "MIGRATION", tmp_path / "supabase" / "migration.sql")
+    monkeypatch.setattr(release, "MIGRATIONS", tmp_path / "supabase" / "migrations")
     release.write()
     return tmp_path
 
@@ -35,8 +40,11 @@ def test_committed_files_are_fresh() -> None:
 def test_extension_script_refuses_psql() -> None:
     script = release.assemble("extension")
     assert script.startswith("\\echo Use")
-    assert "pg_extension_config_dump" in script
-    assert "pg_extension_config_dump" not in release.assemble("plain")
+    assert (
+        script.removeprefix(release.EXTENSION_GUARD)
+        == release.assemble("plain")
+        == release.assemble("supabase")
+    )
 
 
 def test_version_is_written_once(conn: Connection) -> None:
@@ -64,12 +72,12 @@ def test_code_can_be_loaded_again(conn: Connection) -> None:
 def test_check_names_stale_files_and_write_mends_them(checkout: Path) -> None:
     dist = checkout / "sql" / "dist"
     assert CliRunner().invoke(release.main, ["--check"]).exit_code == 0
-    (dist / "pg_rekey-plain.sql").write_text("select 1;\n")
+    (dist / f"pg_rekey--{release.version()}.sql").write_text("select 1;\n")
     (dist / "pg_rekey--0.0.1.sql").touch()
     result = CliRunner().invoke(release.main, ["--check"])
     assert result.exit_code == 1
     assert result.output.splitlines() == [
-        "sql/dist/pg_rekey-plain.sql is stale: run `make sql`",
+        f"sql/dist/pg_rekey--{release.version()}.sql is stale: run `make sql`",
         "sql/dist/pg_rekey--0.0.1.sql is stale: run `make sql`",
     ]
     assert CliRunner().invoke(release.main, []).exit_code == 0
@@ -87,15 +95,124 @@ def test_installed_package_reads_assembled_scripts(checkout: Path, monkeypatch: 
     assert {road: release.sql_script(road) for road in roads} == expected
 
 
-def test_wheel_holds_the_sql(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path)]
-    subprocess.run([*build, str(release.ROOT)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+SQL = {f"pg_rekey--{release.version()}.sql", "pg_rekey.control"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist of this checkout, and the wheel that was made of the sdist."""
+    folder = tmp_path_factory.mktemp("built")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, release.ROOT],
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+def test_wheel_holds_the_sql_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        script = archive.read("pg_rekey/sql/pg_rekey-plain.sql").decode()
-    assert {"pg_rekey/sql/pg_rekey.control", f"pg_rekey/sql/pg_rekey--{release.version()}.sql"} <= names
-    assert script == release.assemble("plain")
+        script = archive.read(f"pg_rekey/sql/pg_rekey--{release.version()}.sql").decode()
+    assert {name for name in names if name.startswith("pg_rekey/sql/")} == {
+        f"pg_rekey/sql/{name}" for name in SQL
+    }
+    package = {
+        str(path.relative_to(release.PACKAGED.parents[1])) for path in release.PACKAGED.parent.rglob("*")
+    }
+    extra = names - package - {f"pg_rekey/sql/{name}" for name in SQL}
+    assert all(re.match(r"pg_rekey-[\d.]+\.dist-info/", name) for name in extra), extra
+    assert "pg_rekey/queries.sql" in names
+    assert "pg_rekey/py.typed" in names
+    assert script == release.assemble("extension")
+
+
+def test_sdist_holds_what_make_needs(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=release.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if tracked.returncode == 0:
+        assert names - {"PKG-INFO"} <= set(tracked.stdout.splitlines())
+    needed = {
+        "Makefile",
+        "sql/Makefile",
+        "sql/pg_rekey.control",
+        f"sql/dist/pg_rekey--{release.version()}.sql",
+        "LICENSE",
+    }
+    assert needed <= names
+    assert {f"sql/{path.relative_to(release.SOURCES)}" for path in release.SOURCES.rglob("*.sql")} <= names
+
+
+def test_the_index_would_take_both(built: Path) -> None:
+    checked = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *built.iterdir()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout
+    assert checked.stdout.count("PASSED") == 2
+
+
+def test_wheel_works_from_an_empty_directory(
+    built: Path, tmp_path: Path, make_database: Callable[..., str], kek: bytes
+) -> None:
+    """In an environment of its own, with the packages that this one has, but without this checkout."""
+    venv.create(tmp_path / "venv")
+    (packages,) = tmp_path.glob("venv/lib/python*/site-packages")
+    ours = sysconfig.get_path("purelib")
+    (packages / "ours.pth").write_text(ours)
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    here = tmp_path / "empty"
+    here.mkdir()
+    python = str(tmp_path / "venv" / "bin" / "python")
+
+    def run(*arguments: str) -> str:
+        command = [python, "-c", "from pg_rekey.cli import main; main()", *arguments]
+        environment = {"PG_REKEY_DSN": make_database(), "PG_REKEY_KEK": kek.hex(), "PATH": os.environ["PATH"]}
+        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=True)
+        return str(done.stdout)
+
+    assert run("init").splitlines()[-1] == "ready"
+    roads: tuple[release.Road, ...] = ("extension", "plain", "supabase")
+    for road in roads:
+        assert run("sql", "--road", road) == release.assemble(road)
+    assert list(here.iterdir()) == []
+
+
+def test_make_install_needs_no_python(tmp_path: Path) -> None:
+    """With PGXS, and with a pg_config that names none."""
+    local_config = local.ensure().bindir / "pg_config"
+    without = tmp_path / "pg_config"
+    without.write_text(f'#!/bin/sh\ncase $1 in --pgxs) echo /nowhere;; *) exec {local_config} "$1";; esac\n')
+    without.chmod(0o755)
+    for number, config in enumerate((local_config, without)):
+        target = tmp_path / str(number)
+        command = ["make", "install", f"PG_CONFIG={config}", f"DESTDIR={target}"]
+        done = subprocess.run(
+            command,
+            cwd=release.ROOT,
+            env={"PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "create extension pg_rekey" in done.stdout
+        assert {path.name for path in target.rglob("*") if path.is_file()} == SQL
+        assert list(target.rglob("*.control")) == [
+            target / str(local.ensure().extensions).lstrip("/") / "pg_rekey.control"
+        ]
 
 
 def test_reference_is_fresh(conn: Connection) -> None:

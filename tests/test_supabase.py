@@ -265,7 +265,7 @@ def test_the_next_migration_comes_after_all_others(tmp_path: Path, cli: Cli) -> 
     (migrations / "20259999999999_odd.sql").touch()
     written = cli.json("sql", "--road", "supabase", "--project", tmp_path)
     path = migrations / "21000101000000_pg_rekey.sql"
-    assert written["path"] == str(path)
+    assert written["paths"] == [str(path)]
     assert path.read_text() == release.assemble("supabase")
     cli("sql", "--road", "supabase", "--project", tmp_path, code=1)
     assert "has it already" in cli.err

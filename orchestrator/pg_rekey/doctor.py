@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import psycopg
 
-from pg_rekey import db
+from pg_rekey import db, release
 from pg_rekey import kek as keks
 
 Severity = Literal["critical", "warning", "info"]
@@ -47,8 +47,20 @@ def examine(connection: db.Connection) -> list[Finding]:
     else:
         for name in CHECKS:
             found += _guarded(connection, name, partial(_statement, connection, name))
+        found += _guarded(connection, "release", lambda: list(_release(connection)))
         found += _guarded(connection, "pg_cron", lambda: list(_cron(connection)))
     return sorted(found, key=lambda finding: ("critical", "warning", "info").index(finding.severity))
+
+
+def _release(connection: db.Connection) -> Iterator[Finding]:
+    [row] = connection.execute("select rekey.version() as version").fetchall()
+    ours = release.version()
+    if row["version"] != ours:
+        yield Finding(
+            "warning",
+            f"this database has pg_rekey {row['version']}, and this is pg-rekey {ours}",
+            "`pg-rekey upgrade` brings an older database to this version; a newer one needs a newer pg-rekey.",
+        )
 
 
 def _statement(connection: db.Connection, name: str) -> list[Finding]:

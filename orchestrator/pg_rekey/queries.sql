@@ -9,6 +9,22 @@ select current_database()::text as database,
   exists (select from pg_extension where extname = 'pg_cron') as pg_cron,
   (select setting from pg_settings where name = 'cron.database_name') as cron_database
 
+-- name: installed
+-- description: The version of an extension that is pg_rekey, and whether there are migrations; no row: it is not installed.
+select e.extversion as version, to_regclass('supabase_migrations.schema_migrations') is not null as has_migrations
+from (select) as one
+left join pg_extension e on e.extname = 'pg_rekey'
+where to_regclass('rekey.settings') is not null
+
+-- name: migrated
+-- description: Whether a migration of a Supabase project installed it.
+select exists (select from supabase_migrations.schema_migrations where name like '%pg\_rekey')
+
+-- name: extension path
+-- description: Whether the server has the files for one step of the extension.
+select exists (
+  select from pg_extension_update_paths('pg_rekey') p where p.source = %s and p.target = %s and p.path is not null)
+
 -- name: kek provider
 -- description: Where the server finds the KEK by itself; no row before pg_rekey is set up.
 select value from rekey.setting_status where name = 'kek_provider'

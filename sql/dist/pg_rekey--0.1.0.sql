@@ -6425,11 +6425,14 @@ grant execute on function public.rotate_keys, public.key_rotation_status, rekey.
   to rekey_admin;
 
 -- sql/extension.sql
--- What pg_dump is to bring along.
+-- What pg_dump is to bring along, where the extension is what owns it.
 do $$
 declare
   v_relation regclass;
 begin
+  if not exists (select from pg_extension where extname = 'pg_rekey') then
+    return;
+  end if;
   for v_relation in
     select c.oid::regclass from pg_class c
     where c.relnamespace = 'rekey'::regnamespace and c.relkind in ('r', 'S')

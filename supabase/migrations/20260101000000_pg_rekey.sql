@@ -6422,3 +6422,22 @@ grant execute on function rekey._session_state, rekey._refuse_traces, rekey._pre
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;
+
+-- sql/extension.sql
+-- What pg_dump is to bring along, where the extension is what owns it.
+do $$
+declare
+  v_relation regclass;
+begin
+  if not exists (select from pg_extension where extname = 'pg_rekey') then
+    return;
+  end if;
+  for v_relation in
+    select c.oid::regclass from pg_class c
+    where c.relnamespace = 'rekey'::regnamespace and c.relkind in ('r', 'S')
+    order by c.relkind, c.oid
+  loop
+    perform pg_extension_config_dump(v_relation, '');
+  end loop;
+end
+$$;

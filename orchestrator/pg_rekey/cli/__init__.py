@@ -21,6 +21,7 @@ from pg_rekey.cli import (
     settings,
     sql,
     status,
+    upgrade,
     verify,
     work,
 )
@@ -45,6 +46,7 @@ def main() -> None:
 
 for command in (
     init.init,
+    upgrade.upgrade,
     status.status,
     doctor.doctor,
     demo.demo,

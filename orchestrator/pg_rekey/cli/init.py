@@ -56,7 +56,11 @@ def _provider(connection: db.Connection, here: Any) -> Any:
 
 def _install(connection: db.Connection, here: Any, extension: bool, step: Any) -> None:
     if here["installed"]:
-        step(f"pg_rekey {scalar(connection, 'select rekey.version()')} is installed")
+        version = scalar(connection, "select rekey.version()")
+        older = (
+            "" if version == release.version() else f", this is {release.version()}: see `pg-rekey upgrade`"
+        )
+        step(f"pg_rekey {version} is installed{older}")
         return
     if not here["pgcrypto"]:
         schema = "extensions" if here["extensions_schema"] else "public"
