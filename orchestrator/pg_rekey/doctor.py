@@ -59,7 +59,7 @@ def _release(connection: db.Connection) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"this database has pg_rekey {row['version']}, and this is pg-rekey {ours}",
-            "`pg-rekey upgrade` brings an older database to this version; a newer one needs a newer pg-rekey.",
+            "`pg-rekey upgrade` upgrades an older database; a newer one needs a newer pg-rekey.",
         )
 
 
