@@ -19,6 +19,7 @@ LENGTHS = [0, 1, 15, 16, 17, 31, 32, 33, 127, 128, 129, 1024, 1025]
 KEY, IV = bytes(range(64)), bytes.fromhex("1af38c2dc2b96ffdd86694092341bc04")
 ENCRYPT: LiteralString = "select rekey._aead_encrypt(%s, %s, %s, %s)"
 DECRYPT: LiteralString = "select rekey._aead_decrypt(%s, %s, %s, %s)"
+AUTHENTIC: LiteralString = "select rekey._is_authentic(%s, %s, %s, %s)"
 REFUSED = "RK003 cannot open ciphertext"
 
 
@@ -66,16 +67,20 @@ def test_same_as_the_reference(conn: Connection, data: st.DataObject) -> None:
     assert value(conn, ENCRYPT, key, iv, plaintext, aad) == sealed
     assert value(conn, DECRYPT, key, iv, sealed, aad) == plaintext
     assert value(conn, DECRYPT, key, iv, sealed, aad + b"\0") is None
+    assert value(conn, AUTHENTIC, key, iv, sealed, aad) is True
+    assert value(conn, AUTHENTIC, key, iv, sealed, aad + b"\0") is False
     damaged = data.draw(st.integers(0, len(sealed) - 1))
     sealed = sealed[:damaged] + bytes([sealed[damaged] ^ 1]) + sealed[damaged + 1 :]
     assert value(conn, DECRYPT, key, iv, sealed, aad) is None
+    assert value(conn, AUTHENTIC, key, iv, sealed, aad) is False
 
 
+CALLS = (ENCRYPT, DECRYPT, AUTHENTIC)
 BAD_LENGTHS: list[tuple[LiteralString, int, int | None]] = [
-    *((statement, 0, bad) for statement in (ENCRYPT, DECRYPT) for bad in (0, 32, 63, 65, 128, None)),
-    *((statement, 1, bad) for statement in (ENCRYPT, DECRYPT) for bad in (0, 12, 15, 17, 32, None)),
-    *((DECRYPT, 2, bad) for bad in (0, 16, 32, 47, 49, 63, None)),
-    *((statement, place, None) for statement, place in ((ENCRYPT, 2), (ENCRYPT, 3), (DECRYPT, 3))),
+    *((statement, 0, bad) for statement in CALLS for bad in (0, 32, 63, 65, 128, None)),
+    *((statement, 1, bad) for statement in CALLS for bad in (0, 12, 15, 17, 32, None)),
+    *((statement, 2, bad) for statement in CALLS[1:] for bad in (0, 16, 32, 47, 49, 63, None)),
+    *((statement, place, None) for statement in CALLS for place in (2, 3)),
 ]
 
 
@@ -90,6 +95,9 @@ def test_lengths_are_checked(conn: Connection) -> None:
 INLINED: dict[LiteralString, list[str]] = {
     "rekey._aead_encrypt(key, iv, plaintext, aad)": ["hmac(", "encrypt_iv("],
     "rekey._aead_decrypt(key, iv, plaintext, aad)": ["hmac(", "decrypt_iv("],
+    "rekey._is_authentic(key, iv, plaintext, aad)": ["hmac("],
+    "rekey._encipher(key, iv, plaintext)": ["encrypt_iv("],
+    "rekey._decipher(key, iv, plaintext)": ["decrypt_iv("],
     "rekey._mac(key, aad, iv, plaintext)": ["hmac("],
     "rekey._part(part)": ["int4send("],
     "rekey._secret_context(id, id)": ["int4send("],
@@ -314,7 +322,8 @@ def test_no_iv_twice(ready: Connection) -> None:
         union all
         select substr(u, 12, 16)
         from (select rekey.encrypt('x'::text) as e offset 0) o,
-          rekey._reencrypt(array_fill(e, array[20000]), array_fill(''::bytea, array[20000])) r,
-          unnest(r.ciphertexts) u
+          rekey._reencrypt(array_fill('(0,1)'::tid, array[20000]), array_fill(e, array[20000]), '',
+            array_fill(''::bytea, array[20000])) r,
+          unnest(r.made) u
     """).fetchall()
     assert len(ivs) == len(set(ivs)) == 22000

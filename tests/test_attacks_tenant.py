@@ -366,7 +366,7 @@ def test_plans_that_the_session_prints_hold_no_key(tenant: Connection, ready: Co
 
 
 @pytest.mark.parametrize(
-    "call", ["rekey._deks('{1}', '{1}')", "rekey._reencrypt('{}', '{}')", "rekey.read_secrets()"]
+    "call", ["rekey._deks('{1}', '{1}')", "rekey._reencrypt('{}', '{}', '', '{}')", "rekey.read_secrets()"]
 )
 def test_a_tenant_check_opens_nothing(tenant: Connection, ready: Connection, call: str) -> None:
     """It runs as rekey_sweeper: it sees the ciphertexts that a sweep reads, and no key."""

@@ -26,7 +26,8 @@ SPY: LiteralString = """
       foreach v_try in array array[
         'select count(*) from rekey.encryption_keys', 'select key from rekey._session_key',
         'select * from rekey._kek()', 'select rekey._session_keks()',
-        'select rekey._reencrypt(''{}'', ''{}'')', 'set role rekey_owner', 'set role rekey_sweeper',
+        'select rekey._reencrypt(''{}'', ''{}'', '''', ''{}'')', 'set role rekey_owner',
+        'set role rekey_sweeper',
         'select rekey._adopt(''{}'', ''{}'', null, true, ''{}'', true)',
         'set session authorization postgres', 'create role rekey_mine superuser'] loop
         begin

@@ -231,7 +231,7 @@ def test_nobody_else(tenants: Connection, login: Callable[..., Connection]) -> N
         "truncate rekey.secrets",
         "select * from rekey.encryption_keys",
         "select * from rekey._open('', '')",
-        "select * from rekey._reencrypt('{}', '{}')",
+        "select * from rekey._reencrypt('{}', '{}', '', '{}')",
         "select * from rekey._store_setting('kek_provider', 'file')",
     ):
         with refused("42501"):

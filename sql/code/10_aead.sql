@@ -24,15 +24,38 @@ return substr(
   hmac(aad || iv || ciphertext || int8send(octet_length(aad)::bigint * 8), substr(key, 1, 32), 'sha512'), 1, 32);
 comment on function rekey._mac is 'Authentication tag: the first half of HMAC-SHA-512 under the first half of the key.';
 
+create or replace function rekey._encipher(key bytea, iv bytea, plaintext bytea) returns bytea
+language sql immutable parallel safe
+return case
+  when octet_length(key) = 64 and octet_length(iv) = 16 and plaintext is not null then
+    encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs')
+  else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(plaintext)) end;
+comment on function rekey._encipher is
+  'AES-256-CBC with PKCS#7 padding under the second half of a 64-byte key. 22023 for other lengths and NULL. Nothing without its tag: rekey._mac().';
+
 create or replace function rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) returns bytea
 language sql immutable parallel safe
 return case
-  when octet_length(key) = 64 and octet_length(iv) = 16 and plaintext is not null and aad is not null then
-    encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs')
-    || rekey._mac(key, aad, iv, encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs'))
-  else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(plaintext)) end;
+  when aad is not null then
+    rekey._encipher(key, iv, plaintext) || rekey._mac(key, aad, iv, rekey._encipher(key, iv, plaintext))
+  else rekey._refuse_lengths(octet_length(key), octet_length(iv), null) end;
 comment on function rekey._aead_encrypt is
   'Ciphertext and tag of plaintext under a 64-byte key (MAC key, encryption key) and a 16-byte IV, authenticating aad too. 22023 for other lengths and NULL.';
+
+create or replace function rekey._decipher(key bytea, iv bytea, sealed bytea) returns bytea
+language sql immutable parallel safe
+return decrypt_iv(substr(sealed, 1, octet_length(sealed) - 32), substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs');
+comment on function rekey._decipher is 'Plaintext of what is authentic: its tag was checked before.';
+
+-- Not in constant time: for sweeps and verification, which answer for thousands of rows at once.
+create or replace function rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad bytea) returns boolean
+language sql immutable parallel safe
+return case
+  when octet_length(key) = 64 and octet_length(iv) = 16 and aad is not null
+       and octet_length(sealed) >= 48 and octet_length(sealed) % 16 = 0 then
+    substr(sealed, octet_length(sealed) - 31) = rekey._mac(key, aad, iv, substr(sealed, 1, octet_length(sealed) - 32))
+  else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(sealed)) is not null end;
+comment on function rekey._is_authentic is 'Whether the tag of what rekey._aead_encrypt sealed is right. 22023 for lengths that cannot be and NULL.';
 
 -- The tags are compared as hashes under the MAC key, which no caller has: how long the comparison takes tells nothing.
 create or replace function rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea) returns bytea
@@ -42,7 +65,7 @@ return case
        and octet_length(sealed) >= 48 and octet_length(sealed) % 16 = 0 then
     case when sha256(substr(key, 1, 32) || substr(sealed, octet_length(sealed) - 31))
               = sha256(substr(key, 1, 32) || rekey._mac(key, aad, iv, substr(sealed, 1, octet_length(sealed) - 32))) then
-      decrypt_iv(substr(sealed, 1, octet_length(sealed) - 32), substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs')
+      rekey._decipher(key, iv, sealed)
     end
   else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(sealed)) end;
 comment on function rekey._aead_decrypt is

@@ -20,7 +20,7 @@ comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it do
 
 create or replace function rekey._deks(keyrings integer[], versions integer[], sweeping boolean = false)
 returns table (keyring_id integer, version integer, key bytea, problem text)
-language plpgsql stable
+language plpgsql stable rows 10
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- keys that do not fit go to a temporary file
 as $$

@@ -36,7 +36,7 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with found as materialized (
-    select s.ctid as row, s.tenant_id, s.id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
     from rekey.secrets s
     where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
     order by s.ctid
@@ -47,10 +47,10 @@ begin
   )
   select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
       max(s.row) filter (where s.before < max_bytes) end,
-    array_agg(s.row order by s.row) filter (where s.before < max_bytes),
-    array_agg(s.ciphertext order by s.row) filter (where s.before < max_bytes),
-    array_agg(rekey._part(s.tenant_id::text) || rekey._part(s.id::text) order by s.row) filter (where s.before < max_bytes),
-    array_agg(s.tenant_id || '/' || s.id order by s.row) filter (where s.before < max_bytes)
+    array_agg(s.row) filter (where s.before < max_bytes),
+    array_agg(s.ciphertext) filter (where s.before < max_bytes),
+    array_agg('\x00000024'::bytea || convert_to(s.tenant_id, 'UTF8') || '\x00000024'::bytea || convert_to(s.id, 'UTF8')) filter (where s.before < max_bytes),
+    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes)
   into next, rows, ciphertexts, contexts, keys
   from sized s;
 end
@@ -70,7 +70,7 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with due as materialized (
-    select s.ctid as row, s.tenant_id, s.id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
     from rekey.secrets s
     join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
     where s.ctid >= first and s.ctid < until
@@ -83,10 +83,10 @@ begin
   )
   select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
       max(s.row) filter (where s.before < max_bytes) end,
-    array_agg(s.row order by s.row) filter (where s.before < max_bytes),
-    array_agg(s.ciphertext order by s.row) filter (where s.before < max_bytes),
-    array_agg(rekey._part(s.tenant_id::text) || rekey._part(s.id::text) order by s.row) filter (where s.before < max_bytes),
-    array_agg(s.tenant_id || '/' || s.id order by s.row) filter (where s.before < max_bytes)
+    array_agg(s.row) filter (where s.before < max_bytes),
+    array_agg(s.ciphertext) filter (where s.before < max_bytes),
+    array_agg('\x00000024'::bytea || convert_to(s.tenant_id, 'UTF8') || '\x00000024'::bytea || convert_to(s.id, 'UTF8')) filter (where s.before < max_bytes),
+    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes)
   into next, rows, ciphertexts, contexts, keys
   from sized s;
 end
@@ -324,108 +324,116 @@ end
 $$;
 comment on function rekey._call_write is 'Calls the write function of a target.';
 
-create or replace function rekey._reencrypt(ciphertexts bytea[], contexts bytea[]) returns rekey._sealed
+create or replace function rekey._headers(ciphertexts bytea[]) returns bytea[]
+language sql immutable parallel safe
+begin atomic
+  select array_agg(h.header)
+  from (select distinct substr(u.ciphertext, 1, 11) as header from unnest(ciphertexts) as u(ciphertext)) h
+  where octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01'::bytea;
+end;
+comment on function rekey._headers is 'The different headers of envelopes.';
+
+create or replace function rekey._reencrypt(
+  rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[],
+  out made_rows tid[], out made bytea[], out failed_places integer[], out problems text[]
+)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- as rekey._deks()
+set plan_cache_mode = force_custom_plan  -- which knows how many values there are
 as $$
 declare
+  v_headers bytea[] := rekey._headers(ciphertexts);
   v_keyrings integer[];
   v_versions integer[];
   v_from_keyrings integer[];
   v_from_versions integer[];
-  v_made rekey._sealed;
+  v_ivs bytea;
 begin
-  select array_agg(distinct rekey._int4(u.ciphertext, 3)) into v_keyrings
-  from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext);
+  select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)), array_agg(distinct rekey._int4(h.header, 3))
+  into v_from_keyrings, v_from_versions, v_keyrings
+  from unnest(v_headers) as h(header);
   v_versions := rekey._lock_active(v_keyrings);
-  select array_agg(w.keyring_id), array_agg(w.version) into v_from_keyrings, v_from_versions
-  from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
-        from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext)) w;
+  -- 64 IVs at a time: most of the cost is that of the call.
+  select string_agg(rekey._random_bytes(1024), ''::bytea) into v_ivs from generate_series(1, (cardinality(ciphertexts) + 63) / 64);
 
-  select array_agg(n.sealed order by n.place), array_agg(n.problem order by n.place)
-  into v_made.ciphertexts, v_made.problems
+  select array_agg(o.row) filter (where o.body is not null),
+    array_agg(o.header || o.iv || o.body || rekey._mac(o.key, o.aad, o.iv, o.body)) filter (where o.body is not null),
+    array_agg(o.place) filter (where o.body is null),
+    array_agg(case when not o.opens then coalesce(o.old_problem, 'does not open: damaged, or of another row')
+                   else coalesce(o.new_problem, 'the keyring has no active version') end) filter (where o.body is null)
+  into made_rows, made, failed_places, problems
   from (
-    select o.place,
-      case when o.plaintext is not null and o.new_key is not null then
-        o.new_header || o.new_iv || rekey._aead_encrypt(o.new_key, o.new_iv, o.plaintext, o.new_aad) end as sealed,
-      case when o.plaintext is null then coalesce(o.old_problem, 'does not open: damaged, or of another row')
-           when o.new_key is null then coalesce(o.new_problem, 'the keyring has no active version') end as problem
+    select p.*, case when p.opens and p.key is not null then rekey._encipher(p.key, p.iv, rekey._decipher(p.old_key, p.old_iv, p.sealed)) end as body
     from (
-      select p.place, p.old_problem, p.new_key, p.new_problem, p.new_header, p.new_header || p.context as new_aad,
-        case when p.new_key is not null then rekey._random_bytes(16) end as new_iv,
-        case when p.old_key is not null then rekey._aead_decrypt(p.old_key, p.iv, p.sealed, p.aad) end as plaintext
+      select u.*, substr(v_ivs, u.place * 16 - 15, 16) as iv, u.header || prefix || u.context as aad,
+        u.old_key is not null and rekey._is_authentic(u.old_key, u.old_iv, u.sealed, u.old_header || prefix || u.context) as opens
       from (
-        select u.place, u.context, d.key as old_key, a.key as new_key, a.problem as new_problem,
-          substr(u.ciphertext, 12, 16) as iv, substr(u.ciphertext, 28) as sealed, substr(u.ciphertext, 1, 11) || u.context as aad,
-          rekey._header(a.keyring_id, a.version) as new_header,
-          case when not u.well_formed then 'is no envelope'
-               when d.keyring_id is null then 'there is no such key version'
-               else d.problem end as old_problem
-        from (
-          select c.place, c.ciphertext, c.context, rekey._is_envelope(c.ciphertext) as well_formed,
-            case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 3) end as keyring_id,
-            case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 7) end as version
-          from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+        select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
+          substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
+          case when k.old_header is not null then k.old_problem
+               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               else 'there is no such key version' end as old_problem
+        from unnest(rows, ciphertexts, contexts) with ordinality as c(row, ciphertext, context, place)
+        left join (
+          select rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
+            rekey._header(a.keyring_id, a.version) as header, a.key, a.problem as new_problem
+          from rekey._deks(v_from_keyrings, v_from_versions, sweeping => true) d
+          left join rekey._deks(v_keyrings, v_versions) a on a.keyring_id = d.keyring_id
           offset 0
-        ) u
-        left join rekey._deks(v_from_keyrings, v_from_versions, sweeping => true) d
-          on d.keyring_id = u.keyring_id and d.version = u.version
-        left join rekey._deks(v_keyrings, v_versions) a on a.keyring_id = u.keyring_id
-        offset 0
-      ) p
-      offset 0
-    ) o
-    offset 0
-  ) n;
-  return v_made;
-end
-$$;
-comment on function rekey._reencrypt is
-  'Re-encrypts envelopes under the active version of their keyring, in their order; each is checked first. Where one does not open, its place in ciphertexts is NULL and problems says why. Gives back no plaintext.';
-
-create or replace function rekey._check(ciphertexts bytea[], contexts bytea[]) returns text[]
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-set work_mem = '64MB'  -- as rekey._deks()
-as $$
-declare
-  v_keyrings integer[];
-  v_versions integer[];
-  v_problems text[];
-begin
-  select array_agg(w.keyring_id), array_agg(w.version) into v_keyrings, v_versions
-  from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
-        from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext)) w;
-
-  select array_agg(o.problem order by o.place) into v_problems
-  from (
-    select p.place,
-      case when p.old_key is null then p.problem
-           when rekey._aead_decrypt(p.old_key, p.iv, p.sealed, p.aad) is null then 'does not open: damaged, or of another row' end as problem
-    from (
-      select u.place, d.key as old_key, substr(u.ciphertext, 12, 16) as iv, substr(u.ciphertext, 28) as sealed,
-        substr(u.ciphertext, 1, 11) || u.context as aad,
-        case when not u.well_formed then 'is no envelope'
-             when d.keyring_id is null then 'there is no such key version'
-             else d.problem end as problem
-      from (
-        select c.place, c.ciphertext, c.context, rekey._is_envelope(c.ciphertext) as well_formed,
-          case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 3) end as keyring_id,
-          case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 7) end as version
-        from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+        ) k on k.old_header = substr(c.ciphertext, 1, 11) and rekey._is_envelope(c.ciphertext)
         offset 0
       ) u
-      left join rekey._deks(v_keyrings, v_versions, sweeping => true) d
-        on d.keyring_id = u.keyring_id and d.version = u.version
       offset 0
     ) p
     offset 0
   ) o;
-  return v_problems;
 end
 $$;
-comment on function rekey._check is 'Opens envelopes and says, in their order, why one does not open; NULL where it does.';
+comment on function rekey._reencrypt is
+  'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
+
+create or replace function rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[])
+returns table (header bytea, rows bigint, failed_places integer[], problems text[])
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+set work_mem = '64MB'  -- as rekey._deks()
+set plan_cache_mode = force_custom_plan  -- knows how many values there are
+as $$
+declare
+  v_headers bytea[] := rekey._headers(ciphertexts);
+  v_keyrings integer[];
+  v_versions integer[];
+begin
+  select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)) into v_keyrings, v_versions
+  from unnest(v_headers) as h(header);
+  return query
+    select o.header, count(*), array_agg(o.place) filter (where o.problem is not null), array_agg(o.problem) filter (where o.problem is not null)
+    from (
+      select p.place, p.header,
+        case when p.key is null then p.problem
+             when not rekey._is_authentic(p.key, p.iv, p.sealed, p.aad) then 'does not open: damaged, or of another row' end as problem
+      from (
+        select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key,
+          substr(c.ciphertext, 12, 16) as iv, substr(c.ciphertext, 28) as sealed, k.header || prefix || c.context as aad,
+          case when k.header is not null then k.problem
+               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               else 'there is no such key version' end as problem
+        from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+        left join (
+          select rekey._header(d.keyring_id, d.version) as header, d.key, d.problem
+          from rekey._deks(v_keyrings, v_versions, sweeping => true) d
+          offset 0
+        ) k on k.header = substr(c.ciphertext, 1, 11) and rekey._is_envelope(c.ciphertext)
+        offset 0
+      ) p
+      offset 0
+    ) o
+    group by o.header;
+end
+$$;
+comment on function rekey._check is
+  'Checks the tags of envelopes, by header: how many there are, and the places of those that do not open, with the reason. prefix: what every context begins with.';
 
 create or replace function rekey._next_row(pointer tid) returns tid
 language sql immutable strict parallel safe
@@ -477,12 +485,10 @@ begin
         format('(%s,0)', least(v_first + v_step, 4294967294))::tid, keyrings, 4000, 16777216) s;
       if v_found.ciphertexts is not null then
         return query
-          select v_target.target, v_target.relation, rekey._int4(u.ciphertext, 3), rekey._int4(u.ciphertext, 7), count(*), count(u.problem),
-            array_agg(u.key) filter (where u.problem is not null), array_agg(u.problem) filter (where u.problem is not null)
-          from unnest(v_found.ciphertexts, v_found.keys, rekey._check(v_found.ciphertexts, array(
-            select v_target.prefix || c.context from unnest(v_found.contexts) with ordinality as c(context, place) order by c.place)))
-            as u(ciphertext, key, problem)
-          group by 3, 4;
+          select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), c.rows,
+            coalesce(cardinality(c.failed_places), 0)::bigint,
+            array(select v_found.keys[f.place] from unnest(c.failed_places) with ordinality as f(place, rank) order by f.rank), c.problems
+          from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c;
       end if;
       -- Measured after the first scan, whose lock keeps the table from being rewritten.
       v_blocks := coalesce(v_blocks, pg_relation_size(relation) / current_setting('block_size')::integer);

@@ -223,12 +223,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings text := rekey._guarded_settings();
-  v_rows tid[];
-  v_ciphertexts bytea[];
+  v_rows tid[] := rows;
+  v_ciphertexts bytea[] := ciphertexts;
   v_count bigint;
 begin
-  select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
-  from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+  if array_position(ciphertexts, null) is not null then
+    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
+    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+  end if;
   if v_rows is null then
     return 0;
   end if;
@@ -362,7 +364,10 @@ declare
   v_contexts bytea[];
   v_old bytea[];
   v_sealing rekey._sealing;
-  v_made rekey._sealed;
+  v_adopted rekey._sealed;
+  v_rows tid[];
+  v_made bytea[];
+  v_failed_places integer[];
   v_done_keyrings integer[];
   v_done_rows bigint[];
   v_failed_keyrings integer[];
@@ -414,25 +419,29 @@ begin
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
       case when not v_chunk.adopting then v_keyrings end, v_versions, v_max_rows, 16777216) b;
     if v_batch.rows is not null then
-      v_contexts := array(
-        select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
       if v_chunk.adopting then
+        v_contexts := array(
+          select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
         v_sealing := rekey._sealing(v_keyrings[1]);
-        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, v_target.is_text, '{plaintext}', v_forced);
+        v_adopted := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, v_target.is_text, '{plaintext}', v_forced);
+        v_rows := v_batch.rows;
+        v_made := v_adopted.ciphertexts;
+        select array_agg(u.place), array_agg(u.problem) into v_failed_places, v_failed_problems
+        from unnest(v_adopted.problems) with ordinality as u(problem, place) where u.problem is not null;
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
-        v_made := rekey._reencrypt(v_old, v_contexts);
+        select r.made_rows, r.made, r.failed_places, r.problems into v_rows, v_made, v_failed_places, v_failed_problems
+        from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
-      rows := rekey._write_rows(v_target, v_chunk.relation, v_batch.rows, v_made.ciphertexts);
+      rows := rekey._write_rows(v_target, v_chunk.relation, v_rows, v_made);
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
-      from (select rekey._int4(u.ciphertext, 3) as keyring_id, count(*) as rows
-            from unnest(v_made.ciphertexts) as u(ciphertext) where u.ciphertext is not null group by 1) d;
-      select array_agg(f.keyring_id), array_agg(f.version), array_agg(f.key), array_agg(f.problem)
-      into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems
-      from (select case when v_chunk.adopting then v_keyrings[1] else rekey._int4(u.ciphertext, 3) end as keyring_id,
-              case when not v_chunk.adopting then rekey._int4(u.ciphertext, 7) end as version, u.key, u.problem
-            from unnest(v_old, v_batch.keys, v_made.problems) as u(ciphertext, key, problem)
-            where u.problem is not null) f;
+      from (select rekey._int4(h.header, 3) as keyring_id, h.rows
+            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_made) as u(ciphertext) where u.ciphertext is not null group by 1) h) d;
+      select array_agg(case when v_chunk.adopting then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
+        array_agg(case when not v_chunk.adopting then rekey._int4(v_old[f.place], 7) end order by f.rank),
+        array_agg(v_batch.keys[f.place] order by f.rank)
+      into v_failed_keyrings, v_failed_versions, v_failed_keys
+      from unnest(v_failed_places) with ordinality as f(place, rank);
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
           hint = 'See rekey.column_status.';

@@ -512,15 +512,38 @@ return substr(
   hmac(aad || iv || ciphertext || int8send(octet_length(aad)::bigint * 8), substr(key, 1, 32), 'sha512'), 1, 32);
 comment on function rekey._mac is 'Authentication tag: the first half of HMAC-SHA-512 under the first half of the key.';
 
+create or replace function rekey._encipher(key bytea, iv bytea, plaintext bytea) returns bytea
+language sql immutable parallel safe
+return case
+  when octet_length(key) = 64 and octet_length(iv) = 16 and plaintext is not null then
+    encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs')
+  else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(plaintext)) end;
+comment on function rekey._encipher is
+  'AES-256-CBC with PKCS#7 padding under the second half of a 64-byte key. 22023 for other lengths and NULL. Nothing without its tag: rekey._mac().';
+
 create or replace function rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) returns bytea
 language sql immutable parallel safe
 return case
-  when octet_length(key) = 64 and octet_length(iv) = 16 and plaintext is not null and aad is not null then
-    encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs')
-    || rekey._mac(key, aad, iv, encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs'))
-  else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(plaintext)) end;
+  when aad is not null then
+    rekey._encipher(key, iv, plaintext) || rekey._mac(key, aad, iv, rekey._encipher(key, iv, plaintext))
+  else rekey._refuse_lengths(octet_length(key), octet_length(iv), null) end;
 comment on function rekey._aead_encrypt is
   'Ciphertext and tag of plaintext under a 64-byte key (MAC key, encryption key) and a 16-byte IV, authenticating aad too. 22023 for other lengths and NULL.';
+
+create or replace function rekey._decipher(key bytea, iv bytea, sealed bytea) returns bytea
+language sql immutable parallel safe
+return decrypt_iv(substr(sealed, 1, octet_length(sealed) - 32), substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs');
+comment on function rekey._decipher is 'Plaintext of what is authentic: its tag was checked before.';
+
+-- Not in constant time: for sweeps and verification, which answer for thousands of rows at once.
+create or replace function rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad bytea) returns boolean
+language sql immutable parallel safe
+return case
+  when octet_length(key) = 64 and octet_length(iv) = 16 and aad is not null
+       and octet_length(sealed) >= 48 and octet_length(sealed) % 16 = 0 then
+    substr(sealed, octet_length(sealed) - 31) = rekey._mac(key, aad, iv, substr(sealed, 1, octet_length(sealed) - 32))
+  else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(sealed)) is not null end;
+comment on function rekey._is_authentic is 'Whether the tag of what rekey._aead_encrypt sealed is right. 22023 for lengths that cannot be and NULL.';
 
 -- The tags are compared as hashes under the MAC key, which no caller has: how long the comparison takes tells nothing.
 create or replace function rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea) returns bytea
@@ -530,7 +553,7 @@ return case
        and octet_length(sealed) >= 48 and octet_length(sealed) % 16 = 0 then
     case when sha256(substr(key, 1, 32) || substr(sealed, octet_length(sealed) - 31))
               = sha256(substr(key, 1, 32) || rekey._mac(key, aad, iv, substr(sealed, 1, octet_length(sealed) - 32))) then
-      decrypt_iv(substr(sealed, 1, octet_length(sealed) - 32), substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs')
+      rekey._decipher(key, iv, sealed)
     end
   else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(sealed)) end;
 comment on function rekey._aead_decrypt is
@@ -1331,7 +1354,7 @@ comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it do
 
 create or replace function rekey._deks(keyrings integer[], versions integer[], sweeping boolean = false)
 returns table (keyring_id integer, version integer, key bytea, problem text)
-language plpgsql stable
+language plpgsql stable rows 10
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- keys that do not fit go to a temporary file
 as $$
@@ -2221,7 +2244,7 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with found as materialized (
-    select s.ctid as row, s.tenant_id, s.id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
     from rekey.secrets s
     where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
     order by s.ctid
@@ -2232,10 +2255,10 @@ begin
   )
   select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
       max(s.row) filter (where s.before < max_bytes) end,
-    array_agg(s.row order by s.row) filter (where s.before < max_bytes),
-    array_agg(s.ciphertext order by s.row) filter (where s.before < max_bytes),
-    array_agg(rekey._part(s.tenant_id::text) || rekey._part(s.id::text) order by s.row) filter (where s.before < max_bytes),
-    array_agg(s.tenant_id || '/' || s.id order by s.row) filter (where s.before < max_bytes)
+    array_agg(s.row) filter (where s.before < max_bytes),
+    array_agg(s.ciphertext) filter (where s.before < max_bytes),
+    array_agg('\x00000024'::bytea || convert_to(s.tenant_id, 'UTF8') || '\x00000024'::bytea || convert_to(s.id, 'UTF8')) filter (where s.before < max_bytes),
+    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes)
   into next, rows, ciphertexts, contexts, keys
   from sized s;
 end
@@ -2255,7 +2278,7 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with due as materialized (
-    select s.ctid as row, s.tenant_id, s.id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
     from rekey.secrets s
     join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
     where s.ctid >= first and s.ctid < until
@@ -2268,10 +2291,10 @@ begin
   )
   select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
       max(s.row) filter (where s.before < max_bytes) end,
-    array_agg(s.row order by s.row) filter (where s.before < max_bytes),
-    array_agg(s.ciphertext order by s.row) filter (where s.before < max_bytes),
-    array_agg(rekey._part(s.tenant_id::text) || rekey._part(s.id::text) order by s.row) filter (where s.before < max_bytes),
-    array_agg(s.tenant_id || '/' || s.id order by s.row) filter (where s.before < max_bytes)
+    array_agg(s.row) filter (where s.before < max_bytes),
+    array_agg(s.ciphertext) filter (where s.before < max_bytes),
+    array_agg('\x00000024'::bytea || convert_to(s.tenant_id, 'UTF8') || '\x00000024'::bytea || convert_to(s.id, 'UTF8')) filter (where s.before < max_bytes),
+    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes)
   into next, rows, ciphertexts, contexts, keys
   from sized s;
 end
@@ -2509,108 +2532,116 @@ end
 $$;
 comment on function rekey._call_write is 'Calls the write function of a target.';
 
-create or replace function rekey._reencrypt(ciphertexts bytea[], contexts bytea[]) returns rekey._sealed
+create or replace function rekey._headers(ciphertexts bytea[]) returns bytea[]
+language sql immutable parallel safe
+begin atomic
+  select array_agg(h.header)
+  from (select distinct substr(u.ciphertext, 1, 11) as header from unnest(ciphertexts) as u(ciphertext)) h
+  where octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01'::bytea;
+end;
+comment on function rekey._headers is 'The different headers of envelopes.';
+
+create or replace function rekey._reencrypt(
+  rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[],
+  out made_rows tid[], out made bytea[], out failed_places integer[], out problems text[]
+)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- as rekey._deks()
+set plan_cache_mode = force_custom_plan  -- which knows how many values there are
 as $$
 declare
+  v_headers bytea[] := rekey._headers(ciphertexts);
   v_keyrings integer[];
   v_versions integer[];
   v_from_keyrings integer[];
   v_from_versions integer[];
-  v_made rekey._sealed;
+  v_ivs bytea;
 begin
-  select array_agg(distinct rekey._int4(u.ciphertext, 3)) into v_keyrings
-  from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext);
+  select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)), array_agg(distinct rekey._int4(h.header, 3))
+  into v_from_keyrings, v_from_versions, v_keyrings
+  from unnest(v_headers) as h(header);
   v_versions := rekey._lock_active(v_keyrings);
-  select array_agg(w.keyring_id), array_agg(w.version) into v_from_keyrings, v_from_versions
-  from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
-        from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext)) w;
+  -- 64 IVs at a time: most of the cost is that of the call.
+  select string_agg(rekey._random_bytes(1024), ''::bytea) into v_ivs from generate_series(1, (cardinality(ciphertexts) + 63) / 64);
 
-  select array_agg(n.sealed order by n.place), array_agg(n.problem order by n.place)
-  into v_made.ciphertexts, v_made.problems
+  select array_agg(o.row) filter (where o.body is not null),
+    array_agg(o.header || o.iv || o.body || rekey._mac(o.key, o.aad, o.iv, o.body)) filter (where o.body is not null),
+    array_agg(o.place) filter (where o.body is null),
+    array_agg(case when not o.opens then coalesce(o.old_problem, 'does not open: damaged, or of another row')
+                   else coalesce(o.new_problem, 'the keyring has no active version') end) filter (where o.body is null)
+  into made_rows, made, failed_places, problems
   from (
-    select o.place,
-      case when o.plaintext is not null and o.new_key is not null then
-        o.new_header || o.new_iv || rekey._aead_encrypt(o.new_key, o.new_iv, o.plaintext, o.new_aad) end as sealed,
-      case when o.plaintext is null then coalesce(o.old_problem, 'does not open: damaged, or of another row')
-           when o.new_key is null then coalesce(o.new_problem, 'the keyring has no active version') end as problem
+    select p.*, case when p.opens and p.key is not null then rekey._encipher(p.key, p.iv, rekey._decipher(p.old_key, p.old_iv, p.sealed)) end as body
     from (
-      select p.place, p.old_problem, p.new_key, p.new_problem, p.new_header, p.new_header || p.context as new_aad,
-        case when p.new_key is not null then rekey._random_bytes(16) end as new_iv,
-        case when p.old_key is not null then rekey._aead_decrypt(p.old_key, p.iv, p.sealed, p.aad) end as plaintext
+      select u.*, substr(v_ivs, u.place * 16 - 15, 16) as iv, u.header || prefix || u.context as aad,
+        u.old_key is not null and rekey._is_authentic(u.old_key, u.old_iv, u.sealed, u.old_header || prefix || u.context) as opens
       from (
-        select u.place, u.context, d.key as old_key, a.key as new_key, a.problem as new_problem,
-          substr(u.ciphertext, 12, 16) as iv, substr(u.ciphertext, 28) as sealed, substr(u.ciphertext, 1, 11) || u.context as aad,
-          rekey._header(a.keyring_id, a.version) as new_header,
-          case when not u.well_formed then 'is no envelope'
-               when d.keyring_id is null then 'there is no such key version'
-               else d.problem end as old_problem
-        from (
-          select c.place, c.ciphertext, c.context, rekey._is_envelope(c.ciphertext) as well_formed,
-            case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 3) end as keyring_id,
-            case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 7) end as version
-          from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+        select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
+          substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
+          case when k.old_header is not null then k.old_problem
+               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               else 'there is no such key version' end as old_problem
+        from unnest(rows, ciphertexts, contexts) with ordinality as c(row, ciphertext, context, place)
+        left join (
+          select rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
+            rekey._header(a.keyring_id, a.version) as header, a.key, a.problem as new_problem
+          from rekey._deks(v_from_keyrings, v_from_versions, sweeping => true) d
+          left join rekey._deks(v_keyrings, v_versions) a on a.keyring_id = d.keyring_id
           offset 0
-        ) u
-        left join rekey._deks(v_from_keyrings, v_from_versions, sweeping => true) d
-          on d.keyring_id = u.keyring_id and d.version = u.version
-        left join rekey._deks(v_keyrings, v_versions) a on a.keyring_id = u.keyring_id
-        offset 0
-      ) p
-      offset 0
-    ) o
-    offset 0
-  ) n;
-  return v_made;
-end
-$$;
-comment on function rekey._reencrypt is
-  'Re-encrypts envelopes under the active version of their keyring, in their order; each is checked first. Where one does not open, its place in ciphertexts is NULL and problems says why. Gives back no plaintext.';
-
-create or replace function rekey._check(ciphertexts bytea[], contexts bytea[]) returns text[]
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-set work_mem = '64MB'  -- as rekey._deks()
-as $$
-declare
-  v_keyrings integer[];
-  v_versions integer[];
-  v_problems text[];
-begin
-  select array_agg(w.keyring_id), array_agg(w.version) into v_keyrings, v_versions
-  from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
-        from unnest(ciphertexts) u(ciphertext) where rekey._is_envelope(u.ciphertext)) w;
-
-  select array_agg(o.problem order by o.place) into v_problems
-  from (
-    select p.place,
-      case when p.old_key is null then p.problem
-           when rekey._aead_decrypt(p.old_key, p.iv, p.sealed, p.aad) is null then 'does not open: damaged, or of another row' end as problem
-    from (
-      select u.place, d.key as old_key, substr(u.ciphertext, 12, 16) as iv, substr(u.ciphertext, 28) as sealed,
-        substr(u.ciphertext, 1, 11) || u.context as aad,
-        case when not u.well_formed then 'is no envelope'
-             when d.keyring_id is null then 'there is no such key version'
-             else d.problem end as problem
-      from (
-        select c.place, c.ciphertext, c.context, rekey._is_envelope(c.ciphertext) as well_formed,
-          case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 3) end as keyring_id,
-          case when rekey._is_envelope(c.ciphertext) then rekey._int4(c.ciphertext, 7) end as version
-        from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+        ) k on k.old_header = substr(c.ciphertext, 1, 11) and rekey._is_envelope(c.ciphertext)
         offset 0
       ) u
-      left join rekey._deks(v_keyrings, v_versions, sweeping => true) d
-        on d.keyring_id = u.keyring_id and d.version = u.version
       offset 0
     ) p
     offset 0
   ) o;
-  return v_problems;
 end
 $$;
-comment on function rekey._check is 'Opens envelopes and says, in their order, why one does not open; NULL where it does.';
+comment on function rekey._reencrypt is
+  'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
+
+create or replace function rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[])
+returns table (header bytea, rows bigint, failed_places integer[], problems text[])
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+set work_mem = '64MB'  -- as rekey._deks()
+set plan_cache_mode = force_custom_plan  -- knows how many values there are
+as $$
+declare
+  v_headers bytea[] := rekey._headers(ciphertexts);
+  v_keyrings integer[];
+  v_versions integer[];
+begin
+  select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)) into v_keyrings, v_versions
+  from unnest(v_headers) as h(header);
+  return query
+    select o.header, count(*), array_agg(o.place) filter (where o.problem is not null), array_agg(o.problem) filter (where o.problem is not null)
+    from (
+      select p.place, p.header,
+        case when p.key is null then p.problem
+             when not rekey._is_authentic(p.key, p.iv, p.sealed, p.aad) then 'does not open: damaged, or of another row' end as problem
+      from (
+        select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key,
+          substr(c.ciphertext, 12, 16) as iv, substr(c.ciphertext, 28) as sealed, k.header || prefix || c.context as aad,
+          case when k.header is not null then k.problem
+               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               else 'there is no such key version' end as problem
+        from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+        left join (
+          select rekey._header(d.keyring_id, d.version) as header, d.key, d.problem
+          from rekey._deks(v_keyrings, v_versions, sweeping => true) d
+          offset 0
+        ) k on k.header = substr(c.ciphertext, 1, 11) and rekey._is_envelope(c.ciphertext)
+        offset 0
+      ) p
+      offset 0
+    ) o
+    group by o.header;
+end
+$$;
+comment on function rekey._check is
+  'Checks the tags of envelopes, by header: how many there are, and the places of those that do not open, with the reason. prefix: what every context begins with.';
 
 create or replace function rekey._next_row(pointer tid) returns tid
 language sql immutable strict parallel safe
@@ -2662,12 +2693,10 @@ begin
         format('(%s,0)', least(v_first + v_step, 4294967294))::tid, keyrings, 4000, 16777216) s;
       if v_found.ciphertexts is not null then
         return query
-          select v_target.target, v_target.relation, rekey._int4(u.ciphertext, 3), rekey._int4(u.ciphertext, 7), count(*), count(u.problem),
-            array_agg(u.key) filter (where u.problem is not null), array_agg(u.problem) filter (where u.problem is not null)
-          from unnest(v_found.ciphertexts, v_found.keys, rekey._check(v_found.ciphertexts, array(
-            select v_target.prefix || c.context from unnest(v_found.contexts) with ordinality as c(context, place) order by c.place)))
-            as u(ciphertext, key, problem)
-          group by 3, 4;
+          select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), c.rows,
+            coalesce(cardinality(c.failed_places), 0)::bigint,
+            array(select v_found.keys[f.place] from unnest(c.failed_places) with ordinality as f(place, rank) order by f.rank), c.problems
+          from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c;
       end if;
       -- Measured after the first scan, whose lock keeps the table from being rewritten.
       v_blocks := coalesce(v_blocks, pg_relation_size(relation) / current_setting('block_size')::integer);
@@ -4542,12 +4571,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings text := rekey._guarded_settings();
-  v_rows tid[];
-  v_ciphertexts bytea[];
+  v_rows tid[] := rows;
+  v_ciphertexts bytea[] := ciphertexts;
   v_count bigint;
 begin
-  select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
-  from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+  if array_position(ciphertexts, null) is not null then
+    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
+    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+  end if;
   if v_rows is null then
     return 0;
   end if;
@@ -4681,7 +4712,10 @@ declare
   v_contexts bytea[];
   v_old bytea[];
   v_sealing rekey._sealing;
-  v_made rekey._sealed;
+  v_adopted rekey._sealed;
+  v_rows tid[];
+  v_made bytea[];
+  v_failed_places integer[];
   v_done_keyrings integer[];
   v_done_rows bigint[];
   v_failed_keyrings integer[];
@@ -4733,25 +4767,29 @@ begin
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
       case when not v_chunk.adopting then v_keyrings end, v_versions, v_max_rows, 16777216) b;
     if v_batch.rows is not null then
-      v_contexts := array(
-        select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
       if v_chunk.adopting then
+        v_contexts := array(
+          select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
         v_sealing := rekey._sealing(v_keyrings[1]);
-        v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, v_target.is_text, '{plaintext}', v_forced);
+        v_adopted := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, v_target.is_text, '{plaintext}', v_forced);
+        v_rows := v_batch.rows;
+        v_made := v_adopted.ciphertexts;
+        select array_agg(u.place), array_agg(u.problem) into v_failed_places, v_failed_problems
+        from unnest(v_adopted.problems) with ordinality as u(problem, place) where u.problem is not null;
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
-        v_made := rekey._reencrypt(v_old, v_contexts);
+        select r.made_rows, r.made, r.failed_places, r.problems into v_rows, v_made, v_failed_places, v_failed_problems
+        from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
-      rows := rekey._write_rows(v_target, v_chunk.relation, v_batch.rows, v_made.ciphertexts);
+      rows := rekey._write_rows(v_target, v_chunk.relation, v_rows, v_made);
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
-      from (select rekey._int4(u.ciphertext, 3) as keyring_id, count(*) as rows
-            from unnest(v_made.ciphertexts) as u(ciphertext) where u.ciphertext is not null group by 1) d;
-      select array_agg(f.keyring_id), array_agg(f.version), array_agg(f.key), array_agg(f.problem)
-      into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems
-      from (select case when v_chunk.adopting then v_keyrings[1] else rekey._int4(u.ciphertext, 3) end as keyring_id,
-              case when not v_chunk.adopting then rekey._int4(u.ciphertext, 7) end as version, u.key, u.problem
-            from unnest(v_old, v_batch.keys, v_made.problems) as u(ciphertext, key, problem)
-            where u.problem is not null) f;
+      from (select rekey._int4(h.header, 3) as keyring_id, h.rows
+            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_made) as u(ciphertext) where u.ciphertext is not null group by 1) h) d;
+      select array_agg(case when v_chunk.adopting then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
+        array_agg(case when not v_chunk.adopting then rekey._int4(v_old[f.place], 7) end order by f.rank),
+        array_agg(v_batch.keys[f.place] order by f.rank)
+      into v_failed_keyrings, v_failed_versions, v_failed_keys
+      from unnest(v_failed_places) with ordinality as f(place, rank);
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
           hint = 'See rekey.column_status.';
