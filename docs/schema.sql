@@ -8489,6 +8489,7 @@ CREATE FUNCTION rekey.read_secrets(names text[] DEFAULT NULL::text[], tenant_id 
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '2000000kB'
+    SET plan_cache_mode TO 'force_custom_plan'
     AS $$
 declare
   v_unreadable text;

@@ -110,6 +110,7 @@ create or replace function rekey.read_secrets(
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set work_mem = '2000000kB'  -- values that do not fit go to a temporary file
+set plan_cache_mode = force_custom_plan  -- which knows the names
 as $$
 declare
   v_unreadable text;
