@@ -10,6 +10,7 @@ from psycopg.conninfo import make_conninfo
 from helpers import Connection, connect, install, value
 from hosted import Hosted
 from pg_rekey import release
+from pg_rekey.db import query
 from pg_rekey.errors import HTTP_STATUS
 from postgrest import PostgREST, Response
 
@@ -207,6 +208,15 @@ def test_a_user_in_sql_is_refused_with_an_error(project: str) -> None:
             with pytest.raises(errors.InsufficientPrivilege) as raised:
                 connection.execute(f"select public.{call}()".encode())
             assert "jwt_admin_claim" in str(raised.value.diag.message_hint)
+
+
+def test_doctor_takes_only_what_the_rpc_needs(project: str, owner: Connection) -> None:
+    grants = query("doctor: grants")
+    assert owner.execute(grants).fetchall() == []
+    owner.execute("grant execute on function rekey.version to authenticated")
+    owner.execute("grant execute on function rekey._rpc_rotate_keys to anon")
+    found = {row[1] for row in owner.execute(grants)}
+    assert found == {"authenticated may use rekey.version()", "anon may use rekey._rpc_rotate_keys()"}
 
 
 def test_status_before_anything_is_set_up(hosted: Hosted) -> None:

@@ -222,6 +222,8 @@ from (
 cross join lateral aclexplode(o.acl) a
 left join pg_roles r on r.oid = a.grantee
 where a.grantee = 0 or r.rolname in ('anon', 'authenticated')
+  -- What the RPC calls, which decides itself who may.
+  and (r.rolname = 'anon' or o.name not in ('_rpc_rotate_keys()', '_rpc_key_rotation_status()'))
 
 -- name: doctor: server version
 -- description: Minor versions with known flaws in pgcrypto.
