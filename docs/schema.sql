@@ -6119,6 +6119,7 @@ CREATE FUNCTION rekey._store_setting(name text, value text) RETURNS void
 declare
   v_type regtype;
   v_old text;
+  v_new text;
 begin
   select a.atttypid into v_type
   from pg_attribute a
@@ -6147,8 +6148,10 @@ begin
       hint = (select col_description('rekey.settings'::regclass, a.attnum)
               from pg_attribute a where a.attrelid = 'rekey.settings'::regclass and a.attname = _store_setting.name);
   end;
-  perform rekey._audit('setting.changed', details => jsonb_build_object(
-    'name', name, 'from', v_old, 'to', (select to_jsonb(s) ->> _store_setting.name from rekey.settings s)));
+  select to_jsonb(s) ->> _store_setting.name into v_new from rekey.settings s;
+  if v_new is distinct from v_old then
+    perform rekey._audit('setting.changed', details => jsonb_build_object('name', name, 'from', v_old, 'to', v_new));
+  end if;
 end
 $_$;
 

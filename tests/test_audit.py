@@ -157,7 +157,7 @@ TAMPERING: dict[str, tuple[str, Any, Any]] = {
 def test_tampering(ready: Connection) -> None:
     rotate(ready)
     while (count := len(events(ready))) < 10:
-        ready.execute("select rekey.set_setting('max_attempts', '5')")
+        ready.execute("select rekey.set_setting('max_attempts', %s)", (str(100 + count),))
     assert count == 10
     anchor = value(ready, "select rekey.audit_checkpoint()")
     for name, (statements, without, anchored) in TAMPERING.items():

@@ -113,8 +113,8 @@ ACTORS: dict[str, LiteralString] = {
 
 def grow(connection: Connection, entries: int) -> None:
     """Have something noted until the log is so long."""
-    while len(events(connection)) < entries:
-        connection.execute("select rekey.set_setting('max_attempts', '5')")
+    while (count := len(events(connection))) < entries:
+        connection.execute("select rekey.set_setting('max_attempts', %s)", (str(100 + count),))
 
 
 @pytest.fixture
