@@ -80,10 +80,16 @@ def _environment() -> Iterator[Finding]:
         path = os.environ.get(variable)
         if path and os.path.exists(path):
             mode = stat.S_IMODE(os.stat(path).st_mode)
-            if mode & 0o077:
+            if not mode & 0o077:
+                continue
+            finding = f"others can read {variable} (mode {mode:04o})"
+            if os.path.ismount(path):
+                # As Docker Compose mounts a secret: with its mode outside, where its directory may be closed.
                 yield Finding(
-                    "critical", f"others can read {variable} (mode {mode:04o})", f"chmod 600 {path}"
+                    "info", finding, "Let nobody but its owner enter the directory that it comes from."
                 )
+            else:
+                yield Finding("critical", finding, f"chmod 600 {path}")
 
 
 def _pooler(connection: db.Connection) -> Iterator[Finding]:
