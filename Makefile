@@ -8,7 +8,7 @@ ARGS =
 KILLS = 20
 MINUTES = 2
 
-.PHONY: help demo test prove lint sql install dev clean
+.PHONY: help demo test prove lint sql install kek dev clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-8s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -36,6 +36,9 @@ sql: $(STAMP) ## assemble the SQL and write what is generated from it: sql/dist,
 install: ## put the extension into the server that PG_CONFIG belongs to; no Python needed
 	@$(MAKE) --no-print-directory -C sql install PG_CONFIG='$(PG_CONFIG)'
 	@echo 'now, in the database: create extension pg_rekey cascade'
+
+kek: ## make the KEK, passwords and a token for docker compose, those that are missing
+	@sh docker/secrets.sh
 
 dev: $(STAMP) ## a server that stays until Ctrl-C and reloads sql/code when a file changes
 	@$(BIN)/python -m pg_rekey.local dev

@@ -3,7 +3,7 @@
 FROM postgres:17-trixie AS extension
 RUN apt-get update \
  && apt-get install -y --no-install-recommends postgresql-$PG_MAJOR-cron \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 COPY sql/pg_rekey.control sql/dist/pg_rekey--*.sql /usr/share/postgresql/$PG_MAJOR/extension/
 
 # What the test suite wants, too; no database is made in it but the server's own.
@@ -11,7 +11,7 @@ FROM extension AS test
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
       postgresql-$PG_MAJOR-pgaudit postgresql-$PG_MAJOR-pgtap postgresql-$PG_MAJOR-plpgsql-check \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 
 # The last stage is what is built by default.
 FROM extension AS db
