@@ -266,6 +266,40 @@ def test_find_counts_what_was_forgotten(columns: Cli, ready: Connection) -> None
     assert "adopt_column" in found["accounts", "api_key"]["advice"]
 
 
+def test_find_looks_into_other_values_too(columns: Cli, ready: Connection) -> None:
+    """Numbers have no room for an envelope; what begins alike is none; a materialized view is a copy."""
+    ready.execute("""
+        create domain sealed as text;
+        create type pair as (a int, b text);
+        create table t (id bigint, n numeric[], plain text, alike bytea, whole text, around varchar,
+          document json, tree jsonb, many text[], raw bytea[], named sealed, both_of pair, hex text);
+        insert into t select 1, '{1}', 'rk1:plain', '\\x524b01', e, 'see ' || e, json_build_object('a', e),
+          jsonb_build_object('a', array[e]), array[e], array[r], e, row (1, e)::pair, r::text
+        from (select rekey.encrypt_text('v') as e, rekey.encrypt('v'::text) as r) s;
+        create materialized view copied as select whole from t;
+        create table migrations as select p.prosrc as v, array[p.prosrc] as w from pg_proc p
+          where p.pronamespace = 'rekey'::regnamespace;
+        create materialized view empty as select whole from t with no data""")
+    counted = ready.execute(
+        "select relation::text, column_name, envelopes, embedded from rekey.find_envelopes()"
+    ).fetchall()
+    inner = ("around", "document", "tree", "many", "raw", "named", "both_of", "hex")
+    assert {(table, name): counts for table, name, *counts in counted} == {
+        ("copied", "whole"): [1, 0],
+        ("migrations", "v"): [0, 0],
+        ("migrations", "w"): [0, 0],
+        ("t", "plain"): [0, 0],
+        ("t", "alike"): [0, 0],
+        ("t", "whole"): [1, 0],
+        **{("t", name): [0, 1] for name in inner},
+    }
+    found = [(one["column_name"], one["finding"]) for one in columns.json("columns", "find", code=5)]
+    assert found == [
+        ("whole", "holds envelopes, and is not protected"),
+        *((name, "holds envelopes within other values") for name in inner),
+    ]
+
+
 def test_find_says_what_it_cannot_read(ready: Connection, db: str) -> None:
     ready.execute("create table closed (password text)")
     ready.execute("create table policed (password text); alter table policed enable row level security")

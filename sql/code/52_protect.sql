@@ -498,7 +498,9 @@ begin
         'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 5000 for no key update skip locked)
          update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s]) from due where t.ctid = due.row',
         t.relation,
-        case when v_protected.is_text then format('left(t.%s, 4) collate "C" = ''rk1:''', v_names[1]) else format('substr(t.%s, 1, 3) = ''\x524b01''', v_names[1]) end,
+        -- What rekey._refuse_encrypted() counts: a plain value that begins alike is none.
+        format(case when v_protected.is_text then $sql$left(t.%s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}'$sql$
+          else $sql$substr(t.%1$s, 1, 3) = '\x524b01' and octet_length(t.%1$s) >= 11$sql$ end, v_names[1]),
         v_names[1], case when v_protected.is_text then 'decrypt_text' else 'decrypt' end, v_protected.label,
         (select string_agg(format(', t.%s::text', c), '') from unnest(v_names[2:]) c))
       from rekey._targets(v_protected.label) t);

@@ -1,64 +1,102 @@
--- What was forgotten: envelopes in columns that are not protected, and columns that sound like secrets and hold none.
+-- Where envelopes are, and what was forgotten: envelopes in columns that are not protected, and columns that sound like
+-- secrets and hold none.
 
-create or replace function rekey.find_unprotected()
-returns table (relation regclass, column_name name, finding text, rows bigint, advice text)
+-- The text form of an envelope begins with rk1:UksB and has 104 characters or more; its bytes, 75 or more, are printed as
+-- \x524b01..., in an array, a row or JSON too. Nothing is cast to text, which may be anybody's function: format() calls the
+-- output function of a type.
+create or replace function rekey.find_envelopes()
+returns table (relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set row_security = off  -- an error, where a policy would hide rows
+set bytea_output = hex
 as $$
 declare
+  -- Conditions on a value.
+  v_of_bytes text := $q$substr(%1$s, 1, 3) = '\x524b01' and octet_length(%1$s) >= 75 and octet_length(%1$s) %% 16 = 11$q$;
+  v_of_text text := $q$left(%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}'$q$;
+  -- In full: source text of pg_rekey, this line too, may stand in a table of migrations.
+  v_within text := $q$(strpos(%1$s collate "C", 'rk1:UksB') > 0 and %1$s collate "C" ~ 'rk1:UksB[A-Za-z0-9+/]{96}'
+    or strpos(%1$s collate "C", '\x524b01') > 0 and %1$s collate "C" ~ '\\x524b01[0-9a-f]{144}')$q$;
   v_table record;
   v_counts bigint[];
 begin
   for v_table in
     select c.oid::regclass as relation, array_agg(a.attname order by a.attnum) as names,
-      array_agg(a.attname ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)' order by a.attnum) as telling,
-      array_agg(s.label is not null order by a.attnum) as protected,
-      string_agg(format(case when a.atttypid = 'bytea'::regtype
-          then $q$count(*) filter (where substr(t.%1$I, 1, 3) = '\x524b01'), count(*) filter (where substr(t.%1$I, 1, 3) <> '\x524b01')$q$
-          else $q$count(*) filter (where left(t.%1$I, 4) collate "C" = 'rk1:'), count(*) filter (where left(t.%1$I, 4) collate "C" <> 'rk1:')$q$ end, a.attname),
+      string_agg(case
+        when a.atttypid = 'bytea'::regtype then
+          format($q$count(*) filter (where %2$s), 0, count(*) filter (where substr(%1$s, 1, 3) <> '\x524b01')$q$, v.value, format(v_of_bytes, v.value))
+        when a.atttypid in ('text'::regtype, 'varchar'::regtype) then
+          format($q$count(*) filter (where %2$s), count(*) filter (where not (%2$s) and %3$s),
+            count(*) filter (where left(%1$s, 4) collate "C" <> 'rk1:')$q$, v.value, format(v_of_text, v.value), format(v_within, v.value))
+        else format('0, count(*) filter (where %s), null', format(v_within, format($q$format('%%s', %s)$q$, v.value))) end,
         ', ' order by a.attnum) as counts
     from pg_class c
     join pg_namespace n on n.oid = c.relnamespace
     join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-      and a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype)
-    left join rekey.column_status s on s.relation = c.oid and s.column_name = a.attname
-    where c.relkind in ('r', 'p') and not c.relispartition and c.relpersistence <> 't'
+    cross join lateral (select format('t.%I', a.attname)) as v(value)
+    join pg_type y on y.oid = a.atttypid
+    left join pg_type e on e.oid = y.typelem and y.typcategory = 'A'
+    where c.relkind in ('r', 'p', 'm') and not c.relispartition and c.relpersistence <> 't' and c.relispopulated
       and n.nspname !~ '^(pg_|information_schema$|rekey(_targets)?$|vault$|cron$)' and n.nspowner::regrole::text !~ '^"?supabase'
+      -- Numbers, times, network addresses and the like have no room for one.
+      and coalesce(e.typlen, y.typlen) not between 1 and 74 and coalesce(e.typcategory, y.typcategory) not in ('N', 'B', 'D', 'T', 'E', 'G', 'I', 'V')
     group by c.oid
     order by c.oid::regclass::text
   loop
     relation := v_table.relation;
     begin
       execute format('select array[%s] from %s t', v_table.counts, relation) into v_counts;
+      for v_place in 1 .. cardinality(v_table.names) loop
+        column_name := v_table.names[v_place];
+        envelopes := v_counts[3 * v_place - 2];
+        embedded := v_counts[3 * v_place - 1];
+        others := v_counts[3 * v_place];
+        return next;
+      end loop;
     exception when insufficient_privilege then
       column_name := null;
-      finding := 'cannot be read';
-      rows := null;
-      advice := 'Look at it as its owner.';
+      envelopes := null;
+      embedded := null;
+      others := null;
       return next;
-      continue;
     end;
-    for v_place in 1 .. cardinality(v_table.names) loop
-      column_name := v_table.names[v_place];
-      if v_counts[2 * v_place - 1] > 0 and not v_table.protected[v_place] then
-        finding := 'holds envelopes, and is not protected';
-        rows := v_counts[2 * v_place - 1];
-        advice := format('select rekey.protect_column(%L, %L): without it no rotation takes these rows along.', relation, column_name);
-        return next;
-      end if;
-      if v_counts[2 * v_place] > 0 and (v_table.telling[v_place] or v_table.protected[v_place]) then
-        finding := case when v_table.protected[v_place] then 'is protected, and holds values that are not encrypted'
-          else 'sounds like a secret, and is not encrypted' end;
-        rows := v_counts[2 * v_place];
-        advice := case when v_table.protected[v_place] then format('select rekey.adopt_column(%L, %L)', relation, column_name)
-          else format('select rekey.protect_column(%L, %L), then rekey.adopt_column()', relation, column_name) end;
-        return next;
-      end if;
-    end loop;
   end loop;
 end
 $$;
+comment on function rekey.find_envelopes is
+  'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); and, of text and bytea columns, others. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole there is a row without a column. Left out are system schemas, those of Supabase, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
+grant execute on function rekey.find_envelopes to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace function rekey.find_unprotected()
+returns table (relation regclass, column_name name, finding text, rows bigint, advice text)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    select f.relation, f.column_name, w.finding, w.rows, w.advice
+    from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, place)
+    left join rekey.column_status s on s.relation = f.relation and s.column_name = f.column_name
+    cross join lateral (
+      select f.column_name ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)' as telling,
+        format('%L, %L', f.relation, f.column_name) as names) n
+    cross join lateral (values
+      (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.'),
+      (f.envelopes > 0 and s.label is null, 'holds envelopes, and is not protected', f.envelopes,
+        format('select rekey.protect_column(%s): without it no rotation takes these rows along.', n.names)),
+      (f.embedded > 0, 'holds envelopes within other values', f.embedded,
+        'No rotation takes them along, and a key that only they stand on counts as unused. Give them a column of their own, and protect it.'),
+      (f.others > 0 and s.label is not null, 'is protected, and holds values that are not encrypted', f.others,
+        format('select rekey.adopt_column(%s)', n.names)),
+      (f.others > 0 and s.label is null and n.telling, 'sounds like a secret, and is not encrypted', f.others,
+        format('select rekey.protect_column(%s), then rekey.adopt_column()', n.names))
+    ) as w (so, finding, rows, advice)
+    -- A materialized view is a copy, made anew by REFRESH.
+    where w.so and (select c.relkind from pg_class c where c.oid = f.relation) <> 'm'
+    order by f.place;
+end
+$$;
 comment on function rekey.find_unprotected is
-  'Columns that were forgotten: those that hold envelopes and are not protected, found by the header of the values; and those whose name sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. Reads every text and bytea column of the tables that the caller may read, with his rights; a table that he may not read whole is a finding. Left out are system schemas, those of Supabase, and temporary tables.';
+  'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; and those whose name sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
 grant execute on function rekey.find_unprotected to rekey_admin, rekey_operator, rekey_auditor;

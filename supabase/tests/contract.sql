@@ -2,7 +2,7 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(54 + 1);
+select plan(55 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
@@ -27,6 +27,7 @@ insert into contract values
   ('encrypt', 'plaintext bytea, keyring text DEFAULT ''default''::text, context text[] DEFAULT ''{}''::text[]', 'bytea'),
   ('encrypt', 'plaintext text, keyring text DEFAULT ''default''::text, context text[] DEFAULT ''{}''::text[]', 'bytea'),
   ('encrypt_text', 'plaintext text, keyring text DEFAULT ''default''::text, context text[] DEFAULT ''{}''::text[]', 'text'),
+  ('find_envelopes', '', 'TABLE(relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint)'),
   ('find_unprotected', '', 'TABLE(relation regclass, column_name name, finding text, rows bigint, advice text)'),
   ('get_secret', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'text'),
   ('key_usage', 'keyring text DEFAULT NULL::text', 'SETOF rekey.key_rows'),
