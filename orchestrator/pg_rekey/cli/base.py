@@ -194,14 +194,25 @@ def scalar(connection: db.Connection, statement: str, *parameters: Any) -> Any:
 
 
 def write_new(path: Path, text: str, mode: int = 0o600) -> None:
-    """Write a file that must not exist yet, private from its first byte."""
+    """Write a file that must not exist yet, private from its first byte, and wait until it is on disk."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError:
         raise Problem(f"{path} exists already", "It is not overwritten: give another name.") from None
-    with open(descriptor, "w", encoding="utf-8", newline="") as file:
-        os.fchmod(descriptor, mode)
-        file.write(text)
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="") as file:
+            os.fchmod(descriptor, mode)
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        path.unlink()
+        raise
 
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
