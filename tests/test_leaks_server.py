@@ -550,6 +550,32 @@ def serve(scenario: Scenario) -> None:
         assert process.wait(30) == 0
 
 
+def take_out(scenario: Scenario) -> None:
+    """Uninstall in a database of its own, and take in what it exported."""
+    run, here = scenario.commands, {"PG_REKEY_DSN": scenario.server.dsn("gone")}
+    run("init", given=here)
+    run("secrets set exported --description words", stdin=scenario.text("exported"), given=here)
+    with scenario.quiet("gone") as quiet:
+        quiet.execute("create table plain (id int primary key, v text)")
+        row = (scenario.text("to be decrypted", "open"),)
+        quiet.execute("insert into plain select g, %s from generate_series(1, 5) g", row)
+    run("columns protect plain v", given=here)
+    run("columns adopt plain v --from plaintext", given=here)
+    scenario.note_deks("gone", run.keks["PG_REKEY_KEK"])
+    exported, audit_log = scenario.folder / "exported.json", scenario.folder / "audit_log.json"
+    options = f"--export {exported} --audit-log {audit_log}"
+    run("uninstall --dry-run", code=5, given=here)
+    run(f"uninstall {options}", code=1, given=here)
+    run(f"uninstall {options} --dry-run --json", given=here)
+    run(f"uninstall {options} --yes --json", given=here)
+    run("uninstall --yes", given=here)
+    assert scenario.canaries.secret("value exported").decode() in exported.read_text()
+    scenario.canaries.allow(exported, "value")
+    for path in (exported, audit_log):
+        assert path.stat().st_mode & 0o777 == 0o600
+    run(f"secrets import {exported}")
+
+
 def call_the_rest(scenario: Scenario) -> None:
     """The functions that no command calls, and the refusals that a client may cause."""
     given = scenario.text("of a session")
@@ -777,7 +803,7 @@ def test_no_key_and_no_value_is_left_anywhere(tmp_path: Path, monkeypatch: pytes
     settings["shared_preload_libraries"] = ",".join([*libraries, "auto_explain"])
     with local.Server(settings=settings, cron_database="app") as server:
         scenario = Scenario(server, tmp_path)
-        for database in ("app", "one", "two"):
+        for database in ("app", "one", "two", "gone"):
             create_database(server.dsn(), database)
         with scenario.quiet() as quiet:
             quiet.execute("create extension pg_stat_statements")
@@ -785,7 +811,7 @@ def test_no_key_and_no_value_is_left_anywhere(tmp_path: Path, monkeypatch: pytes
                 quiet.execute("create extension pg_cron")
             quiet.execute("select pg_create_logical_replication_slot('canary', 'test_decoding')")
         # Quietly: each of its statements would be logged with the whole script.
-        for database in ("app", "one", "two"):
+        for database in ("app", "one", "two", "gone"):
             install(make_conninfo(server.dsn(database), options=QUIET), release.assemble("plain"))
         with Sampler(scenario.dsn, tmp_path / "samples") as sampler:
             sessions(scenario)
@@ -794,6 +820,7 @@ def test_no_key_and_no_value_is_left_anywhere(tmp_path: Path, monkeypatch: pytes
             use_columns_of_the_application(scenario)
             use_keys(scenario)
             serve(scenario)
+            take_out(scenario)
             call_the_rest(scenario)
             scenario.note_deks("app", *scenario.commands.keks.values())
             move_the_kek(scenario)

@@ -277,3 +277,24 @@ def test_the_next_migration_comes_after_all_others(tmp_path: Path, cli: Cli) -> 
     assert int(now) - 100 < int(path.name.partition("_")[0]) <= int(now)
     cli("sql", "--project", tmp_path, code=2)
     assert "--road supabase" in cli.err
+
+
+@pytest.mark.supabase_cli
+def test_the_cli_forgets_the_migration_after_an_uninstallation(
+    hosted: Hosted, supabase: Supabase, folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dsn = in_project(hosted, "taken_out")
+    remote = f"--remote={hosted.url('taken_out')}"
+    assert supabase("db", "push", "--yes", remote).returncode == 0
+    monkeypatch.setenv("PG_REKEY_DSN", dsn)
+    printed = cli("uninstall", "--yes")
+    [version] = re.findall(r"(?m)supabase migration repair --status reverted (\d+)$", printed)
+    [path] = (folder / "supabase" / "migrations").glob(f"{version}_*.sql")
+    path.unlink()
+    pushed = supabase("db", "push", "--yes", remote)
+    assert version in pushed.stdout + pushed.stderr  # it asks for just that repair
+    assert pushed.returncode != 0
+    repaired = supabase("migration", "repair", "--status", "reverted", version, "--yes", remote)
+    assert repaired.returncode == 0, repaired.stderr
+    pushed = supabase("db", "push", "--yes", remote)
+    assert "up to date" in pushed.stdout + pushed.stderr

@@ -134,8 +134,8 @@ order by s.name
 select rekey.set_secret(%s, %s, tenant_id => %s, keyring => %s, description => %s)
 
 -- name: set copied secrets
--- description: Store the secrets that were copied, in one tenant.
-select rekey.set_secret(s.name, s.value, tenant_id => %s, keyring => %s, description => %s) as id
+-- description: Store the secrets that were copied.
+select rekey.set_secret(s.name, s.value, tenant_id => s.tenant_id, keyring => s.keyring, description => s.description) as id
 from pg_temp.pg_rekey_secrets s
 
 -- name: audit log
@@ -361,3 +361,190 @@ select rekey.unprotect_column(%s::regclass, %s, %s)
 -- name: adopt vault
 -- description: Copy the secrets of the Supabase Vault.
 select rekey.adopt_vault(%s, %s)
+
+-- name: uninstall
+-- description: What `uninstall` finds: pg_rekey, by which road, who installed it, whether this role may remove it, and where pg_cron lives.
+select current_database()::text as database,
+  exists (select from pg_class c where c.relnamespace = to_regnamespace('rekey') and c.relname = 'settings') as installed,
+  e.extowner is not null as extension, pg_get_userbyid(coalesce(e.extowner, p.proowner))::text as installer,
+  coalesce((select r.rolsuper from pg_roles r where r.rolname = current_user)
+    or (pg_has_role(to_regrole('rekey_owner'), 'usage') and pg_has_role(to_regrole('rekey_sweeper'), 'usage')
+      and pg_has_role(to_regrole('rekey_admin'), 'usage') and pg_has_role(to_regrole('rekey_app'), 'usage')
+      and coalesce(pg_has_role(coalesce(e.extowner, p.proowner), 'usage'), true)), false) as permitted,
+  exists (select from pg_extension where extname = 'pg_cron') as pg_cron,
+  (select setting from pg_settings where name = 'cron.database_name') as cron_database,
+  exists (select from pg_class c where c.relnamespace = to_regnamespace('supabase_migrations') and c.relname = 'schema_migrations') as migrations
+from (select) as one
+left join pg_extension e on e.extname = 'pg_rekey'
+left join pg_proc p on p.pronamespace = to_regnamespace('public') and p.proname = 'rotate_keys'
+  and pg_get_function_identity_arguments(p.oid) = 'keyring text, reason text, supersede boolean'
+
+-- name: uninstall migrations
+-- description: Versions under which the Supabase CLI has noted our migration.
+select version from supabase_migrations.schema_migrations where name ~ '(^|_)pg_rekey$' order by version
+
+-- name: uninstall databases
+-- description: Other databases of this server that have something of rekey_owner's: pg_rekey.
+select distinct d.datname::text as name
+from pg_shdepend s
+join pg_database d on d.oid = s.dbid
+where s.refclassid = 'pg_authid'::regclass and s.refobjid = to_regrole('rekey_owner') and d.datname <> current_database()
+order by 1
+
+-- name: uninstall roles
+-- description: The roles of pg_rekey that are there, owners first, with their members, but for each other.
+select r.rolname::text as name, array(
+  select m.member::regrole::text from pg_auth_members m
+  where m.roleid = r.oid and m.member::regrole::text !~ '^rekey_(admin|worker)$' and m.member <> current_user::regrole
+  order by 1) as members
+from unnest('{rekey_owner,rekey_sweeper,rekey_worker,rekey_admin,rekey_operator,rekey_auditor,rekey_app}'::name[]) with ordinality as o(name, place)
+join pg_roles r on r.rolname = o.name
+order by o.place
+
+-- name: uninstall columns
+-- description: Protected columns, with the owner of their table.
+select s.label, s.relation::oid as relation, format('%I.%I', n.nspname, c.relname) as table, s.column_name::text as column, s.keyring,
+  s.problem, pg_get_userbyid(c.relowner)::text as owner
+from rekey.column_status s
+left join pg_class c on c.oid = s.relation
+left join pg_namespace n on n.oid = c.relnamespace
+order by s.label
+
+-- name: uninstall envelopes
+-- description: Columns that hold envelopes, and tables that cannot be searched.
+select f.relation::oid as relation, format('%I.%I', n.nspname, c.relname) as table, f.column_name::text as column, f.envelopes,
+  f.embedded, c.relkind = 'm' as copied
+from rekey.find_envelopes() f
+join pg_class c on c.oid = f.relation
+join pg_namespace n on n.oid = c.relnamespace
+where f.column_name is null or f.envelopes > 0 or f.embedded > 0
+
+-- name: uninstall rows
+-- description: Every row that is encrypted, opened: how many do not open, and on which versions they stand.
+select v.relation, v.keyring, v.version, v.rows, v.failed, k.state
+from rekey.verify_ciphertexts() v
+left join rekey.key_status k on k.keyring = v.keyring and k.version = v.version
+
+-- name: uninstall counts
+-- description: What is to be exported.
+select (select count(*) from rekey.secrets) as secrets, (select count(distinct tenant_id) from rekey.secrets) as tenants,
+  (select count(*) from rekey.audit_log) as audit_entries
+
+-- name: uninstall objects
+-- description: What lies in the schemas of pg_rekey, but for what belongs to a table, and to protected columns.
+select format('%s.%s', c.relnamespace::regnamespace, c.relname) as name
+from pg_class c
+where c.relnamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace) and c.relkind not in ('i', 'I', 't')
+  and not exists (select from pg_depend d where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'i' and c.relkind = 'S')
+union
+select format('%s.%s', p.pronamespace::regnamespace, p.proname)
+from pg_proc p
+where p.pronamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace)
+  and not (p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ '^column_\d+_')
+union
+select format('%s.%s', t.typnamespace::regnamespace, t.typname)
+from pg_type t
+where t.typnamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace) and t.typtype in ('d', 'e', 'r')
+
+-- name: uninstall strays
+-- description: What the roles that own pg_rekey own elsewhere: DROP OWNED would take it along.
+select pg_describe_object(s.classid, s.objid, s.objsubid) as object, pg_get_userbyid(s.refobjid)::text as owner
+from pg_shdepend s
+cross join lateral pg_identify_object(s.classid, s.objid, s.objsubid) o
+where s.refclassid = 'pg_authid'::regclass and s.refobjid in (to_regrole('rekey_owner'), to_regrole('rekey_sweeper')) and s.deptype = 'o'
+  and s.dbid = (select d.oid from pg_database d where d.datname = current_database())
+  and coalesce(o.schema, o.name) not in ('rekey', 'rekey_targets')
+order by 1
+
+-- name: uninstall dependents
+-- description: Objects of others that need something of pg_rekey.
+with ours (classid, objid) as (
+  select 'pg_namespace'::regclass, n.oid from pg_namespace n where n.nspname in ('rekey', 'rekey_targets')
+  union all
+  select 'pg_class'::regclass, c.oid from pg_class c where c.relnamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace)
+  union all
+  select 'pg_type'::regclass, t.oid from pg_type t where t.typnamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace)
+  union all
+  select 'pg_proc'::regclass, p.oid from pg_proc p
+  where p.pronamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace)
+    or p.oid in (to_regprocedure('public.rotate_keys(text,text,boolean)'), to_regprocedure('public.key_rotation_status()'))
+), parts (classid, objid) as (
+  select * from ours
+  union all select 'pg_attrdef'::regclass, a.oid from pg_attrdef a join ours o on o.objid = a.adrelid and o.classid = 'pg_class'::regclass
+  union all select 'pg_constraint'::regclass, c.oid from pg_constraint c join ours o on o.objid = c.conrelid and o.classid = 'pg_class'::regclass
+  union all select 'pg_rewrite'::regclass, r.oid from pg_rewrite r join ours o on o.objid = r.ev_class and o.classid = 'pg_class'::regclass
+  union all select 'pg_policy'::regclass, p.oid from pg_policy p join ours o on o.objid = p.polrelid and o.classid = 'pg_class'::regclass
+  union all select 'pg_trigger'::regclass, t.oid from pg_trigger t join ours o on o.objid = t.tgrelid and o.classid = 'pg_class'::regclass
+  -- Those that encrypt on write go with the protection of their column.
+  union all select 'pg_trigger'::regclass, t.oid from pg_trigger t join ours o on o.objid = t.tgfoid and o.classid = 'pg_proc'::regclass
+    where t.tgname ~ '^zz_pg_rekey_\d+$'
+)
+select distinct coalesce(
+  (select pg_describe_object('pg_class'::regclass, r.ev_class, 0) from pg_rewrite r where d.classid = 'pg_rewrite'::regclass and r.oid = d.objid),
+  pg_describe_object(d.classid, d.objid, d.objsubid)) as dependent
+from pg_depend d
+join ours o on o.classid = d.refclassid and o.objid = d.refobjid
+where d.deptype = 'n' and not exists (select from parts p where p.classid = d.classid and p.objid = d.objid)
+order by 1
+
+-- name: uninstall RPC
+-- description: The functions of schema public that are ours.
+select distinct p.oid::regprocedure::text as function
+from pg_proc p
+join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid = 'pg_proc'::regclass
+join pg_proc r on r.oid = d.refobjid and r.pronamespace = 'rekey'::regnamespace
+where p.pronamespace = 'public'::regnamespace and (p.proname, r.proname) in (
+  ('rotate_keys', '_rpc_rotate_keys'), ('key_rotation_status', '_rpc_key_rotation_status'))
+
+-- name: uninstall locks
+-- description: What locks the views and tables of pg_rekey, in the order in which whoever reads them locks them. LOCK TABLE of a view would lock what it reads, system catalogs too.
+select case c.relkind when 'v' then format('alter view %I.%I owner to %I', n.nspname, c.relname, pg_get_userbyid(c.relowner))
+  else format('lock table %I.%I in access exclusive mode', n.nspname, c.relname) end as statement
+from pg_class c
+join pg_namespace n on n.oid = c.relnamespace
+where n.nspname = 'rekey' and c.relkind in ('v', 'r')
+order by c.relkind desc, c.relname
+
+-- name: uninstall cron usage
+-- description: Whether rekey_worker has what rekey.schedule_worker() grants it.
+select exists (
+  select from pg_namespace n, aclexplode(n.nspacl) a where n.nspname = 'cron' and a.grantee = to_regrole('rekey_worker')) as granted
+
+-- name: uninstall lock holders
+-- description: Who holds a lock on the tables of pg_rekey.
+select distinct case when x.gid is not null then format('prepared transaction %L', x.gid)
+  else format('pid %s, %s', l.pid, coalesce(a.usename, 'unknown')) end as holder
+from pg_locks l
+join pg_class c on c.oid = l.relation and c.relnamespace = to_regnamespace('rekey')
+left join pg_stat_activity a on a.pid = l.pid
+left join pg_prepared_xacts x on l.pid is null and l.virtualtransaction = '-1/' || x.transaction
+where l.granted and l.locktype = 'relation' and l.database = (select d.oid from pg_database d where d.datname = current_database())
+  and l.pid is distinct from pg_backend_pid()
+order by 1
+
+-- name: export keyrings
+-- description: The keyrings that secrets stand on, with the interval in ISO 8601.
+select k.name, k.tenant_id, k.rotate_every::text as rotate_every
+from rekey.keyrings k
+where exists (select from rekey.secrets s where s.keyring_id = k.id)
+order by k.name
+
+-- name: export secrets
+-- description: All there is about every secret, but for its value.
+select s.tenant_id, s.id, s.name, k.name as keyring, s.description, s.created_at, s.updated_at
+from rekey.secrets s
+join rekey.keyrings k on k.id = s.keyring_id
+order by s.tenant_id, s.name
+
+-- name: export audit log
+-- description: The audit log, with every part of a hash as it goes into it.
+select a.id, to_char(a.at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US') as at, a.actor, a.role, a.jwt_subject, a.event, a.keyring,
+  a.version, a.rotation_id, a.details::text as details, encode(a.prev_hash, 'hex') as prev_hash, encode(a.hash, 'hex') as hash
+from rekey.audit_log a
+order by a.id
+
+-- name: import keyring
+-- description: A keyring of an export, where there is none of that name.
+select rekey.create_keyring(given.name, given.tenant_id, given.rotate_every)
+from (values (%s, %s::uuid, %s::interval)) as given (name, tenant_id, rotate_every)
+where not exists (select from rekey.keyrings k where k.name = given.name)

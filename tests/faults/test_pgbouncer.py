@@ -221,6 +221,19 @@ def test_init(cli: Cli, pooling: Callable[[], Pooled], kek: bytes, monkeypatch: 
     assert "there is a connection pooler" in cli("doctor", code=FINDINGS)
 
 
+def test_uninstall(cli_pooled: Cli, pooled: Pooled, tmp_path: Path) -> None:
+    with connect(pooled.direct) as connection:
+        connection.execute("create table t (id integer primary key, v text)")
+        connection.execute("insert into t select n, 'plain ' || n from generate_series(1, 50) n")
+        cli_pooled("columns", "protect", "t", "v")
+        cli_pooled("columns", "adopt", "t", "v", "--from", "plaintext")
+        options = ("--export", tmp_path / "secrets", "--audit-log", tmp_path / "audit")
+        cli_pooled("uninstall", *options, "--dry-run")
+        cli_pooled("uninstall", *options, "--yes")
+        assert value(connection, "select to_regnamespace('rekey') is null")
+        assert value(connection, "select count(*) from t where v = 'plain ' || id") == 50
+
+
 def test_a_client_who_unlocks_the_session_unlocks_it_for_the_next(pooled: Pooled, kek: bytes) -> None:
     """As docs/security.md warns; until somebody locks it, or the pooler lets the session go."""
     with pooled.client() as one, pooled.client() as two:

@@ -21,6 +21,7 @@ from pg_rekey.cli import (
     settings,
     sql,
     status,
+    uninstall,
     upgrade,
     verify,
     work,
@@ -47,6 +48,7 @@ def main() -> None:
 for command in (
     init.init,
     upgrade.upgrade,
+    uninstall.uninstall,
     status.status,
     doctor.doctor,
     demo.demo,

@@ -1,11 +1,13 @@
 """`pg-rekey columns`: the user's own tables."""
 
 import time
+from collections.abc import Iterator
 
 import click
+import psycopg
 
 from pg_rekey import adoption, db, worker
-from pg_rekey.adoption import SHOWN_KEYS
+from pg_rekey.adoption import ATTEMPTS, PASSING, SHOWN_KEYS
 from pg_rekey.cli.base import Output, confirm, database, fetch, output, reason_option, scalar, yes_option
 from pg_rekey.cli.rotate import follow
 from pg_rekey.cli.rotations import COLUMNS
@@ -143,15 +145,32 @@ def unprotect(out: Output, table: str, column: str, decrypt: bool, yes: bool) ->
         if decrypt:
             confirm(connection, f"Write the plain values of {table}.{column} back?", yes)
         total = 0
-        while count := _unprotect(connection, table, column, decrypt):
+        for count in release(connection, table, column, decrypt):
             total += count
             click.echo(f"{total} rows decrypted", err=True)
     out.done(f"{table}.{column} is not protected any more", table=table, column=column)
 
 
-def _unprotect(connection: db.Connection, table: str, column: str, decrypt: bool) -> int:
-    with worker.transaction(connection):
-        return int(scalar(connection, db.query("unprotect column"), table, column, decrypt))
+def release(connection: db.Connection, table: str, column: str, decrypt: bool) -> Iterator[int]:
+    """Decrypt a protected column in batches, each a transaction, and let go of it; yield their rows."""
+    attempts = 0
+    while True:
+        try:
+            with worker.transaction(connection):
+                # A queued lock would stop those who write.
+                connection.execute("set local lock_timeout = '5 s'")
+                count = int(scalar(connection, db.query("unprotect column"), table, column, decrypt))
+        except psycopg.Error as error:
+            attempts += 1
+            # RK005: the last rows were locked by others.
+            if not decrypt or error.sqlstate not in (*PASSING, "RK005") or attempts >= ATTEMPTS:
+                raise
+            time.sleep(min(2**attempts / 10, 5))
+            continue
+        attempts = 0
+        if not count:
+            return
+        yield count
 
 
 @columns.command()

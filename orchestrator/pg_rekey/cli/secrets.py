@@ -2,13 +2,15 @@
 
 import getpass
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from uuid import UUID
 
 import click
 
-from pg_rekey import db, envfile
+from pg_rekey import archive, db, envfile
+from pg_rekey.archive import Archive, Secret
 from pg_rekey.cli.base import (
     FilePath,
     InputPath,
@@ -49,7 +51,7 @@ def set_(
     description: str | None,
 ) -> None:
     """Store a secret. The value comes from a file, or standard input without its last line break."""
-    [row] = _store(connection, {name: _value(path)}, tenant, keyring, description)
+    [row] = _store(connection, [Secret(tenant, keyring, name, _value(path), description)])
     out.done(f"secret {name} stored", name=name, id=row["id"])
 
 
@@ -96,7 +98,9 @@ def import_(
 ) -> None:
     """Store all values of a .env file, in one transaction. ${...} is stored as it stands.
 
-    With --vault, every secret of the Supabase Vault whose name is not taken; the Vault keeps its own.
+    The file may also be one that `pg-rekey uninstall --export` wrote: each of its secrets goes to its own
+    tenant and keyring, and keyrings that are missing are made. With --vault, every secret of the Supabase
+    Vault whose name is not taken; the Vault keeps its own.
     """
     if vault == (path is not None):
         raise click.UsageError("a file, or --vault")
@@ -104,20 +108,44 @@ def import_(
         count = scalar(connection, db.query("adopt vault"), keyring, tenant)
         out.done(f"{count} secrets copied from the Vault", copied=count)
         return
-    values = envfile.read(path)
-    rows = fetch(connection, "select name, value from rekey.read_secrets(%s, %s)", list(values), tenant)
-    known = {row["name"]: row["value"] for row in rows}
-    changed = {name: value for name, value in values.items() if known.get(name) != value}
-    _store(connection, changed, tenant, keyring)
-    created = sorted(changed.keys() - known.keys())
-    updated = sorted(changed.keys() & known.keys())
-    unchanged = sorted(values.keys() - changed.keys())
+    found = archive.read(path)
+    if found is None:
+        values = envfile.read(path)
+        found = Archive([], [Secret(tenant, keyring, name, value) for name, value in values.items()])
+    elif _given("tenant") or _given("keyring"):
+        raise click.UsageError(f"{path} names the tenant and the keyring of each secret itself")
+    for one in found.keyrings:
+        connection.execute(db.query("import keyring"), astuple(one))
+    known = _known(connection, found.secrets)
+    changed = {one for one in found.secrets if known.get((one.tenant_id, one.name)) != one.value}
+    _store(connection, list(changed))
+    created = sorted(one.name for one in changed if (one.tenant_id, one.name) not in known)
+    updated = sorted(one.name for one in changed if (one.tenant_id, one.name) in known)
+    unchanged = sorted(one.name for one in found.secrets if one not in changed)
     out.done(
         f"{len(created)} created, {len(updated)} updated, {len(unchanged)} unchanged",
         created=created,
         updated=updated,
         unchanged=unchanged,
     )
+
+
+def _given(parameter: str) -> bool:
+    source = click.get_current_context().get_parameter_source(parameter)
+    return source is not click.core.ParameterSource.DEFAULT
+
+
+def _known(connection: db.Connection, wanted: Sequence[Secret]) -> dict[tuple[UUID, str], str]:
+    """Return the values that are stored under these names now."""
+    names: dict[UUID, list[str]] = {}
+    for one in wanted:
+        names.setdefault(one.tenant_id, []).append(one.name)
+    statement = "select name, value from rekey.read_secrets(%s, %s)"
+    return {
+        (tenant, row["name"]): row["value"]
+        for tenant, of_tenant in names.items()
+        for row in fetch(connection, statement, of_tenant, tenant)
+    }
 
 
 @secrets.command()
@@ -140,23 +168,20 @@ def export(connection: db.Connection, out: Output, path: Path | None, tenant: UU
         click.echo(envfile.write(values), nl=False)
 
 
-def _store(
-    connection: db.Connection,
-    values: Mapping[str, str],
-    tenant: UUID,
-    keyring: str,
-    description: str | None = None,
-) -> list[Row]:
+def _store(connection: db.Connection, stored: Sequence[Secret]) -> list[Row]:
     """Store secrets. Their values go by binary COPY, which no log shows: one may show parameters."""
-    connection.execute("create temporary table pg_rekey_secrets (name text, value text) on commit drop")
+    connection.execute(
+        "create temporary table pg_rekey_secrets"
+        " (tenant_id uuid, keyring text, name text, value text, description text) on commit drop"
+    )
     with (
         connection.cursor() as cursor,
         cursor.copy("copy pg_temp.pg_rekey_secrets from stdin binary") as copy,
     ):
-        copy.set_types(["text", "text"])
-        for row in values.items():
-            copy.write_row(row)
-    return fetch(connection, db.query("set copied secrets"), tenant, keyring, description)
+        copy.set_types(["uuid", "text", "text", "text", "text"])
+        for one in stored:
+            copy.write_row(astuple(one))
+    return fetch(connection, db.query("set copied secrets"))
 
 
 def _value(path: Path | None) -> str:
