@@ -488,7 +488,7 @@ def use_keys(scenario: Scenario) -> None:
     run("schedule clear busy")
     run("settings set batch_target 100ms")
     run("settings show")
-    for line in ("status", "status --json", "verify", "metrics", "sql", "doctor"):
+    for line in ("status", "status --json", "verify", "metrics", "sql", "upgrade", "doctor"):
         run(line, code=5 if line == "doctor" else 0)
     key = scenario.folder / "audit.key"
     run(f"audit keygen {key}")
