@@ -64,6 +64,19 @@ def test_database_url_comes_second(cli: Cli, empty: str, monkeypatch: pytest.Mon
     monkeypatch.delenv("PG_REKEY_DSN")
     assert database.dsn() == "host=/nowhere"
     monkeypatch.delenv("DATABASE_URL")
+def test_a_server_that_vanished_is_noticed_soon(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by the worker, which waits as long as it takes; what the connection string says is obeyed."""
+    for dsn, idle in ((empty, "10"), (make_conninfo(empty, keepalives_idle=60), "60")):
+        monkeypatch.setenv("PG_REKEY_DSN", dsn)
+        with database.connect() as direct, database.pool() as pool, pool.connection() as pooled:
+            for connection in (direct, pooled):
+                given = connection.info.get_parameters()
+                assert given["keepalives_idle"] == idle
+                assert given["keepalives_interval"] == "10"
+                assert given["tcp_user_timeout"] == "10000"
+                assert given["connect_timeout"] == "10"
+
+
     assert database.dsn() == ""
 
 

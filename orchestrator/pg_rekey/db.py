@@ -25,8 +25,13 @@ POOL_SIZE = 4
 POOL_TIMEOUT = 3.0
 # Prepared statements do not survive a transaction pooler.
 _PARAMETERS: dict[str, Any] = {"application_name": "pg-rekey", "prepare_threshold": None}
-# A server that vanished without a word is noticed within seconds, not by the kernel's default of minutes.
-_PATIENCE = {"connect_timeout": 10, "tcp_user_timeout": 10_000, "keepalives_idle": 10}
+# A server that vanished without a word is noticed within half a minute, not by the kernel's default of hours.
+_PATIENCE = {
+    "connect_timeout": 10,
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 10,
+}
 
 
 @functools.cache
@@ -48,10 +53,16 @@ def dsn() -> str:
     return ""
 
 
+def _conninfo(database: str | None = None) -> str:
+    """Return the connection string of the environment, with patience of our own where it names none."""
+    given = conninfo_to_dict(dsn()) | ({"dbname": database} if database else {})
+    return make_conninfo("", **(_PATIENCE | given))
+
+
 def connect(*, autocommit: bool = False, database: str | None = None) -> Connection:
     """Connect to the database of the environment, or another one there; notices go to standard error."""
     connection = psycopg.connect(
-        make_conninfo(dsn(), dbname=database), autocommit=autocommit, row_factory=dict_row, **_PARAMETERS
+        _conninfo(database), autocommit=autocommit, row_factory=dict_row, **_PARAMETERS
     )
     _configure(connection)
     connection.add_notice_handler(_show_notice)
@@ -65,9 +76,9 @@ def pool() -> Pool:
     pool comes back with the database.
     """
     return ConnectionPool(
-        make_conninfo(dsn()),
+        _conninfo(),
         connection_class=psycopg.Connection[DictRow],
-        kwargs={"row_factory": dict_row, **_PARAMETERS, **_PATIENCE},
+        kwargs={"row_factory": dict_row, **_PARAMETERS},
         configure=_configure,
         check=ConnectionPool.check_connection,
         min_size=1,
