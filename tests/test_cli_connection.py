@@ -30,13 +30,19 @@ COMMAND = Path(sys.executable).parent / "pg-rekey"
     [
         ("postgresql://u:canary@h/d?pgbouncer=true", "does not know: pgbouncer"),
         ("postgresql://u:canary@h/d?sslmode=require&connection_limit=1&schema=x", "connection_limit, schema"),
+        ("postgresql://u:canary@h/d?ssl=require", r"does not know: ssl\n(?s:.*)write sslmode=require"),
+        ("postgresql://u:canary@h/d?sslmode=no-verify", r"an sslmode (?s:.*)Write sslmode=require"),
+        ("host=h sslmode=canary", "an sslmode that libpq does not know"),
         ("postgresql+psycopg://u:canary@h/d", r"starts with postgresql\+psycopg://"),
+        ("jdbc:postgresql://u:canary@h/d", "starts with jdbc:postgresql://"),
         ("mysql://u:canary@h/d", "starts with mysql://"),
         ("postgresql://u:can/ary@h/d", "characters that a URL cannot hold"),
         ("postgresql://u:can@ary@h/d", "characters that a URL cannot hold"),
         ("postgresql://u:canary%@h/d", "not a connection string"),
         ("host=h password=can ary", "not a connection string"),
         ("user canary h", "not a connection string"),
+        ('"postgresql://u:canary@h/d"', "no quotes around it"),
+        (" postgresql://u:canary@h/d", "Write postgresql://USER"),
     ],
 )
 @pytest.mark.parametrize("variable", ["PG_REKEY_DSN", "DATABASE_URL"])
@@ -58,12 +64,6 @@ def test_nobody_listens(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "canary" not in cli.err
 
 
-def test_database_url_comes_second(cli: Cli, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DATABASE_URL", "host=/nowhere")
-    assert database.dsn() == empty
-    monkeypatch.delenv("PG_REKEY_DSN")
-    assert database.dsn() == "host=/nowhere"
-    monkeypatch.delenv("DATABASE_URL")
 def test_a_server_that_vanished_is_noticed_soon(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by the worker, which waits as long as it takes; what the connection string says is obeyed."""
     for dsn, idle in ((empty, "10"), (make_conninfo(empty, keepalives_idle=60), "60")):
@@ -77,6 +77,12 @@ def test_a_server_that_vanished_is_noticed_soon(empty: str, monkeypatch: pytest.
                 assert given["connect_timeout"] == "10"
 
 
+def test_database_url_comes_second(cli: Cli, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "host=/nowhere")
+    assert database.dsn() == empty
+    monkeypatch.delenv("PG_REKEY_DSN")
+    assert database.dsn() == "host=/nowhere"
+    monkeypatch.delenv("DATABASE_URL")
     assert database.dsn() == ""
 
 

@@ -195,24 +195,36 @@ def _check(variable: str, value: str) -> None:
     if scheme and scheme[1] not in ("postgres", "postgresql"):
         raise Problem(
             f"{variable} starts with {scheme[1]}://, which libpq does not know",
-            "Write postgresql:// with nothing after it: +psycopg and the like belong to other libraries.",
+            "Write postgresql:// alone: +psycopg, jdbc: and the like belong to other libraries.",
             USAGE,
         )
     if scheme and "@" in value and re.search(r"[/@#?]", value[scheme.end() : value.rindex("@")]):
         raise Problem(f"{variable} has a password with characters that a URL cannot hold", _ENCODE, USAGE)
     try:
-        conninfo_to_dict(value)
+        given = conninfo_to_dict(value)
     except psycopg.Error:
         parameters = re.findall(r"[?&]([^=&]+)=", f"?{urlsplit(value).query}") if scheme else []
         known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
         if unknown := [name for name in parameters if name not in known]:
             raise Problem(
                 f"{variable} has parameters that libpq does not know: {', '.join(unknown)}",
-                "Take them out: `pgbouncer`, `connection_limit`, `schema` and the like are Prisma's.",
+                "They are another library's, as `pgbouncer` and `schema` are Prisma's: take them out. For "
+                "one that asks for TLS, such as `ssl`, write sslmode=require or verify-full.",
                 USAGE,
             ) from None
         message = f"{variable} is not a connection string that libpq understands"
-        raise Problem(message, _ENCODE, USAGE) from None
+        raise Problem(message, _ENCODE if scheme else _SPELL, USAGE) from None
+    if given.get("sslmode", "require") not in _SSL_MODES:
+        raise Problem(
+            f"{variable} has an sslmode that libpq does not know",
+            "Write sslmode=require to encrypt only, as node-postgres' no-verify does, or verify-full.",
+            USAGE,
+        )
 
 
 _ENCODE = "In a URL, write / as %2F, @ as %40, # as %23, ? as %3F and % as %25 within the password."
+_SPELL = (
+    "Write postgresql://USER:PASSWORD@HOST/DATABASE, with no quotes around it (`docker run --env-file` keeps "
+    "them), or host=HOST dbname=DATABASE and so on."
+)
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
