@@ -113,14 +113,31 @@ def test_where_the_kek_is(
     assert findings(cli_ready)["the KEK is in the database that it protects"] == "warning"
     path = tmp_path / "kek"
     path.write_text(kek.hex())
-    path.chmod(0o640)
     monkeypatch.delenv("PG_REKEY_KEK")
     monkeypatch.setenv("PG_REKEY_KEK_FILE", str(path))
-    assert findings(cli_ready)["others can read PG_REKEY_KEK_FILE (mode 0640)"] == "critical"
+    for mode in (0o644, 0o660, 0o600):
+        path.chmod(mode)
+        finding = f"others can read PG_REKEY_KEK_FILE (mode {mode:04o})"
+        assert findings(cli_ready).get(finding) == (None if mode == 0o600 else "critical")
+    path.chmod(0o644)
     monkeypatch.setattr(os.path, "ismount", lambda mount: mount == str(path))
-    assert findings(cli_ready)["others can read PG_REKEY_KEK_FILE (mode 0640)"] == "info"
-    path.chmod(0o600)
-    assert not any("others can read" in one for one in findings(cli_ready))
+    assert findings(cli_ready)["others can read PG_REKEY_KEK_FILE (mode 0644)"] == "info"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("owner", [0, 10001])
+def test_a_secret_that_is_mounted_for_a_group(
+    owner: int, cli_ready: Cli, tmp_path: Path, kek: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Kubernetes does with fsGroup, and systemd with an ACL: root's file; nobody else's."""
+    path = tmp_path / "kek"
+    path.write_text(kek.hex())
+    path.chmod(0o440)
+    os.chown(path, owner, 10001)
+    monkeypatch.delenv("PG_REKEY_KEK")
+    monkeypatch.setenv("PG_REKEY_KEK_FILE", str(path))
+    critical = "others can read PG_REKEY_KEK_FILE (mode 0440)" in findings(cli_ready)
+    assert critical == (owner != 0)
 
 
 def test_how_old_the_kek_is(cli_ready: Cli, ready: Connection) -> None:

@@ -79,8 +79,11 @@ def _environment() -> Iterator[Finding]:
     for variable in (f"{keks.CURRENT}_FILE", f"{keks.NEXT}_FILE"):
         path = os.environ.get(variable)
         if path and os.path.exists(path):
-            mode = stat.S_IMODE(os.stat(path).st_mode)
-            if not mode & 0o077:
+            found = os.stat(path)
+            mode = stat.S_IMODE(found.st_mode)
+            # As libpq has it for private keys. A file of root's that its group may read is how Kubernetes (by
+            # fsGroup) and systemd (by an ACL, whose mask shows as the group's rights) give it to one account.
+            if not mode & (0o037 if found.st_uid == 0 else 0o077):
                 continue
             finding = f"others can read {variable} (mode {mode:04o})"
             if os.path.ismount(path):
@@ -89,7 +92,7 @@ def _environment() -> Iterator[Finding]:
                     "info", finding, "Let nobody but its owner enter the directory that it comes from."
                 )
             else:
-                yield Finding("critical", finding, f"chmod 600 {path}")
+                yield Finding("critical", finding, f"chmod 600 {path}, or mount it with mode 0400.")
 
 
 def _pooler(connection: db.Connection) -> Iterator[Finding]:
