@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from helpers import Connection
+from pg_rekey import kek as keks
 from pg_rekey.cli import main
 
 COMMAND = str(Path(sys.executable).parent / "pg-rekey")
@@ -70,6 +71,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PG_REKEY_KEK", "PG_REKEY_NEW_KEK"):
         for kind in ("", "_FILE", "_COMMAND"):
             monkeypatch.delenv(name + kind, raising=False)
+    keks.forget()
 
 
 @pytest.fixture

@@ -268,6 +268,19 @@ def test_the_environment_is_read_again_after_a_rotation_of_the_kek(
         connection.execute("select rekey.set_secret('a', 'value')")
 
 
+def test_a_command_runs_once_in_a_process(
+    ready: Connection, db: str, kek: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker behind a pooler unlocks several times a second."""
+    runs = tmp_path / "runs"
+    monkeypatch.setenv("PG_REKEY_KEK_COMMAND", f"sh -c 'echo >> {runs}; echo {kek.hex()}'")
+    for _ in range(2):
+        with psycopg.connect(db) as connection:
+            pg_rekey.unlock(connection)
+            connection.execute("select rekey.set_secret('a', 'value')")
+    assert runs.read_text() == "\n"
+
+
 def test_unlock_without_a_kek(make_database: Callable[..., str]) -> None:
     with psycopg.connect(make_database()) as connection, pytest.raises(Problem) as caught:
         pg_rekey.unlock(connection)

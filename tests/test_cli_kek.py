@@ -90,7 +90,7 @@ def test_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("/nowhere/command", "cannot be run"),
+        ("/nowhere/command", "cannot be run: No such file or directory"),
         ("'unclosed", "cannot be run"),
         (" ", "cannot be run"),
         ("sh -c 'echo canary; echo canary >&2; exit 7'", "ended with exit code 7"),
@@ -106,6 +106,16 @@ def test_commands_that_fail(
         keks.read()
     captured = capfd.readouterr()
     assert "canary" not in caught.value.message + captured.out + captured.err
+
+
+def test_command_runs_again_until_it_prints_a_kek(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "kek"
+    path.write_text("None\n")
+    monkeypatch.setenv("PG_REKEY_KEK_COMMAND", f"cat '{path}'")
+    with pytest.raises(Problem):
+        keks.read()
+    path.write_text(OTHER.hex())
+    assert keks.read() == OTHER
 
 
 def test_command_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

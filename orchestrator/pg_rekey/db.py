@@ -118,8 +118,9 @@ def unlock(
     """Let the transaction or session of a connection use the KEK, and return the KEK's fingerprint.
 
     Without ``kek`` it comes from the environment: PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND,
-    and the next one from PG_REKEY_NEW_KEK and so on; the one that the database has as active is used. The KEK
-    reaches the server by a binary COPY, which no log shows.
+    and the next one from PG_REKEY_NEW_KEK and so on; the one that the database has as active is used. A
+    command runs once in a process, and again where the database refuses what it printed. The KEK reaches the
+    server by a binary COPY, which no log shows.
 
     Scope ``transaction`` lasts to the end of the transaction, which is begun if there is none; ``session`` to
     the end of the connection, and does not belong behind a transaction pooler.
@@ -140,6 +141,7 @@ def unlock(
         if error.sqlstate != "RK002":
             raise
     # A KEK rotation may have passed between reading the environment and asking the database.
+    keks.forget()
     return _send(connection, from_environment(), scope)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
 import os
@@ -51,7 +52,13 @@ def parse(text: str, source: str = "the KEK") -> bytes:
 def read(name: str = CURRENT) -> bytes | None:
     """Return the KEK that NAME, NAME_FILE or NAME_COMMAND gives, or None where none of them is set."""
     found = _given(name)
-    return parse(_text(*found), _source(found[0])) if found else None
+    if found is None:
+        return None
+    try:
+        return parse(_text(*found), _source(found[0]))
+    except Problem:
+        forget()
+        raise
 
 
 def read_text(name: str) -> str | None:
@@ -106,8 +113,15 @@ def _file_text(path: str | Path, source: str) -> str:
         raise Problem(f"{source} cannot be read: {error.strerror}", None, LOCKED) from None
 
 
+def forget() -> None:
+    """Let commands run again that have run."""
+    _run.cache_clear()
+
+
+# A worker behind a pooler unlocks each transaction, as applications do: too often to ask a key service.
+@functools.cache
 def _run(command: str, source: str) -> str:
-    """Return what a command prints. No shell, a time limit, and its output is never shown."""
+    """Return what a command prints or printed. No shell, a time limit, and its output is never shown."""
     try:
         process = subprocess.Popen(
             shlex.split(command),
@@ -116,8 +130,9 @@ def _run(command: str, source: str) -> str:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    except (OSError, ValueError, IndexError):
-        raise Problem(f"{source} cannot be run", "It is run without a shell.", LOCKED) from None
+    except (OSError, ValueError, IndexError) as error:
+        reason = f": {error.strerror}" if isinstance(error, OSError) else ""
+        raise Problem(f"{source} cannot be run{reason}", _NO_SHELL, LOCKED) from None
     with process:
         try:
             output, _ = process.communicate(timeout=COMMAND_TIMEOUT)
@@ -127,7 +142,9 @@ def _run(command: str, source: str) -> str:
                 raise
             raise Problem(f"{source} took longer than {COMMAND_TIMEOUT:g} s", None, LOCKED) from None
     if process.returncode != 0:
-        raise Problem(
-            f"{source} ended with exit code {process.returncode}", "Its output is not shown.", LOCKED
-        )
+        message = f"{source} ended with exit code {process.returncode}"
+        raise Problem(message, f"Its output is not shown: run it by hand. {_NO_SHELL}", LOCKED)
     return output.decode("utf-8", "replace")
+
+
+_NO_SHELL = "There is no shell: a pipe, a variable or `&&` needs a script."
