@@ -22,7 +22,7 @@ begin
   if v_version is null then
     raise exception 'the keyring is retired' using errcode = 'RK006';
   end if;
-  select d.key into v_sealing.key from rekey._deks(array[keyring_id], array[v_version]) d;
+  select d.key into v_sealing.key from rekey._dek(keyring_id, v_version) d;
   if v_sealing.key is null then
     raise exception 'the active key version % cannot be used', v_version using errcode = 'RK006',
       hint = 'Rotate the keyring: rekey.rotate_keys().';
@@ -51,7 +51,7 @@ begin
   if rekey._is_envelope(envelope) then
     v_keyring := rekey._int4(envelope, 3);
     v_version := rekey._int4(envelope, 7);
-    select d.key, d.problem into v_key, v_problem from rekey._deks(array[v_keyring], array[v_version]) d;
+    select d.key, d.problem into v_key, v_problem from rekey._dek(v_keyring, v_version) d;
     if v_problem is not null then
       raise exception 'cannot open ciphertext: %', v_problem using errcode = 'RK006';
     end if;

@@ -1356,42 +1356,67 @@ return case when octet_length(wrapped_key) = 139 and substr(wrapped_key, 1, 11) 
   rekey._aead_decrypt(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) end;
 comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it does not open. aad: rekey._wrap_aad().';
 
+create or replace function rekey._key_problem(version integer, state text, kek_id integer, kek_state text, sweeping boolean) returns text
+language sql stable parallel safe
+return case
+  when state in ('disabled', 'destroyed') or state = 'destroy_scheduled' and not sweeping then format('key version %s is %s', version, state)
+  when kek_state = 'lost' then format('key version %s is wrapped under KEK %s, which is lost', version, kek_id) end;
+comment on function rekey._key_problem is 'Why a key may not be used; NULL: it may. sweeping: one that is scheduled for destruction may.';
+
+create or replace function rekey._dek(keyring_id integer, version integer, out key bytea, out problem text)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_wrapping bytea;
+  v_wrapped bytea;
+  v_kek_id integer;
+  v_aad bytea;
+begin
+  select k.wrapped_key, k.kek_id, rekey._key_problem(k.version, k.state, k.kek_id, e.state, false) into v_wrapped, v_kek_id, problem
+  from rekey.encryption_keys k
+  join rekey.keks e on e.id = k.kek_id
+  where k.keyring_id = _dek.keyring_id and k.version = _dek.version;
+  if not found or problem is not null then
+    return;
+  end if;
+  select k.kek into v_wrapping from rekey._kek() k;
+  v_wrapping := rekey._wrapping_key(v_wrapping);
+  v_aad := rekey._wrap_aad(v_kek_id, keyring_id, version);
+  key := rekey._unwrap(v_wrapping, v_wrapped, v_aad);
+  if key is null then
+    problem := format('the wrapped key of version %s is damaged', version);
+  end if;
+end
+$$;
+comment on function rekey._dek is
+  'Unwraps one key, for a single value; rekey._deks() is for many. key is NULL, and problem says why, where it may not or cannot be used; both are NULL where there is none. RK001, RK002 without the KEK.';
+
 create or replace function rekey._deks(keyrings integer[], versions integer[], sweeping boolean = false)
 returns table (keyring_id integer, version integer, key bytea, problem text)
 language plpgsql stable rows 10
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- keys that do not fit go to a temporary file
 as $$
-declare
-  v_wrapping bytea;
-  v_key record;
-  v_aad bytea;
 begin
-  select k.kek into v_wrapping from rekey._kek() k;
-  v_wrapping := rekey._wrapping_key(v_wrapping);
-  for v_key in
-    select k.keyring_id, k.version, k.state, k.kek_id, k.wrapped_key, e.state as kek_state
-    from (select distinct u.keyring_id, u.version from unnest(keyrings, versions) as u(keyring_id, version)) w
-    join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.version = w.version
-    join rekey.keks e on e.id = k.kek_id
-  loop
-    keyring_id := v_key.keyring_id;
-    version := v_key.version;
-    key := null;
-    problem := case
-      when v_key.state in ('disabled', 'destroyed') or v_key.state = 'destroy_scheduled' and not sweeping
-        then format('key version %s is %s', v_key.version, v_key.state)
-      when v_key.kek_state = 'lost' then format('key version %s is wrapped under KEK %s, which is lost', v_key.version, v_key.kek_id)
-      end;
-    if problem is null then
-      v_aad := rekey._wrap_aad(v_key.kek_id, v_key.keyring_id, v_key.version);
-      key := rekey._unwrap(v_wrapping, v_key.wrapped_key, v_aad);
-      if key is null then
-        problem := format('the wrapped key of version %s is damaged', v_key.version);
-      end if;
-    end if;
-    return next;
-  end loop;
+  -- Keys are columns here, and nowhere parameters of a statement.
+  return query
+    select o.keyring_id, o.version, o.key,
+      case when o.key is null then coalesce(o.problem, format('the wrapped key of version %s is damaged', o.version)) end
+    from (
+      select n.keyring_id, n.version, n.problem,
+        case when n.problem is null then rekey._unwrap(n.wrapping_key, n.wrapped_key, n.aad) end as key
+      from (
+        select k.keyring_id, k.version, k.wrapped_key, w.wrapping_key, rekey._wrap_aad(k.kek_id, k.keyring_id, k.version) as aad,
+          rekey._key_problem(k.version, k.state, k.kek_id, e.state, sweeping) as problem
+        from (select rekey._wrapping_key(x.kek) as wrapping_key from rekey._kek() x offset 0) w
+        cross join (select distinct u.keyring_id, u.version from unnest(keyrings, versions) as u(keyring_id, version)) g
+        join rekey.encryption_keys k on k.keyring_id = g.keyring_id and k.version = g.version
+        join rekey.keks e on e.id = k.kek_id
+        offset 0
+      ) n
+      offset 0
+    ) o;
 end
 $$;
 comment on function rekey._deks is
@@ -1815,7 +1840,7 @@ begin
   if v_version is null then
     raise exception 'the keyring is retired' using errcode = 'RK006';
   end if;
-  select d.key into v_sealing.key from rekey._deks(array[keyring_id], array[v_version]) d;
+  select d.key into v_sealing.key from rekey._dek(keyring_id, v_version) d;
   if v_sealing.key is null then
     raise exception 'the active key version % cannot be used', v_version using errcode = 'RK006',
       hint = 'Rotate the keyring: rekey.rotate_keys().';
@@ -1844,7 +1869,7 @@ begin
   if rekey._is_envelope(envelope) then
     v_keyring := rekey._int4(envelope, 3);
     v_version := rekey._int4(envelope, 7);
-    select d.key, d.problem into v_key, v_problem from rekey._deks(array[v_keyring], array[v_version]) d;
+    select d.key, d.problem into v_key, v_problem from rekey._dek(v_keyring, v_version) d;
     if v_problem is not null then
       raise exception 'cannot open ciphertext: %', v_problem using errcode = 'RK006';
     end if;
