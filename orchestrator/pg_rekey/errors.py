@@ -71,7 +71,10 @@ def explain(error: psycopg.Error) -> tuple[str, str | None]:
             "does no harm."
         )
     if _is_missing(error):
-        hint = "pg_rekey is not installed in this database, or in another version: run `pg-rekey init`."
+        hint = (
+            "pg_rekey is not installed in this database (run `pg-rekey init`), or in another version (run "
+            "`pg-rekey upgrade`)."
+        )
     return message, hint
 
 

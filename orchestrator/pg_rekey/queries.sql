@@ -25,6 +25,24 @@ select exists (select from supabase_migrations.schema_migrations where name like
 select exists (
   select from pg_extension_update_paths('pg_rekey') p where p.source = %s and p.target = %s and p.path is not null)
 
+-- name: installer
+-- description: The role that installed it, and whether this one may replace what it owns.
+select p.proowner::regrole::text as role, coalesce(pg_has_role(p.proowner, 'usage'), true) as allowed
+from (select) as one
+left join pg_proc p on p.oid = to_regprocedure('public.rotate_keys(text, text, boolean)')
+
+-- name: lock holders
+-- description: Who may keep a step of an upgrade waiting: sessions with locks on our tables, or our advisory locks.
+select distinct coalesce(
+    format('pid %s (%s, since %s)', a.pid, coalesce(a.usename, a.backend_type), a.xact_start::timestamptz(0)),
+    'a prepared transaction') as holder
+from pg_locks l
+left join pg_stat_activity a on a.pid = l.pid
+where l.granted and l.pid is distinct from pg_backend_pid()
+  and l.database = (select oid from pg_database where datname = current_database())
+  and (l.relation in (select c.oid from pg_class c where c.relnamespace = to_regnamespace('rekey'))
+       or (l.locktype, l.classid, l.objsubid) = ('advisory', 0, 2))
+
 -- name: kek provider
 -- description: Where the server finds the KEK by itself; no row before pg_rekey is set up.
 select value from rekey.setting_status where name = 'kek_provider'

@@ -5,9 +5,9 @@ transaction) and ``supabase`` (a migration). The script is the same but for the 
 from running what belongs to CREATE EXTENSION. In a checkout it is assembled from the sources; an installed
 wheel carries it assembled.
 
-From one release to the next there is a step: what ``sql/updates/A--B.sql`` does to the state, where that file
-exists, and then all the code anew. What was released is frozen: ``sql/dist/released.sha256`` has the
-checksums.
+From one release to the next there is a step: ``sql/update.sql``, then what ``sql/updates/A--B.sql`` does to
+the state, where that file exists, and then all the code anew. What was released is frozen:
+``sql/dist/released.sha256`` has the checksums.
 """
 
 import hashlib
@@ -87,8 +87,9 @@ def assemble(road: Road) -> str:
 def assemble_step(road: Road, step: Step) -> str:
     """Assemble the script from one version to the next of one road from the sources."""
     update = SOURCES / "updates" / f"{'--'.join(step)}.sql"
-    changes = [update] if update.exists() else []
-    return _for_road(road, _join(" to ".join(step), [*changes, *_code(), SOURCES / "extension.sql"]))
+    changes = [SOURCES / "update.sql", *([update] if update.exists() else [])]
+    script = _join(" to ".join(step), [*changes, *_code(), SOURCES / "extension.sql"])
+    return _for_road(road, script.replace("__SINCE__", step[0]))
 
 
 def assemble_code() -> str:

@@ -6,11 +6,13 @@ import click
 import psycopg
 
 from pg_rekey import db, release
-from pg_rekey.cli.base import Output, fetch, output, scalar
+from pg_rekey.cli.base import Output, fetch, fetch_one, output, scalar
 from pg_rekey.errors import Problem
 
-LOCK_TIMEOUT = "3s"  # whoever waits for a table keeps everybody after it waiting
-ATTEMPTS = 10
+# Whoever waits for a table keeps everybody after it waiting. Less than deadlock_timeout: it is the step that
+# gives way.
+LOCK_TIMEOUT = "500ms"
+ATTEMPTS = 20
 
 
 @click.command()
@@ -67,23 +69,30 @@ def _steps(since: str) -> list[release.Step]:
 
 def _apply(connection: db.Connection, step: release.Step) -> None:
     """Apply a step, unless somebody else has meanwhile; wait for locks, but not long at a time."""
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(ATTEMPTS):
         try:
             with connection.transaction():
                 connection.execute("select set_config('lock_timeout', %s, true)", [LOCK_TIMEOUT])
                 connection.execute("select pg_advisory_xact_lock(0, 4)")
+                # Its query locks a catalog: without that, a session goes on with functions that it knows.
                 version, road = _find(connection)
                 if version == step[0]:
                     _run(connection, road, step)
             return
-        except psycopg.errors.LockNotAvailable:
-            if attempt == ATTEMPTS:
-                raise
-        time.sleep(attempt / 2)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            time.sleep(min(attempt + 1, 5))
+    holders = ", ".join(row["holder"] for row in fetch(connection, db.query("lock holders")))
+    raise Problem(
+        f"others hold locks on the tables of pg_rekey: it stays at {step[0]}",
+        f"Let them end, or end them: {holders or 'they have gone by now'}. Then run this again.",
+    )
 
 
 def _run(connection: db.Connection, road: release.Road, step: release.Step) -> None:
     if road == "plain":
+        by = fetch_one(connection, db.query("installer"))
+        if not by["allowed"]:
+            raise Problem(f"{by['role']} installed pg_rekey", f"Connect as {by['role']}, or as a superuser.")
         connection.execute(release.step_script("plain", step).encode())
     elif road == "supabase":
         raise Problem(
