@@ -32,7 +32,6 @@ declare
   v_found pg_roles;
   v_member name;
   v_super boolean := (select rolsuper from pg_roles where rolname = current_user);
-  v_admin text := case when current_setting('server_version_num')::int < 160000 then ' with admin option' else '' end;
 begin
   for v_role in
     select r.name, r.login, r.owns
@@ -68,7 +67,11 @@ begin
       end if;
     end if;
     if not v_super then
-      execute format('grant %I to current_user%s', v_role.name, v_admin);
+      -- From PostgreSQL 16 on, whoever makes a role administers it, and cannot give that to himself.
+      execute format('grant %I to current_user%s', v_role.name, case when exists (
+        select from pg_auth_members m
+        where m.roleid = v_role.name::regrole and m.member = current_user::regrole and m.admin_option
+      ) then '' else ' with admin option' end);
     end if;
   end loop;
   for v_role in
