@@ -58,6 +58,7 @@ def test_failed_start_leaves_nothing_and_says_why(monkeypatch: pytest.MonkeyPatc
     assert not Path(directory).exists()
 
 
+@pytest.mark.usefixtures("installation")
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_stays_when_the_owner_dies(end: signal.Signals) -> None:
     script = (
@@ -75,12 +76,14 @@ def test_nothing_stays_when_the_owner_dies(end: signal.Signals) -> None:
     assert int(pid) not in {running for running, _ in local._processes()}
 
 
+@pytest.mark.usefixtures("installation")
 def test_run_passes_dsn_and_exit_code() -> None:
     script = "import os, psycopg, sys; psycopg.connect(os.environ['PG_REKEY_DSN']).close(); sys.exit(7)"
     command = [sys.executable, "-m", "pg_rekey.local", "run", "--", sys.executable, "-c", script]
     assert subprocess.run(command, check=False).returncode == 7
 
 
+@pytest.mark.usefixtures("installation")
 def test_dev_reloads_changed_code(tmp_path: Path) -> None:
     target = next(release.SOURCES.glob("code/*.sql"))
     with subprocess.Popen(
@@ -127,6 +130,30 @@ def test_unusable_installations_are_passed_over(tmp_path: Path, monkeypatch: pyt
     with_cron = local.find()
     assert with_cron
     assert with_cron.major == 17
+
+
+def test_what_is_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("15.9", "16.1", "17.2"):
+        fake_installation(tmp_path / version[:2], version)
+    (tmp_path / "17" / "extension" / "pg_cron.control").touch()
+    monkeypatch.setattr(local, "PLACES", (f"{tmp_path}/*/bin",))
+    link = tmp_path / "postgres"
+    link.symlink_to(tmp_path / "15" / "bin" / "postgres")
+    monkeypatch.setattr(shutil, "which", {"postgres": link}.get)
+    assert [one.major for one in local.installations()] == [15, 16, 17]
+    chosen = local.find()
+    assert chosen
+    assert chosen.major == 15
+
+
+def test_nothing_is_installed_where_the_tests_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/apt-get")
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.delenv("PG_REKEY_TEST_DSN", raising=False)
+    assert local._can_apt()
+    monkeypatch.setenv("PG_REKEY_TEST_DSN", "host=elsewhere")
+    assert not local._can_apt()
 
 
 def test_apt_installs_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,25 @@ INSTALL_HELP = f"""no PostgreSQL {OLDEST} or later found. Install one:
   Fedora, RHEL: dnf install postgresql-server postgresql-contrib
 or set PG_REKEY_DSN (the tests: PG_REKEY_TEST_DSN, a superuser) to a server of your own."""
 
+# How the servers that we start are made, those of the tests in containers too. PostgreSQL 18 has checksums
+# unless told otherwise, and pg_upgrade wants the same of both servers.
+INITDB = ("--encoding=UTF8", "--no-locale", "--no-sync", "--data-checksums")
+SETTINGS = {
+    # Files in the data directory, so that nothing stays behind after a SIGKILL.
+    "dynamic_shared_memory_type": "mmap",
+    "max_connections": "100",
+    "max_worker_processes": "32",
+    "max_prepared_transactions": "10",
+    "timezone": "UTC",
+}
+CRON = {"shared_preload_libraries": "pg_cron", "cron.use_background_workers": "on"}
+
 # Runs as the server's user, in a session of its own so that Ctrl-C in a terminal does not reach it.
 GUARD = 'cat; "$0/pg_ctl" -D "$1/data" -m immediate stop; rm -rf "$1"'
+
+
+class NotInstalled(click.ClickException):
+    """This machine has no PostgreSQL that a throwaway server could be made of."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +94,24 @@ class Installation:
         return cls(int(found[1]), bindir, share / "extension") if found else None
 
 
-def find() -> Installation | None:
-    """Return the newest PostgreSQL that is new enough; one with pg_cron comes before one without."""
+def installations() -> list[Installation]:
+    """Return every PostgreSQL that is new enough: what is on PATH, then what is in the usual places."""
     folders = [Path(path) for place in PLACES for path in sorted(Path("/").glob(place[1:]))]
     if on_path := shutil.which("pg_config"):
         folders.insert(0, Path(_output(on_path, "--bindir")))
-    found = (Installation.at(folder) for folder in folders)
-    usable = [one for one in found if one and one.major >= OLDEST]
-    return max(usable, key=lambda one: (one.has("pg_cron"), one.major), default=None)
+    if on_path := shutil.which("postgres"):
+        folders.insert(0, Path(on_path).resolve().parent)
+    found = (Installation.at(folder) for folder in dict.fromkeys(folders))
+    return [one for one in found if one and one.major >= OLDEST]
+
+
+def find() -> Installation | None:
+    """Return the PostgreSQL whose server is on PATH, else the newest, with pg_cron if there is one."""
+    chosen = shutil.which("postgres")
+    bindir = chosen and Path(chosen).resolve().parent
+    return max(
+        installations(), key=lambda one: (one.bindir == bindir, one.has("pg_cron"), one.major), default=None
+    )
 
 
 def ensure() -> Installation:
@@ -95,7 +122,7 @@ def ensure() -> Installation:
             installation = _apt_install_server()
         _apt_install_companions(installation)
     if installation is None:
-        raise click.ClickException(INSTALL_HELP)
+        raise NotInstalled(INSTALL_HELP)
     return installation
 
 
@@ -211,30 +238,18 @@ class Server:
         self._guard.wait()
 
     def _initialize(self, settings: Mapping[str, str], durable: bool, cron_database: str) -> None:
-        options = ("--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
-        self._run(self.bindir / "initdb", "-D", self.data, "-U", self.superuser, *options)
+        self._run(self.bindir / "initdb", "-D", self.data, "-U", self.superuser, "--auth=trust", *INITDB)
         switch = "on" if durable else "off"
-        merged = {
+        merged = SETTINGS | {
             "listen_addresses": "",
             "unix_socket_directories": str(self.directory),
             "port": str(self.port),
             "unix_socket_permissions": "0700",
-            # Files in the data directory, so that nothing stays behind after a SIGKILL.
-            "dynamic_shared_memory_type": "mmap",
             "fsync": switch,
             "full_page_writes": switch,
-            "max_connections": "100",
-            "max_worker_processes": "32",
-            "max_prepared_transactions": "10",
-            "timezone": "UTC",
         }
         if self.installation.has("pg_cron"):
-            merged |= {
-                "shared_preload_libraries": "pg_cron",
-                "cron.database_name": cron_database,
-                "cron.host": str(self.directory),
-                "cron.use_background_workers": "on",
-            }
+            merged |= CRON | {"cron.database_name": cron_database, "cron.host": str(self.directory)}
         with (self.data / "postgresql.conf").open("a") as conf:
             for name, value in (merged | dict(settings)).items():
                 quoted = value.replace("'", "''")
@@ -276,7 +291,13 @@ def _server_account() -> pwd.struct_passwd | None:
 
 
 def _can_apt() -> bool:
-    return os.geteuid() == 0 and shutil.which("apt-get") is not None and Path("/etc/debian_version").exists()
+    # Whoever has the tests run on another server wants none here.
+    return (
+        os.geteuid() == 0
+        and shutil.which("apt-get") is not None
+        and Path("/etc/debian_version").exists()
+        and "PG_REKEY_TEST_DSN" not in os.environ
+    )
 
 
 def _apt_install_server() -> Installation | None:

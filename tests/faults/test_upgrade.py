@@ -4,7 +4,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,21 +12,14 @@ from estate import Estate
 from pg_rekey import local, release
 
 
-def installations() -> list[local.Installation]:
-    """Return what is installed here, the oldest version first."""
-    folders = [Path(path) for place in local.PLACES for path in sorted(Path("/").glob(place[1:]))]
-    found = [one for folder in folders if (one := local.Installation.at(folder))]
-    usable = [one for one in found if one.major >= local.OLDEST and (one.bindir / "pg_upgrade").exists()]
-    return sorted(usable, key=lambda one: one.major)
-
-
 @pytest.fixture
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[local.Server, local.Server]]:
     """A server of the oldest version that is here, and one of the newest.
 
     With only one version, pg_upgrade refuses the same things and takes everything the same way.
     """
-    found = installations()
+    usable = [one for one in local.installations() if (one.bindir / "pg_upgrade").exists()]
+    found = sorted(usable, key=lambda one: one.major)
     if not found:
         pytest.skip("no PostgreSQL with pg_upgrade is here")
     with ExitStack() as stack:
