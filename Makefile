@@ -4,6 +4,8 @@ VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 PG_CONFIG = pg_config
+PYTHON = python3 python3.13 python3.12 python3.11 python3.14
+TARGET =
 ARGS =
 KILLS = 20
 MINUTES = 2
@@ -11,13 +13,13 @@ MINUTES = 2
 .PHONY: help demo test prove lint sql install kek dev clean
 
 help: ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-8s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-11s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
 
 demo: $(STAMP) ## rotate the keys of real secrets in a real server, live (ARGS="--help" tells more)
 	@$(BIN)/pg-rekey demo $(ARGS)
 
-test: $(STAMP) ## run the whole suite; prints coverage and SQL functions that were never called
-	@$(BIN)/pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--cov --cov-report=term)
+test: $(STAMP) ## run the whole suite, on a local server or TARGET=docker; prints coverage and SQL functions never called
+	@PG_REKEY_TEST_TARGET=$(TARGET) $(BIN)/pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--cov --cov-report=term)
 
 prove: $(STAMP) ## kill processes under load, walk at random, count what was lost (KILLS=200 MINUTES=10)
 	@PYTHONPATH=tests $(BIN)/python -m prove --kills $(KILLS) --minutes $(MINUTES) $(ARGS)
@@ -27,7 +29,7 @@ lint: $(STAMP) ## ruff, mypy, pgspot, plpgsql_check, and that the generated file
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/python -m pg_rekey.release --check
-	@PYTHONPATH=tests $(BIN)/python -m lint.sql
+	@PG_REKEY_TEST_TARGET=$(TARGET) PYTHONPATH=tests $(BIN)/python -m lint.sql
 
 sql: $(STAMP) ## assemble the SQL and write what is generated from it: sql/dist, the migration, the reference
 	@$(BIN)/python -m pg_rekey.release $(ARGS)
@@ -49,7 +51,7 @@ clean: ## remove what make made here, but not what is committed
 
 # The first Python that is new enough and can make virtual environments; on Debian and Ubuntu root gets one by apt.
 FIND_PYTHON = find_python() { \
-	for python in python3 python3.13 python3.12 python3.11 python3.14; do \
+	for python in $(PYTHON); do \
 		if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			echo "$$python"; return; \
 		fi; \

@@ -1,6 +1,7 @@
 # PostgreSQL with pg_cron and the extension pg_rekey. The context is the repository:
 #   docker build -f docker/db.Dockerfile -t pg-rekey-db .
-FROM postgres:17-trixie AS extension
+ARG POSTGRES=17
+FROM postgres:$POSTGRES-trixie AS extension
 RUN apt-get update \
  && apt-get install -y --no-install-recommends postgresql-$PG_MAJOR-cron \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*

@@ -1,8 +1,8 @@
 """The server, the databases and the keys that tests get.
 
-The controlling process has one server for the whole run: PG_REKEY_TEST_DSN, or a throwaway one. It installs
-pg_rekey in a template database; each test works on a clone of its own. When a clone is dropped, the functions
-that were called in it are noted, so that the run ends with a list of those that no test calls.
+The controlling process has one server for the whole run: container.py says which. It installs pg_rekey in a
+template database; each test works on a clone of its own. When a clone is dropped, the functions that were
+called in it are noted, so that the run ends with a list of those that no test calls.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import click
 import psycopg
 import pytest
 
+import container
 from helpers import (
     Connection,
     all_functions,
@@ -60,8 +61,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     stack = session.config.stash[cleanup] = contextlib.ExitStack()
     os.environ[CALLS] = stack.enter_context(tempfile.TemporaryDirectory(prefix="pgrk-calls-"))
     try:
-        local.ensure_test_tools()
-        server = os.environ.get("PG_REKEY_TEST_DSN") or stack.enter_context(local.Server()).dsn()
+        server = stack.enter_context(container.server())
         name = os.environ[TEMPLATE] = f"rekey_template_{os.getpid()}"
         os.environ[SERVER] = server
         os.environ[EXTENSION] = place_extension(stack)
@@ -75,10 +75,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def place_extension(stack: contextlib.ExitStack) -> str:
     """Put the extension's files where the server finds them; return 'yes', or why that cannot be."""
     release_files = local.extension_files()
-    if command := os.environ.get("PG_REKEY_TEST_PUT_EXTENSION"):
+    if command := os.environ.get(container.PUT_EXTENSION):
         subprocess.run([*shlex.split(command), *release_files], check=True, capture_output=True)
         return "yes"
-    if os.environ.get("PG_REKEY_TEST_DSN"):
+    if os.environ.get(container.DSN):
         return "PG_REKEY_TEST_PUT_EXTENSION names no command that copies files to the server"
     installation = local.ensure()
     if not os.access(installation.extensions, os.W_OK):
@@ -95,6 +95,28 @@ def restore(path: Path, content: bytes | None) -> None:
         path.unlink(missing_ok=True)
     else:
         path.write_bytes(content)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """Skip tests whose fixtures start a server of their own where no PostgreSQL is installed."""
+    with skipping():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skip tests that start a server of their own where no PostgreSQL is installed."""
+    with skipping():
+        return (yield)
+
+
+@contextlib.contextmanager
+def skipping() -> Iterator[None]:
+    try:
+        yield
+    except local.NotInstalled:
+        pytest.skip("no PostgreSQL is installed here that a server of its own could be made of")
 
 
 @pytest.hookimpl(trylast=True)
@@ -208,6 +230,12 @@ def session(db: str, ready: Connection, kek: bytes) -> Iterator[Callable[[], Con
     yield open_one
     for connection in opened:
         connection.close()
+
+
+@pytest.fixture(scope="session")
+def installation() -> local.Installation:
+    """The machine's own PostgreSQL, for tests that have other processes start servers of it, or skipped."""
+    return local.ensure()
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ def test_on_the_server_of_the_environment(cli: Cli, server: str, monkeypatch: py
     assert os.environ["PG_REKEY_DSN"] == server
 
 
+@pytest.mark.usefixtures("installation")
 def test_on_a_server_of_its_own() -> None:
     """The whole of it as a person sees it, pg_cron included where it is installed."""
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("PG_REKEY", "PG"))}

@@ -18,8 +18,9 @@ from pglast.parser import ParseError
 from pgspot.state import Counter, State
 from pgspot.visitors import SQLVisitor, visit_sql
 
+import container
 from helpers import Connection, connect, create_database, drop_database, install
-from pg_rekey import local, release
+from pg_rekey import release
 
 EXCEPTIONS = Path(__file__).with_name("exceptions.toml")
 FUNCTIONS = """
@@ -103,7 +104,7 @@ def plpgsql_check() -> list[str] | None:
 def installed() -> Iterator[Connection]:
     """A connection to a database with pg_rekey installed."""
     with contextlib.ExitStack() as stack:
-        server = os.environ.get("PG_REKEY_TEST_DSN") or stack.enter_context(local.Server()).dsn()
+        server = stack.enter_context(container.server())
         name = f"rekey_lint_{os.getpid()}"
         dsn = create_database(server, name)
         stack.callback(drop_database, server, name)
