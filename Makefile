@@ -10,7 +10,7 @@ ARGS =
 KILLS = 20
 MINUTES = 2
 
-.PHONY: help demo test prove lint sql install kek dev clean
+.PHONY: help demo test test-matrix prove lint sql install kek dev clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-11s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -21,14 +21,18 @@ demo: $(STAMP) ## rotate the keys of real secrets in a real server, live (ARGS="
 test: $(STAMP) ## run the whole suite, on a local server or TARGET=docker; prints coverage and SQL functions never called
 	@PG_REKEY_TEST_TARGET=$(TARGET) $(BIN)/pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--cov --cov-report=term)
 
+test-matrix: $(STAMP) ## the suite on every supported PostgreSQL and Python that can be had here, and which those are
+	@PYTHONPATH=tests $(BIN)/python -m matrix $(ARGS)
+
 prove: $(STAMP) ## kill processes under load, walk at random, count what was lost (KILLS=200 MINUTES=10)
 	@PYTHONPATH=tests $(BIN)/python -m prove --kills $(KILLS) --minutes $(MINUTES) $(ARGS)
 
-lint: $(STAMP) ## ruff, mypy, pgspot, plpgsql_check, and that the generated files are fresh
+lint: $(STAMP) ## ruff, mypy, pgspot, plpgsql_check, the workflows, and that the generated files are fresh
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/python -m pg_rekey.release --check
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@PG_REKEY_TEST_TARGET=$(TARGET) PYTHONPATH=tests $(BIN)/python -m lint.sql
 
 sql: $(STAMP) ## assemble the SQL and write what is generated from it: sql/dist, the migration, the reference
@@ -46,7 +50,7 @@ dev: $(STAMP) ## a server that stays until Ctrl-C and reloads sql/code when a fi
 	@$(BIN)/python -m pg_rekey.local dev
 
 clean: ## remove what make made here, but not what is committed
-	@rm -rf $(VENV) .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build
+	@rm -rf $(VENV) .venv-* .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The first Python that is new enough and can make virtual environments; on Debian and Ubuntu root gets one by apt.
