@@ -8,6 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 
+def explained_parameters(major: int) -> dict[str, str]:
+    """Return the setting that has auto_explain log parameters; PostgreSQL 16 is the first to know it."""
+    return {"auto_explain.log_parameter_max_length": "-1"} if major >= 16 else {}
+
+
 def forms(secret: bytes) -> Iterator[bytes]:
     """Yield how bytes look in a log, a dump, a file or a traceback, whatever stands around them."""
     yield secret

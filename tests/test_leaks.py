@@ -11,6 +11,7 @@ import pytest
 from psycopg import sql
 
 import reference
+from canaries import explained_parameters
 from helpers import Connection, connect, install, unlock, value
 from pg_rekey import local, release
 
@@ -48,8 +49,8 @@ def loud(request: pytest.FixtureRequest, make_database: Callable[..., str]) -> I
     if request.param == "auto_explain":
         dsn = make_database(os.environ["PG_REKEY_TEST_TEMPLATE"])
         with connect(dsn) as connection:
-            newer = connection.info.server_version >= 160000
-        yield dsn, LOUD | ({"auto_explain.log_parameter_max_length": "-1"} if newer else {})
+            major = connection.info.server_version // 10000
+        yield dsn, LOUD | explained_parameters(major)
         return
     installation = local.ensure()
     if not installation.has("pgaudit"):

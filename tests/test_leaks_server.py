@@ -28,7 +28,7 @@ from psycopg.conninfo import make_conninfo
 
 import forked
 import reference
-from canaries import Canaries
+from canaries import Canaries, explained_parameters
 from conftest import not_counted
 from driving import refused
 from helpers import (
@@ -797,9 +797,9 @@ def test_no_key_and_no_value_is_left_anywhere(tmp_path: Path, monkeypatch: pytes
     if not installation.has("pg_stat_statements"):
         pytest.skip("pg_stat_statements is not installed")
     libraries = [name for name in ("pg_stat_statements", "pgaudit", "pg_cron") if installation.has(name)]
-    settings = {**LOUD, **(PGAUDIT if "pgaudit" in libraries else {})}
-    if installation.major >= 16:
-        settings["auto_explain.log_parameter_max_length"] = "-1"
+    settings = LOUD | explained_parameters(installation.major)
+    if "pgaudit" in libraries:
+        settings |= PGAUDIT
     settings["shared_preload_libraries"] = ",".join([*libraries, "auto_explain"])
     with local.Server(settings=settings, cron_database="app") as server:
         scenario = Scenario(server, tmp_path)
