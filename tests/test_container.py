@@ -3,7 +3,6 @@
 import click
 import pytest
 from docker.errors import BuildError
-from testcontainers.core.image import DockerImage
 
 import container
 from pg_rekey import local
@@ -42,9 +41,9 @@ def test_docker_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_image_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
+    def fail(**_: object) -> None:
         raise BuildError("no such image", iter([{"stream": "Step 1"}, {"aux": {}}, {"stream": "/9"}]))
 
-    monkeypatch.setattr(DockerImage, "build", fail)
+    monkeypatch.setattr("container.DockerImage", fail)
     with pytest.raises(click.ClickException, match="db-test:18 cannot be built: no such image\nStep 1/9"):
         container.build("18")
