@@ -73,16 +73,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def place_extension(stack: contextlib.ExitStack) -> str:
-    """Put the extension's files where the server finds them; return 'yes', or why that cannot be."""
+    """Put the extension's files where the servers find them; return 'yes', or why that cannot be."""
     release_files = local.extension_files()
-    if command := os.environ.get(container.PUT_EXTENSION):
+    command = os.environ.get(container.PUT_EXTENSION)
+    if command:
         subprocess.run([*shlex.split(command), *release_files], check=True, capture_output=True)
-        return "yes"
-    if os.environ.get(container.DSN):
+    elif os.environ.get(container.DSN):
         return "PG_REKEY_TEST_PUT_EXTENSION names no command that copies files to the server"
-    installation = local.ensure()
-    if not os.access(installation.extensions, os.W_OK):
-        return f"{installation.extensions} is not writable"
+    installation = local.find()
+    if not installation or not os.access(installation.extensions, os.W_OK):
+        return "yes" if command else f"{installation and installation.extensions} is not writable"
     for path in release_files:
         target = installation.extensions / path.name
         stack.callback(restore, target, target.read_bytes() if target.exists() else None)

@@ -35,7 +35,7 @@ def server() -> Iterator[str]:
     """The DSN of a superuser."""
     if dsn := os.environ.get(DSN):
         yield dsn
-    elif major := wanted():
+    elif (major := wanted()) is not None:
         with started(build(major)) as dsn:
             yield dsn
     else:

@@ -1,5 +1,8 @@
 """Which server the tests run on; that they do run in a container is seen by running them there."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import click
 import pytest
 from docker.errors import BuildError
@@ -26,6 +29,13 @@ def test_target(
     monkeypatch.setattr(local, "find", lambda: "one" if installed else None)
     monkeypatch.setattr(container, "answers", lambda: docker)
     assert container.wanted() == expected
+    monkeypatch.delenv(container.DSN, raising=False)
+    monkeypatch.setattr(container, "build", lambda major: f"image {major}")
+    monkeypatch.setattr(container, "started", nullcontext)
+    monkeypatch.setattr(local, "Server", lambda: nullcontext(SimpleNamespace(dsn=lambda: "local")))
+    monkeypatch.setattr(local, "ensure_test_tools", lambda: None)
+    with container.server() as dsn:
+        assert dsn == ("local" if expected is None else f"image {expected}")
 
 
 @pytest.mark.parametrize("target", ["podman", "docker:", "docker:x", "18"])
