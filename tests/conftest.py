@@ -33,6 +33,7 @@ from helpers import (
     initialize,
     install,
     unlock,
+    value,
 )
 from hosted import Hosted
 from pg_rekey import local, release
@@ -70,6 +71,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         install(template, release.assemble("plain"))
     except (click.ClickException, psycopg.Error, OSError) as error:
         pytest.exit(f"no database to test on: {error}", returncode=1)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say which server it is."""
+    if cleanup not in config.stash:
+        return None
+    with connect(os.environ[SERVER]) as connection:
+        return f"server: PostgreSQL {value(connection, 'show server_version')} at {connection.info.host}"
 
 
 def place_extension(stack: contextlib.ExitStack) -> str:
