@@ -1,40 +1,37 @@
 """The assembler: what it makes of the sources, and that what is committed is fresh."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
-import tarfile
-import venv
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 import generate
 from helpers import Connection, connect, value
 from pg_rekey import local, release
+from releases import begin, copy, edit, finish, invoke, use
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the sources that a test may change."""
-    shutil.copytree(release.SOURCES, tmp_path / "sql")
-    shutil.copy(release.ROOT / "CHANGELOG.md", tmp_path)
-    monkeypatch.setattr(release, "ROOT", tmp_path)
-    monkeypatch.setattr(release, "SOURCES", tmp_path / "sql")
-    monkeypatch.setattr(release, "DIST", tmp_path / "sql" / "dist")
-    monkeypatch.setattr(release, "MIGRATIONS", tmp_path / "supabase" / "migrations")
-    release.write()
+    """A copy of the sources that a test may change, with nothing released."""
+    copy(tmp_path, "1.0.0")
+    use(tmp_path, monkeypatch)
+    invoke()
     return tmp_path
 
 
+@pytest.fixture
+def released(checkout: Path) -> Path:
+    """That copy, with a release 1.0.0."""
+    finish(checkout, "1.0.0")
+    return checkout
+
+
 def test_committed_files_are_fresh() -> None:
-    assert release.stale() == []
+    assert release.problems() == []
 
 
 def test_extension_script_refuses_psql() -> None:
@@ -71,148 +68,94 @@ def test_code_can_be_loaded_again(conn: Connection) -> None:
 
 def test_check_names_stale_files_and_write_mends_them(checkout: Path) -> None:
     dist = checkout / "sql" / "dist"
-    assert CliRunner().invoke(release.main, ["--check"]).exit_code == 0
-    (dist / f"pg_rekey--{release.version()}.sql").write_text("select 1;\n")
+    invoke("--check")
+    (dist / "pg_rekey--1.0.0.sql").write_text("select 1;\n")
     (dist / "pg_rekey--0.0.1.sql").touch()
-    result = CliRunner().invoke(release.main, ["--check"])
-    assert result.exit_code == 1
-    assert result.output.splitlines() == [
-        f"sql/dist/pg_rekey--{release.version()}.sql is stale: run `make sql`",
+    assert invoke("--check", code=1) == [
+        "sql/dist/pg_rekey--1.0.0.sql is stale: run `make sql`",
         "sql/dist/pg_rekey--0.0.1.sql is stale: run `make sql`",
     ]
-    assert CliRunner().invoke(release.main, []).exit_code == 0
-    assert release.stale() == []
+    invoke()
+    invoke("--check")
+    assert sorted(path.name for path in dist.iterdir()) == ["pg_rekey--1.0.0.sql"]
 
 
-def test_installed_package_reads_assembled_scripts(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_is_frozen(released: Path) -> None:
+    """As sha256sum reads it, too; it is not for `make sql` to decide."""
+    if sha256sum := shutil.which("sha256sum"):
+        command = [sha256sum, "--check", "--strict", "sql/dist/released.sha256"]
+        subprocess.run(command, cwd=released, check=True, capture_output=True)
+    for name in ("sql/dist/pg_rekey--1.0.0.sql", "supabase/migrations/20260101000000_pg_rekey.sql"):
+        text = (released / name).read_text()
+        complaint = f"{name} was released and may not change: restore it"
+        (released / name).write_text(text + "-- a word more\n")
+        assert invoke("--check", code=1) == [complaint]
+        invoke()
+        assert (released / name).read_text() != text
+        (released / name).unlink()
+        invoke()
+        assert invoke("--check", code=1) == [complaint]
+        assert invoke("--freeze", code=1) == [complaint]
+        (released / name).write_text(text)
+    invoke("--freeze")
+    invoke("--check")
+    assert release.released() == ["1.0.0"]
+
+
+def test_sources_of_a_release_take_a_new_version(released: Path) -> None:
+    edit(released / "sql" / "code" / "80_metrics.sql", "Version of pg_rekey in", "The version of pg_rekey in")
+    before = (released / "sql" / "dist" / "pg_rekey--1.0.0.sql").read_text()
+    complaint = "1.0.0 was released: raise default_version in sql/pg_rekey.control to change its SQL"
+    assert invoke("--check", code=1) == [complaint]
+    invoke()
+    assert invoke("--check", code=1) == [complaint]
+    assert (released / "sql" / "dist" / "pg_rekey--1.0.0.sql").read_text() == before
+
+
+def test_each_release_leads_to_the_next(released: Path) -> None:
+    begin(released, "1.0.10")
+    invoke()
+    invoke("--check")
+    assert sorted(path.name for path in release.DIST.iterdir()) == [
+        "pg_rekey--1.0.0--1.0.10.sql",
+        "pg_rekey--1.0.0.sql",
+        "pg_rekey--1.0.10.sql",
+        "released.sha256",
+    ]
+    finish(released, "1.0.10")
+    begin(released, "1.1.0", "select;")
+    invoke()
+    invoke("--check")
+    assert release.steps("1.0.0") == [("1.0.0", "1.0.10"), ("1.0.10", "1.1.0")]
+    migrations = [path.read_text() for path in sorted(release.MIGRATIONS.iterdir())]
+    assert [release.script_version(text) for text in migrations] == ["1.0.0", "1.0.10", "1.1.0"]
+    stray = released / "sql" / "updates" / "1.0.0--1.1.0.sql"
+    stray.touch()
+    assert invoke("--check", code=1) == [
+        "sql/updates/1.0.0--1.1.0.sql belongs to no step from one release to the next"
+    ]
+
+
+def test_the_changelog_releases_only_what_is_frozen(released: Path) -> None:
+    edit(released / "CHANGELOG.md", "## [1.0.0]", "## [1.0.1] - 2026-12-02\n\n## [1.0.0]")
+    assert invoke("--check", code=1) == [
+        "CHANGELOG.md has 1.0.1, which is not frozen: run `make sql ARGS=--freeze`"
+    ]
+
+
+def test_installed_package_reads_assembled_scripts(released: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(released, "1.1.0", "select;")
+    invoke()
+    step = ("1.0.0", "1.1.0")
     roads: tuple[release.Road, ...] = ("extension", "plain", "supabase")
-    expected = {road: release.assemble(road) for road in roads}
-    packaged = checkout / "packaged"
-    shutil.copytree(checkout / "sql" / "dist", packaged)
-    shutil.copy(checkout / "sql" / "pg_rekey.control", packaged)
-    shutil.rmtree(checkout / "sql")
+    expected = {road: (release.assemble(road), release.assemble_step(road, step)) for road in roads}
+    packaged = released / "packaged"
+    shutil.copytree(released / "sql" / "dist", packaged)
+    shutil.copy(released / "sql" / "pg_rekey.control", packaged)
+    shutil.rmtree(released / "sql")
     monkeypatch.setattr(release, "PACKAGED", packaged)
-    assert {road: release.sql_script(road) for road in roads} == expected
-
-
-SQL = {f"pg_rekey--{release.version()}.sql", "pg_rekey.control"}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist of this checkout, and the wheel that was made of the sdist."""
-    folder = tmp_path_factory.mktemp("built")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, release.ROOT],
-        check=True,
-        capture_output=True,
-    )
-    return folder
-
-
-def test_wheel_holds_the_sql_and_nothing_else(built: Path) -> None:
-    (wheel,) = built.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        script = archive.read(f"pg_rekey/sql/pg_rekey--{release.version()}.sql").decode()
-    assert {name for name in names if name.startswith("pg_rekey/sql/")} == {
-        f"pg_rekey/sql/{name}" for name in SQL
-    }
-    package = {
-        str(path.relative_to(release.PACKAGED.parents[1])) for path in release.PACKAGED.parent.rglob("*")
-    }
-    extra = names - package - {f"pg_rekey/sql/{name}" for name in SQL}
-    assert all(re.match(r"pg_rekey-[\d.]+\.dist-info/", name) for name in extra), extra
-    assert "pg_rekey/queries.sql" in names
-    assert "pg_rekey/py.typed" in names
-    assert script == release.assemble("extension")
-
-
-def test_sdist_holds_what_make_needs(built: Path) -> None:
-    (sdist,) = built.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=release.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if tracked.returncode == 0:
-        assert names - {"PKG-INFO"} <= set(tracked.stdout.splitlines())
-    needed = {
-        "Makefile",
-        "sql/Makefile",
-        "sql/pg_rekey.control",
-        f"sql/dist/pg_rekey--{release.version()}.sql",
-        "LICENSE",
-    }
-    assert needed <= names
-    assert {f"sql/{path.relative_to(release.SOURCES)}" for path in release.SOURCES.rglob("*.sql")} <= names
-
-
-def test_the_index_would_take_both(built: Path) -> None:
-    checked = subprocess.run(
-        [sys.executable, "-m", "twine", "check", "--strict", *built.iterdir()],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert checked.returncode == 0, checked.stdout
-    assert checked.stdout.count("PASSED") == 2
-
-
-def test_wheel_works_from_an_empty_directory(
-    built: Path, tmp_path: Path, make_database: Callable[..., str], kek: bytes
-) -> None:
-    """In an environment of its own, with the packages that this one has, but without this checkout."""
-    venv.create(tmp_path / "venv")
-    (packages,) = tmp_path.glob("venv/lib/python*/site-packages")
-    ours = sysconfig.get_path("purelib")
-    (packages / "ours.pth").write_text(ours)
-    (wheel,) = built.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(packages)
-    here = tmp_path / "empty"
-    here.mkdir()
-    python = str(tmp_path / "venv" / "bin" / "python")
-
-    def run(*arguments: str) -> str:
-        command = [python, "-c", "from pg_rekey.cli import main; main()", *arguments]
-        environment = {"PG_REKEY_DSN": make_database(), "PG_REKEY_KEK": kek.hex(), "PATH": os.environ["PATH"]}
-        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=True)
-        return str(done.stdout)
-
-    assert run("init").splitlines()[-1] == "ready"
-    roads: tuple[release.Road, ...] = ("extension", "plain", "supabase")
-    for road in roads:
-        assert run("sql", "--road", road) == release.assemble(road)
-    assert list(here.iterdir()) == []
-
-
-def test_make_install_needs_no_python(tmp_path: Path) -> None:
-    """With PGXS, and with a pg_config that names none."""
-    local_config = local.ensure().bindir / "pg_config"
-    without = tmp_path / "pg_config"
-    without.write_text(f'#!/bin/sh\ncase $1 in --pgxs) echo /nowhere;; *) exec {local_config} "$1";; esac\n')
-    without.chmod(0o755)
-    for number, config in enumerate((local_config, without)):
-        target = tmp_path / str(number)
-        command = ["make", "install", f"PG_CONFIG={config}", f"DESTDIR={target}"]
-        done = subprocess.run(
-            command,
-            cwd=release.ROOT,
-            env={"PATH": "/usr/bin:/bin"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert "create extension pg_rekey" in done.stdout
-        assert {path.name for path in target.rglob("*") if path.is_file()} == SQL
-        assert list(target.rglob("*.control")) == [
-            target / str(local.ensure().extensions).lstrip("/") / "pg_rekey.control"
-        ]
+    assert release.steps("1.0.0") == [step]
+    assert {road: (release.sql_script(road), release.step_script(road, step)) for road in roads} == expected
 
 
 def test_reference_is_fresh(conn: Connection) -> None:

@@ -112,10 +112,11 @@ def outputs() -> dict[Path, str]:
 def problems() -> list[str]:
     """Return what is wrong with the generated files, a line each; nothing: they can be committed."""
     found = [f"{_name(path)} is stale: run `make sql`" for path in stale()]
-    for path, digest in frozen().items():
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    kept = frozen()
+    for path, digest in kept.items():
+        if not path.exists() or _digest(path.read_text()) != digest:
             found.append(f"{_name(path)} was released and may not change: restore it")
-    if version() in released() and any(path.read_text() != text for path, text in outputs().items()):
+    if any(kept.get(path, _digest(text)) != _digest(text) for path, text in outputs().items()):
         found.append(
             f"{version()} was released: raise default_version in sql/pg_rekey.control to change its SQL"
         )
@@ -152,7 +153,7 @@ def write() -> None:
 
 def freeze() -> None:
     """Add the files of this version to those that may never change again."""
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {_name(path)}\n" for path in outputs()]
+    lines = [f"{_digest(text)}  {_name(path)}\n" for path, text in outputs().items()]
     with _checksums().open("a") as file:
         file.writelines(lines)
 
@@ -169,6 +170,10 @@ def _scripts() -> Path:
 
 def _checksums() -> Path:
     return _scripts() / "released.sha256"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _file(*versions: str) -> str:
