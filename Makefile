@@ -10,7 +10,7 @@ ARGS =
 KILLS = 20
 MINUTES = 2
 
-.PHONY: help demo test test-matrix prove lint sql install kek dev clean
+.PHONY: help demo test test-matrix prove lint sql install uninstall kek dev clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-11s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -41,7 +41,10 @@ sql: $(STAMP) ## assemble the SQL and write what is generated from it: sql/dist,
 
 install: ## put the extension into the server that PG_CONFIG belongs to; no Python needed
 	@$(MAKE) --no-print-directory -C sql install PG_CONFIG='$(PG_CONFIG)'
-	@echo 'now, in the database: create extension pg_rekey cascade'
+	@echo 'now, in the database: create extension pg_rekey cascade (or alter extension pg_rekey update)'
+
+uninstall: ## take the extension's files away again; drop it in every database first
+	@$(MAKE) --no-print-directory -C sql uninstall PG_CONFIG='$(PG_CONFIG)'
 
 kek: ## make the KEK, passwords and a token for docker compose, those that are missing
 	@sh docker/secrets.sh
