@@ -19,6 +19,7 @@ DOCS = release.ROOT / "docs"
 README = release.ROOT / "README.md"
 OPERATIONS = DOCS / "operations.md"
 API = DOCS / "api.md"
+DEPLOYING = DOCS / "deploying.md"
 ALERTS = DOCS / "monitoring" / "alerts.yml"
 DASHBOARD = DOCS / "monitoring" / "dashboard.json"
 PAGES = sorted([*release.ROOT.glob("*.md"), *DOCS.glob("*.md"), *release.ROOT.glob("examples/*/*.md")])
@@ -131,6 +132,11 @@ def test_api_examples_answer_what_they_say(shell: Callable[[str], str]) -> None:
     ):
         assert expected in printed
     assert printed.count('"event":"access.denied"') == 2
+
+
+def test_deploying_shows_a_command_that_prints_the_kek(shell: Callable[[str], str]) -> None:
+    [script] = blocks(DEPLOYING, "bash")
+    assert "KEK 1, active\n" in shell("set -eu\n" + script)
 
 
 def test_sql_of_the_readme_runs(ready: Connection) -> None:

@@ -10,7 +10,9 @@ from pg_rekey.worker import Worker
 
 @click.command()
 @click.option("--forever", is_flag=True, help="Go on when everything is done, as a service does.")
-@click.option("--health-file", type=FilePath, help="Touched at every step: its age says if the worker lives.")
+@click.option(
+    "--health-file", type=FilePath, help="Touched at every step; one that opens every row can take minutes."
+)
 @output
 def work(out: Output, forever: bool, health_file: Path | None) -> None:
     """Do what is due: scheduled rotations, re-encryption, retries, destructions.
