@@ -108,13 +108,11 @@ def test_the_wheel_initialises_a_database(
     dsn = make_database()
     environment = {"PATH": os.defpath, "PG_REKEY_DSN": dsn, "PG_REKEY_KEK": kek.hex()}
     where = "import pg_rekey; print(pg_rekey.__file__)"
-    assert run(command.parent / "python", "-c", where, cwd=tmp_path).startswith(str(command.parents[1]))
+    assert run(command.parent / "python", "-I", "-c", where).startswith(str(command.parents[1]))
     said = run(command, "init", cwd=tmp_path, env=environment)
     assert f"pg_rekey {release.version()} installed in schema rekey" in said
     assert said.endswith("ready\n")
-    assert f"pg_rekey {release.version()} (plain) is up to date" in run(
-        command, "upgrade", cwd=tmp_path, env=environment
-    )
+    assert "is up to date" in run(command, "upgrade", cwd=tmp_path, env=environment)
     run(command, "rotate", "--wait", cwd=tmp_path, env=environment)
     with connect(dsn) as connection:
         assert value(connection, "select state from rekey.rotation_status") == "completed"
