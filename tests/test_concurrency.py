@@ -545,7 +545,9 @@ def test_audit_appenders_neither_fork_nor_deadlock(
     def append(slot: int) -> None:
         for n in range(25):
             with connections[slot].transaction():
-                connections[slot].execute("select rekey.set_setting('max_attempts', %s)", (str(n + 1),))
+                # A value that nobody has just set: only changes are audited.
+                attempts = str(1 + slot * 25 + n)
+                connections[slot].execute("select rekey.set_setting('max_attempts', %s)", (attempts,))
                 connections[slot].execute("select rekey.create_keyring(%s)", (f"a{slot}-{n}",))
 
     with ThreadPoolExecutor(4) as pool:
