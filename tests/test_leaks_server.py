@@ -762,9 +762,8 @@ def collect(scenario: Scenario) -> None:
         subprocess.run([server.bindir / arguments[0], *arguments[1:]], check=True, capture_output=True)
     server.restart()  # everything is on disk
     with (
-        contextlib.suppress(psycopg.Error),  # of connections that end with the server
-        connect(server.dsn("app")) as unlocking,
-        connect(server.dsn("app")) as evicting,
+        contextlib.closing(connect(server.dsn("app"))) as unlocking,
+        contextlib.closing(connect(server.dsn("app"))) as evicting,
     ):
         kek = scenario.commands.keks["PG_REKEY_KEK"]
         unlocking.execute("begin")
