@@ -51,6 +51,7 @@ def test_restart_keeps_what_was_committed(throwaway: local.Server) -> None:
 
 
 def test_failed_start_leaves_nothing_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    local.ensure()  # else there is nothing to start, which is another error
     directory = tempfile.mkdtemp(prefix="pgrk-", dir="/tmp")
     monkeypatch.setattr(tempfile, "mkdtemp", lambda **_: directory)
     with pytest.raises(click.ClickException, match="no_such_setting"):
