@@ -36,9 +36,10 @@ for name in worker api postgrest; do
 done
 if missing api_tokens; then
   token=$(random)
-  printf 'admin:%s\n' "$(printf %s "$token" | sha256)" | keep api_tokens
+  # The hash last: as long as it is missing, both are made anew.
   rm -f "$directory/admin.header"
   printf 'Authorization: Bearer %s\n' "$token" | keep admin.header
+  printf 'admin:%s\n' "$(printf %s "$token" | sha256)" | keep api_tokens
 fi
 for name in kek postgres jwt worker api postgrest api_tokens; do chmod 644 "$directory/$name"; done
 
