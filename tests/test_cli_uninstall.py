@@ -589,7 +589,7 @@ def test_whoever_uses_it_is_named(
     with other.transaction():
         other.execute("select rekey.set_secret('last', 'of all')")
         cli_ready("uninstall", *exported, "--yes", code=1)
-    assert f"pid {other.info.backend_pid}, postgres" in cli_ready.err
+    assert f"pid {other.info.backend_pid} (postgres, since " in cli_ready.err
     assert "nothing was dropped" in cli_ready.err
     assert not any(path.exists() for path in files)
     cli_ready("uninstall", *exported, "--yes")

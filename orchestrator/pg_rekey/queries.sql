@@ -16,9 +16,9 @@ from (select) as one
 left join pg_extension e on e.extname = 'pg_rekey'
 where to_regclass('rekey.settings') is not null
 
--- name: migrated
--- description: Whether a migration of a Supabase project installed it.
-select exists (select from supabase_migrations.schema_migrations where name like '%pg\_rekey')
+-- name: migrations
+-- description: Versions under which the Supabase CLI has noted migrations of ours.
+select version from supabase_migrations.schema_migrations where name ~ '(^|_)pg_rekey$' order by version
 
 -- name: extension path
 -- description: Whether the server has the files for one step of the extension.
@@ -32,16 +32,17 @@ from (select) as one
 left join pg_proc p on p.oid = to_regprocedure('public.rotate_keys(text, text, boolean)')
 
 -- name: lock holders
--- description: Who may keep a step of an upgrade waiting: sessions with locks on our tables, or our advisory locks.
-select distinct coalesce(
-    format('pid %s (%s, since %s)', a.pid, coalesce(a.usename, a.backend_type), a.xact_start::timestamptz(0)),
-    'a prepared transaction') as holder
+-- description: Whom an upgrade or an uninstallation waits for: who holds locks on our tables, or our advisory locks.
+select distinct case when x.gid is not null then format('prepared transaction %L', x.gid)
+  else format('pid %s (%s, since %s)', l.pid, coalesce(a.usename, a.backend_type, 'unknown'), a.xact_start::timestamptz(0)) end as holder
 from pg_locks l
 left join pg_stat_activity a on a.pid = l.pid
+left join pg_prepared_xacts x on l.pid is null and l.virtualtransaction = '-1/' || x.transaction
 where l.granted and l.pid is distinct from pg_backend_pid()
-  and l.database = (select oid from pg_database where datname = current_database())
+  and l.database = (select d.oid from pg_database d where d.datname = current_database())
   and (l.relation in (select c.oid from pg_class c where c.relnamespace = to_regnamespace('rekey'))
        or (l.locktype, l.classid, l.objsubid) = ('advisory', 0, 2))
+order by 1
 
 -- name: kek provider
 -- description: Where the server finds the KEK by itself; no row before pg_rekey is set up.
@@ -397,10 +398,6 @@ left join pg_extension e on e.extname = 'pg_rekey'
 left join pg_proc p on p.pronamespace = to_regnamespace('public') and p.proname = 'rotate_keys'
   and pg_get_function_identity_arguments(p.oid) = 'keyring text, reason text, supersede boolean'
 
--- name: uninstall migrations
--- description: Versions under which the Supabase CLI has noted our migration.
-select version from supabase_migrations.schema_migrations where name ~ '(^|_)pg_rekey$' order by version
-
 -- name: uninstall databases
 -- description: Other databases of this server that have something of rekey_owner's: pg_rekey.
 select distinct d.datname::text as name
@@ -527,18 +524,6 @@ order by c.relkind desc, c.relname
 -- description: Whether rekey_worker has what rekey.schedule_worker() grants it.
 select exists (
   select from pg_namespace n, aclexplode(n.nspacl) a where n.nspname = 'cron' and a.grantee = to_regrole('rekey_worker')) as granted
-
--- name: uninstall lock holders
--- description: Who holds a lock on the tables of pg_rekey.
-select distinct case when x.gid is not null then format('prepared transaction %L', x.gid)
-  else format('pid %s, %s', l.pid, coalesce(a.usename, 'unknown')) end as holder
-from pg_locks l
-join pg_class c on c.oid = l.relation and c.relnamespace = to_regnamespace('rekey')
-left join pg_stat_activity a on a.pid = l.pid
-left join pg_prepared_xacts x on l.pid is null and l.virtualtransaction = '-1/' || x.transaction
-where l.granted and l.locktype = 'relation' and l.database = (select d.oid from pg_database d where d.datname = current_database())
-  and l.pid is distinct from pg_backend_pid()
-order by 1
 
 -- name: export keyrings
 -- description: The keyrings that secrets stand on, with the interval in ISO 8601.

@@ -164,7 +164,7 @@ def _drop_locked(connection: db.Connection, here: Row, save: Callable[[Document,
 
 
 def _held(connection: db.Connection) -> Problem:
-    holders = [row["holder"] for row in _rows(connection, "uninstall lock holders")]
+    holders = [row["holder"] for row in _rows(connection, "lock holders")]
     return Problem(
         "the tables of pg_rekey could not be locked: nothing was dropped",
         f"In the way: {'; '.join(holders)}. Let it end, and repeat the command."
@@ -402,6 +402,6 @@ def migrations(connection: db.Connection, here: Row) -> list[str]:
     if not here["migrations"]:
         return []
     try:
-        return [row["version"] for row in _rows(connection, "uninstall migrations")]
+        return [row["version"] for row in _rows(connection, "migrations")]
     except psycopg.errors.InsufficientPrivilege:
         return []
