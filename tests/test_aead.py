@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from psycopg.rows import dict_row
 
 import reference
+from driving import fill, rotate, run
 from helpers import Connection, value
 
 LENGTHS = [0, 1, 15, 16, 17, 31, 32, 33, 127, 128, 129, 1024, 1025]
@@ -327,3 +328,23 @@ def test_no_iv_twice(ready: Connection) -> None:
           unnest(r.made) u
     """).fetchall()
     assert len(ivs) == len(set(ivs)) == 22000
+
+
+def test_a_sweep_opens_and_seals_each_row_once(ready: Connection) -> None:
+    """The planner repeats an expression wherever an inlined function has its parameter more than once."""
+    fill(ready, 1000)
+
+    def calls() -> dict[str, int]:
+        ready.execute("select pg_stat_force_next_flush()")
+        query: LiteralString = (
+            "select funcname, calls from pg_stat_user_functions where funcname like '%crypt_iv'"
+        )
+        return dict(ready.execute(query).fetchall())
+
+    before = calls()
+    rotate(ready)
+    run(ready)
+    after = calls()
+    for name in ("encrypt_iv", "decrypt_iv"):
+        # A few more for the keys and the session.
+        assert 1000 <= after[name] - before.get(name, 0) < 1500, name

@@ -35,6 +35,7 @@ declare
   v_kek_id integer;
   v_aad bytea;
 begin
+  select k.kek into v_wrapping from rekey._kek() k;
   select k.wrapped_key, k.kek_id, rekey._key_problem(k.version, k.state, k.kek_id, e.state, false) into v_wrapped, v_kek_id, problem
   from rekey.encryption_keys k
   join rekey.keks e on e.id = k.kek_id
@@ -42,7 +43,6 @@ begin
   if not found or problem is not null then
     return;
   end if;
-  select k.kek into v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
   v_aad := rekey._wrap_aad(v_kek_id, keyring_id, version);
   key := rekey._unwrap(v_wrapping, v_wrapped, v_aad);

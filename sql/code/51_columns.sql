@@ -38,8 +38,8 @@ begin
     select f.*, sum(octet_length(f.value)) over (order by f.row rows unbounded preceding) - octet_length(f.value) as before from found f
   )
   select case when count(*) filter (where s.before < $5) < count(*) or count(*) = $4 then max(s.row) filter (where s.before < $5) end,
-    array_agg(s.row order by s.row) filter (where s.before < $5), array_agg(s.bytes order by s.row) filter (where s.before < $5),
-    array_agg(s.context order by s.row) filter (where s.before < $5), array_agg(s.key order by s.row) filter (where s.before < $5)
+    array_agg(s.row) filter (where s.before < $5), array_agg(s.bytes) filter (where s.before < $5),
+    array_agg(s.context) filter (where s.before < $5), array_agg(s.key) filter (where s.before < $5)
   from sized s';
 
   return query

@@ -1375,6 +1375,7 @@ declare
   v_kek_id integer;
   v_aad bytea;
 begin
+  select k.kek into v_wrapping from rekey._kek() k;
   select k.wrapped_key, k.kek_id, rekey._key_problem(k.version, k.state, k.kek_id, e.state, false) into v_wrapped, v_kek_id, problem
   from rekey.encryption_keys k
   join rekey.keks e on e.id = k.kek_id
@@ -1382,7 +1383,6 @@ begin
   if not found or problem is not null then
     return;
   end if;
-  select k.kek into v_wrapping from rekey._kek() k;
   v_wrapping := rekey._wrapping_key(v_wrapping);
   v_aad := rekey._wrap_aad(v_kek_id, keyring_id, version);
   key := rekey._unwrap(v_wrapping, v_wrapped, v_aad);
@@ -2285,6 +2285,7 @@ begin
     select f.*, sum(octet_length(f.ciphertext)) over (order by f.row rows unbounded preceding) - octet_length(f.ciphertext) as before
     from found f
   )
+  -- The arrays are in whatever order, but all in the same. 36 characters: as rekey._part() has it, in one go.
   select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
       max(s.row) filter (where s.before < max_bytes) end,
     array_agg(s.row) filter (where s.before < max_bytes),
@@ -2321,6 +2322,7 @@ begin
     select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
     from due d
   )
+  -- The arrays are in whatever order, but all in the same. 36 characters: as rekey._part() has it, in one go.
   select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
       max(s.row) filter (where s.before < max_bytes) end,
     array_agg(s.row) filter (where s.before < max_bytes),
@@ -2600,14 +2602,16 @@ begin
   select array_agg(o.row) filter (where o.body is not null),
     array_agg(o.header || o.iv || o.body || rekey._mac(o.key, o.aad, o.iv, o.body)) filter (where o.body is not null),
     array_agg(o.place) filter (where o.body is null),
-    array_agg(case when not o.opens then coalesce(o.old_problem, 'does not open: damaged, or of another row')
+    array_agg(case when o.plaintext is null then coalesce(o.old_problem, 'does not open: damaged, or of another row')
                    else coalesce(o.new_problem, 'the keyring has no active version') end) filter (where o.body is null)
   into made_rows, made, failed_places, problems
   from (
-    select p.*, case when p.opens and p.key is not null then rekey._encipher(p.key, p.iv, rekey._decipher(p.old_key, p.old_iv, p.sealed)) end as body
+    select p.*, case when p.plaintext is not null and p.key is not null then rekey._encipher(p.key, p.iv, p.plaintext) end as body
     from (
       select u.*, substr(v_ivs, u.place * 16 - 15, 16) as iv, u.header || prefix || u.context as aad,
-        u.old_key is not null and rekey._is_authentic(u.old_key, u.old_iv, u.sealed, u.old_header || prefix || u.context) as opens
+        case when u.old_key is not null then
+          case when rekey._is_authentic(u.old_key, u.old_iv, u.sealed, u.old_header || prefix || u.context)
+            then rekey._decipher(u.old_key, u.old_iv, u.sealed) end end as plaintext
       from (
         select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
@@ -2638,7 +2642,7 @@ returns table (header bytea, rows bigint, failed_places integer[], problems text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- as rekey._deks()
-set plan_cache_mode = force_custom_plan  -- knows how many values there are
+set plan_cache_mode = force_custom_plan  -- as rekey._reencrypt()
 as $$
 declare
   v_headers bytea[] := rekey._headers(ciphertexts);
@@ -2932,8 +2936,8 @@ begin
     select f.*, sum(octet_length(f.value)) over (order by f.row rows unbounded preceding) - octet_length(f.value) as before from found f
   )
   select case when count(*) filter (where s.before < $5) < count(*) or count(*) = $4 then max(s.row) filter (where s.before < $5) end,
-    array_agg(s.row order by s.row) filter (where s.before < $5), array_agg(s.bytes order by s.row) filter (where s.before < $5),
-    array_agg(s.context order by s.row) filter (where s.before < $5), array_agg(s.key order by s.row) filter (where s.before < $5)
+    array_agg(s.row) filter (where s.before < $5), array_agg(s.bytes) filter (where s.before < $5),
+    array_agg(s.context) filter (where s.before < $5), array_agg(s.key) filter (where s.before < $5)
   from sized s';
 
   return query
