@@ -242,3 +242,28 @@ def test_status_codes_of_postgrest_are_those_of_the_orchestrator(owner: Connecti
     for code, status in HTTP_STATUS.items():
         ours = code.startswith("RK") or code in ("42501", "22023")
         assert value(owner, "select rekey._http_status(%s)", code) == (status if ours else None)
+
+
+def test_errors_on_a_server_that_is_not_supabases(ready: Connection) -> None:
+    """As PostgREST in front of docker-compose.yml's server gets them."""
+    with ready.transaction():
+        ready.execute("set local request.method = 'POST'")
+        answer = value(ready, "select public.rotate_keys('nobody')")
+        assert value(ready, "select current_setting('response.status')") == "404"
+    assert (answer["code"], answer["details"]) == ("RK007", None)
+    assert "nobody" in answer["message"]
+    with pytest.raises(errors.Error) as caught:
+        ready.execute("select public.rotate_keys('nobody')")
+    assert caught.value.sqlstate == "RK007"
+
+
+def test_whoever_was_granted_the_rpc_without_being_an_administrator(ready: Connection) -> None:
+    with ready.transaction(force_rollback=True):
+        ready.execute("grant execute on function public.rotate_keys, rekey._rpc_rotate_keys to rekey_app")
+        ready.execute("set local request.method = 'POST'")
+        ready.execute("set local role rekey_app")
+        answer = value(ready, "select public.rotate_keys()")
+        assert (answer["code"], value(ready, "select current_setting('response.status')")) == ("42501", "403")
+        ready.execute("reset role")
+        assert ready.execute(DENIED).fetchall() == [("rekey_app", None, {"function": "rotate_keys"})]
+        assert value(ready, "select count(*) from rekey.rotations") == 0
