@@ -2,7 +2,6 @@
 
 import base64
 import mmap
-import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -78,8 +77,6 @@ def _suspicious(files: Iterable[Path], secrets: Mapping[str, bytes]) -> set[Path
     patterns = {max(needle.split(b"\n"), key=len) for needle in needles}
     assert min(len(pattern) for pattern in patterns) >= 8
     names = [str(path) for path in files if path.is_file() and path.stat().st_size]
-    # grep asks where a file has holes, and skips them: what is not on disk yet may look like one.
-    os.sync()
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"\n".join(patterns) + b"\n")
         file.flush()

@@ -221,10 +221,11 @@ class Server:
         """End the server as a power failure would: SIGKILL to the postmaster and all that it started."""
         postmaster = self.pid
         os.kill(postmaster, signal.SIGSTOP)
-        doomed = {postmaster, *(pid for pid, parent in _processes() if parent == postmaster)}
+        # The postmaster last: when it is gone, the others end in good order, and clear up.
+        doomed = [*(pid for pid, parent in _processes() if parent == postmaster), postmaster]
         for pid in doomed:
             os.kill(pid, signal.SIGKILL)
-        while doomed & {pid for pid, _ in _processes()}:
+        while set(doomed) & {pid for pid, _ in _processes()}:
             time.sleep(0.01)
         # Where nobody reaps the dead postmaster, its lock files would make it seem alive.
         (self.data / "postmaster.pid").unlink()
