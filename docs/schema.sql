@@ -582,7 +582,7 @@ begin
   end if;
   perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
   select c.* into v_chunk from rekey._chunks c
-  where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.adopting and c.target = v_rotation.label
+  where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.kind = 'adopt' and c.target = v_rotation.label
   order by c.id limit 1 for update skip locked;
   if not found then
     return null;
@@ -593,7 +593,7 @@ begin
   if v_max_rows is null then
     return null;
   end if;
-  v_until_block := least(split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint + v_chunk.batch_blocks, v_chunk.until_block);
+  v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
   v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
@@ -805,13 +805,14 @@ CREATE TABLE rekey._chunks (
     id bigint NOT NULL,
     pass_id bigint NOT NULL,
     urgent boolean NOT NULL,
-    adopting boolean DEFAULT false NOT NULL,
+    kind text NOT NULL,
     target text NOT NULL,
     relation regclass NOT NULL,
     first tid NOT NULL,
     until_block bigint NOT NULL,
-    batch_rows integer DEFAULT 1000 NOT NULL,
-    batch_blocks integer NOT NULL
+    batch_rows integer DEFAULT 2000 NOT NULL,
+    batch_blocks integer NOT NULL,
+    CONSTRAINT _chunks_kind_check CHECK ((kind = ANY (ARRAY['sweep'::text, 'adopt'::text, 'verify'::text, 'doubtful'::text])))
 );
 
 
@@ -821,7 +822,7 @@ ALTER TABLE rekey._chunks OWNER TO rekey_owner;
 -- Name: TABLE _chunks; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON TABLE rekey._chunks IS 'Block ranges that the rotations of a pass have yet to sweep.';
+COMMENT ON TABLE rekey._chunks IS 'Block ranges that the rotations of a pass or of a verification have yet to work on.';
 
 
 --
@@ -844,7 +845,7 @@ begin
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid),
       batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
-      batch_blocks = case when c.batch_blocks >= 4096 or _advance.next is not null then c.batch_blocks
+      batch_blocks = case when c.batch_blocks > 1024 or _advance.next is not null then c.batch_blocks
                           else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
   where c.id = chunk.id;
 end
@@ -1284,6 +1285,70 @@ COMMENT ON FUNCTION rekey._barrier(keyring_id integer, versions integer[]) IS 'W
 
 
 --
+-- Name: _begin_verification(bigint[], integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._begin_verification(rotations bigint[], keyrings integer[]) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_id bigint := nextval('rekey._pass_id');
+  v_due bigint := (select sum(r.rows_total) from rekey.rotations r where r.id = any (rotations));
+begin
+  -- The sizes are those of what a snapshot from before sees, or larger.
+  perform rekey._lock_targets();
+  with large as (
+    insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
+    select v_id, t.target, t.relation, (pg_control_system()).system_identifier, pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
+    from rekey._targets() t
+    where t.problem is null and pg_relation_size(t.relation) / current_setting('block_size')::integer > 256
+      -- A few rows of an indexed table: the index finds them, and the last step opens them.
+      and not (t.indexed and v_due < 5000 and (
+        select coalesce(sum(c.rows), 0) from rekey._call_count(t.function_name, t.relation, keyrings) c) < 5000)
+    returning target, relation
+  )
+  insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
+  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + 1024, s.blocks), 256
+  from large l
+  cross join lateral (select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks) s
+  cross join lateral generate_series(0, s.blocks - 1, 1024) as f(first);
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  update rekey.rotations r set verification_id = v_id where r.id = any (rotations) and r.state = 'verifying';
+  return v_id;
+end
+$$;
+
+
+ALTER FUNCTION rekey._begin_verification(rotations bigint[], keyrings integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _begin_verification(rotations bigint[], keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._begin_verification(rotations bigint[], keyrings integer[]) IS 'Begins a verification of these rotations and their keyrings: splits what is large into chunks. Returns its number.';
+
+
+--
+-- Name: _block(tid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._block(pointer tid) RETURNS bigint
+    LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    RETURN (split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 1))::bigint;
+
+
+ALTER FUNCTION rekey._block(pointer tid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _block(pointer tid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._block(pointer tid) IS 'The block of a row pointer.';
+
+
+--
 -- Name: _blocked_targets(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -1391,10 +1456,10 @@ COMMENT ON FUNCTION rekey._call_read(function_name name, relation regclass, firs
 
 
 --
--- Name: _call_scan(name, regclass, tid, tid, integer[], integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+-- Name: _call_scan(name, regclass, tid, tid, integer[], xid, integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
 --
 
-CREATE FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
+CREATE FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
@@ -1410,9 +1475,9 @@ begin
     v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
     v_changes := rekey._changes();
   end if;
-  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_scan')
+  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_scan')
   into next, rows, ciphertexts, contexts, keys
-  using relation, first, until, keyrings, max_rows, max_bytes;
+  using relation, first, until, keyrings, since, max_rows, max_bytes;
   if v_state is not null then
     perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
     perform rekey._refuse_changes(v_changes);
@@ -1421,13 +1486,13 @@ end
 $_$;
 
 
-ALTER FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_sweeper;
+ALTER FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_sweeper;
 
 --
--- Name: FUNCTION _call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
 --
 
-COMMENT ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Calls the scan function of a target.';
+COMMENT ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Calls the scan function of a target.';
 
 
 --
@@ -1618,7 +1683,7 @@ COMMENT ON FUNCTION rekey._changes() IS 'How many rows this transaction has chan
 -- Name: _check(bytea[], bytea, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[]) RETURNS TABLE(header bytea, rows bigint, failed_places integer[], problems text[])
+CREATE FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[]) RETURNS TABLE(header bytea, failed_places integer[], problems text[])
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '64MB'
@@ -1632,7 +1697,7 @@ begin
   select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)) into v_keyrings, v_versions
   from unnest(v_headers) as h(header);
   return query
-    select o.header, count(*), array_agg(o.place) filter (where o.problem is not null), array_agg(o.problem) filter (where o.problem is not null)
+    select o.header, array_agg(o.place), array_agg(o.problem)
     from (
       select p.place, p.header,
         case when p.key is null then p.problem
@@ -1653,6 +1718,7 @@ begin
       ) p
       offset 0
     ) o
+    where o.problem is not null
     group by o.header;
 end
 $$;
@@ -1664,7 +1730,7 @@ ALTER FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[])
 -- Name: FUNCTION _check(ciphertexts bytea[], prefix bytea, contexts bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[]) IS 'Checks the tags of envelopes, by header: how many there are, and the places of those that do not open, with the reason. prefix: what every context begins with.';
+COMMENT ON FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[]) IS 'Checks the tags of envelopes: the places of those that do not open, by header, with the reason. prefix: what every context begins with.';
 
 
 --
@@ -1773,6 +1839,77 @@ COMMENT ON FUNCTION rekey._check_tenant(tenant_id uuid) IS 'Raises 42501 where r
 
 
 --
+-- Name: _target_state(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._target_state() RETURNS text
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT string_agg(format('%s %s %s'::text, p.oid, p.xmin, p.ctid), ','::text ORDER BY p.oid) AS string_agg
+    FROM pg_proc p
+   WHERE (p.pronamespace = ('rekey_targets'::regnamespace)::oid);
+END;
+
+
+ALTER FUNCTION rekey._target_state() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _target_state(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._target_state() IS 'What changes whenever a function of a target does.';
+
+
+--
+-- Name: _verified; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._verified (
+    verification_id bigint NOT NULL,
+    target text NOT NULL,
+    relation regclass NOT NULL,
+    system_identifier bigint NOT NULL,
+    filenode oid NOT NULL,
+    functions text NOT NULL,
+    since xid8 NOT NULL
+);
+
+
+ALTER TABLE rekey._verified OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _verified; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._verified IS 'Relations that a verification checks by chunks, and as what they were found when it began.';
+
+
+--
+-- Name: _checked_since(bigint, text, regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._checked_since(verification_id bigint, target text, relation regclass) RETURNS xid
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ SELECT (v.since)::xid AS since
+    FROM rekey._verified v
+   WHERE ((v.verification_id = _checked_since.verification_id) AND (v.target = _checked_since.target) AND ((v.relation)::oid = (_checked_since.relation)::oid) AND (v.filenode = pg_relation_filenode(v.relation)) AND (v.functions = rekey._target_state()) AND (v.system_identifier = ( SELECT s.system_identifier
+            FROM pg_control_system() s(pg_control_version, catalog_version_no, system_identifier, pg_control_last_modified))) AND ((((pg_snapshot_xmax(pg_current_snapshot()))::text)::bigint - ((v.since)::text)::bigint) < 2000000000));
+END;
+
+
+ALTER FUNCTION rekey._checked_since(verification_id bigint, target text, relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _checked_since(verification_id bigint, target text, relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._checked_since(verification_id bigint, target text, relation regclass) IS 'The transaction from which on a relation has yet to be checked where a verification checks it by chunks; NULL: all of it, since it does not, or the relation is another one now. The caller holds a lock on it.';
+
+
+--
 -- Name: _claims(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -1800,6 +1937,36 @@ ALTER FUNCTION rekey._claims() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._claims() IS 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
+
+
+--
+-- Name: _clear_chunks(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._clear_chunks() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  delete from rekey._chunks c
+  where c.id in (
+    select d.id from rekey._chunks d
+    where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
+      and not exists (select from rekey.rotations r where r.verification_id = d.pass_id and r.state in ('running', 'verifying'))
+    for update skip locked);
+  delete from rekey._verified v
+  where not exists (select from rekey.rotations r where r.verification_id = v.verification_id and r.state in ('running', 'verifying'));
+end
+$$;
+
+
+ALTER FUNCTION rekey._clear_chunks() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _clear_chunks(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._clear_chunks() IS 'Deletes what passes and verifications leave whose rotations were all paused, superseded, rolled back or completed.';
 
 
 --
@@ -1935,8 +2102,13 @@ begin
       offset 0) e$sql$;
   v_select := 'with found as materialized (
     select t.ctid as row, t.%1$s as value, ' || v_bytes || ' as bytes, %3$s as context, %4$s as key' || v_from;
-  v_page := '), sized as (
-    select f.*, sum(octet_length(f.value)) over (order by f.row rows unbounded preceding) - octet_length(f.value) as before from found f
+  v_page := '), total as (
+    select sum(octet_length(f.value)) as bytes from found f
+  ), sized as (
+    select f.*, 0 as before from found f where (select t.bytes from total t) <= $5
+    union all
+    select f.*, sum(octet_length(f.value)) over (order by f.row rows unbounded preceding) - octet_length(f.value)
+    from found f where (select t.bytes from total t) > $5
   )
   select case when count(*) filter (where s.before < $5) < count(*) or count(*) = $4 then max(s.row) filter (where s.before < $5) end,
     array_agg(s.row) filter (where s.before < $5), array_agg(s.bytes) filter (where s.before < $5),
@@ -1988,13 +2160,14 @@ begin
   end loop;
 end
 '),
-    ('scan', 'relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'stable', '
+    ('scan', 'relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'stable', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     v_select || '
     where t.ctid >= $1 and t.ctid < $2 and e.keyring_id is not null and ($3 is null or e.keyring_id = any ($3))
+      and ($6 is null or age(t.xmin) <= age($6))
     order by t.ctid limit $4' || v_page) || ')
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes;
+  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, since;
 end
 '),
     ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '
@@ -2296,12 +2469,7 @@ CREATE FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT
 declare
   v_rotation record;
 begin
-  -- Passes whose rotations were all paused or superseded leave chunks that nobody needs.
-  delete from rekey._chunks c
-  where c.id in (
-    select d.id from rekey._chunks d
-    where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
-    for update skip locked);
+  perform rekey._clear_chunks();
 
   perform from rekey.rotations r
   where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)
@@ -2381,10 +2549,10 @@ COMMENT ON FUNCTION rekey._copied_passphrases() IS 'The passphrases of the tempo
 
 
 --
--- Name: _count(integer[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _count(integer[], boolean, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._count(keyrings integer[], opening boolean) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+CREATE FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint DEFAULT NULL::bigint) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -2397,7 +2565,7 @@ begin
   v_locked := rekey._lock_targets();
   -- One statement, one snapshot: no row escapes by moving.
   if opening then
-    return query select o.* from rekey._open_rows(keyrings) o;
+    return query select o.* from rekey._open_rows(keyrings, verification_id) o;
   else
     return query
       select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
@@ -2412,13 +2580,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._count(keyrings integer[], opening boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _count(keyrings integer[], opening boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _count(keyrings integer[], opening boolean, verification_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._count(keyrings integer[], opening boolean) IS 'Counts every target by keyring and version, in one snapshot; opening: checks every tag too. A combination may come in several rows. RK005: a target is blocked.';
+COMMENT ON FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint) IS 'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before. A combination may come in several rows. RK005: a target is blocked.';
 
 
 --
@@ -3689,7 +3857,7 @@ declare
   v_locked oid[];
 begin
   for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
-    perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', 1, 1);
+    perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
     v_locked := v_locked || v_target.relation::oid;
   end loop;
   return v_locked;
@@ -3870,7 +4038,7 @@ COMMENT ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) IS '
 CREATE FUNCTION rekey._next_row(pointer tid) RETURNS tid
     LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    RETURN (format('(%s,%s)'::text, split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 1), ((split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 2))::integer + 1)))::tid;
+    RETURN (format('(%s,%s)'::text, rekey._block(pointer), ((split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 2))::integer + 1)))::tid;
 
 
 ALTER FUNCTION rekey._next_row(pointer tid) OWNER TO rekey_owner;
@@ -4140,64 +4308,72 @@ COMMENT ON FUNCTION rekey._open_pgp(value bytea) IS 'Bytes of what pgp_sym_encry
 
 
 --
--- Name: _open_rows(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _open_rows(integer[], bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._open_rows(keyrings integer[]) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+CREATE FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_target record;
-  v_first bigint;
-  v_step bigint;
-  v_from tid;
+  v_rows bigint;
   v_blocks bigint;
+  v_range record;
+  v_step bigint;
+  v_first bigint;
+  v_from tid;
   v_found record;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
   for v_target in select t.* from rekey._targets() t where t.problem is null loop
     target := v_target.target;
     relation := v_target.relation;
-    -- 2 MB at a time; but the few rows of small keyrings are found by an index, all at once.
-    v_step := case when v_target.indexed and keyrings is not null and (
-        select sum(c.rows) from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c) < 5000
-      then 4294967294 else 256 end;
-    v_first := 0;
-    v_from := '(0,0)';
+    v_rows := 0;
+    failed := 0;
+    for keyring_id, version, rows in
+      select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
     loop
-      select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
-        format('(%s,0)', least(v_first + v_step, 4294967294))::tid, keyrings, 4000, 16777216) s;
-      if v_found.ciphertexts is not null then
-        return query
-          select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), c.rows,
-            coalesce(cardinality(c.failed_places), 0)::bigint,
-            array(select v_found.keys[f.place] from unnest(c.failed_places) with ordinality as f(place, rank) order by f.rank), c.problems
-          from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c;
-      end if;
-      -- Measured after the first scan, whose lock keeps the table from being rewritten.
-      v_blocks := coalesce(v_blocks, pg_relation_size(relation) / current_setting('block_size')::integer);
-      if v_found.next is not null then
-        v_from := rekey._next_row(v_found.next);
-      else
-        v_first := v_first + v_step;
-        exit when v_first >= v_blocks;
-        v_from := format('(%s,0)', v_first)::tid;
-      end if;
+      v_rows := v_rows + rows;
+      return next;
     end loop;
-    v_blocks := null;
+    -- Measured after the first scan, whose lock keeps the table from being rewritten.
+    v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
+    for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
+      -- 2 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < 5000 then 4294967294 else 256 end;
+      v_first := v_range.first;
+      v_from := format('(%s,0)', v_first)::tid;
+      while v_first < least(v_range.until, v_blocks) loop
+        select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
+          format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 16777216) s;
+        if v_found.ciphertexts is not null then
+          return query
+            select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), 0::bigint,
+              cardinality(c.failed_places)::bigint,
+              array(select v_found.keys[f.place] from unnest(c.failed_places) with ordinality as f(place, rank) order by f.rank), c.problems
+            from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c;
+        end if;
+        if v_found.next is not null then
+          v_from := rekey._next_row(v_found.next);
+        else
+          v_first := v_first + v_step;
+          v_from := format('(%s,0)', least(v_first, 4294967294))::tid;
+        end if;
+      end loop;
+    end loop;
   end loop;
 end
 $$;
 
 
-ALTER FUNCTION rekey._open_rows(keyrings integer[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _open_rows(keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _open_rows(keyrings integer[], verification_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._open_rows(keyrings integer[]) IS 'Counts as rekey._count_rows(), and opens every row: failed_keys and failed_problems name what does not open. A combination may come in several rows.';
+COMMENT ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) IS 'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open. A combination may come in several rows.';
 
 
 --
@@ -4356,17 +4532,19 @@ begin
         on t.relation = c.relation and t.target = c.target
       group by t.target, t.relation, c.adopting, t.blocks, t.indexed
     ), chunked as (
-      insert into rekey._chunks (pass_id, urgent, adopting, target, relation, first, until_block, batch_blocks)
-      select v_pass, v_urgent, s.adopting, s.target, s.relation, format('(%s,0)', f.first)::tid,
-        case when s.few then s.blocks else least(f.first + 4096, s.blocks) end,
+      insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
+      select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
+        case when s.few then s.blocks else least(f.first + 1024, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
-        case when s.few then s.blocks else 64 end
+        case when s.few then s.blocks else 256 end
       from sizes s
-      cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, 4096) as f(first)
+      cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, 1024) as f(first)
     )
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
         next_attempt_at = null,
+        -- Kept where a verification found rows behind: the next one looks at what was written since.
+        verification_id = case when r.state = 'running' then r.verification_id end,
         rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.rotation_id = r.id), 0)
     where r.id = any (v_ids);
     perform rekey._audit_all(coalesce((
@@ -4596,6 +4774,50 @@ ALTER FUNCTION rekey._random_bytes(count integer) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._random_bytes(count integer) IS 'count (1 to 1024) bytes from the random number generator of pgcrypto.';
+
+
+--
+-- Name: _ranges(bigint, text, regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._ranges(verification_id bigint, target text, relation regclass) RETURNS TABLE(first bigint, until bigint, since xid)
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    BEGIN ATOMIC
+ WITH checked AS (
+          SELECT rekey._checked_since(_ranges.verification_id, _ranges.target, _ranges.relation) AS since
+         ), doubtful AS (
+          SELECT
+                 CASE
+                     WHEN (k.since IS NULL) THEN '{[0,4294967294)}'::int8multirange
+                     ELSE ( SELECT COALESCE(range_agg(int8range(rekey._block(c.first), c.until_block)), '{}'::int8multirange) AS "coalesce"
+                        FROM rekey._chunks c
+                       WHERE ((c.pass_id = _ranges.verification_id) AND (c.kind = 'doubtful'::text) AND (c.target = _ranges.target) AND ((c.relation)::oid = (_ranges.relation)::oid)))
+                 END AS blocks,
+             k.since
+            FROM checked k
+         )
+  SELECT lower(r.range) AS lower,
+     upper(r.range) AS upper,
+     NULL::xid AS xid
+    FROM (doubtful d
+      CROSS JOIN LATERAL unnest(d.blocks) r(range))
+ UNION ALL
+  SELECT lower(r.range) AS lower,
+     upper(r.range) AS upper,
+     d.since
+    FROM (doubtful d
+      CROSS JOIN LATERAL unnest(('{[0,4294967294)}'::int8multirange - d.blocks)) r(range));
+END;
+
+
+ALTER FUNCTION rekey._ranges(verification_id bigint, target text, relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _ranges(verification_id bigint, target text, relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._ranges(verification_id bigint, target text, relation regclass) IS 'The blocks of a relation in ranges, each with what is to be checked in it: as rekey._checked_since() says; NULL: all.';
 
 
 --
@@ -5018,6 +5240,7 @@ CREATE TABLE rekey.rotations (
     pass_id bigint,
     passes integer DEFAULT 0 NOT NULL,
     barrier_at timestamp with time zone,
+    verification_id bigint,
     column_id integer,
     formats text[],
     forced boolean DEFAULT false NOT NULL,
@@ -5176,6 +5399,13 @@ COMMENT ON COLUMN rekey.rotations.passes IS 'Passes that it has begun.';
 --
 
 COMMENT ON COLUMN rekey.rotations.barrier_at IS 'When every writer of an older version was seen to be gone.';
+
+
+--
+-- Name: COLUMN rotations.verification_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.verification_id IS 'Number of the verification that it takes part in; NULL: none yet.';
 
 
 --
@@ -6257,7 +6487,7 @@ begin
   select c.* into v_chunk from rekey._chunks c
   where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
                   and rekey._is_due(r.next_attempt_at)
-                  and case when c.adopting then r.formats = '{plaintext}' else r.trigger <> 'adoption' end)
+                  and case c.kind when 'adopt' then r.formats = '{plaintext}' when 'sweep' then r.trigger <> 'adoption' end)
   order by c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
@@ -6275,11 +6505,11 @@ begin
   from rekey.rotations r
   left join rekey.protected_columns p on p.id = r.column_id
   where r.pass_id = v_chunk.pass_id and r.state = 'running' and rekey._is_due(r.next_attempt_at)
-    and case when v_chunk.adopting then p.label = v_chunk.target else r.trigger <> 'adoption' end;
+    and case v_chunk.kind when 'adopt' then p.label = v_chunk.target else r.trigger <> 'adoption' end;
   if v_ids is null then
     return;  -- paused or superseded since
   end if;
-  v_first_block := split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint;
+  v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 
   begin
@@ -6296,9 +6526,9 @@ begin
     end if;
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when not v_chunk.adopting then v_keyrings end, v_versions, v_max_rows, 16777216) b;
+      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, 16777216) b;
     if v_batch.rows is not null then
-      if v_chunk.adopting then
+      if v_chunk.kind = 'adopt' then
         v_contexts := array(
           select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
         v_sealing := rekey._sealing(v_keyrings[1]);
@@ -6316,8 +6546,8 @@ begin
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
       from (select rekey._int4(h.header, 3) as keyring_id, h.rows
             from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_made) as u(ciphertext) where u.ciphertext is not null group by 1) h) d;
-      select array_agg(case when v_chunk.adopting then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
-        array_agg(case when not v_chunk.adopting then rekey._int4(v_old[f.place], 7) end order by f.rank),
+      select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
+        array_agg(case when v_chunk.kind = 'sweep' then rekey._int4(v_old[f.place], 7) end order by f.rank),
         array_agg(v_batch.keys[f.place] order by f.rank)
       into v_failed_keyrings, v_failed_versions, v_failed_keys
       from unnest(v_failed_places) with ordinality as f(place, rank);
@@ -6386,29 +6616,6 @@ ALTER FUNCTION rekey._target_of(chunk rekey._chunks) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._target_of(chunk rekey._chunks) IS 'The target of a chunk as it is now.';
-
-
---
--- Name: _target_state(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._target_state() RETURNS text
-    LANGUAGE sql
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT string_agg(format('%s %s %s'::text, p.oid, p.xmin, p.ctid), ','::text ORDER BY p.oid) AS string_agg
-    FROM pg_proc p
-   WHERE (p.pronamespace = ('rekey_targets'::regnamespace)::oid);
-END;
-
-
-ALTER FUNCTION rekey._target_state() OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _target_state(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._target_state() IS 'What changes whenever a function of a target does.';
 
 
 --
@@ -6681,6 +6888,7 @@ declare
   v_context text;
   v_ids bigint[];
   v_keyrings integer[];
+  v_verification bigint;
   v_results jsonb;
   v_found record;
   v_failure record;
@@ -6689,9 +6897,14 @@ declare
   v_blocked jsonb;
   v_adoptions jsonb;
 begin
-  select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
+  -- Those that begin a verification together, else those of one whose chunks are done.
+  select array_agg(r.id), array_agg(r.keyring_id), r.verification_id into v_ids, v_keyrings, v_verification
   from rekey.rotations r
-  where r.state = 'verifying' and r.barrier_at is not null and rekey._is_due(r.next_attempt_at);
+  where r.state = 'verifying' and r.barrier_at is not null and rekey._is_due(r.next_attempt_at)
+    and not exists (select from rekey._chunks c where c.pass_id = r.verification_id and c.kind = 'verify')
+  group by r.verification_id
+  order by r.verification_id nulls first
+  limit 1;
   if v_ids is null then
     return;
   end if;
@@ -6709,8 +6922,17 @@ begin
     return;
   end if;
   begin
+    if v_verification is null then
+      v_verification := rekey._begin_verification(v_ids, v_keyrings);
+      if exists (select from rekey._chunks c where c.pass_id = v_verification) then
+        event := 'planned';
+        keyring_count := cardinality(v_ids);
+        detail := jsonb_build_object('verification', v_verification, 'rotations', v_ids[1:20]);
+        return;
+      end if;
+    end if;
     with counted as materialized (
-      select c.* from rekey._count(v_keyrings, true) c
+      select c.* from rekey._count(v_keyrings, true, v_verification) c
     ), summed as (
       select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
         jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation::oid, 'version', c.version,
@@ -6778,10 +7000,11 @@ begin
       update rekey.rotations r
       set state = case when v_failed > 0 then 'completed_with_failures' else 'completed' end, rows_failed = v_failed,
           rows_total = r.rows_done + v_failed,  -- what was written or deleted meanwhile needed no sweep
-          blocked_by = null, blocked_since = null, next_attempt_at = null, finished_at = clock_timestamp()
+          blocked_by = null, blocked_since = null, next_attempt_at = null, verification_id = null, finished_at = clock_timestamp()
       where r.id = v_found.id;
       v_completed := v_completed || v_found.id;
     end loop;
+    perform rekey._clear_chunks();
     perform rekey._audit_all(coalesce((
       select jsonb_agg(jsonb_build_object('event', 'rotation.completed', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
         'details', jsonb_build_object('state', r.state, 'rows', r.rows_done, 'failures', r.rows_failed)) order by r.id)
@@ -6812,7 +7035,102 @@ ALTER FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT rows
 -- Name: FUNCTION _verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) IS 'Opens every row of the keyrings whose rotations passed the barrier, and completes those that have none left on an older version.';
+COMMENT ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) IS 'Begins the verification of rotations that passed the barrier; or ends one: opens what was not checked yet, and completes the rotations that have no row left on an older version.';
+
+
+--
+-- Name: _verify_batch(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
+  v_begin timestamptz := clock_timestamp();
+  v_target_time interval := (rekey._settings()).batch_target;
+  v_chunk rekey._chunks;
+  v_ids bigint[];
+  v_keyrings integer[];
+  v_target rekey._target;
+  v_until bigint;
+  v_found record;
+begin
+  select c.* into v_chunk from rekey._chunks c
+  where c.kind = 'verify'
+    and exists (select from rekey.rotations r where r.verification_id = c.pass_id and r.state = 'verifying' and rekey._is_due(r.next_attempt_at))
+  order by c.id
+  limit 1 for update of c skip locked;
+  if not found then
+    return;
+  end if;
+  -- All of them: who leaves a verification does not come back to it.
+  select array_agg(r.id order by r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
+  from rekey.rotations r where r.verification_id = v_chunk.pass_id and r.state = 'verifying';
+  if v_ids is null then
+    return;
+  end if;
+  begin
+    event := 'checked';
+    keyring_count := cardinality(v_ids);
+    rows := 0;
+    v_target := rekey._target_of(v_chunk);
+    if v_target.problem is null then
+      -- Reads nothing, but locks the table, so that what is found out about it remains true.
+      perform from rekey._call_scan(v_target.function_name, v_chunk.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      v_target := rekey._target_of(v_chunk);
+    end if;
+    if v_target.problem is not null or rekey._checked_since(v_chunk.pass_id, v_chunk.target, v_chunk.relation) is null then
+      update rekey._chunks c set kind = 'doubtful' where c.id = v_chunk.id;
+      return;
+    end if;
+    loop
+      v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
+      select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
+        format('(%s,0)', v_until)::tid, v_keyrings, null, 4000, 16777216) s;
+      rows := rows + coalesce(cardinality(v_found.rows), 0);
+      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
+        insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
+        values (v_chunk.pass_id, false, 'doubtful', v_chunk.target, v_chunk.relation, v_chunk.first,
+          coalesce(rekey._block(v_found.next) + 1, v_until), v_chunk.batch_blocks);
+      end if;
+      v_chunk.first := coalesce(rekey._next_row(v_found.next), format('(%s,0)', v_until)::tid);
+      if rekey._block(v_chunk.first) >= v_chunk.until_block then
+        delete from rekey._chunks c where c.id = v_chunk.id;
+        exit;
+      elsif clock_timestamp() - v_begin >= v_target_time then
+        update rekey._chunks c set first = v_chunk.first where c.id = v_chunk.id;
+        exit;
+      end if;
+    end loop;
+    detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
+      'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
+  exception
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
+        raise;
+      end if;
+      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+      rows := 0;
+      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+  end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) IS 'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, or the relation is not as the verification found it, it leaves them to the last step.';
 
 
 --
@@ -9036,6 +9354,7 @@ CREATE FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, O
 declare
   v_next timestamptz;
   v_blocked jsonb;
+  v_kind text;
 begin
   perform rekey._refuse_snapshot();
   keyring_count := 0;
@@ -9070,9 +9389,14 @@ begin
       event := null;
     end if;
   end if;
-  if event is null then
-    select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
-  end if;
+  foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
+    exit when event is not null;
+    if v_kind = 'verify' then
+      select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify_batch() v;
+    else
+      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+    end if;
+  end loop;
   if event is null and v_blocked is not null then
     event := 'blocked';
     detail := v_blocked;
@@ -9109,7 +9433,7 @@ ALTER FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OU
 -- Name: FUNCTION rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'One step of the rotations under way, to be committed at once; any number of sessions may step. event: batch, planned, swept, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+COMMENT ON FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
 
 
 --
@@ -9758,9 +10082,13 @@ begin
     order by s.ctid
     limit max_rows
     for no key update of s skip locked
+  ), total as (
+    select sum(octet_length(d.ciphertext)) as bytes from due d
   ), sized as (
-    select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
-    from due d
+    select d.*, 0 as before from due d where (select t.bytes from total t) <= max_bytes
+    union all
+    select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext)
+    from due d where (select t.bytes from total t) > max_bytes
   )
   -- The arrays are in whatever order, but all in the same. 36 characters: as rekey._part() has it, in one go.
   select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
@@ -9785,10 +10113,10 @@ COMMENT ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, unt
 
 
 --
--- Name: secrets_scan(regclass, tid, tid, integer[], integer, bigint); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
+-- Name: secrets_scan(regclass, tid, tid, integer[], xid, integer, bigint); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
+CREATE FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -9800,11 +10128,16 @@ begin
     select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
     from rekey.secrets s
     where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
+      and (since is null or age(s.xmin) <= age(since))
     order by s.ctid
     limit max_rows
+  ), total as (
+    select sum(octet_length(f.ciphertext)) as bytes from found f
   ), sized as (
-    select f.*, sum(octet_length(f.ciphertext)) over (order by f.row rows unbounded preceding) - octet_length(f.ciphertext) as before
-    from found f
+    select f.*, 0 as before from found f where (select t.bytes from total t) <= max_bytes
+    union all
+    select f.*, sum(octet_length(f.ciphertext)) over (order by f.row rows unbounded preceding) - octet_length(f.ciphertext)
+    from found f where (select t.bytes from total t) > max_bytes
   )
   -- The arrays are in whatever order, but all in the same. 36 characters: as rekey._part() has it, in one go.
   select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
@@ -9819,13 +10152,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and little more than max_bytes of ciphertext. contexts: without the label. next: the last row returned, where more may follow; NULL at the end of the range.';
+COMMENT ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and little more than max_bytes of ciphertext. since: only what this transaction or a later one wrote; NULL: all. contexts: without the label. next: the last row returned, where more may follow; NULL at the end of the range.';
 
 
 --
@@ -10687,6 +11020,14 @@ ALTER TABLE ONLY rekey._session_key
 
 
 --
+-- Name: _verified _verified_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._verified
+    ADD CONSTRAINT _verified_pkey PRIMARY KEY (verification_id, target, relation);
+
+
+--
 -- Name: _worker _worker_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -11223,6 +11564,20 @@ REVOKE ALL ON FUNCTION rekey._barrier(keyring_id integer, versions integer[]) FR
 
 
 --
+-- Name: FUNCTION _begin_verification(rotations bigint[], keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._begin_verification(rotations bigint[], keyrings integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _block(pointer tid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._block(pointer tid) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _blocked_targets(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -11246,11 +11601,11 @@ GRANT ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, fi
 
 
 --
--- Name: FUNCTION _call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
 --
 
-REVOKE ALL ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_owner;
+REVOKE ALL ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_owner;
 
 
 --
@@ -11320,10 +11675,31 @@ REVOKE ALL ON FUNCTION rekey._check_tenant(tenant_id uuid) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _target_state(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._target_state() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _checked_since(verification_id bigint, target text, relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._checked_since(verification_id bigint, target text, relation regclass) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _claims(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
 REVOKE ALL ON FUNCTION rekey._claims() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _clear_chunks(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._clear_chunks() FROM PUBLIC;
 
 
 --
@@ -11394,10 +11770,10 @@ GRANT ALL ON FUNCTION rekey._copied_passphrases() TO rekey_admin;
 
 
 --
--- Name: FUNCTION _count(keyrings integer[], opening boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _count(keyrings integer[], opening boolean, verification_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._count(keyrings integer[], opening boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint) FROM PUBLIC;
 
 
 --
@@ -11772,10 +12148,10 @@ REVOKE ALL ON FUNCTION rekey._open_pgp(value bytea) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _open_rows(keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _open_rows(keyrings integer[], verification_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._open_rows(keyrings integer[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) FROM PUBLIC;
 
 
 --
@@ -11855,6 +12231,13 @@ REVOKE ALL ON FUNCTION rekey._queue_sweep(keyring_id integer, trigger text, reas
 --
 
 REVOKE ALL ON FUNCTION rekey._random_bytes(count integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _ranges(verification_id bigint, target text, relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._ranges(verification_id bigint, target text, relation regclass) FROM PUBLIC;
 
 
 --
@@ -12142,13 +12525,6 @@ REVOKE ALL ON FUNCTION rekey._target_of(chunk rekey._chunks) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _target_state(); Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey._target_state() FROM PUBLIC;
-
-
---
 -- Name: FUNCTION _targets(only_target text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12206,6 +12582,13 @@ REVOKE ALL ON FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad 
 --
 
 REVOKE ALL ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) FROM PUBLIC;
 
 
 --
@@ -12747,11 +13130,11 @@ GRANT ALL ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, u
 
 
 --
--- Name: FUNCTION secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_sweeper;
+REVOKE ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_sweeper;
 
 
 --

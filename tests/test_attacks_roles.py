@@ -31,8 +31,8 @@ TRIES: dict[str, tuple[LiteralString, ...]] = {
     ),
     "ciphertexts": (
         "select ciphertext from rekey.secrets",
-        "select * from rekey_targets.secrets_scan('rekey.secrets', '(0,0)', '(9,0)', null, 9, 9999)",
-        "select * from rekey._call_scan('secrets', 'rekey.secrets', '(0,0)', '(9,0)', null, 9, 9999)",
+        "select * from rekey_targets.secrets_scan('rekey.secrets', '(0,0)', '(9,0)', null, null, 9, 9999)",
+        "select * from rekey._call_scan('secrets', 'rekey.secrets', '(0,0)', '(9,0)', null, null, 9, 9999)",
         "select rekey._call_write('secrets', 'rekey.secrets', '{}', '{}')",
         "select rekey_targets.secrets_write('rekey.secrets', '{}', '{}')",
     ),

@@ -755,7 +755,7 @@ def test_batches_are_bounded_in_rows(ready: Connection) -> None:
     while (row := step(ready))[0] == "batch":
         sizes.append(row[2])
     assert sum(sizes) == 9000
-    assert sizes[0] <= 1000
+    assert sizes[0] <= 2000
     assert max(sizes) <= 4000
 
 

@@ -30,7 +30,7 @@ def connect() -> db.Connection:
             with transaction(connection):
                 pass  # says at once whether the KEK is right
         else:
-            # Opening every row of a large table is one statement.
+            # Counting every row of a large table is one statement.
             connection.execute("set statement_timeout = 0")
             if db.in_environment():
                 db.unlock(connection, scope="session")

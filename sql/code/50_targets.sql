@@ -1,7 +1,7 @@
 -- The tables that a rotation sweeps. Each has functions in schema rekey_targets, owned by the table's owner, that read and
 -- write that table and nothing else. They know no key, and none of our functions:
 --   <name>_count(relation, keyrings): rows by keyring and version, in the snapshot of the calling statement
---   <name>_scan(relation, first, until, keyrings, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
+--   <name>_scan(relation, first, until, keyrings, since, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
 --   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): locks rows that are due, and returns them
 --   <name>_write(relation, rows, ciphertexts): stores what the engine made of them
 -- rekey.secrets is the first target; protected columns are the others (51_columns.sql).
@@ -25,7 +25,7 @@ $$;
 comment on function rekey_targets.secrets_count is 'Counts rekey.secrets by keyring and version; keyrings NULL: all.';
 
 create or replace function rekey_targets.secrets_scan(
-  relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint,
+  relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint,
   out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
 )
 language plpgsql stable security definer
@@ -39,11 +39,16 @@ begin
     select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
     from rekey.secrets s
     where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
+      and (since is null or age(s.xmin) <= age(since))
     order by s.ctid
     limit max_rows
+  ), total as (
+    select sum(octet_length(f.ciphertext)) as bytes from found f
   ), sized as (
-    select f.*, sum(octet_length(f.ciphertext)) over (order by f.row rows unbounded preceding) - octet_length(f.ciphertext) as before
-    from found f
+    select f.*, 0 as before from found f where (select t.bytes from total t) <= max_bytes
+    union all
+    select f.*, sum(octet_length(f.ciphertext)) over (order by f.row rows unbounded preceding) - octet_length(f.ciphertext)
+    from found f where (select t.bytes from total t) > max_bytes
   )
   -- The arrays are in whatever order, but all in the same. 36 characters: as rekey._part() has it, in one go.
   select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
@@ -57,7 +62,7 @@ begin
 end
 $$;
 comment on function rekey_targets.secrets_scan is
-  'Rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and little more than max_bytes of ciphertext. contexts: without the label. next: the last row returned, where more may follow; NULL at the end of the range.';
+  'Rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and little more than max_bytes of ciphertext. since: only what this transaction or a later one wrote; NULL: all. contexts: without the label. next: the last row returned, where more may follow; NULL at the end of the range.';
 
 create or replace function rekey_targets.secrets_read(
   relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
@@ -78,9 +83,13 @@ begin
     order by s.ctid
     limit max_rows
     for no key update of s skip locked
+  ), total as (
+    select sum(octet_length(d.ciphertext)) as bytes from due d
   ), sized as (
-    select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext) as before
-    from due d
+    select d.*, 0 as before from due d where (select t.bytes from total t) <= max_bytes
+    union all
+    select d.*, sum(octet_length(d.ciphertext)) over (order by d.row rows unbounded preceding) - octet_length(d.ciphertext)
+    from due d where (select t.bytes from total t) > max_bytes
   )
   -- The arrays are in whatever order, but all in the same. 36 characters: as rekey._part() has it, in one go.
   select case when count(*) filter (where s.before < max_bytes) < count(*) or count(*) = max_rows then
@@ -237,7 +246,7 @@ $$;
 comment on function rekey._call_count is 'Calls the count function of a target.';
 
 create or replace function rekey._call_scan(
-  function_name name, relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint,
+  function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint,
   out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
 )
 language plpgsql stable security definer
@@ -255,9 +264,9 @@ begin
     v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
     v_changes := rekey._changes();
   end if;
-  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6) s', function_name || '_scan')
+  execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_scan')
   into next, rows, ciphertexts, contexts, keys
-  using relation, first, until, keyrings, max_rows, max_bytes;
+  using relation, first, until, keyrings, since, max_rows, max_bytes;
   if v_state is not null then
     perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
     perform rekey._refuse_changes(v_changes);
@@ -398,7 +407,7 @@ comment on function rekey._reencrypt is
   'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
 
 create or replace function rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[])
-returns table (header bytea, rows bigint, failed_places integer[], problems text[])
+returns table (header bytea, failed_places integer[], problems text[])
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- as rekey._deks()
@@ -412,7 +421,7 @@ begin
   select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)) into v_keyrings, v_versions
   from unnest(v_headers) as h(header);
   return query
-    select o.header, count(*), array_agg(o.place) filter (where o.problem is not null), array_agg(o.problem) filter (where o.problem is not null)
+    select o.header, array_agg(o.place), array_agg(o.problem)
     from (
       select p.place, p.header,
         case when p.key is null then p.problem
@@ -433,16 +442,23 @@ begin
       ) p
       offset 0
     ) o
+    where o.problem is not null
     group by o.header;
 end
 $$;
 comment on function rekey._check is
-  'Checks the tags of envelopes, by header: how many there are, and the places of those that do not open, with the reason. prefix: what every context begins with.';
+  'Checks the tags of envelopes: the places of those that do not open, by header, with the reason. prefix: what every context begins with.';
+
+create or replace function rekey._block(pointer tid) returns bigint
+language sql immutable strict parallel safe
+set search_path = pg_catalog, pg_temp
+return split_part(trim(pointer::text, '()'), ',', 1)::bigint;
+comment on function rekey._block is 'The block of a row pointer.';
 
 create or replace function rekey._next_row(pointer tid) returns tid
 language sql immutable strict parallel safe
 set search_path = pg_catalog, pg_temp
-return format('(%s,%s)', split_part(trim(pointer::text, '()'), ',', 1), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid;
+return format('(%s,%s)', rekey._block(pointer), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid;
 comment on function rekey._next_row is 'The row pointer after this one.';
 
 create or replace function rekey._count_rows(keyrings integer[])
@@ -460,56 +476,6 @@ end
 $$;
 comment on function rekey._count_rows is
   'Counts every target that is not blocked by keyring and version, in the snapshot of the caller''s statement; keyring NULL: values that are no envelopes.';
-
-create or replace function rekey._open_rows(keyrings integer[])
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_target record;
-  v_first bigint;
-  v_step bigint;
-  v_from tid;
-  v_blocks bigint;
-  v_found record;
-begin
-  -- STABLE: every statement in here sees the snapshot of the calling one.
-  for v_target in select t.* from rekey._targets() t where t.problem is null loop
-    target := v_target.target;
-    relation := v_target.relation;
-    -- 2 MB at a time; but the few rows of small keyrings are found by an index, all at once.
-    v_step := case when v_target.indexed and keyrings is not null and (
-        select sum(c.rows) from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c) < 5000
-      then 4294967294 else 256 end;
-    v_first := 0;
-    v_from := '(0,0)';
-    loop
-      select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
-        format('(%s,0)', least(v_first + v_step, 4294967294))::tid, keyrings, 4000, 16777216) s;
-      if v_found.ciphertexts is not null then
-        return query
-          select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), c.rows,
-            coalesce(cardinality(c.failed_places), 0)::bigint,
-            array(select v_found.keys[f.place] from unnest(c.failed_places) with ordinality as f(place, rank) order by f.rank), c.problems
-          from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c;
-      end if;
-      -- Measured after the first scan, whose lock keeps the table from being rewritten.
-      v_blocks := coalesce(v_blocks, pg_relation_size(relation) / current_setting('block_size')::integer);
-      if v_found.next is not null then
-        v_from := rekey._next_row(v_found.next);
-      else
-        v_first := v_first + v_step;
-        exit when v_first >= v_blocks;
-        v_from := format('(%s,0)', v_first)::tid;
-      end if;
-    end loop;
-    v_blocks := null;
-  end loop;
-end
-$$;
-comment on function rekey._open_rows is
-  'Counts as rekey._count_rows(), and opens every row: failed_keys and failed_problems name what does not open. A combination may come in several rows.';
 
 create or replace function rekey._blocked_targets() returns jsonb
 language plpgsql volatile
@@ -548,55 +514,6 @@ begin atomic
   from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace;
 end;
 comment on function rekey._target_state is 'What changes whenever a function of a target does.';
-
--- To a snapshot from before it was rewritten, a table may be empty (ALTER TABLE). So the locks come first, and the snapshot of
--- the statement that counts after them.
-create or replace function rekey._lock_targets() returns oid[]
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_target rekey._target;
-  v_locked oid[];
-begin
-  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
-    perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', 1, 1);
-    v_locked := v_locked || v_target.relation::oid;
-  end loop;
-  return v_locked;
-end
-$$;
-comment on function rekey._lock_targets is 'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends; returns which.';
-
-create or replace function rekey._count(keyrings integer[], opening boolean)
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_state text;
-  v_locked oid[];
-begin
-  perform rekey._refuse_blocked();
-  v_state := rekey._target_state();
-  v_locked := rekey._lock_targets();
-  -- One statement, one snapshot: no row escapes by moving.
-  if opening then
-    return query select o.* from rekey._open_rows(keyrings) o;
-  else
-    return query
-      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
-      from rekey._count_rows(keyrings) c where c.keyring_id is not null;
-  end if;
-  perform rekey._refuse_blocked();
-  if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
-    raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
-      hint = 'Try again.';
-  end if;
-end
-$$;
-comment on function rekey._count is
-  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too. A combination may come in several rows. RK005: a target is blocked.';
 
 create or replace function rekey._refuse_snapshot() returns void
 language plpgsql stable

@@ -34,8 +34,13 @@ begin
       offset 0) e$sql$;
   v_select := 'with found as materialized (
     select t.ctid as row, t.%1$s as value, ' || v_bytes || ' as bytes, %3$s as context, %4$s as key' || v_from;
-  v_page := '), sized as (
-    select f.*, sum(octet_length(f.value)) over (order by f.row rows unbounded preceding) - octet_length(f.value) as before from found f
+  v_page := '), total as (
+    select sum(octet_length(f.value)) as bytes from found f
+  ), sized as (
+    select f.*, 0 as before from found f where (select t.bytes from total t) <= $5
+    union all
+    select f.*, sum(octet_length(f.value)) over (order by f.row rows unbounded preceding) - octet_length(f.value)
+    from found f where (select t.bytes from total t) > $5
   )
   select case when count(*) filter (where s.before < $5) < count(*) or count(*) = $4 then max(s.row) filter (where s.before < $5) end,
     array_agg(s.row) filter (where s.before < $5), array_agg(s.bytes) filter (where s.before < $5),
@@ -87,13 +92,14 @@ begin
   end loop;
 end
 '),
-    ('scan', 'relation regclass, first tid, until tid, keyrings integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'stable', '
+    ('scan', 'relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'stable', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     v_select || '
     where t.ctid >= $1 and t.ctid < $2 and e.keyring_id is not null and ($3 is null or e.keyring_id = any ($3))
+      and ($6 is null or age(t.xmin) <= age($6))
     order by t.ctid limit $4' || v_page) || ')
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes;
+  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, since;
 end
 '),
     ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '

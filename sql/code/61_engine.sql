@@ -1,8 +1,8 @@
--- The engine: sweeps, waits for writers, verifies. One step is one transaction; any number of workers may step at once.
+-- The engine: sweeps, waits for writers, has the rows verified. One step is one transaction; any number of workers may step at once.
 --
 -- queued -> (plan) running: its keyring is due in a pass over the targets, split into chunks
 -- running -> (sweep the chunks, batch by batch) verifying, once no chunk of the pass is left
--- verifying -> (barrier: no writer of an older version is left; then one snapshot of every row) completed,
+-- verifying -> (barrier: no writer of an older version is left; then every row is opened: 61_verify.sql) completed,
 --              or running again if rows moved behind the sweep
 
 create or replace function rekey._lock_holders(keyring_id integer, versions integer[], since timestamptz = null) returns jsonb
@@ -172,17 +172,19 @@ begin
         on t.relation = c.relation and t.target = c.target
       group by t.target, t.relation, c.adopting, t.blocks, t.indexed
     ), chunked as (
-      insert into rekey._chunks (pass_id, urgent, adopting, target, relation, first, until_block, batch_blocks)
-      select v_pass, v_urgent, s.adopting, s.target, s.relation, format('(%s,0)', f.first)::tid,
-        case when s.few then s.blocks else least(f.first + 4096, s.blocks) end,
+      insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
+      select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
+        case when s.few then s.blocks else least(f.first + 1024, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
-        case when s.few then s.blocks else 64 end
+        case when s.few then s.blocks else 256 end
       from sizes s
-      cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, 4096) as f(first)
+      cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, 1024) as f(first)
     )
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
         next_attempt_at = null,
+        -- Kept where a verification found rows behind: the next one looks at what was written since.
+        verification_id = case when r.state = 'running' then r.verification_id end,
         rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.rotation_id = r.id), 0)
     where r.id = any (v_ids);
     perform rekey._audit_all(coalesce((
@@ -269,7 +271,7 @@ begin
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid),
       batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
-      batch_blocks = case when c.batch_blocks >= 4096 or _advance.next is not null then c.batch_blocks
+      batch_blocks = case when c.batch_blocks > 1024 or _advance.next is not null then c.batch_blocks
                           else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
   where c.id = chunk.id;
 end
@@ -378,7 +380,7 @@ begin
   select c.* into v_chunk from rekey._chunks c
   where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
                   and rekey._is_due(r.next_attempt_at)
-                  and case when c.adopting then r.formats = '{plaintext}' else r.trigger <> 'adoption' end)
+                  and case c.kind when 'adopt' then r.formats = '{plaintext}' when 'sweep' then r.trigger <> 'adoption' end)
   order by c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
@@ -396,11 +398,11 @@ begin
   from rekey.rotations r
   left join rekey.protected_columns p on p.id = r.column_id
   where r.pass_id = v_chunk.pass_id and r.state = 'running' and rekey._is_due(r.next_attempt_at)
-    and case when v_chunk.adopting then p.label = v_chunk.target else r.trigger <> 'adoption' end;
+    and case v_chunk.kind when 'adopt' then p.label = v_chunk.target else r.trigger <> 'adoption' end;
   if v_ids is null then
     return;  -- paused or superseded since
   end if;
-  v_first_block := split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint;
+  v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 
   begin
@@ -417,9 +419,9 @@ begin
     end if;
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when not v_chunk.adopting then v_keyrings end, v_versions, v_max_rows, 16777216) b;
+      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, 16777216) b;
     if v_batch.rows is not null then
-      if v_chunk.adopting then
+      if v_chunk.kind = 'adopt' then
         v_contexts := array(
           select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
         v_sealing := rekey._sealing(v_keyrings[1]);
@@ -437,8 +439,8 @@ begin
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
       from (select rekey._int4(h.header, 3) as keyring_id, h.rows
             from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_made) as u(ciphertext) where u.ciphertext is not null group by 1) h) d;
-      select array_agg(case when v_chunk.adopting then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
-        array_agg(case when not v_chunk.adopting then rekey._int4(v_old[f.place], 7) end order by f.rank),
+      select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
+        array_agg(case when v_chunk.kind = 'sweep' then rekey._int4(v_old[f.place], 7) end order by f.rank),
         array_agg(v_batch.keys[f.place] order by f.rank)
       into v_failed_keyrings, v_failed_versions, v_failed_keys
       from unnest(v_failed_places) with ordinality as f(place, rank);
@@ -471,140 +473,23 @@ end
 $$;
 comment on function rekey._sweep_batch is 'Sweeps one batch of one chunk, if there is one that no other worker has in hand.';
 
-create or replace function rekey._verify(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
-language plpgsql
+create or replace function rekey._clear_chunks() returns void
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_prepared text[] := rekey._prepared();
-  v_context text;
-  v_ids bigint[];
-  v_keyrings integer[];
-  v_results jsonb;
-  v_found record;
-  v_failure record;
-  v_failed bigint;
-  v_completed bigint[] := '{}'::bigint[];
-  v_blocked jsonb;
-  v_adoptions jsonb;
 begin
-  select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
-  from rekey.rotations r
-  where r.state = 'verifying' and r.barrier_at is not null and rekey._is_due(r.next_attempt_at);
-  if v_ids is null then
-    return;
-  end if;
-  rows := 0;
-  v_blocked := rekey._blocked_targets();
-  if v_blocked is not null then
-    -- What cannot be counted is not complete.
-    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
-    update rekey.rotations r
-    set blocked_by = v_blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
-    where r.id = any (v_ids) and r.state = 'verifying';
-    event := 'blocked';
-    keyring_count := cardinality(v_ids);
-    detail := jsonb_build_object('rotations', v_ids[1:20], 'targets', v_blocked);
-    return;
-  end if;
-  begin
-    with counted as materialized (
-      select c.* from rekey._count(v_keyrings, true) c
-    ), summed as (
-      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
-        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation::oid, 'version', c.version,
-          'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
-      from counted c
-      join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
-      group by c.keyring_id
-    )
-    select jsonb_agg(to_jsonb(s)) into v_results from summed s;
-    -- Of an adoption, what is no envelope yet is behind.
-    select jsonb_agg(to_jsonb(a)) into v_adoptions
-    from (
-      select r.id as rotation_id, p.label,
-        (select sum(d.rows) from rekey._due_rows(array[r.id]) d) as rows
-      from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
-      where r.id = any (v_ids) and r.trigger = 'adoption') a;
-
-    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
-    for v_found in
-      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.failures, '[]') as failures, a.label as adopted,
-        case when r.trigger <> 'adoption' then coalesce(s.behind, 0)
-             else greatest(coalesce(a.rows, 0) - (
-               select count(*) from rekey.rotation_failures q
-               where q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
-        coalesce(a.rows, 0) = 0 as adopted_all
-      from rekey.rotations r
-      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
-      left join jsonb_to_recordset(v_adoptions) as a(rotation_id bigint, label text, rows bigint) on a.rotation_id = r.id
-      where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
-      order by r.id
-    loop
-      rows := rows + v_found.rows;
-      for v_failure in
-        select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
-        from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
-        cross join lateral unnest(f.keys, f.problems) as k(row_key, problem)
-        group by f.target, f.relation
-      loop
-        perform rekey._quarantine(v_failure.target, v_failure.relation::regclass,
-          array_fill(v_found.keyring_id, array[cardinality(v_failure.row_keys)]), v_failure.versions, v_failure.row_keys, v_failure.problems);
-      end loop;
-      with failing as materialized (
-        select f.target, k.row_key
-        from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
-        cross join lateral unnest(f.keys) as k(row_key)
-      ), closed as (
-        select q.id from rekey.rotation_failures q
-        left join failing f on f.target = q.target and f.row_key = q.row_key
-        where q.keyring_id = v_found.keyring_id and q.resolved_at is null and f.row_key is null
-          and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all)
-      )
-      update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
-      from closed c where c.id = q.id;
-      select count(*) into v_failed from rekey.rotation_failures q where q.rotation_id = v_found.id and q.resolved_at is null;
-      if v_found.behind > 0 then
-        update rekey.rotations r
-        set state = 'running', rows_failed = v_failed,
-            blocked_by = jsonb_build_array(jsonb_build_object('rows', v_found.behind, 'why', 'locked or moved')),
-            blocked_since = coalesce(r.blocked_since, now()),
-            next_attempt_at = case when v_found.passes > 1 then
-              clock_timestamp() + least(power(2, v_found.passes - 2), 30) * interval '1 second' end
-        where r.id = v_found.id;
-        continue;
-      end if;
-      update rekey.rotations r
-      set state = case when v_failed > 0 then 'completed_with_failures' else 'completed' end, rows_failed = v_failed,
-          rows_total = r.rows_done + v_failed,  -- what was written or deleted meanwhile needed no sweep
-          blocked_by = null, blocked_since = null, next_attempt_at = null, finished_at = clock_timestamp()
-      where r.id = v_found.id;
-      v_completed := v_completed || v_found.id;
-    end loop;
-    perform rekey._audit_all(coalesce((
-      select jsonb_agg(jsonb_build_object('event', 'rotation.completed', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
-        'details', jsonb_build_object('state', r.state, 'rows', r.rows_done, 'failures', r.rows_failed)) order by r.id)
-      from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
-      where r.id = any (v_completed)), '[]'));
-    event := case when v_completed = '{}' then 'verified' else 'completed' end;
-    keyring_count := cardinality(v_ids);
-    detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
-  exception
-    when query_canceled or assert_failure or others then
-      get stacked diagnostics v_context = pg_exception_context;
-      perform rekey._forget_prepared(v_prepared);
-      -- Not what the code of a table calls so.
-      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
-        raise;
-      end if;
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
-      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
-  end;
+  delete from rekey._chunks c
+  where c.id in (
+    select d.id from rekey._chunks d
+    where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
+      and not exists (select from rekey.rotations r where r.verification_id = d.pass_id and r.state in ('running', 'verifying'))
+    for update skip locked);
+  delete from rekey._verified v
+  where not exists (select from rekey.rotations r where r.verification_id = v.verification_id and r.state in ('running', 'verifying'));
 end
 $$;
-comment on function rekey._verify is
-  'Opens every row of the keyrings whose rotations passed the barrier, and completes those that have none left on an older version.';
+comment on function rekey._clear_chunks is
+  'Deletes what passes and verifications leave whose rotations were all paused, superseded, rolled back or completed.';
 
 create or replace function rekey._coordinate(out event text, out keyring_count integer, out detail jsonb)
 language plpgsql
@@ -613,12 +498,7 @@ as $$
 declare
   v_rotation record;
 begin
-  -- Passes whose rotations were all paused or superseded leave chunks that nobody needs.
-  delete from rekey._chunks c
-  where c.id in (
-    select d.id from rekey._chunks d
-    where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
-    for update skip locked);
+  perform rekey._clear_chunks();
 
   perform from rekey.rotations r
   where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)
@@ -669,6 +549,7 @@ as $$
 declare
   v_next timestamptz;
   v_blocked jsonb;
+  v_kind text;
 begin
   perform rekey._refuse_snapshot();
   keyring_count := 0;
@@ -703,9 +584,14 @@ begin
       event := null;
     end if;
   end if;
-  if event is null then
-    select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
-  end if;
+  foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
+    exit when event is not null;
+    if v_kind = 'verify' then
+      select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify_batch() v;
+    else
+      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+    end if;
+  end loop;
   if event is null and v_blocked is not null then
     event := 'blocked';
     detail := v_blocked;
@@ -735,7 +621,7 @@ when deadlock_detected or serialization_failure or lock_not_available or query_c
 end
 $$;
 comment on function rekey.rotation_step is
-  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: batch, planned, swept, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
 grant execute on function rekey.rotation_step to rekey_admin, rekey_operator;
 
 create or replace procedure rekey.run_rotations(max_duration interval = '50 s')

@@ -313,7 +313,7 @@ begin
   end if;
   perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
   select c.* into v_chunk from rekey._chunks c
-  where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.adopting and c.target = v_rotation.label
+  where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.kind = 'adopt' and c.target = v_rotation.label
   order by c.id limit 1 for update skip locked;
   if not found then
     return null;
@@ -324,7 +324,7 @@ begin
   if v_max_rows is null then
     return null;
   end if;
-  v_until_block := least(split_part(trim(v_chunk.first::text, '()'), ',', 1)::bigint + v_chunk.batch_blocks, v_chunk.until_block);
+  v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
   v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);

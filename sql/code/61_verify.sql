@@ -1,0 +1,418 @@
+-- Verification: that every row opens, and under which version it stands. A rotation completes by it.
+--
+-- What is large is checked by chunks, by any number of workers, each in a transaction of its own. `since` is the oldest
+-- transaction that was under way when that began. The last step is one snapshot: it counts every row, and checks the tags of
+-- those that `since` or a later transaction wrote. All others were there, under the same row pointer, when their chunk was
+-- read: what is older had ended, and a row's version is neither changed nor moved, but by what gives the table a new file
+-- (VACUUM FULL, CLUSTER, ALTER TABLE, TRUNCATE). Where the file or a function of a target is another one, nothing counts
+-- that was checked before, and the last step opens every row; as it does in a chunk in which one did not open, in what is
+-- small, and in rekey.verify_ciphertexts().
+
+create or replace function rekey._checked_since(verification_id bigint, target text, relation regclass) returns xid
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select v.since::xid from rekey._verified v
+  where v.verification_id = _checked_since.verification_id and v.target = _checked_since.target and v.relation = _checked_since.relation
+    and v.filenode = pg_relation_filenode(v.relation) and v.functions = rekey._target_state()
+    and v.system_identifier = (select s.system_identifier from pg_control_system() s)
+    -- As far as the ages of transactions can be compared.
+    and pg_snapshot_xmax(pg_current_snapshot())::text::bigint - v.since::text::bigint < 2000000000;
+end;
+comment on function rekey._checked_since is
+  'The transaction from which on a relation has yet to be checked where a verification checks it by chunks; NULL: all of it, since it does not, or the relation is another one now. The caller holds a lock on it.';
+
+create or replace function rekey._ranges(verification_id bigint, target text, relation regclass)
+returns table (first bigint, until bigint, since xid)
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with checked as (
+    select rekey._checked_since(_ranges.verification_id, _ranges.target, _ranges.relation) as since
+  ), doubtful as (
+    select case when k.since is null then '{[0,4294967294)}' else (
+      select coalesce(range_agg(int8range(rekey._block(c.first), c.until_block)), '{}')
+      from rekey._chunks c
+      where c.pass_id = _ranges.verification_id and c.kind = 'doubtful' and c.target = _ranges.target and c.relation = _ranges.relation
+    ) end as blocks, k.since
+    from checked k
+  )
+  select lower(r.range), upper(r.range), null::xid from doubtful d cross join lateral unnest(d.blocks) as r(range)
+  union all
+  select lower(r.range), upper(r.range), d.since
+  from doubtful d cross join lateral unnest('{[0,4294967294)}'::int8multirange - d.blocks) as r(range);
+end;
+comment on function rekey._ranges is 'The blocks of a relation in ranges, each with what is to be checked in it: as rekey._checked_since() says; NULL: all.';
+
+create or replace function rekey._open_rows(keyrings integer[], verification_id bigint)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_target record;
+  v_rows bigint;
+  v_blocks bigint;
+  v_range record;
+  v_step bigint;
+  v_first bigint;
+  v_from tid;
+  v_found record;
+begin
+  -- STABLE: every statement in here sees the snapshot of the calling one.
+  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+    target := v_target.target;
+    relation := v_target.relation;
+    v_rows := 0;
+    failed := 0;
+    for keyring_id, version, rows in
+      select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
+    loop
+      v_rows := v_rows + rows;
+      return next;
+    end loop;
+    -- Measured after the first scan, whose lock keeps the table from being rewritten.
+    v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
+    for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
+      -- 2 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < 5000 then 4294967294 else 256 end;
+      v_first := v_range.first;
+      v_from := format('(%s,0)', v_first)::tid;
+      while v_first < least(v_range.until, v_blocks) loop
+        select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
+          format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 16777216) s;
+        if v_found.ciphertexts is not null then
+          return query
+            select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), 0::bigint,
+              cardinality(c.failed_places)::bigint,
+              array(select v_found.keys[f.place] from unnest(c.failed_places) with ordinality as f(place, rank) order by f.rank), c.problems
+            from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c;
+        end if;
+        if v_found.next is not null then
+          v_from := rekey._next_row(v_found.next);
+        else
+          v_first := v_first + v_step;
+          v_from := format('(%s,0)', least(v_first, 4294967294))::tid;
+        end if;
+      end loop;
+    end loop;
+  end loop;
+end
+$$;
+comment on function rekey._open_rows is
+  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open. A combination may come in several rows.';
+
+-- To a snapshot from before it was rewritten, a table may be empty (ALTER TABLE). So the locks come first, and the snapshot of
+-- the statement that counts after them.
+create or replace function rekey._lock_targets() returns oid[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_target rekey._target;
+  v_locked oid[];
+begin
+  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
+    perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+    v_locked := v_locked || v_target.relation::oid;
+  end loop;
+  return v_locked;
+end
+$$;
+comment on function rekey._lock_targets is 'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends; returns which.';
+
+create or replace function rekey._count(keyrings integer[], opening boolean, verification_id bigint = null)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_state text;
+  v_locked oid[];
+begin
+  perform rekey._refuse_blocked();
+  v_state := rekey._target_state();
+  v_locked := rekey._lock_targets();
+  -- One statement, one snapshot: no row escapes by moving.
+  if opening then
+    return query select o.* from rekey._open_rows(keyrings, verification_id) o;
+  else
+    return query
+      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
+      from rekey._count_rows(keyrings) c where c.keyring_id is not null;
+  end if;
+  perform rekey._refuse_blocked();
+  if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
+    raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
+      hint = 'Try again.';
+  end if;
+end
+$$;
+comment on function rekey._count is
+  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before. A combination may come in several rows. RK005: a target is blocked.';
+
+create or replace function rekey._begin_verification(rotations bigint[], keyrings integer[]) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id bigint := nextval('rekey._pass_id');
+  v_due bigint := (select sum(r.rows_total) from rekey.rotations r where r.id = any (rotations));
+begin
+  -- The sizes are those of what a snapshot from before sees, or larger.
+  perform rekey._lock_targets();
+  with large as (
+    insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
+    select v_id, t.target, t.relation, (pg_control_system()).system_identifier, pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
+    from rekey._targets() t
+    where t.problem is null and pg_relation_size(t.relation) / current_setting('block_size')::integer > 256
+      -- A few rows of an indexed table: the index finds them, and the last step opens them.
+      and not (t.indexed and v_due < 5000 and (
+        select coalesce(sum(c.rows), 0) from rekey._call_count(t.function_name, t.relation, keyrings) c) < 5000)
+    returning target, relation
+  )
+  insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
+  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + 1024, s.blocks), 256
+  from large l
+  cross join lateral (select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks) s
+  cross join lateral generate_series(0, s.blocks - 1, 1024) as f(first);
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  update rekey.rotations r set verification_id = v_id where r.id = any (rotations) and r.state = 'verifying';
+  return v_id;
+end
+$$;
+comment on function rekey._begin_verification is 'Begins a verification of these rotations and their keyrings: splits what is large into chunks. Returns its number.';
+
+create or replace function rekey._verify_batch(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
+  v_begin timestamptz := clock_timestamp();
+  v_target_time interval := (rekey._settings()).batch_target;
+  v_chunk rekey._chunks;
+  v_ids bigint[];
+  v_keyrings integer[];
+  v_target rekey._target;
+  v_until bigint;
+  v_found record;
+begin
+  select c.* into v_chunk from rekey._chunks c
+  where c.kind = 'verify'
+    and exists (select from rekey.rotations r where r.verification_id = c.pass_id and r.state = 'verifying' and rekey._is_due(r.next_attempt_at))
+  order by c.id
+  limit 1 for update of c skip locked;
+  if not found then
+    return;
+  end if;
+  -- All of them: who leaves a verification does not come back to it.
+  select array_agg(r.id order by r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
+  from rekey.rotations r where r.verification_id = v_chunk.pass_id and r.state = 'verifying';
+  if v_ids is null then
+    return;
+  end if;
+  begin
+    event := 'checked';
+    keyring_count := cardinality(v_ids);
+    rows := 0;
+    v_target := rekey._target_of(v_chunk);
+    if v_target.problem is null then
+      -- Reads nothing, but locks the table, so that what is found out about it remains true.
+      perform from rekey._call_scan(v_target.function_name, v_chunk.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      v_target := rekey._target_of(v_chunk);
+    end if;
+    if v_target.problem is not null or rekey._checked_since(v_chunk.pass_id, v_chunk.target, v_chunk.relation) is null then
+      update rekey._chunks c set kind = 'doubtful' where c.id = v_chunk.id;
+      return;
+    end if;
+    loop
+      v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
+      select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
+        format('(%s,0)', v_until)::tid, v_keyrings, null, 4000, 16777216) s;
+      rows := rows + coalesce(cardinality(v_found.rows), 0);
+      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
+        insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
+        values (v_chunk.pass_id, false, 'doubtful', v_chunk.target, v_chunk.relation, v_chunk.first,
+          coalesce(rekey._block(v_found.next) + 1, v_until), v_chunk.batch_blocks);
+      end if;
+      v_chunk.first := coalesce(rekey._next_row(v_found.next), format('(%s,0)', v_until)::tid);
+      if rekey._block(v_chunk.first) >= v_chunk.until_block then
+        delete from rekey._chunks c where c.id = v_chunk.id;
+        exit;
+      elsif clock_timestamp() - v_begin >= v_target_time then
+        update rekey._chunks c set first = v_chunk.first where c.id = v_chunk.id;
+        exit;
+      end if;
+    end loop;
+    detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
+      'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
+  exception
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
+        raise;
+      end if;
+      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+      rows := 0;
+      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+  end;
+end
+$$;
+comment on function rekey._verify_batch is
+  'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, or the relation is not as the verification found it, it leaves them to the last step.';
+
+create or replace function rekey._verify(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prepared text[] := rekey._prepared();
+  v_context text;
+  v_ids bigint[];
+  v_keyrings integer[];
+  v_verification bigint;
+  v_results jsonb;
+  v_found record;
+  v_failure record;
+  v_failed bigint;
+  v_completed bigint[] := '{}'::bigint[];
+  v_blocked jsonb;
+  v_adoptions jsonb;
+begin
+  -- Those that begin a verification together, else those of one whose chunks are done.
+  select array_agg(r.id), array_agg(r.keyring_id), r.verification_id into v_ids, v_keyrings, v_verification
+  from rekey.rotations r
+  where r.state = 'verifying' and r.barrier_at is not null and rekey._is_due(r.next_attempt_at)
+    and not exists (select from rekey._chunks c where c.pass_id = r.verification_id and c.kind = 'verify')
+  group by r.verification_id
+  order by r.verification_id nulls first
+  limit 1;
+  if v_ids is null then
+    return;
+  end if;
+  rows := 0;
+  v_blocked := rekey._blocked_targets();
+  if v_blocked is not null then
+    -- What cannot be counted is not complete.
+    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+    update rekey.rotations r
+    set blocked_by = v_blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
+    where r.id = any (v_ids) and r.state = 'verifying';
+    event := 'blocked';
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('rotations', v_ids[1:20], 'targets', v_blocked);
+    return;
+  end if;
+  begin
+    if v_verification is null then
+      v_verification := rekey._begin_verification(v_ids, v_keyrings);
+      if exists (select from rekey._chunks c where c.pass_id = v_verification) then
+        event := 'planned';
+        keyring_count := cardinality(v_ids);
+        detail := jsonb_build_object('verification', v_verification, 'rotations', v_ids[1:20]);
+        return;
+      end if;
+    end if;
+    with counted as materialized (
+      select c.* from rekey._count(v_keyrings, true, v_verification) c
+    ), summed as (
+      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
+        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation::oid, 'version', c.version,
+          'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
+      from counted c
+      join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
+      group by c.keyring_id
+    )
+    select jsonb_agg(to_jsonb(s)) into v_results from summed s;
+    -- Of an adoption, what is no envelope yet is behind.
+    select jsonb_agg(to_jsonb(a)) into v_adoptions
+    from (
+      select r.id as rotation_id, p.label,
+        (select sum(d.rows) from rekey._due_rows(array[r.id]) d) as rows
+      from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
+      where r.id = any (v_ids) and r.trigger = 'adoption') a;
+
+    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+    for v_found in
+      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.failures, '[]') as failures, a.label as adopted,
+        case when r.trigger <> 'adoption' then coalesce(s.behind, 0)
+             else greatest(coalesce(a.rows, 0) - (
+               select count(*) from rekey.rotation_failures q
+               where q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
+        coalesce(a.rows, 0) = 0 as adopted_all
+      from rekey.rotations r
+      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
+      left join jsonb_to_recordset(v_adoptions) as a(rotation_id bigint, label text, rows bigint) on a.rotation_id = r.id
+      where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
+      order by r.id
+    loop
+      rows := rows + v_found.rows;
+      for v_failure in
+        select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
+        from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
+        cross join lateral unnest(f.keys, f.problems) as k(row_key, problem)
+        group by f.target, f.relation
+      loop
+        perform rekey._quarantine(v_failure.target, v_failure.relation::regclass,
+          array_fill(v_found.keyring_id, array[cardinality(v_failure.row_keys)]), v_failure.versions, v_failure.row_keys, v_failure.problems);
+      end loop;
+      with failing as materialized (
+        select f.target, k.row_key
+        from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
+        cross join lateral unnest(f.keys) as k(row_key)
+      ), closed as (
+        select q.id from rekey.rotation_failures q
+        left join failing f on f.target = q.target and f.row_key = q.row_key
+        where q.keyring_id = v_found.keyring_id and q.resolved_at is null and f.row_key is null
+          and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all)
+      )
+      update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
+      from closed c where c.id = q.id;
+      select count(*) into v_failed from rekey.rotation_failures q where q.rotation_id = v_found.id and q.resolved_at is null;
+      if v_found.behind > 0 then
+        update rekey.rotations r
+        set state = 'running', rows_failed = v_failed,
+            blocked_by = jsonb_build_array(jsonb_build_object('rows', v_found.behind, 'why', 'locked or moved')),
+            blocked_since = coalesce(r.blocked_since, now()),
+            next_attempt_at = case when v_found.passes > 1 then
+              clock_timestamp() + least(power(2, v_found.passes - 2), 30) * interval '1 second' end
+        where r.id = v_found.id;
+        continue;
+      end if;
+      update rekey.rotations r
+      set state = case when v_failed > 0 then 'completed_with_failures' else 'completed' end, rows_failed = v_failed,
+          rows_total = r.rows_done + v_failed,  -- what was written or deleted meanwhile needed no sweep
+          blocked_by = null, blocked_since = null, next_attempt_at = null, verification_id = null, finished_at = clock_timestamp()
+      where r.id = v_found.id;
+      v_completed := v_completed || v_found.id;
+    end loop;
+    perform rekey._clear_chunks();
+    perform rekey._audit_all(coalesce((
+      select jsonb_agg(jsonb_build_object('event', 'rotation.completed', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
+        'details', jsonb_build_object('state', r.state, 'rows', r.rows_done, 'failures', r.rows_failed)) order by r.id)
+      from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
+      where r.id = any (v_completed)), '[]'));
+    event := case when v_completed = '{}' then 'verified' else 'completed' end;
+    keyring_count := cardinality(v_ids);
+    detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
+  exception
+    when query_canceled or assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      -- Not what the code of a table calls so.
+      if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
+        raise;
+      end if;
+      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      event := case when sqlstate = '57014' then 'canceled' else 'error' end;
+      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+  end;
+end
+$$;
+comment on function rekey._verify is
+  'Begins the verification of rotations that passed the barrier; or ends one: opens what was not checked yet, and completes the rotations that have no row left on an older version.';
