@@ -1,0 +1,213 @@
+"""Who takes part in the race: each re-encrypts all that it holds under a new key, and is timed from outside."""
+
+import time
+from dataclasses import dataclass, field
+from typing import LiteralString, Protocol
+
+from cryptography.fernet import Fernet, MultiFernet
+
+from bench.estate import fill_secrets
+from bench.workers import Workers
+from pg_rekey import db
+
+FLOOR_BLOCKS = 128
+APPLICATION_BATCH = 1000
+FAST: LiteralString = "s2k-mode=0, cipher-algo=aes256"
+
+
+class Competitor(Protocol):
+    """One way to rotate."""
+
+    name: str
+    label: str
+    authenticates: bool  # whether a changed ciphertext is sure to be noticed
+    tables: tuple[str, ...]
+    rows: int
+
+    def fill(self, connection: db.Connection, rows: int, size: int) -> None:
+        """Store rows of a size in empty tables."""
+
+    def run(self, connection: db.Connection) -> float:
+        """Rotate once; return how long it took, in seconds."""
+
+
+@dataclass
+class Floor:
+    """No cryptography: the bytes of rekey.secrets written anew, as they are, in batches of a commit each."""
+
+    name = "floor"
+    label = "bare UPDATE of the same bytes in the same batches (the floor)"
+    authenticates = False
+    tables = ("bench.floor",)
+    rows: int = 0
+
+    def fill(self, connection: db.Connection, rows: int, size: int) -> None:
+        connection.execute("select bench.fill_floor()")
+        self.rows = rows
+
+    def run(self, connection: db.Connection) -> float:
+        [found] = connection.execute(
+            "select pg_relation_size('bench.floor') / current_setting('block_size')::int as blocks"
+        ).fetchall()
+        begun = time.monotonic()
+        for first in range(0, found["blocks"], FLOOR_BLOCKS):
+            until = min(first + FLOOR_BLOCKS, found["blocks"])
+            connection.execute("select bench.update_floor(%s, %s)", [first, until])
+        return time.monotonic() - begun
+
+
+@dataclass
+class Rekey:
+    """pg_rekey by its public road: rotate_keys, workers, verification, audit, progress. Others fill its table."""
+
+    workers: Workers
+    name: str
+    label: str
+    fills: bool = True
+    authenticates = True
+    tables = ("rekey.secrets",)
+    rows: int = 0
+
+    def fill(self, connection: db.Connection, rows: int, size: int) -> None:
+        if self.fills:
+            fill_secrets(connection, rows, size)
+        self.rows = rows
+
+    def run(self, connection: db.Connection) -> float:
+        rotation = self.workers.rotate(connection)
+        assert rotation.rows == self.rows, rotation
+        return rotation.seconds
+
+
+@dataclass
+class Application:
+    """A program that holds the keys: SELECT ... FOR UPDATE, MultiFernet.rotate, executemany, a commit a batch."""
+
+    name = "application"
+    label = "the application: SELECT FOR UPDATE, `MultiFernet.rotate`, executemany, 1,000 a batch"
+    authenticates = True
+    tables = ("bench.application",)
+    rows: int = 0
+    key: bytes = field(default_factory=Fernet.generate_key, repr=False)
+
+    def fill(self, connection: db.Connection, rows: int, size: int) -> None:
+        fernet = Fernet(self.key)
+        values = connection.execute(
+            "select n, bench.value(n, %s) as value from generate_series(1, %s) n", [size, rows]
+        )
+        with (
+            connection.cursor() as cursor,
+            cursor.copy("copy bench.application (id, token) from stdin") as copy,
+        ):
+            for row in values:
+                copy.write_row((row["n"], fernet.encrypt(row["value"].encode()).decode()))
+        self.rows = rows
+
+    def run(self, connection: db.Connection) -> float:
+        before, self.key = self.key, Fernet.generate_key()
+        fernet = MultiFernet([Fernet(self.key), Fernet(before)])
+        done = last = 0
+        begun = time.monotonic()
+        while True:
+            with connection.transaction(), connection.cursor() as cursor:
+                rows = cursor.execute(
+                    "select id, token from bench.application where id > %s order by id limit %s for update",
+                    [last, APPLICATION_BATCH],
+                ).fetchall()
+                if not rows:
+                    break
+                cursor.executemany(
+                    "update bench.application set token = %s where id = %s",
+                    [(fernet.rotate(row["token"]).decode(), row["id"]) for row in rows],
+                )
+            last = rows[-1]["id"]
+            done += len(rows)
+        assert done == self.rows, done
+        return time.monotonic() - begun
+
+
+@dataclass
+class Vault:
+    """A stand-in for the Supabase Vault: its update_secret over its decrypted view, in one statement."""
+
+    name = "vault"
+    label = "Supabase Vault (stand-in): `update_secret(id, decrypted_secret)` over all"
+    authenticates = True
+    tables = ("bench.vault",)
+    rows: int = 0
+
+    def fill(self, connection: db.Connection, rows: int, size: int) -> None:
+        connection.execute("select bench.fill_vault(%s, %s)", [rows, size])
+        self.rows = rows
+
+    def run(self, connection: db.Connection) -> float:
+        begun = time.monotonic()
+        [done] = connection.execute("""
+            select count(*), count(bench.update_secret(s.id, s.decrypted_secret)) as changed
+            from bench.decrypted_secrets s""").fetchall()
+        assert done["count"] == self.rows, done
+        return time.monotonic() - begun
+
+
+@dataclass
+class Pgp:
+    """pgcrypto's PGP functions, in one UPDATE; of the given share of the rows where it is too slow for all."""
+
+    name: str
+    label: str
+    table: LiteralString
+    options: LiteralString
+    share: float = 1.0
+    authenticates = False
+    rows: int = 0
+    generation: int = 0
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        return (self.table,)
+
+    def fill(self, connection: db.Connection, rows: int, size: int) -> None:
+        self.rows = max(1, int(rows * self.share))
+        connection.execute(
+            f"""insert into {self.table}
+                select n, pgp_sym_encrypt(bench.value(n, %s), %s, %s) from generate_series(1, %s) n""",
+            [size, self._passphrase(), self.options, self.rows],
+        )
+
+    def run(self, connection: db.Connection) -> float:
+        before = self._passphrase()
+        self.generation += 1
+        begun = time.monotonic()
+        done = connection.execute(
+            f"update {self.table} set v = pgp_sym_encrypt(pgp_sym_decrypt(v, %s), %s, %s)",
+            [before, self._passphrase(), self.options],
+        )
+        assert done.rowcount == self.rows, done.rowcount
+        return time.monotonic() - begun
+
+    def _passphrase(self) -> str:
+        return f"passphrase {self.generation}"
+
+
+def all_of(one: Workers, two: Workers, share: float) -> list[Competitor]:
+    """Return them all; those that copy or share rekey.secrets come after the one that fills it."""
+    return [
+        Rekey(one, "rekey_1", "**pg_rekey**, one worker"),
+        Rekey(two, "rekey_2", "**pg_rekey**, two workers", fills=False),
+        Floor(),
+        Application(),
+        Vault(),
+        Pgp(
+            "pgp_fast",
+            "pgp_sym with `s2k-mode=0`, AES-256, one UPDATE (no context, no version)",
+            "bench.pgp_fast",
+            FAST,
+        ),
+        Pgp(
+            "pgp_default",
+            "`pgp_sym_encrypt(pgp_sym_decrypt(...))`, defaults, one UPDATE",
+            "bench.pgp_default",
+            "",
+            share,
+        ),
+    ]
