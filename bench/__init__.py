@@ -1,1 +1,1 @@
-"""`make bench`: what a rotation costs, beside what people do today; docs/benchmarks.md says what is measured."""
+"""`make bench`: what a rotation costs, beside what people do today. docs/benchmarks.md says how."""

@@ -1,4 +1,4 @@
-"""Who takes part in the race: each re-encrypts all that it holds under a new key, and is timed from outside."""
+"""Who takes part in the race: each re-encrypts all that it holds under a new key."""
 
 import time
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ class Floor:
 
 @dataclass
 class Rekey:
-    """pg_rekey by its public road: rotate_keys, workers, verification, audit, progress. Others fill its table."""
+    """pg_rekey by its public road: rotate_keys, workers, verification, audit, progress."""
 
     workers: Workers
     name: str
@@ -81,7 +81,7 @@ class Rekey:
 
 @dataclass
 class Application:
-    """A program that holds the keys: SELECT ... FOR UPDATE, MultiFernet.rotate, executemany, a commit a batch."""
+    """A program that holds the keys: SELECT FOR UPDATE, MultiFernet.rotate, executemany, a commit a batch."""
 
     name = "application"
     label = "the application: SELECT FOR UPDATE, `MultiFernet.rotate`, executemany, 1,000 a batch"
@@ -151,7 +151,7 @@ class Vault:
 
 @dataclass
 class Pgp:
-    """pgcrypto's PGP functions, in one UPDATE; of the given share of the rows where it is too slow for all."""
+    """pgcrypto's PGP functions, in one UPDATE; over a share of the rows where that takes too long."""
 
     name: str
     label: str

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, LiteralString, Self
@@ -22,7 +22,7 @@ RUN = "import sys; from pg_rekey.cli import main; main(sys.argv[1:])"
 
 
 class Estate:
-    """A durable throwaway server at PostgreSQL's defaults, with a database that has pg_rekey and bench/setup.sql.
+    """A durable throwaway server at PostgreSQL's defaults, and databases with pg_rekey and bench/setup.sql.
 
     The KEK and the connection string are in the environment, as they are for `pg-rekey`.
     """
@@ -46,7 +46,7 @@ class Estate:
 
     @contextmanager
     def database(self, name: str) -> Iterator[db.Connection]:
-        """Make a database, name it in the environment, and give an unlocked session of the superuser there."""
+        """Make a database, name it in the environment, and yield an unlocked session of the superuser."""
         self._in_postgres("create database {} template {}", name, TEMPLATE)
         with _environment({"PG_REKEY_DSN": self.server.dsn(name)}):
             with worker.connect() as connection:
@@ -65,25 +65,20 @@ class Estate:
                 where source = 'configuration file' and setting !~ '/' order by name""").fetchall()
         return dict(rows)
 
-    def record_bytes(self, first: str, last: str) -> tuple[int, int] | None:
-        """Return how much of the WAL between two places is records, and how much full-page images.
+    def record_bytes(self, first: str, last: str, size: int) -> int | None:
+        """Return how much of the WAL of this size between two places is records without full-page images.
 
         None where the server has removed some of it by now.
         """
+        folder = self.server.data / "pg_wal"
         done = subprocess.run(
-            [
-                self.server.bindir / "pg_waldump",
-                "--stats",
-                f"--path={self.server.data / 'pg_wal'}",
-                first,
-                last,
-            ],
+            [self.server.bindir / "pg_waldump", "--stats", f"--path={folder}", first, last],
             capture_output=True,
             text=True,
-            check=False,
+            check=False,  # the last record may not be on disk yet
         )
-        total = re.search(r"(?m)^Total\s+\d+\s+(\d+) \[.*?\]\s+(\d+) \[", done.stdout)
-        return (int(total[1]), int(total[2])) if done.returncode == 0 and total else None
+        total = re.search(r"(?m)^Total +\d+ +(\d+) .* (\d+) \[100%\]$", done.stdout)
+        return int(total[1]) if total and int(total[2]) > 0.9 * size else None
 
 
 def pg_rekey(*arguments: str) -> None:
@@ -112,7 +107,7 @@ def fill_secrets(
     size: int,
     *,
     first: int = 1,
-    keyrings: tuple[str, ...] = ("default",),
+    keyrings: Sequence[str] = ("default",),
 ) -> None:
     """Store the secrets `secret-<first>` to `secret-<last>`, and read some of them."""
     for begin in range(first, last + 1, FILL_ROWS):

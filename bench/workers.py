@@ -2,14 +2,12 @@
 
 import multiprocessing
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-
 
 from pg_rekey import db, worker
 
@@ -60,18 +58,17 @@ class Workers(AbstractContextManager["Workers"]):
             pipe.close()
             process.join()
 
-    def rotate(self, connection: db.Connection, keyring: str | None = None) -> Rotation:
+    def rotate(
+        self, connection: db.Connection, keyring: str | None = None, *, supersede: bool = False
+    ) -> Rotation:
         """Rotate a keyring, or all of them, by `rekey.rotate_keys`, and carry it out."""
         begun = time.monotonic()
-        rows = connection.execute("select id from rekey.rotate_keys(%s)", [keyring]).fetchall()
-        return self.finish(connection, [row["id"] for row in rows], begun, time.monotonic() - begun)
-
-    def finish(self, connection: db.Connection, rotations: list[int], begun: float, call: float) -> Rotation:
-        """Carry out rotations that were asked for at a time, in a call that took so long."""
+        rotations, call = request(connection, keyring, supersede=supersede)
         server, own = self._measured_drain()
         drained = [pipe.recv() for _, pipe in self._running]
         states = connection.execute(
-            "select state, sum(rows_done)::bigint as rows from rekey.rotation_status where id = any (%s) group by 1",
+            "select state, sum(rows_done)::bigint as rows from rekey.rotation_status"
+            " where id = any (%s) group by state",
             [rotations],
         ).fetchall()
         assert [state["state"] for state in states] == ["completed"], states
@@ -96,6 +93,17 @@ class Workers(AbstractContextManager["Workers"]):
             own = max(own, *(_private_bytes(process.pid or 0) for process, _ in self._running))
             time.sleep(SAMPLING)
         return server, own
+
+
+def request(
+    connection: db.Connection, keyring: str | None = None, *, supersede: bool = False
+) -> tuple[list[int], float]:
+    """Call `rekey.rotate_keys`; return the rotations, and the seconds until it was committed."""
+    begun = time.monotonic()
+    rows = connection.execute(
+        "select id from rekey.rotate_keys(%s, supersede => %s)", [keyring, supersede]
+    ).fetchall()
+    return [row["id"] for row in rows], time.monotonic() - begun
 
 
 def _serve(pipe: Pipe) -> None:
@@ -143,8 +151,3 @@ def _private_bytes(pid: int) -> int:
         return 0
     lines = dict(line.split(":", 1) for line in status.splitlines())
     return int(lines.get("RssAnon", "0 kB").split()[0]) * 1024
-
-
-def mean_row(rotations: Sequence[Rotation]) -> list[float]:
-    """Return what a row costs in each of these rotations, in microseconds."""
-    return [one.seconds / one.rows * 1e6 for one in rotations]
