@@ -1,8 +1,9 @@
 """Who takes part in the race: each re-encrypts all that it holds under a new key."""
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import LiteralString, Protocol
+from typing import LiteralString
 
 from cryptography.fernet import Fernet, MultiFernet
 
@@ -12,34 +13,30 @@ from pg_rekey import db
 
 FLOOR_BLOCKS = 128
 APPLICATION_BATCH = 1000
-FAST: LiteralString = "s2k-mode=0, cipher-algo=aes256"
 
 
-class Competitor(Protocol):
-    """One way to rotate."""
+@dataclass
+class Competitor(ABC):
+    """One way to rotate a table."""
 
     name: str
     label: str
+    table: LiteralString
     authenticates: bool  # whether a changed ciphertext is sure to be noticed
-    tables: tuple[str, ...]
-    rows: int
+    rows: int = field(default=0, init=False)
 
+    @abstractmethod
     def fill(self, connection: db.Connection, rows: int, size: int) -> None:
-        """Store rows of a size in empty tables."""
+        """Store rows of a size in the empty table."""
 
+    @abstractmethod
     def run(self, connection: db.Connection) -> float:
         """Rotate once; return how long it took, in seconds."""
 
 
 @dataclass
-class Floor:
+class Floor(Competitor):
     """No cryptography: the bytes of rekey.secrets written anew, as they are, in batches of a commit each."""
-
-    name = "floor"
-    label = "bare UPDATE of the same bytes in the same batches (the floor)"
-    authenticates = False
-    tables = ("bench.floor",)
-    rows: int = 0
 
     def fill(self, connection: db.Connection, rows: int, size: int) -> None:
         connection.execute("select bench.fill_floor()")
@@ -57,16 +54,11 @@ class Floor:
 
 
 @dataclass
-class Rekey:
+class Rekey(Competitor):
     """pg_rekey by its public road: rotate_keys, workers, verification, audit, progress."""
 
     workers: Workers
-    name: str
-    label: str
     fills: bool = True
-    authenticates = True
-    tables = ("rekey.secrets",)
-    rows: int = 0
 
     def fill(self, connection: db.Connection, rows: int, size: int) -> None:
         if self.fills:
@@ -80,14 +72,9 @@ class Rekey:
 
 
 @dataclass
-class Application:
+class Application(Competitor):
     """A program that holds the keys: SELECT FOR UPDATE, MultiFernet.rotate, executemany, a commit a batch."""
 
-    name = "application"
-    label = "the application: SELECT FOR UPDATE, `MultiFernet.rotate`, executemany, 1,000 a batch"
-    authenticates = True
-    tables = ("bench.application",)
-    rows: int = 0
     key: bytes = field(default_factory=Fernet.generate_key, repr=False)
 
     def fill(self, connection: db.Connection, rows: int, size: int) -> None:
@@ -127,14 +114,8 @@ class Application:
 
 
 @dataclass
-class Vault:
+class Vault(Competitor):
     """A stand-in for the Supabase Vault: its update_secret over its decrypted view, in one statement."""
-
-    name = "vault"
-    label = "Supabase Vault (stand-in): `update_secret(id, decrypted_secret)` over all"
-    authenticates = True
-    tables = ("bench.vault",)
-    rows: int = 0
 
     def fill(self, connection: db.Connection, rows: int, size: int) -> None:
         connection.execute("select bench.fill_vault(%s, %s)", [rows, size])
@@ -150,21 +131,12 @@ class Vault:
 
 
 @dataclass
-class Pgp:
+class Pgp(Competitor):
     """pgcrypto's PGP functions, in one UPDATE; over a share of the rows where that takes too long."""
 
-    name: str
-    label: str
-    table: LiteralString
     options: LiteralString
     share: float = 1.0
-    authenticates = False
-    rows: int = 0
     generation: int = 0
-
-    @property
-    def tables(self) -> tuple[str, ...]:
-        return (self.table,)
 
     def fill(self, connection: db.Connection, rows: int, size: int) -> None:
         self.rows = max(1, int(rows * self.share))
@@ -192,21 +164,33 @@ class Pgp:
 def all_of(one: Workers, two: Workers, share: float) -> list[Competitor]:
     """Return them all; those that copy or share rekey.secrets come after the one that fills it."""
     return [
-        Rekey(one, "rekey_1", "**pg_rekey**, one worker"),
-        Rekey(two, "rekey_2", "**pg_rekey**, two workers", fills=False),
-        Floor(),
-        Application(),
-        Vault(),
+        Rekey("rekey_1", "**pg_rekey**, one worker", "rekey.secrets", True, one),
+        Rekey("rekey_2", "**pg_rekey**, two workers", "rekey.secrets", True, two, fills=False),
+        Floor("floor", "bare UPDATE of the same bytes in the same batches", "bench.floor", False),
+        Application(
+            "application",
+            "the application: SELECT FOR UPDATE, `MultiFernet.rotate`, executemany, 1,000 a batch",
+            "bench.application",
+            True,
+        ),
+        Vault(
+            "vault",
+            "Supabase Vault (stand-in): `update_secret(id, decrypted_secret)` over all",
+            "bench.vault",
+            True,
+        ),
         Pgp(
             "pgp_fast",
             "pgp_sym with `s2k-mode=0`, AES-256, one UPDATE (no context, no version)",
             "bench.pgp_fast",
-            FAST,
+            False,
+            "s2k-mode=0, cipher-algo=aes256",
         ),
         Pgp(
             "pgp_default",
-            "`pgp_sym_encrypt(pgp_sym_decrypt(...))`, defaults, one UPDATE",
+            f"`pgp_sym_encrypt(pgp_sym_decrypt(...))`, defaults, one UPDATE, over {share:.0%} of the rows",
             "bench.pgp_default",
+            False,
             "",
             share,
         ),

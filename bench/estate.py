@@ -72,7 +72,13 @@ class Estate:
         """
         folder = self.server.data / "pg_wal"
         done = subprocess.run(
-            [self.server.bindir / "pg_waldump", "--stats", f"--path={folder}", first, last],
+            [
+                self.server.bindir / "pg_waldump",
+                "--stats",
+                f"--path={folder}",
+                f"--start={first}",
+                f"--end={last}",
+            ],
             capture_output=True,
             text=True,
             check=False,  # the last record may not be on disk yet

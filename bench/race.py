@@ -23,7 +23,7 @@ def race(estate: Estate, heats: Sequence[Heat], share: float) -> list[dict[str, 
     """Return for each size and competitor how many rows it rotated, and the seconds of each round."""
     with estate.database("race") as connection, Workers(1) as one, Workers(2) as two:
         competitors = all_of(one, two, share)
-        tables = sorted({table for competitor in competitors for table in competitor.tables})
+        tables = sorted({competitor.table for competitor in competitors})
         results = []
         for heat in heats:
             connection.execute(f"truncate {', '.join(tables)}".encode())
@@ -34,7 +34,7 @@ def race(estate: Estate, heats: Sequence[Heat], share: float) -> list[dict[str, 
             for number in range(heat.rounds):
                 for competitor in random.Random(number).sample(competitors, len(competitors)):
                     seconds[competitor.name].append(competitor.run(connection))
-                    settle(connection, *competitor.tables)
+                    settle(connection, competitor.table)
             results.append({
                 "size": heat.size,
                 "rows": heat.rows,
