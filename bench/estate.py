@@ -58,11 +58,13 @@ class Estate:
             connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
 
     def settings(self) -> dict[str, str]:
-        """Return what is set in the server's configuration, but for places."""
+        """Return what is not as PostgreSQL has it by default, but for places, connections and locale."""
         with psycopg.connect(self.server.dsn()) as connection:
             rows = connection.execute("""
                 select name, setting from pg_settings
-                where source = 'configuration file' and setting !~ '/' order by name""").fetchall()
+                where source = 'configuration file' and setting <> boot_val and setting !~ '/'
+                  and category !~ 'Connection Settings|Locale and Formatting'
+                order by name""").fetchall()
         return dict(rows)
 
     def record_bytes(self, first: str, last: str, size: int) -> int | None:
