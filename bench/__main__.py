@@ -49,11 +49,11 @@ FULL = Amounts(
     extent=Extent(rows=1_000_000, keyrings=10_000, column_rows=100_000),
 )
 SMOKE = Amounts(
-    heats=tuple(Heat(size, 200, 2) for size in (256, 32, 1024, 16_384)),
+    heats=(Heat(256, 200, 2), *(Heat(size, 200, 1) for size in (32, 1024, 16_384))),
     share=0.05,
-    load=Load(rows=500, seconds=0.5, rounds=2, rate=1000),
+    load=Load(rows=500, seconds=0.5, rounds=1, rate=1000),
     loops=20,
-    rounds=2,
+    rounds=1,
     extent=Extent(rows=2000, keyrings=20, column_rows=200),
 )
 

@@ -62,7 +62,8 @@ class Estate:
         with psycopg.connect(self.server.dsn()) as connection:
             rows = connection.execute("""
                 select name, setting from pg_settings
-                where source = 'configuration file' and setting <> boot_val and setting !~ '/'
+                where (source = 'configuration file' or name = 'data_checksums')
+                  and setting <> boot_val and setting !~ '/'
                   and category !~ 'Connection Settings|Locale and Formatting'
                 order by name""").fetchall()
         return dict(rows)

@@ -62,14 +62,13 @@ def write(made: dict[str, list[Table]], page: Path = PAGE) -> None:
     """Put the tables of each section between its markers, in place of those that are there."""
     text = page.read_text()
     for name, tables in made.items():
-        between = "\n\n".join(table.markdown() for table in tables)
-        text, found = re.subn(
-            rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)",
-            lambda match, between=between: f"{match[1]}\n{between}\n\n{match[2]}",
-            text,
-        )
-        if found != 1:
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
             raise ValueError(f"{page} has no markers {name}")
+        between = "\n\n".join(table.markdown() for table in tables)
+        text = f"{before}{begin}\n{between}\n\n{end}{after}"
     page.write_text(text)
 
 
@@ -107,7 +106,7 @@ def _heat(heat: dict[str, Any]) -> Table:
     rounds = len(ours)
     return Table(
         f"{heat['size']:,} bytes, {heat['rows']:,} rows, {rounds} rounds",
-        ("way to rotate", "rows/s", "range", "µs a row", "time to the floor's", "to pg_rekey's, one worker"),
+        ("way to rotate", "rows/s", "range", "µs a row", "time to the floor's", "time to one worker's"),
         rows,
     )
 

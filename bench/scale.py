@@ -66,7 +66,7 @@ def _grow(estate: Estate, connection: db.Connection, workers: Workers, rows: int
         }
         samples = []
         for _ in range(rounds):
-            calls = [request(connection, "default", supersede=True)[1] for _ in range(CALLS * last)]
+            calls = [request(connection, "default", supersede=True)[1] for _ in range(CALLS if last else 0)]
             begin = wal_place(connection)
             rotation = workers.rotate(connection, "default", supersede=last)
             end = wal_place(connection)
