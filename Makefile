@@ -10,7 +10,7 @@ ARGS =
 KILLS = 20
 MINUTES = 2
 
-.PHONY: help demo test test-matrix prove lint sql install uninstall kek dev clean
+.PHONY: help demo test test-matrix prove bench lint sql install uninstall kek dev clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-11s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -26,6 +26,9 @@ test-matrix: $(STAMP) ## the suite on every supported PostgreSQL and Python that
 
 prove: $(STAMP) ## kill processes under load, walk at random, count what was lost (KILLS=200 MINUTES=10)
 	@PYTHONPATH=tests $(BIN)/python -m prove --kills $(KILLS) --minutes $(MINUTES) $(ARGS)
+
+bench: $(STAMP) ## measure rotations beside what people do today, in ten minutes; writes docs/benchmarks.md
+	@$(BIN)/python -m bench $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy, pgspot, plpgsql_check, the workflows, and that the generated files are fresh
 	@$(BIN)/ruff check --quiet

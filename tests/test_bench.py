@@ -1,0 +1,83 @@
+"""The benchmark, with little of everything: that it measures all that it should, not what."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from pg_rekey import local, release
+
+SECTIONS = [*report.SECTIONS, "targets"]
+COMPETITORS = ["rekey_1", "rekey_2", "floor", "application", "vault", "pgp_fast", "pgp_default"]
+CALLS = {
+    *("get_secret", "set_secret", "read_secrets", "view", "encrypt", "decrypt"),
+    *("vault_view", "vault_update"),
+    *("pgp_encrypt", "pgp_decrypt", "pgp_fast_encrypt", "pgp_fast_decrypt"),
+}
+
+
+def test_smoke(installation: local.Installation, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--smoke", "--no-docs", "--json", path],
+        cwd=release.ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    results = json.loads(path.read_text())
+
+    assert [heat["size"] for heat in results["race"]] == [256, 32, 1024, 16_384]
+    for heat in results["race"]:
+        assert [one["name"] for one in heat["competitors"]] == COMPETITORS
+        assert {len(one["seconds"]) for one in heat["competitors"]} == {2 if heat["size"] == 256 else 1}
+    for one in results["impact"]["rounds"]:
+        assert list(one["calls"]) == ["idle", "rotation", "after", "throttled"]
+        assert all(one["calls"][phase][kind] for phase in one["calls"] for kind in ("read", "write"))
+    assert {one["name"] for one in results["calls"]["calls"]} == CALLS
+    assert len(results["scale"]["steps"]) == 3
+    assert results["impact"]["errors"] == 0, results["impact"]["error_messages"]
+    parts = {name: results[name] for name in ("about", "race", "calls", "scale")}
+    parts["impact"] = results["impact"]["rounds"]
+    assert {place: number for place, number in numbers(parts) if number <= 0} == {}
+    assert len(results["targets"]) == 26
+    assert all(target["samples"] for target in results["targets"])
+
+    made = report.sections(results)
+    assert list(made) == SECTIONS
+    page = tmp_path / "page.md"
+    page.write_text("prose\n" + "".join(f"<!-- {name} -->\n<!-- /{name} -->\nprose\n" for name in SECTIONS))
+    report.write(made, page)
+    once = page.read_text()
+    report.write(made, page)
+    assert page.read_text() == once
+    assert once.count("prose\n") == len(SECTIONS) + 1
+    for name in SECTIONS:
+        assert headings(page, name) == [" | ".join(table.columns) for table in made[name]]
+        # The committed page is one that this code wrote.
+        assert headings(report.PAGE, name) == headings(page, name)
+
+
+def numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Yield every number in a document, and where it stands."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from numbers(one, f"{place}.{key}")
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            yield from numbers(one, f"{place}[{index}]")
+    elif type(value) in (int, float):
+        yield place, value
+
+
+def headings(page: Path, name: str) -> list[str]:
+    """Return the headings of the tables between two markers of a page."""
+    [between] = re.findall(rf"(?s)<!-- {name} -->\n(.*?)<!-- /{name} -->", page.read_text())
+    return re.findall(r"(?m)^\| (.*) \|\n\| ---", between)
