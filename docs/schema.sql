@@ -318,151 +318,21 @@ ALTER FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) 
 COMMENT ON FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) IS 'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...]} with rows of rekey.rotation_status. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
 
 
-SET default_tablespace = '';
-
-SET default_table_access_method = heap;
-
---
--- Name: encryption_keys; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.encryption_keys (
-    id bigint NOT NULL,
-    keyring_id integer NOT NULL,
-    version integer NOT NULL,
-    state text NOT NULL,
-    is_active boolean GENERATED ALWAYS AS ((state = 'active'::text)) STORED NOT NULL,
-    wrapped_key bytea,
-    kek_id integer NOT NULL,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    activated_at timestamp with time zone,
-    deactivated_at timestamp with time zone,
-    compromised_at timestamp with time zone,
-    destroy_after timestamp with time zone,
-    destroyed_at timestamp with time zone,
-    scheduled_from text,
-    CONSTRAINT encryption_keys_destroy_after_check CHECK ((((state = 'destroy_scheduled'::text) = (scheduled_from IS NOT NULL)) AND ((state <> 'destroy_scheduled'::text) OR (destroy_after IS NOT NULL)))),
-    CONSTRAINT encryption_keys_destroyed_at_check CHECK (((state = 'destroyed'::text) = (destroyed_at IS NOT NULL))),
-    CONSTRAINT encryption_keys_state_check CHECK ((state = ANY (ARRAY['active'::text, 'decrypt_only'::text, 'disabled'::text, 'compromised'::text, 'destroy_scheduled'::text, 'destroyed'::text]))),
-    CONSTRAINT encryption_keys_version_check CHECK ((version > 0)),
-    CONSTRAINT encryption_keys_wrapped_key_check CHECK (((state = 'destroyed'::text) = (wrapped_key IS NULL)))
-);
-
-
-ALTER TABLE rekey.encryption_keys OWNER TO rekey_owner;
-
---
--- Name: TABLE encryption_keys; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.encryption_keys IS 'Data-encryption keys (DEKs), one row for each version of a keyring, wrapped under a KEK.';
-
-
---
--- Name: COLUMN encryption_keys.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.id IS 'Row number.';
-
-
---
--- Name: COLUMN encryption_keys.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.keyring_id IS 'The keyring.';
-
-
---
--- Name: COLUMN encryption_keys.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.version IS 'Version within the keyring, from 1.';
-
-
---
--- Name: COLUMN encryption_keys.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.state IS 'SP 800-57 state: active, decrypt_only (deactivated), disabled (suspended), compromised, destroy_scheduled, destroyed.';
-
-
---
--- Name: COLUMN encryption_keys.is_active; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.is_active IS 'Whether new values are encrypted with it.';
-
-
---
--- Name: COLUMN encryption_keys.wrapped_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.wrapped_key IS 'The 64-byte key sealed under the KEK (docs/format.md); NULL once destroyed.';
-
-
---
--- Name: COLUMN encryption_keys.kek_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.kek_id IS 'The KEK that wraps it.';
-
-
---
--- Name: COLUMN encryption_keys.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.created_at IS 'When it was made.';
-
-
---
--- Name: COLUMN encryption_keys.activated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.activated_at IS 'When it last became active.';
-
-
---
--- Name: COLUMN encryption_keys.deactivated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.deactivated_at IS 'When it last ceased to be active.';
-
-
---
--- Name: COLUMN encryption_keys.compromised_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.compromised_at IS 'When it was marked compromised.';
-
-
---
--- Name: COLUMN encryption_keys.destroy_after; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.destroy_after IS 'Before this time it is not destroyed.';
-
-
---
--- Name: COLUMN encryption_keys.destroyed_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.destroyed_at IS 'When its wrapped key was overwritten.';
-
-
---
--- Name: COLUMN encryption_keys.scheduled_from; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.scheduled_from IS 'State that a cancelled destruction returns to.';
-
-
 --
 -- Name: _active_versions(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey._active_versions(keyrings integer[]) RETURNS integer[]
-    LANGUAGE sql STABLE
-    RETURN (SELECT array_agg(k.version ORDER BY w.place) AS array_agg FROM (unnest(_active_versions.keyrings) WITH ORDINALITY w(keyring_id, place) LEFT JOIN rekey.encryption_keys k ON (((k.keyring_id = w.keyring_id) AND (k.state = 'active'::text)))));
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return (
+    select array_agg(k.version order by w.place)
+    from unnest(keyrings) with ordinality as w(keyring_id, place)
+    left join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.state = 'active');
+end
+$$;
 
 
 ALTER FUNCTION rekey._active_versions(keyrings integer[]) OWNER TO rekey_owner;
@@ -797,6 +667,10 @@ ALTER FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows
 COMMENT ON FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) IS 'Seals what the client opened of a batch, and quarantines what it could not.';
 
 
+SET default_tablespace = '';
+
+SET default_table_access_method = heap;
+
 --
 -- Name: _chunks; Type: TABLE; Schema: rekey; Owner: rekey_owner
 --
@@ -845,7 +719,9 @@ begin
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid),
       batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
-      batch_blocks = case when c.batch_blocks > 1024 or _advance.next is not null then c.batch_blocks
+      -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
+      batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
+                          when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
                           else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
   where c.id = chunk.id;
 end
@@ -1334,8 +1210,7 @@ COMMENT ON FUNCTION rekey._begin_verification(rotations bigint[], keyrings integ
 --
 
 CREATE FUNCTION rekey._block(pointer tid) RETURNS bigint
-    LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
-    SET search_path TO 'pg_catalog', 'pg_temp'
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN (split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 1))::bigint;
 
 
@@ -1843,13 +1718,15 @@ COMMENT ON FUNCTION rekey._check_tenant(tenant_id uuid) IS 'Raises 42501 where r
 --
 
 CREATE FUNCTION rekey._target_state() RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT string_agg(format('%s %s %s'::text, p.oid, p.xmin, p.ctid), ','::text ORDER BY p.oid) AS string_agg
-    FROM pg_proc p
-   WHERE (p.pronamespace = ('rekey_targets'::regnamespace)::oid);
-END;
+    AS $$
+begin
+  return (
+    select string_agg(format('%s %s %s', p.oid, p.xmin, p.ctid), ',' order by p.oid)
+    from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace);
+end
+$$;
 
 
 ALTER FUNCTION rekey._target_state() OWNER TO rekey_owner;
@@ -3146,9 +3023,15 @@ COMMENT ON FUNCTION rekey._forget_prepared(before text[]) IS 'Drops the prepared
 --
 
 CREATE FUNCTION rekey._guarded_settings() RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    RETURN concat_ws(' '::text, current_setting('role'::text), SESSION_USER, current_setting('transaction_isolation'::text), quote_nullable(NULLIF(current_setting('rekey.unlocked'::text, true), ''::text)), quote_nullable(NULLIF(current_setting('request.jwt.claims'::text, true), ''::text)), quote_nullable(NULLIF(current_setting('request.method'::text, true), ''::text)));
+    AS $$
+begin
+  return concat_ws(' ', current_setting('role'), session_user, current_setting('transaction_isolation'),
+    quote_nullable(nullif(current_setting('rekey.unlocked', true), '')), quote_nullable(nullif(current_setting('request.jwt.claims', true), '')),
+    quote_nullable(nullif(current_setting('request.method', true), '')));
+end
+$$;
 
 
 ALTER FUNCTION rekey._guarded_settings() OWNER TO rekey_owner;
@@ -3496,6 +3379,140 @@ ALTER FUNCTION rekey._keks() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._keks() IS 'The KEK that can be had now, or the current and the next one. RK001: none.';
+
+
+--
+-- Name: encryption_keys; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.encryption_keys (
+    id bigint NOT NULL,
+    keyring_id integer NOT NULL,
+    version integer NOT NULL,
+    state text NOT NULL,
+    is_active boolean GENERATED ALWAYS AS ((state = 'active'::text)) STORED NOT NULL,
+    wrapped_key bytea,
+    kek_id integer NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    activated_at timestamp with time zone,
+    deactivated_at timestamp with time zone,
+    compromised_at timestamp with time zone,
+    destroy_after timestamp with time zone,
+    destroyed_at timestamp with time zone,
+    scheduled_from text,
+    CONSTRAINT encryption_keys_destroy_after_check CHECK ((((state = 'destroy_scheduled'::text) = (scheduled_from IS NOT NULL)) AND ((state <> 'destroy_scheduled'::text) OR (destroy_after IS NOT NULL)))),
+    CONSTRAINT encryption_keys_destroyed_at_check CHECK (((state = 'destroyed'::text) = (destroyed_at IS NOT NULL))),
+    CONSTRAINT encryption_keys_state_check CHECK ((state = ANY (ARRAY['active'::text, 'decrypt_only'::text, 'disabled'::text, 'compromised'::text, 'destroy_scheduled'::text, 'destroyed'::text]))),
+    CONSTRAINT encryption_keys_version_check CHECK ((version > 0)),
+    CONSTRAINT encryption_keys_wrapped_key_check CHECK (((state = 'destroyed'::text) = (wrapped_key IS NULL)))
+);
+
+
+ALTER TABLE rekey.encryption_keys OWNER TO rekey_owner;
+
+--
+-- Name: TABLE encryption_keys; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.encryption_keys IS 'Data-encryption keys (DEKs), one row for each version of a keyring, wrapped under a KEK.';
+
+
+--
+-- Name: COLUMN encryption_keys.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.id IS 'Row number.';
+
+
+--
+-- Name: COLUMN encryption_keys.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.keyring_id IS 'The keyring.';
+
+
+--
+-- Name: COLUMN encryption_keys.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.version IS 'Version within the keyring, from 1.';
+
+
+--
+-- Name: COLUMN encryption_keys.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.state IS 'SP 800-57 state: active, decrypt_only (deactivated), disabled (suspended), compromised, destroy_scheduled, destroyed.';
+
+
+--
+-- Name: COLUMN encryption_keys.is_active; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.is_active IS 'Whether new values are encrypted with it.';
+
+
+--
+-- Name: COLUMN encryption_keys.wrapped_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.wrapped_key IS 'The 64-byte key sealed under the KEK (docs/format.md); NULL once destroyed.';
+
+
+--
+-- Name: COLUMN encryption_keys.kek_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.kek_id IS 'The KEK that wraps it.';
+
+
+--
+-- Name: COLUMN encryption_keys.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.created_at IS 'When it was made.';
+
+
+--
+-- Name: COLUMN encryption_keys.activated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.activated_at IS 'When it last became active.';
+
+
+--
+-- Name: COLUMN encryption_keys.deactivated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.deactivated_at IS 'When it last ceased to be active.';
+
+
+--
+-- Name: COLUMN encryption_keys.compromised_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.compromised_at IS 'When it was marked compromised.';
+
+
+--
+-- Name: COLUMN encryption_keys.destroy_after; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.destroy_after IS 'Before this time it is not destroyed.';
+
+
+--
+-- Name: COLUMN encryption_keys.destroyed_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.destroyed_at IS 'When its wrapped key was overwritten.';
+
+
+--
+-- Name: COLUMN encryption_keys.scheduled_from; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.scheduled_from IS 'State that a cancelled destruction returns to.';
 
 
 --
@@ -4036,9 +4053,8 @@ COMMENT ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) IS '
 --
 
 CREATE FUNCTION rekey._next_row(pointer tid) RETURNS tid
-    LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    RETURN (format('(%s,%s)'::text, rekey._block(pointer), ((split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 2))::integer + 1)))::tid;
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN (pointer IS NOT NULL) THEN (format('(%s,%s)'::text, rekey._block(pointer), ((split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 2))::integer + 1)))::tid ELSE NULL::tid END;
 
 
 ALTER FUNCTION rekey._next_row(pointer tid) OWNER TO rekey_owner;
@@ -4585,13 +4601,13 @@ COMMENT ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT d
 --
 
 CREATE FUNCTION rekey._prepared() RETURNS text[]
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT ARRAY( SELECT ((p.name || ' '::text) || EXTRACT(epoch FROM p.prepare_time))
-            FROM pg_prepared_statements p
-           ORDER BY ((p.name || ' '::text) || EXTRACT(epoch FROM p.prepare_time))) AS "array";
-END;
+    AS $$
+begin
+  return array(select p.name || ' ' || extract(epoch from p.prepare_time) from pg_prepared_statements p order by 1);
+end
+$$;
 
 
 ALTER FUNCTION rekey._prepared() OWNER TO rekey_owner;
@@ -4910,10 +4926,13 @@ begin
                else 'there is no such key version' end as old_problem
         from unnest(rows, ciphertexts, contexts) with ordinality as c(row, ciphertext, context, place)
         left join (
+          with keys as materialized (
+            select * from rekey._deks(v_from_keyrings || v_keyrings, v_from_versions || v_versions, sweeping => true)
+          )
           select rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
             rekey._header(a.keyring_id, a.version) as header, a.key, a.problem as new_problem
-          from rekey._deks(v_from_keyrings, v_from_versions, sweeping => true) d
-          left join rekey._deks(v_keyrings, v_versions) a on a.keyring_id = d.keyring_id
+          from keys d
+          left join (unnest(v_keyrings, v_versions) as w(keyring_id, version) join keys a using (keyring_id, version)) on w.keyring_id = d.keyring_id
           offset 0
         ) k on k.old_header = substr(c.ciphertext, 1, 11) and rekey._is_envelope(c.ciphertext)
         offset 0
@@ -6560,7 +6579,7 @@ begin
     end if;
     perform rekey._note_pace(v_begin, rows);
     perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
-    detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
+    detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -6685,7 +6704,7 @@ begin
     wait := least(v_next - clock_timestamp(), interval '1 second');
     return;
   end if;
-  rows := least(wanted, greatest(v_rate / 5, 1));
+  rows := least(wanted, greatest(v_rate / 20, 1));
 end
 $$;
 
@@ -7042,7 +7061,7 @@ COMMENT ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT
 -- Name: _verify_batch(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) RETURNS record
+CREATE FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -7050,7 +7069,8 @@ declare
   v_prepared text[] := rekey._prepared();
   v_context text;
   v_begin timestamptz := clock_timestamp();
-  v_target_time interval := (rekey._settings()).batch_target;
+  v_settings rekey.settings := rekey._settings();
+  v_max_rows integer;
   v_chunk rekey._chunks;
   v_ids bigint[];
   v_keyrings integer[];
@@ -7064,6 +7084,13 @@ begin
   order by c.id
   limit 1 for update of c skip locked;
   if not found then
+    return;
+  end if;
+  -- To check four rows costs about what it costs to re-encrypt one.
+  select 4 * w.rows, w.wait into v_max_rows, wait from rekey._throttle(1000) w;
+  if v_max_rows is null then
+    event := 'waiting';
+    keyring_count := 0;
     return;
   end if;
   -- All of them: who leaves a verification does not come back to it.
@@ -7089,7 +7116,7 @@ begin
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
-        format('(%s,0)', v_until)::tid, v_keyrings, null, 4000, 16777216) s;
+        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, 16777216) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
       if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
@@ -7100,11 +7127,12 @@ begin
       if rekey._block(v_chunk.first) >= v_chunk.until_block then
         delete from rekey._chunks c where c.id = v_chunk.id;
         exit;
-      elsif clock_timestamp() - v_begin >= v_target_time then
+      elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
         update rekey._chunks c set first = v_chunk.first where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
+    perform rekey._note_pace(v_begin, rows / 4);
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -7124,13 +7152,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) IS 'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, or the relation is not as the verification found it, it leaves them to the last step.';
+COMMENT ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, or the relation is not as the verification found it, it leaves them to the last step.';
 
 
 --
@@ -9392,7 +9420,7 @@ begin
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
     exit when event is not null;
     if v_kind = 'verify' then
-      select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify_batch() v;
+      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
     else
       select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
     end if;
@@ -12585,10 +12613,10 @@ REVOKE ALL ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, 
 
 
 --
--- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
 
 
 --

@@ -755,10 +755,10 @@ def test_an_adoption_that_takes_keys_keeps_to_the_throttle(ready: Connection, ap
     number = value(app, "select id from rekey.adopt_column('t', 'v', '{fernet}')")
     step_until(ready, "planned")
     batch: LiteralString = "select cardinality(rows) from rekey.adoption_batch(%s)"
-    assert value(app, batch, number) == 2
+    assert value(app, batch, number) == 1
     assert value(app, batch, number) is None
     ready.execute("update rekey._worker set next_batch_at = null")
-    assert value(app, batch, number) == 2
+    assert value(app, batch, number) == 1
 
 
 def test_an_owner_whose_name_needs_quotes(ready: Connection) -> None:

@@ -1,5 +1,6 @@
 """Verification by chunks: every row is opened, whoever writes, rewrites, pauses or dies in between."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, LiteralString
@@ -231,14 +232,20 @@ def test_a_step_that_is_broken_off(ready: Connection, model: dict[str, str]) -> 
     assert end(ready, number) == ("completed", 0)
 
 
-def test_short_steps(ready: Connection, model: dict[str, str]) -> None:
-    ready.execute("select rekey.set_setting('batch_target', '10 ms')")
+def test_it_keeps_to_the_throttle(ready: Connection, model: dict[str, str]) -> None:
+    """To check four rows counts as much as to re-encrypt one."""
     number = verifying(ready)
-    steps = 0
+    ready.execute("select rekey.set_setting('max_rows_per_second', '5000')")
+    begun = time.monotonic()
+    sizes = []
     while chunks(ready).get("verify"):
-        assert step(ready)[0] == "checked"
-        steps += 1
-    assert steps > 3
+        event, _, rows, _ = step(ready)
+        assert event in ("checked", "waiting")
+        sizes.append(rows)
+    assert sum(sizes) == ROWS
+    assert max(sizes) == 1000
+    # The last one owes nothing any more.
+    assert time.monotonic() - begun > (ROWS - 1000) / 20_000
     assert end(ready, number) == ("completed", 0)
 
 

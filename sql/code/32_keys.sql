@@ -154,11 +154,16 @@ $$;
 comment on function rekey._key is 'The key of that version, its row locked. RK007: there is none.';
 
 create or replace function rekey._active_versions(keyrings integer[]) returns integer[]
-language sql stable
-return (
-  select array_agg(k.version order by w.place)
-  from unnest(keyrings) with ordinality as w(keyring_id, place)
-  left join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.state = 'active');
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select array_agg(k.version order by w.place)
+    from unnest(keyrings) with ordinality as w(keyring_id, place)
+    left join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.state = 'active');
+end
+$$;
 comment on function rekey._active_versions is 'The active version of each keyring; NULL where it has none.';
 
 create or replace function rekey._refuse_old_snapshot(keyrings integer[], versions integer[]) returns void

@@ -162,11 +162,13 @@ $$;
 comment on function rekey._refuse_traces is 'RK005 where the session is not as rekey._session_state() found it before.';
 
 create or replace function rekey._prepared() returns text[]
-language sql volatile
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select array(select p.name || ' ' || extract(epoch from p.prepare_time) from pg_prepared_statements p order by 1);
-end;
+as $$
+begin
+  return array(select p.name || ' ' || extract(epoch from p.prepare_time) from pg_prepared_statements p order by 1);
+end
+$$;
 comment on function rekey._prepared is 'The prepared statements of the session.';
 
 create or replace function rekey._forget_prepared(before text[]) returns void
@@ -389,10 +391,13 @@ begin
                else 'there is no such key version' end as old_problem
         from unnest(rows, ciphertexts, contexts) with ordinality as c(row, ciphertext, context, place)
         left join (
+          with keys as materialized (
+            select * from rekey._deks(v_from_keyrings || v_keyrings, v_from_versions || v_versions, sweeping => true)
+          )
           select rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
             rekey._header(a.keyring_id, a.version) as header, a.key, a.problem as new_problem
-          from rekey._deks(v_from_keyrings, v_from_versions, sweeping => true) d
-          left join rekey._deks(v_keyrings, v_versions) a on a.keyring_id = d.keyring_id
+          from keys d
+          left join (unnest(v_keyrings, v_versions) as w(keyring_id, version) join keys a using (keyring_id, version)) on w.keyring_id = d.keyring_id
           offset 0
         ) k on k.old_header = substr(c.ciphertext, 1, 11) and rekey._is_envelope(c.ciphertext)
         offset 0
@@ -450,15 +455,13 @@ comment on function rekey._check is
   'Checks the tags of envelopes: the places of those that do not open, by header, with the reason. prefix: what every context begins with.';
 
 create or replace function rekey._block(pointer tid) returns bigint
-language sql immutable strict parallel safe
-set search_path = pg_catalog, pg_temp
+language sql immutable parallel safe
 return split_part(trim(pointer::text, '()'), ',', 1)::bigint;
 comment on function rekey._block is 'The block of a row pointer.';
 
 create or replace function rekey._next_row(pointer tid) returns tid
-language sql immutable strict parallel safe
-set search_path = pg_catalog, pg_temp
-return format('(%s,%s)', rekey._block(pointer), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid;
+language sql immutable parallel safe
+return case when pointer is not null then format('(%s,%s)', rekey._block(pointer), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid end;
 comment on function rekey._next_row is 'The row pointer after this one.';
 
 create or replace function rekey._count_rows(keyrings integer[])
@@ -507,12 +510,15 @@ comment on function rekey._refuse_blocked is 'RK005 where a target is blocked: w
 -- The functions of the targets are looked at before and after they are called, each time as they are at that moment: what
 -- an owner changes in between has no effect. After the call, its locks keep the tables from being changed.
 create or replace function rekey._target_state() returns text
-language sql volatile
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select string_agg(format('%s %s %s', p.oid, p.xmin, p.ctid), ',' order by p.oid)
-  from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace;
-end;
+as $$
+begin
+  return (
+    select string_agg(format('%s %s %s', p.oid, p.xmin, p.ctid), ',' order by p.oid)
+    from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace);
+end
+$$;
 comment on function rekey._target_state is 'What changes whenever a function of a target does.';
 
 create or replace function rekey._refuse_snapshot() returns void

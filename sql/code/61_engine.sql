@@ -212,11 +212,15 @@ $$;
 comment on function rekey._plan is 'Begins a pass for every rotation that waits for one: counts what there is to do and splits it into chunks.';
 
 create or replace function rekey._guarded_settings() returns text
-language sql volatile
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
-return concat_ws(' ', current_setting('role'), session_user, current_setting('transaction_isolation'),
-  quote_nullable(nullif(current_setting('rekey.unlocked', true), '')), quote_nullable(nullif(current_setting('request.jwt.claims', true), '')),
-  quote_nullable(nullif(current_setting('request.method', true), '')));
+as $$
+begin
+  return concat_ws(' ', current_setting('role'), session_user, current_setting('transaction_isolation'),
+    quote_nullable(nullif(current_setting('rekey.unlocked', true), '')), quote_nullable(nullif(current_setting('request.jwt.claims', true), '')),
+    quote_nullable(nullif(current_setting('request.method', true), '')));
+end
+$$;
 comment on function rekey._guarded_settings is 'Settings of the session that say who acts, and with which KEK.';
 
 create or replace function rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
@@ -271,7 +275,9 @@ begin
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid),
       batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
-      batch_blocks = case when c.batch_blocks > 1024 or _advance.next is not null then c.batch_blocks
+      -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
+      batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
+                          when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
                           else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
   where c.id = chunk.id;
 end
@@ -325,7 +331,7 @@ begin
     wait := least(v_next - clock_timestamp(), interval '1 second');
     return;
   end if;
-  rows := least(wanted, greatest(v_rate / 5, 1));
+  rows := least(wanted, greatest(v_rate / 20, 1));
 end
 $$;
 comment on function rekey._throttle is 'How many rows a batch may have now, of those wanted; NULL: none yet, for as long as wait.';
@@ -453,7 +459,7 @@ begin
     end if;
     perform rekey._note_pace(v_begin, rows);
     perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
-    detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
+    detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -587,7 +593,7 @@ begin
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
     exit when event is not null;
     if v_kind = 'verify' then
-      select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify_batch() v;
+      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
     else
       select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
     end if;

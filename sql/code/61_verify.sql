@@ -183,7 +183,7 @@ end
 $$;
 comment on function rekey._begin_verification is 'Begins a verification of these rotations and their keyrings: splits what is large into chunks. Returns its number.';
 
-create or replace function rekey._verify_batch(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
+create or replace function rekey._verify_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -191,7 +191,8 @@ declare
   v_prepared text[] := rekey._prepared();
   v_context text;
   v_begin timestamptz := clock_timestamp();
-  v_target_time interval := (rekey._settings()).batch_target;
+  v_settings rekey.settings := rekey._settings();
+  v_max_rows integer;
   v_chunk rekey._chunks;
   v_ids bigint[];
   v_keyrings integer[];
@@ -205,6 +206,13 @@ begin
   order by c.id
   limit 1 for update of c skip locked;
   if not found then
+    return;
+  end if;
+  -- To check four rows costs about what it costs to re-encrypt one.
+  select 4 * w.rows, w.wait into v_max_rows, wait from rekey._throttle(1000) w;
+  if v_max_rows is null then
+    event := 'waiting';
+    keyring_count := 0;
     return;
   end if;
   -- All of them: who leaves a verification does not come back to it.
@@ -230,7 +238,7 @@ begin
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
-        format('(%s,0)', v_until)::tid, v_keyrings, null, 4000, 16777216) s;
+        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, 16777216) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
       if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
@@ -241,11 +249,12 @@ begin
       if rekey._block(v_chunk.first) >= v_chunk.until_block then
         delete from rekey._chunks c where c.id = v_chunk.id;
         exit;
-      elsif clock_timestamp() - v_begin >= v_target_time then
+      elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
         update rekey._chunks c set first = v_chunk.first where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
+    perform rekey._note_pace(v_begin, rows / 4);
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception

@@ -1511,11 +1511,16 @@ $$;
 comment on function rekey._key is 'The key of that version, its row locked. RK007: there is none.';
 
 create or replace function rekey._active_versions(keyrings integer[]) returns integer[]
-language sql stable
-return (
-  select array_agg(k.version order by w.place)
-  from unnest(keyrings) with ordinality as w(keyring_id, place)
-  left join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.state = 'active');
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select array_agg(k.version order by w.place)
+    from unnest(keyrings) with ordinality as w(keyring_id, place)
+    left join rekey.encryption_keys k on k.keyring_id = w.keyring_id and k.state = 'active');
+end
+$$;
 comment on function rekey._active_versions is 'The active version of each keyring; NULL where it has none.';
 
 create or replace function rekey._refuse_old_snapshot(keyrings integer[], versions integer[]) returns void
@@ -2419,11 +2424,13 @@ $$;
 comment on function rekey._refuse_traces is 'RK005 where the session is not as rekey._session_state() found it before.';
 
 create or replace function rekey._prepared() returns text[]
-language sql volatile
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select array(select p.name || ' ' || extract(epoch from p.prepare_time) from pg_prepared_statements p order by 1);
-end;
+as $$
+begin
+  return array(select p.name || ' ' || extract(epoch from p.prepare_time) from pg_prepared_statements p order by 1);
+end
+$$;
 comment on function rekey._prepared is 'The prepared statements of the session.';
 
 create or replace function rekey._forget_prepared(before text[]) returns void
@@ -2646,10 +2653,13 @@ begin
                else 'there is no such key version' end as old_problem
         from unnest(rows, ciphertexts, contexts) with ordinality as c(row, ciphertext, context, place)
         left join (
+          with keys as materialized (
+            select * from rekey._deks(v_from_keyrings || v_keyrings, v_from_versions || v_versions, sweeping => true)
+          )
           select rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
             rekey._header(a.keyring_id, a.version) as header, a.key, a.problem as new_problem
-          from rekey._deks(v_from_keyrings, v_from_versions, sweeping => true) d
-          left join rekey._deks(v_keyrings, v_versions) a on a.keyring_id = d.keyring_id
+          from keys d
+          left join (unnest(v_keyrings, v_versions) as w(keyring_id, version) join keys a using (keyring_id, version)) on w.keyring_id = d.keyring_id
           offset 0
         ) k on k.old_header = substr(c.ciphertext, 1, 11) and rekey._is_envelope(c.ciphertext)
         offset 0
@@ -2707,15 +2717,13 @@ comment on function rekey._check is
   'Checks the tags of envelopes: the places of those that do not open, by header, with the reason. prefix: what every context begins with.';
 
 create or replace function rekey._block(pointer tid) returns bigint
-language sql immutable strict parallel safe
-set search_path = pg_catalog, pg_temp
+language sql immutable parallel safe
 return split_part(trim(pointer::text, '()'), ',', 1)::bigint;
 comment on function rekey._block is 'The block of a row pointer.';
 
 create or replace function rekey._next_row(pointer tid) returns tid
-language sql immutable strict parallel safe
-set search_path = pg_catalog, pg_temp
-return format('(%s,%s)', rekey._block(pointer), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid;
+language sql immutable parallel safe
+return case when pointer is not null then format('(%s,%s)', rekey._block(pointer), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid end;
 comment on function rekey._next_row is 'The row pointer after this one.';
 
 create or replace function rekey._count_rows(keyrings integer[])
@@ -2764,12 +2772,15 @@ comment on function rekey._refuse_blocked is 'RK005 where a target is blocked: w
 -- The functions of the targets are looked at before and after they are called, each time as they are at that moment: what
 -- an owner changes in between has no effect. After the call, its locks keep the tables from being changed.
 create or replace function rekey._target_state() returns text
-language sql volatile
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select string_agg(format('%s %s %s', p.oid, p.xmin, p.ctid), ',' order by p.oid)
-  from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace;
-end;
+as $$
+begin
+  return (
+    select string_agg(format('%s %s %s', p.oid, p.xmin, p.ctid), ',' order by p.oid)
+    from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace);
+end
+$$;
 comment on function rekey._target_state is 'What changes whenever a function of a target does.';
 
 create or replace function rekey._refuse_snapshot() returns void
@@ -4576,11 +4587,15 @@ $$;
 comment on function rekey._plan is 'Begins a pass for every rotation that waits for one: counts what there is to do and splits it into chunks.';
 
 create or replace function rekey._guarded_settings() returns text
-language sql volatile
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
-return concat_ws(' ', current_setting('role'), session_user, current_setting('transaction_isolation'),
-  quote_nullable(nullif(current_setting('rekey.unlocked', true), '')), quote_nullable(nullif(current_setting('request.jwt.claims', true), '')),
-  quote_nullable(nullif(current_setting('request.method', true), '')));
+as $$
+begin
+  return concat_ws(' ', current_setting('role'), session_user, current_setting('transaction_isolation'),
+    quote_nullable(nullif(current_setting('rekey.unlocked', true), '')), quote_nullable(nullif(current_setting('request.jwt.claims', true), '')),
+    quote_nullable(nullif(current_setting('request.method', true), '')));
+end
+$$;
 comment on function rekey._guarded_settings is 'Settings of the session that say who acts, and with which KEK.';
 
 create or replace function rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
@@ -4635,7 +4650,9 @@ begin
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid),
       batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
-      batch_blocks = case when c.batch_blocks > 1024 or _advance.next is not null then c.batch_blocks
+      -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
+      batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
+                          when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
                           else greatest(4, least(1024, (c.batch_blocks * v_factor)::integer)) end
   where c.id = chunk.id;
 end
@@ -4689,7 +4706,7 @@ begin
     wait := least(v_next - clock_timestamp(), interval '1 second');
     return;
   end if;
-  rows := least(wanted, greatest(v_rate / 5, 1));
+  rows := least(wanted, greatest(v_rate / 20, 1));
 end
 $$;
 comment on function rekey._throttle is 'How many rows a batch may have now, of those wanted; NULL: none yet, for as long as wait.';
@@ -4817,7 +4834,7 @@ begin
     end if;
     perform rekey._note_pace(v_begin, rows);
     perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
-    detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
+    detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -4951,7 +4968,7 @@ begin
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
     exit when event is not null;
     if v_kind = 'verify' then
-      select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify_batch() v;
+      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
     else
       select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
     end if;
@@ -5201,7 +5218,7 @@ end
 $$;
 comment on function rekey._begin_verification is 'Begins a verification of these rotations and their keyrings: splits what is large into chunks. Returns its number.';
 
-create or replace function rekey._verify_batch(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
+create or replace function rekey._verify_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -5209,7 +5226,8 @@ declare
   v_prepared text[] := rekey._prepared();
   v_context text;
   v_begin timestamptz := clock_timestamp();
-  v_target_time interval := (rekey._settings()).batch_target;
+  v_settings rekey.settings := rekey._settings();
+  v_max_rows integer;
   v_chunk rekey._chunks;
   v_ids bigint[];
   v_keyrings integer[];
@@ -5223,6 +5241,13 @@ begin
   order by c.id
   limit 1 for update of c skip locked;
   if not found then
+    return;
+  end if;
+  -- To check four rows costs about what it costs to re-encrypt one.
+  select 4 * w.rows, w.wait into v_max_rows, wait from rekey._throttle(1000) w;
+  if v_max_rows is null then
+    event := 'waiting';
+    keyring_count := 0;
     return;
   end if;
   -- All of them: who leaves a verification does not come back to it.
@@ -5248,7 +5273,7 @@ begin
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
-        format('(%s,0)', v_until)::tid, v_keyrings, null, 4000, 16777216) s;
+        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, 16777216) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
       if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
@@ -5259,11 +5284,12 @@ begin
       if rekey._block(v_chunk.first) >= v_chunk.until_block then
         delete from rekey._chunks c where c.id = v_chunk.id;
         exit;
-      elsif clock_timestamp() - v_begin >= v_target_time then
+      elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
         update rekey._chunks c set first = v_chunk.first where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
+    perform rekey._note_pace(v_begin, rows / 4);
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
