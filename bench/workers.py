@@ -125,9 +125,10 @@ def _drain(connection: db.Connection) -> Drained:
     rows = 0
     batches: list[float] = []
     completed = 0.0
+    steps = worker.Steps(connection)
     while True:
         begun = time.monotonic()
-        done = worker.step(connection)
+        done = steps.take()
         ended = time.monotonic()
         match done["event"]:
             case "idle":

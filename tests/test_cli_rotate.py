@@ -88,7 +88,7 @@ def test_kek_that_goes_away_meanwhile(
         detail = {"error": "wrong KEK"}
         return {"event": "locked", "keyring_count": 0, "rows": 0, "wait": None, "detail": detail}
 
-    monkeypatch.setattr(worker, "step", locked)
+    monkeypatch.setattr(worker.Steps, "take", locked)
     cli_ready("rotate", "--wait", code=LOCKED)
     assert "wrong KEK: the rotation stays queued" in cli_ready.err
     cli_ready("work", code=LOCKED)
@@ -139,7 +139,7 @@ def test_paused_meanwhile(cli_ready: Cli, ready: Connection, monkeypatch: pytest
         ready.execute("select rekey.pause_rotation(1)")
         return {"event": "idle", "detail": None, "wait": None}
 
-    monkeypatch.setattr(worker, "step", pause)
+    monkeypatch.setattr(worker.Steps, "take", pause)
     cli_ready("rotate", "--wait", code=UNFINISHED)
     assert "somebody paused it" in cli_ready.err
 

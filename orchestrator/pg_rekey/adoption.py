@@ -52,6 +52,7 @@ def begin(
 def advance(connection: db.Connection, number: int, keys: Keys) -> Iterator[None]:
     """Take the steps of an adoption until it has ended or somebody paused it."""
     attempts = 0
+    steps = worker.Steps(connection)
     while True:
         state = connection.execute(
             "select state from rekey.rotation_status where id = %s", [number]
@@ -61,7 +62,7 @@ def advance(connection: db.Connection, number: int, keys: Keys) -> Iterator[None
         try:
             # False: nothing is left of this pass, or somebody else has the last of it in hand.
             if state["state"] != "running" or not _batch(connection, number, keys):
-                step = worker.step(connection)
+                step = steps.take()
                 if step["event"] == "locked":
                     raise Problem(f"{step['detail']['error']}: it stays queued", None, LOCKED)
                 if step["event"] in ("idle", "waiting", "blocked", "error"):

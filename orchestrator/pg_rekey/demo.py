@@ -296,9 +296,9 @@ class Demo:
             self._shell("rotate", "--keyring", keyring)
             statement = "select max(id) as id from rekey.rotation_status where keyring = %s"
             [row] = connection.execute(statement, [keyring]).fetchall()
-            swept = 0
+            swept, steps = 0, worker.Steps(connection)
             while swept < self._sizes.secrets // self._sizes.tenants // 2:
-                done = worker.step(connection)
+                done = steps.take()
                 swept += done["rows"]
                 if done["event"] in ("completed", "idle"):
                     break

@@ -70,7 +70,8 @@ def rotate(
             rotations = fetch(connection, statement, keyring, reason, supersede)
         if wait:
             ids = [row["id"] for row in rotations]
-            rotations = follow(connection, ids, lambda: _steps(connection))
+            steps = worker.Steps(connection)
+            rotations = follow(connection, ids, lambda: _work(steps))
         out.table(rotations, COLUMNS, empty="there is no keyring to rotate")
     if wait and any(row["state"] != "completed" for row in rotations):
         raise click.exceptions.Exit(UNFINISHED)
@@ -154,11 +155,11 @@ def follow(connection: db.Connection, ids: list[int], steps: Callable[[], None])
     return fetch(connection, "select * from rekey.rotation_status where id = any(%s) order by id", ids)
 
 
-def _steps(connection: db.Connection) -> None:
+def _work(steps: worker.Steps) -> None:
     """Work for a moment: the time between two looks at the progress."""
     until = time.monotonic() + 0.2
     while time.monotonic() < until:
-        step = worker.step(connection)
+        step = steps.take()
         if step["event"] == "locked":
             message = f"{step['detail']['error']}: the rotation stays queued"
             raise Problem(message, "`pg-rekey work` goes on with it.", LOCKED)

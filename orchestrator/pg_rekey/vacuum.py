@@ -1,0 +1,39 @@
+"""Vacuums between the batches of a sweep, so that its next rows fill what its last ones left behind.
+
+A table without free space would else be twice as large after a rotation: autovacuum looks only once a minute.
+"""
+
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from pg_rekey import db
+
+
+@dataclass
+class _Table:
+    schema: str
+    name: str
+    fifth: int  # of its rows
+    swept: int = 0
+
+
+class Vacuum:
+    """Vacuums a table each time that a fifth of its rows was swept, where that pays and the session may."""
+
+    def __init__(self, connection: db.Connection) -> None:
+        self._connection = connection
+        self._tables: dict[int, _Table | None] = {}
+
+    def swept(self, relation: int, rows: int) -> None:
+        """Note how many rows of a relation, given by its oid, were swept; no transaction may be open."""
+        if relation not in self._tables:
+            found = self._connection.execute(db.query("vacuum pays"), [relation]).fetchone()
+            self._tables[relation] = _Table(**found) if found else None
+        if (table := self._tables[relation]) is None:
+            return
+        table.swept += rows
+        if table.swept >= table.fifth:
+            table.swept = 0
+            name = sql.Identifier(table.schema, table.name)
+            self._connection.execute(sql.SQL("vacuum (skip_locked, truncate false) {}").format(name))
