@@ -370,6 +370,7 @@ create table rekey._chunks (
   target text not null,
   relation regclass not null,
   first tid not null,
+  swept_from tid,
   until_block bigint not null,
   batch_rows integer not null default 2000,
   batch_blocks integer not null
@@ -4541,7 +4542,9 @@ begin
     with counted as (
       select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
     ), sizes as (
-      select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few
+      select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few,
+        -- Small enough that several workers end together.
+        greatest(1024, least(t.blocks / 32, 4096)) as chunk
       from counted c
       join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
@@ -4549,11 +4552,11 @@ begin
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
-        case when s.few then s.blocks else least(f.first + 1024, s.blocks) end,
+        case when s.few then s.blocks else least(f.first + s.chunk, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
         case when s.few then s.blocks else 256 end
       from sizes s
-      cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, 1024) as f(first)
+      cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, s.chunk) as f(first)
     )
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
@@ -4648,7 +4651,7 @@ begin
     return;
   end if;
   update rekey._chunks c
-  set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid),
+  set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
       batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
@@ -4657,7 +4660,7 @@ begin
   where c.id = chunk.id;
 end
 $$;
-comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it; deletes it at its end.';
+comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end.';
 
 create or replace function rekey._note_batch(
   rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass,
@@ -4797,6 +4800,12 @@ begin
       delete from rekey._chunks c where c.id = v_chunk.id;
       detail := jsonb_build_object('target', v_chunk.target, 'blocked', v_target.problem);
       return;
+    end if;
+    if v_chunk.swept_from is not null then
+      -- Whoever reads a page first removes what an update left in it, and notes which transactions have ended. Here that goes
+      -- into the log without an image of the page; after the next checkpoint, the verification would write one more.
+      perform from rekey._call_scan(
+        v_target.function_name, v_chunk.relation, v_chunk.swept_from, v_chunk.first, null, pg_current_xact_id()::xid, 1, 1);
     end if;
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,

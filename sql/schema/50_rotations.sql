@@ -75,6 +75,7 @@ create table rekey._chunks (
   target text not null,
   relation regclass not null,
   first tid not null,
+  swept_from tid,
   until_block bigint not null,
   batch_rows integer not null default 2000,
   batch_blocks integer not null
