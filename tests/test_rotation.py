@@ -767,7 +767,7 @@ def test_batches_are_bounded_in_bytes(ready: Connection) -> None:
     while (row := step(ready))[0] == "batch":
         sizes.append(row[2])
     assert sum(sizes) == 36
-    assert max(sizes) == 17  # the one that crosses 16 MiB is still taken
+    assert max(sizes) == 3  # the one that crosses 2 MiB is still taken
     run(ready)
     assert rotation(ready, number, "state") == "completed"
     check(ready, model)

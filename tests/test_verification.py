@@ -26,7 +26,7 @@ from helpers import Connection, value
 
 pytest_plugins = ["column_fixtures"]
 
-# So many that their table is verified by several chunks of 1,024 blocks.
+# So many that their table is verified by several chunks of 8 MB, which is 1,024 blocks.
 ROWS = 12_000
 SIZE = 300
 CHUNKS: LiteralString = "select kind, count(*) from rekey._chunks group by kind order by kind"
@@ -87,6 +87,16 @@ def test_every_row_is_checked_once(ready: Connection, model: dict[str, str]) -> 
     assert (event, rows) == ("completed", ROWS)
     assert rotation(ready, number, "state", "rows_done") == ("completed", ROWS)
     assert value(ready, "select count(*) from rekey._verified") == 0
+    check(ready, model)
+
+
+def test_values_that_are_stored_out_of_line(ready: Connection) -> None:
+    """What matters is what they take, not how many rows there are."""
+    model = fill(ready, 60, size=500_000)
+    number = verifying(ready)
+    assert chunks(ready)["verify"] > 1
+    assert check_chunks(ready) == 60
+    assert end(ready, number) == ("completed", 0)
     check(ready, model)
 
 

@@ -167,18 +167,20 @@ begin
       select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
     ), sizes as (
       select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few,
-        -- Small enough that several workers end together.
-        greatest(1024, least(t.blocks / 32, 4096)) as chunk
+        -- 8 to 32 MB with what is stored out of line: small enough that several workers end together.
+        greatest(t.blocks * greatest(least(t.bytes / 32, 33554432), 8388608) / greatest(t.bytes, 1), 1) as chunk
       from counted c
-      join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
+      join (
+        select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks, pg_table_size(g.relation) as bytes
+        from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
-      group by t.target, t.relation, c.adopting, t.blocks, t.indexed
+      group by t.target, t.relation, c.adopting, t.blocks, t.bytes, t.indexed
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
         case when s.few then s.blocks else least(f.first + s.chunk, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
-        case when s.few then s.blocks else 256 end
+        case when s.few then s.blocks else 512 end
       from sizes s
       cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, s.chunk) as f(first)
     )
@@ -433,7 +435,7 @@ begin
     end if;
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, 16777216) b;
+      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, 2097152) b;
     if v_batch.rows is not null then
       if v_chunk.kind = 'adopt' then
         v_contexts := array(

@@ -263,7 +263,7 @@ declare
   v_adoption rekey._adoption;
 begin
   select b.* into v_batch from rekey._call_read(
-    target.function_name, relation, first, format('(%s,0)', until_block)::tid, null, null, max_rows, 16777216) b;
+    target.function_name, relation, first, format('(%s,0)', until_block)::tid, null, null, max_rows, 2097152) b;
   v_adoption.relation := relation;
   v_adoption.next := v_batch.next;
   if v_batch.rows is not null then

@@ -4542,18 +4542,20 @@ begin
       select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
     ), sizes as (
       select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few,
-        -- Small enough that several workers end together.
-        greatest(1024, least(t.blocks / 32, 4096)) as chunk
+        -- 8 to 32 MB with what is stored out of line: small enough that several workers end together.
+        greatest(t.blocks * greatest(least(t.bytes / 32, 33554432), 8388608) / greatest(t.bytes, 1), 1) as chunk
       from counted c
-      join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
+      join (
+        select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks, pg_table_size(g.relation) as bytes
+        from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
-      group by t.target, t.relation, c.adopting, t.blocks, t.indexed
+      group by t.target, t.relation, c.adopting, t.blocks, t.bytes, t.indexed
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
         case when s.few then s.blocks else least(f.first + s.chunk, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
-        case when s.few then s.blocks else 256 end
+        case when s.few then s.blocks else 512 end
       from sizes s
       cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, s.chunk) as f(first)
     )
@@ -4808,7 +4810,7 @@ begin
     end if;
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, 16777216) b;
+      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, 2097152) b;
     if v_batch.rows is not null then
       if v_chunk.kind = 'adopt' then
         v_contexts := array(
@@ -5114,16 +5116,16 @@ begin
       v_rows := v_rows + rows;
       return next;
     end loop;
-    -- Measured after the first scan, whose lock keeps the table from being rewritten.
+    -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
     v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
     for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
       -- 2 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < 5000 then 4294967294 else 256 end;
+      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 256 end;
       v_first := v_range.first;
       v_from := format('(%s,0)', v_first)::tid;
       while v_first < least(v_range.until, v_blocks) loop
         select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
-          format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 16777216) s;
+          format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
         if v_found.ciphertexts is not null then
           return query
             select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), 0::bigint,
@@ -5208,17 +5210,19 @@ begin
     insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
     select v_id, t.target, t.relation, (pg_control_system()).system_identifier, pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
     from rekey._targets() t
-    where t.problem is null and pg_relation_size(t.relation) / current_setting('block_size')::integer > 256
-      -- A few rows of an indexed table: the index finds them, and the last step opens them.
+    where t.problem is null and pg_table_size(t.relation) > 2097152
+      -- A few rows of an indexed table: the index finds them, and the last step opens them. (They are counted where few are due.)
       and not (t.indexed and v_due < 5000 and (
-        select coalesce(sum(c.rows), 0) from rekey._call_count(t.function_name, t.relation, keyrings) c) < 5000)
+        select coalesce(sum(c.rows), 0) from rekey._call_count(t.function_name, t.relation, keyrings) c
+        ) < least(pg_relation_size(t.relation) / current_setting('block_size')::integer, 5000))
     returning target, relation
   )
   insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
-  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + 1024, s.blocks), 256
+  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), 256
   from large l
-  cross join lateral (select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks) s
-  cross join lateral generate_series(0, s.blocks - 1, 1024) as f(first);
+  cross join lateral (select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks) b
+  cross join lateral (select b.blocks, greatest(b.blocks * 8388608 / pg_table_size(l.relation), 1) as chunk) s
+  cross join lateral generate_series(0, s.blocks - 1, s.chunk) as f(first);
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   update rekey.rotations r set verification_id = v_id where r.id = any (rotations) and r.state = 'verifying';
   return v_id;
@@ -5281,7 +5285,7 @@ begin
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
-        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, 16777216) s;
+        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, 2097152) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
       if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
@@ -5934,7 +5938,7 @@ declare
   v_adoption rekey._adoption;
 begin
   select b.* into v_batch from rekey._call_read(
-    target.function_name, relation, first, format('(%s,0)', until_block)::tid, null, null, max_rows, 16777216) b;
+    target.function_name, relation, first, format('(%s,0)', until_block)::tid, null, null, max_rows, 2097152) b;
   v_adoption.relation := relation;
   v_adoption.next := v_batch.next;
   if v_batch.rows is not null then
