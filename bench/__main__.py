@@ -43,7 +43,7 @@ class Amounts:
 FULL = Amounts(
     heats=(Heat(256, 100_000, 5), Heat(32, 100_000, 3), Heat(1024, 50_000, 3), Heat(16_384, 5_000, 3)),
     share=0.05,
-    load=Load(rows=100_000, seconds=6, rounds=3, rate=10_000),
+    load=Load(rows=100_000, paced_rows=10_000, seconds=6, rounds=3, rate=2000),
     loops=1000,
     rounds=5,
     extent=Extent(rows=1_000_000, keyrings=10_000, column_rows=100_000),
@@ -51,7 +51,7 @@ FULL = Amounts(
 SMOKE = Amounts(
     heats=(Heat(256, 200, 2), *(Heat(size, 200, 1) for size in (32, 1024, 16_384))),
     share=0.05,
-    load=Load(rows=500, seconds=0.5, rounds=1, rate=1000),
+    load=Load(rows=500, paced_rows=200, seconds=0.5, rounds=1, rate=1000),
     loops=20,
     rounds=1,
     extent=Extent(rows=2000, keyrings=20, column_rows=200),

@@ -21,14 +21,15 @@ from pg_rekey import worker
 
 SIZE = 256
 KINDS = {"read": (2, 100.0), "write": (2, 25.0)}  # processes, and calls a second of each
-PHASES = ("idle", "rotation", "after", "throttled")
+PACED = "paced"  # the keyring that is rotated with max_rows_per_second
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much of everything; the rate is the throttle's, in rows a second."""
+    """How much of everything; the rate is the throttle's, in rows a second, of a keyring of its own."""
 
     rows: int
+    paced_rows: int
     seconds: float
     rounds: int
     rate: int
@@ -47,11 +48,14 @@ class Record:
 def impact(estate: Estate, load: Load) -> dict[str, Any]:
     """Return the latencies of each round by phase, in seconds, and what became of WAL and table."""
     with estate.database("impact") as connection, Workers(1) as workers:
+        connection.execute("select rekey.create_keyring(%s)", [PACED])
         fill_secrets(connection, load.rows, SIZE)
+        last = load.rows + load.paced_rows
+        fill_secrets(connection, last, SIZE, first=load.rows + 1, keyrings=[PACED])
         settle(connection, "rekey.secrets")
         before = table_bytes(connection, "rekey.secrets")
         rounds: list[dict[str, Any]] = []
-        with Clients(load.rows) as clients:
+        with Clients(last) as clients:
             for _ in range(load.rounds):
                 spans: dict[str, tuple[float, float]] = {}
                 settle(connection, "rekey.secrets")
@@ -63,18 +67,21 @@ def impact(estate: Estate, load: Load) -> dict[str, Any]:
                     until = time.monotonic() + load.seconds
                     while time.monotonic() < until:
                         rotated += workers.rotate(connection, "default").rows
-                last = wal_place(connection)
+                end = wal_place(connection)
                 with _span(spans, "after"):
                     time.sleep(load.seconds)
                 connection.execute("select rekey.set_setting('max_rows_per_second', %s)", [str(load.rate)])
                 with _span(spans, "throttled"):
-                    throttled = workers.rotate(connection, "default")
+                    throttled = workers.rotate(connection, PACED)
                 connection.execute("select rekey.set_setting('max_rows_per_second', null)")
+                settle(connection, "rekey.secrets")
+                with _span(spans, "bare"):
+                    connection.execute("call bench.update_at_pace(%s, %s)", [load.rate, load.seconds])
                 rounds.append(
                     {
                         "spans": spans,
                         "rotated_rows": rotated,
-                        "wal_bytes": wal_bytes(connection, first, last),
+                        "wal_bytes": wal_bytes(connection, first, end),
                         "throttled_rows_per_second": throttled.rows / throttled.sweep,
                     }
                 )

@@ -20,6 +20,7 @@ PHASES = {
     "rotation": "during rotations, one worker, default settings",
     "after": "after them",
     "throttled": "during one with `max_rows_per_second`",
+    "bare": "during bare UPDATEs at that pace",
 }
 
 

@@ -67,6 +67,33 @@ begin atomic
 end;
 comment on function bench.update_floor is 'Writes the rows of some blocks anew, as they are.';
 
+create procedure bench.update_at_pace(rate integer, seconds double precision)
+language plpgsql
+as $$
+declare
+  v_last bigint := pg_relation_size('rekey.secrets') / current_setting('block_size')::integer;
+  v_first bigint := 0;
+  v_rows bigint;
+  v_begin timestamptz;
+  v_until timestamptz := clock_timestamp() + seconds * interval '1 s';
+begin
+  while clock_timestamp() < v_until loop
+    v_begin := clock_timestamp();
+    with batch as materialized (
+      select s.ctid, s.ciphertext from rekey.secrets s
+      where s.ctid >= format('(%s,0)', v_first)::tid and s.ctid < format('(%s,0)', v_last)::tid
+      order by s.ctid limit greatest(rate / 20, 1) for no key update skip locked
+    ), written as (
+      update rekey.secrets s set ciphertext = b.ciphertext || ''::bytea from batch b where s.ctid = b.ctid returning b.ctid
+    )
+    select count(*), coalesce(max(rekey._block(w.ctid)) + 1, 0) into v_rows, v_first from written w;
+    commit;
+    perform pg_sleep(greatest(v_rows::double precision / rate - extract(epoch from clock_timestamp() - v_begin), 0));
+  end loop;
+end
+$$;
+comment on procedure bench.update_at_pace is 'Writes secrets anew, as they are, as many a second, in batches of a twentieth of that.';
+
 -- The application with a Fernet key, filled from Python.
 
 create table bench.application (id integer primary key, token text not null) with (fillfactor = 50);

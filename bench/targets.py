@@ -94,8 +94,12 @@ def _impact(impact: dict[str, Any]) -> list[Target]:
     rates = [one["throttled_rows_per_second"] / impact["throttle"] for one in impact["rounds"]]
     return [
         *(
-            Target(f"{kind}s {when} a rotation: p99 to idle", compared(phase, kind), at_most=1.5)
-            for phase, when in (("rotation", "during"), ("after", "after"))
+            Target(f"{kind}s {when}: p99 to idle", compared(phase, kind), at_most=1.5)
+            for phase, when in (
+                ("rotation", "during a rotation"),
+                ("throttled", "during one with `max_rows_per_second`"),
+                ("after", "after a rotation"),
+            )
             for kind in ("read", "write")
         ),
         Target("errors of readers and writers", [impact["errors"]], at_most=0),

@@ -4545,7 +4545,7 @@ begin
     with counted as (
       select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
     ), sizes as (
-      select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks, 20000) as few,
+      select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks / 10, 5000) as few,
         -- 8 to 32 MB with what is stored out of line: small enough that several workers end together.
         greatest(t.blocks * greatest(least(t.bytes / 32, 33554432), 8388608) / greatest(t.bytes, 1), 1) as chunk
       from counted c
@@ -9447,7 +9447,7 @@ begin
     -- Something is under way, and nothing to be done now: another worker has it in hand, or its time has not come.
     event := 'waiting';
     select min(r.next_attempt_at) into v_next from rekey.rotations r where r.state in ('queued', 'running', 'verifying');
-    wait := greatest(interval '50 milliseconds', least(coalesce(v_next - clock_timestamp(), interval '50 milliseconds'), interval '1 second'));
+    wait := greatest(interval '20 milliseconds', least(coalesce(v_next - clock_timestamp(), interval '20 milliseconds'), interval '1 second'));
   end if;
   keyring_count := coalesce(keyring_count, 0);
   rows := coalesce(rows, 0);

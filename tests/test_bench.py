@@ -39,7 +39,7 @@ def test_smoke(installation: local.Installation, tmp_path: Path) -> None:
         assert [one["name"] for one in heat["competitors"]] == COMPETITORS
         assert {len(one["seconds"]) for one in heat["competitors"]} == {2 if heat["size"] == 256 else 1}
     for one in results["impact"]["rounds"]:
-        assert list(one["calls"]) == ["idle", "rotation", "after", "throttled"]
+        assert list(one["calls"]) == ["idle", "rotation", "after", "throttled", "bare"]
         assert all(one["calls"][phase][kind] for phase in one["calls"] for kind in ("read", "write"))
     assert {one["name"] for one in results["calls"]["calls"]} == CALLS
     assert len(results["scale"]["steps"]) == 3
@@ -47,7 +47,7 @@ def test_smoke(installation: local.Installation, tmp_path: Path) -> None:
     parts = {name: results[name] for name in ("about", "race", "calls", "scale")}
     parts["impact"] = results["impact"]["rounds"]
     assert {place: number for place, number in numbers(parts) if number <= 0} == {}
-    assert len(results["targets"]) == 26
+    assert len(results["targets"]) == 28
     assert all(target["samples"] for target in results["targets"])
 
     made = report.sections(results)
