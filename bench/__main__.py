@@ -41,7 +41,7 @@ class Amounts:
 
 
 FULL = Amounts(
-    heats=(Heat(256, 100_000, 5), Heat(32, 100_000, 3), Heat(1024, 50_000, 3), Heat(16_384, 5_000, 3)),
+    heats=(Heat(256, 100_000, 5), Heat(32, 100_000, 2), Heat(1024, 50_000, 2), Heat(16_384, 5_000, 2)),
     share=0.05,
     load=Load(rows=100_000, paced_rows=10_000, seconds=6, rounds=3, rate=2000),
     loops=1000,

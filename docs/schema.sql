@@ -685,7 +685,7 @@ CREATE TABLE rekey._chunks (
     first tid NOT NULL,
     swept_from tid,
     until_block bigint NOT NULL,
-    batch_rows integer DEFAULT 2000 NOT NULL,
+    batch_rows integer DEFAULT 1000 NOT NULL,
     batch_blocks integer NOT NULL,
     CONSTRAINT _chunks_kind_check CHECK ((kind = ANY (ARRAY['sweep'::text, 'adopt'::text, 'verify'::text, 'doubtful'::text])))
 );
@@ -701,10 +701,10 @@ COMMENT ON TABLE rekey._chunks IS 'Block ranges that the rotations of a pass or 
 
 
 --
--- Name: _advance(rekey._chunks, tid, bigint, double precision); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _advance(rekey._chunks, tid, bigint, double precision, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) RETURNS void
+CREATE FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer DEFAULT 4000) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -719,7 +719,7 @@ begin
   end if;
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
-      batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
+      batch_rows = greatest(50, least(max_rows, (c.batch_rows * v_factor)::integer)),
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
                           when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
@@ -729,13 +729,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) IS 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end.';
+COMMENT ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer) IS 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took; max_rows: the most that a batch may have.';
 
 
 --
@@ -1162,6 +1162,24 @@ COMMENT ON FUNCTION rekey._barrier(keyring_id integer, versions integer[]) IS 'W
 
 
 --
+-- Name: _batch_size(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._batch_size(keyrings integer) RETURNS double precision
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN ((1)::numeric + ((LEAST((keyrings - 1), 1000))::numeric / 1000.0));
+
+
+ALTER FUNCTION rekey._batch_size(keyrings integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _batch_size(keyrings integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._batch_size(keyrings integer) IS 'By how much a batch is larger than one of a single keyring: each key is unwrapped once a batch.';
+
+
+--
 -- Name: _begin_verification(bigint[], integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -1177,7 +1195,7 @@ begin
   perform rekey._lock_targets();
   with large as (
     insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
-    select v_id, t.target, t.relation, (pg_control_system()).system_identifier, pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
+    select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
     from rekey._targets() t
     where t.problem is null and pg_table_size(t.relation) > 2097152
       -- A few rows of an indexed table: the index finds them, and the last step opens them. (They are counted where few are due.)
@@ -1187,7 +1205,7 @@ begin
     returning target, relation
   )
   insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
-  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), 256
+  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), (512 * rekey._batch_size(cardinality(rotations)))::integer
   from large l
   cross join lateral (select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks) b
   cross join lateral (select b.blocks, greatest(b.blocks * 8388608 / pg_table_size(l.relation), 1) as chunk) s
@@ -1717,6 +1735,32 @@ COMMENT ON FUNCTION rekey._check_tenant(tenant_id uuid) IS 'Raises 42501 where r
 
 
 --
+-- Name: _system_identifier(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._system_identifier() RETURNS bigint
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if has_function_privilege('pg_catalog.pg_control_system()', 'execute') then
+    return (select s.system_identifier from pg_control_system() s);
+  end if;
+  return null;
+end
+$$;
+
+
+ALTER FUNCTION rekey._system_identifier() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _system_identifier(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._system_identifier() IS 'What initdb made to tell this cluster from others; NULL where a host of databases has revoked it.';
+
+
+--
 -- Name: _target_state(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -1749,7 +1793,7 @@ CREATE TABLE rekey._verified (
     verification_id bigint NOT NULL,
     target text NOT NULL,
     relation regclass NOT NULL,
-    system_identifier bigint NOT NULL,
+    system_identifier bigint,
     filenode oid NOT NULL,
     functions text NOT NULL,
     since xid8 NOT NULL
@@ -1775,8 +1819,7 @@ CREATE FUNCTION rekey._checked_since(verification_id bigint, target text, relati
     BEGIN ATOMIC
  SELECT (v.since)::xid AS since
     FROM rekey._verified v
-   WHERE ((v.verification_id = _checked_since.verification_id) AND (v.target = _checked_since.target) AND ((v.relation)::oid = (_checked_since.relation)::oid) AND (v.filenode = pg_relation_filenode(v.relation)) AND (v.functions = rekey._target_state()) AND (v.system_identifier = ( SELECT s.system_identifier
-            FROM pg_control_system() s(pg_control_version, catalog_version_no, system_identifier, pg_control_last_modified))) AND ((((pg_snapshot_xmax(pg_current_snapshot()))::text)::bigint - ((v.since)::text)::bigint) < 2000000000));
+   WHERE ((v.verification_id = _checked_since.verification_id) AND (v.target = _checked_since.target) AND ((v.relation)::oid = (_checked_since.relation)::oid) AND (v.filenode = pg_relation_filenode(v.relation)) AND (v.functions = rekey._target_state()) AND (NOT (v.system_identifier IS DISTINCT FROM rekey._system_identifier())) AND ((((pg_snapshot_xmax(pg_current_snapshot()))::text)::bigint - ((v.since)::text)::bigint) < 2000000000));
 END;
 
 
@@ -1834,8 +1877,12 @@ begin
     where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
       and not exists (select from rekey.rotations r where r.verification_id = d.pass_id and r.state in ('running', 'verifying'))
     for update skip locked);
-  delete from rekey._verified v
-  where not exists (select from rekey.rotations r where r.verification_id = v.verification_id and r.state in ('running', 'verifying'));
+  -- The coordinator and who ends a verification may both come here, each with locks that the other waits for.
+  delete from rekey._verified d
+  where d.ctid in (
+    select v.ctid from rekey._verified v
+    where not exists (select from rekey.rotations r where r.verification_id = v.verification_id and r.state in ('running', 'verifying'))
+    for update skip locked);
 end
 $$;
 
@@ -2560,13 +2607,16 @@ COMMENT ON FUNCTION rekey._dek(keyring_id integer, version integer, OUT key byte
 --
 
 CREATE FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping boolean DEFAULT false) RETURNS TABLE(keyring_id integer, version integer, key bytea, problem text)
-    LANGUAGE plpgsql STABLE ROWS 10
+    LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '64MB'
     AS $$
 begin
   -- Keys are columns here, and nowhere parameters of a statement.
   return query
+    with w as materialized (
+      select rekey._wrapping_key(x.kek) as wrapping_key from rekey._kek() x
+    )
     select o.keyring_id, o.version, o.key,
       case when o.key is null then coalesce(o.problem, format('the wrapped key of version %s is damaged', o.version)) end
     from (
@@ -2575,7 +2625,7 @@ begin
       from (
         select k.keyring_id, k.version, k.wrapped_key, w.wrapping_key, rekey._wrap_aad(k.kek_id, k.keyring_id, k.version) as aad,
           rekey._key_problem(k.version, k.state, k.kek_id, e.state, sweeping) as problem
-        from (select rekey._wrapping_key(x.kek) as wrapping_key from rekey._kek() x offset 0) w
+        from w
         cross join (select distinct u.keyring_id, u.version from unnest(keyrings, versions) as u(keyring_id, version)) g
         join rekey.encryption_keys k on k.keyring_id = g.keyring_id and k.version = g.version
         join rekey.keks e on e.id = k.kek_id
@@ -4359,8 +4409,8 @@ begin
     -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
     v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
     for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
-      -- 2 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 256 end;
+      -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
       v_first := v_range.first;
       v_from := format('(%s,0)', v_first)::tid;
       while v_first < least(v_range.until, v_blocks) loop
@@ -4527,6 +4577,7 @@ declare
   v_context text;
   v_ids bigint[];
   v_pass bigint;
+  v_size double precision;
   v_urgent boolean;
   v_rows jsonb;
 begin
@@ -4541,6 +4592,7 @@ begin
   begin
     perform rekey._note_names();
     v_pass := nextval('rekey._pass_id');
+    v_size := rekey._batch_size(cardinality(v_ids));
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
     with counted as (
       select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
@@ -4555,11 +4607,11 @@ begin
         on t.relation = c.relation and t.target = c.target
       group by t.target, t.relation, c.adopting, t.blocks, t.bytes, t.indexed
     ), chunked as (
-      insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
+      insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
         case when s.few then s.blocks else least(f.first + s.chunk, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
-        case when s.few then s.blocks else 512 end
+        case when s.few then s.blocks else (512 * v_size)::integer end, (2000 * v_size)::integer
       from sizes s
       cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, s.chunk) as f(first)
     )
@@ -5275,7 +5327,8 @@ CREATE TABLE rekey.rotations (
     finished_at timestamp with time zone,
     CONSTRAINT rotations_state_check CHECK ((state = ANY (ARRAY['queued'::text, 'running'::text, 'paused'::text, 'verifying'::text, 'completed'::text, 'completed_with_failures'::text, 'failed'::text, 'rolled_back'::text, 'superseded'::text]))),
     CONSTRAINT rotations_trigger_check CHECK ((trigger = ANY (ARRAY['manual'::text, 'schedule'::text, 'compromise'::text, 'rollback'::text, 'adoption'::text])))
-);
+)
+WITH (fillfactor='50');
 
 
 ALTER TABLE rekey.rotations OWNER TO rekey_owner;
@@ -6491,6 +6544,7 @@ declare
   v_versions integer[];
   v_target rekey._target;
   v_state text;
+  v_size double precision;
   v_first_block bigint;
   v_until_block bigint;
   v_max_rows integer;
@@ -6535,6 +6589,7 @@ begin
   if v_ids is null then
     return;  -- paused or superseded since
   end if;
+  v_size := rekey._batch_size(cardinality(v_ids));
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 
@@ -6558,7 +6613,7 @@ begin
     end if;
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, 2097152) b;
+      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint) b;
     if v_batch.rows is not null then
       if v_chunk.kind = 'adopt' then
         v_contexts := array(
@@ -6591,7 +6646,7 @@ begin
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
     end if;
     perform rekey._note_pace(v_begin, rows);
-    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -6895,7 +6950,7 @@ COMMENT ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, O
 
 CREATE FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN ((octet_length(wrapped_key) = 139) AND (substr(wrapped_key, 1, 11) = substr(aad, 1, 11))) THEN rekey._aead_decrypt(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) ELSE NULL::bytea END;
+    RETURN CASE WHEN ((octet_length(wrapped_key) = 139) AND (substr(wrapped_key, 1, 11) = substr(aad, 1, 11)) AND rekey._is_authentic(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad)) THEN rekey._decipher(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28)) ELSE NULL::bytea END;
 
 
 ALTER FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) OWNER TO rekey_owner;
@@ -7083,6 +7138,7 @@ declare
   v_context text;
   v_begin timestamptz := clock_timestamp();
   v_settings rekey.settings := rekey._settings();
+  v_size double precision;
   v_max_rows integer;
   v_chunk rekey._chunks;
   v_ids bigint[];
@@ -7099,8 +7155,9 @@ begin
   if not found then
     return;
   end if;
+  select rekey._batch_size(count(*)::integer) into v_size from rekey.rotations r where r.verification_id = v_chunk.pass_id;
   -- To check four rows costs about what it costs to re-encrypt one.
-  select 4 * w.rows, w.wait into v_max_rows, wait from rekey._throttle(1000) w;
+  select 4 * w.rows, w.wait into v_max_rows, wait from rekey._throttle((1000 * v_size)::integer) w;
   if v_max_rows is null then
     event := 'waiting';
     keyring_count := 0;
@@ -7129,7 +7186,7 @@ begin
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
-        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, 2097152) s;
+        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, (2097152 * v_size)::bigint) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
       if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
@@ -7146,6 +7203,10 @@ begin
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
+    if exists (select from rekey.rotations r where r.id = any (v_ids) and r.attempts > 0) then
+      perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+      update rekey.rotations r set attempts = 0 where r.id = any (v_ids);
+    end if;
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -9410,11 +9471,12 @@ begin
   perform from rekey._kek();
 
   -- What was just asked for, or only waits, comes before the batches: a compromised key does not wait for a long sweep.
-  if exists (
-       select from rekey.rotations r
-       where rekey._is_due(r.next_attempt_at) and (
-         r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null
-         or r.state = 'running' and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)))
+  if (exists (
+        select from rekey.rotations r
+        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
+      or exists (
+        select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
+        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id)))
      and pg_try_advisory_xact_lock(0, 1) then
     select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
     if event = 'blocked' then
@@ -10160,6 +10222,7 @@ COMMENT ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, unt
 CREATE FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET plan_cache_mode TO 'force_custom_plan'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then
@@ -11507,10 +11570,10 @@ GRANT ALL ON FUNCTION rekey._adoption_store(rotation_id bigint, relation regclas
 
 
 --
--- Name: FUNCTION _advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer) FROM PUBLIC;
 
 
 --
@@ -11602,6 +11665,13 @@ REVOKE ALL ON FUNCTION rekey._audit_hash(entry rekey.audit_log) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._barrier(keyring_id integer, versions integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _batch_size(keyrings integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._batch_size(keyrings integer) FROM PUBLIC;
 
 
 --
@@ -11713,6 +11783,13 @@ REVOKE ALL ON FUNCTION rekey._check_key_change() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._check_tenant(tenant_id uuid) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _system_identifier(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._system_identifier() FROM PUBLIC;
 
 
 --

@@ -316,6 +316,9 @@ def test_an_error_in_a_chunk(
         assert step(worker)[0] == "error"
     assert rotation(ready, number, "state", "attempts") == ("verifying", 1)
     assert chunks(ready) == left
+    ready.execute("update rekey.rotations set next_attempt_at = null where id = %s", (number,))
+    assert step(ready)[0] == "checked"
+    assert rotation(ready, number, "attempts") == 0
     run(ready)
     assert rotation(ready, number, "state") == "completed"
     check(ready, model)
@@ -409,12 +412,20 @@ def test_another_server(ready: Connection, model: dict[str, str]) -> None:
         "select count(rekey._checked_since(verification_id, target, relation)) from rekey._verified"
     )
     assert value(ready, since) == 1
-    for change in ("system_identifier = 1", "filenode = 1", "since = '1000000'::xid8"):
+    for change in ("system_identifier = 1", "filenode = 1", "functions = ''"):
         with ready.transaction(force_rollback=True):
             ready.execute(f"update rekey._verified set {change}".encode())
-            assert value(ready, since) == (1 if change.startswith("since") else 0)
+            assert value(ready, since) == 0
     assert end(ready, number) == ("completed", 0)
     assert read(ready) == model
+
+
+def test_a_host_that_hides_which_cluster_it_is(ready: Connection, model: dict[str, str]) -> None:
+    ready.execute("revoke execute on function pg_control_system() from public")
+    number = verifying(ready)
+    assert check_chunks(ready) == ROWS
+    assert chunks(ready) == {}
+    assert end(ready, number) == ("completed", 0)
 
 
 def test_what_the_caller_sees(ready: Connection, model: dict[str, str]) -> None:

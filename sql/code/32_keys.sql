@@ -14,8 +14,10 @@ comment on function rekey._wrap is 'A DEK sealed under the wrapping key of a KEK
 -- 139 bytes: header, IV, 64 bytes with padding, tag.
 create or replace function rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) returns bytea
 language sql immutable parallel safe
-return case when octet_length(wrapped_key) = 139 and substr(wrapped_key, 1, 11) = substr(aad, 1, 11) then
-  rekey._aead_decrypt(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) end;
+return case
+  when octet_length(wrapped_key) = 139 and substr(wrapped_key, 1, 11) = substr(aad, 1, 11)
+       and rekey._is_authentic(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) then
+    rekey._decipher(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28)) end;
 comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it does not open. aad: rekey._wrap_aad().';
 
 create or replace function rekey._key_problem(version integer, state text, kek_id integer, kek_state text, sweeping boolean) returns text
@@ -56,13 +58,16 @@ comment on function rekey._dek is
 
 create or replace function rekey._deks(keyrings integer[], versions integer[], sweeping boolean = false)
 returns table (keyring_id integer, version integer, key bytea, problem text)
-language plpgsql stable rows 10
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- keys that do not fit go to a temporary file
 as $$
 begin
   -- Keys are columns here, and nowhere parameters of a statement.
   return query
+    with w as materialized (
+      select rekey._wrapping_key(x.kek) as wrapping_key from rekey._kek() x
+    )
     select o.keyring_id, o.version, o.key,
       case when o.key is null then coalesce(o.problem, format('the wrapped key of version %s is damaged', o.version)) end
     from (
@@ -71,7 +76,7 @@ begin
       from (
         select k.keyring_id, k.version, k.wrapped_key, w.wrapping_key, rekey._wrap_aad(k.kek_id, k.keyring_id, k.version) as aad,
           rekey._key_problem(k.version, k.state, k.kek_id, e.state, sweeping) as problem
-        from (select rekey._wrapping_key(x.kek) as wrapping_key from rekey._kek() x offset 0) w
+        from w
         cross join (select distinct u.keyring_id, u.version from unnest(keyrings, versions) as u(keyring_id, version)) g
         join rekey.encryption_keys k on k.keyring_id = g.keyring_id and k.version = g.version
         join rekey.keks e on e.id = k.kek_id

@@ -30,6 +30,7 @@ create or replace function rekey_targets.secrets_scan(
 )
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan  -- which knows how many keyrings there are, and looks them up in a hash table
 as $$
 begin
   if relation <> 'rekey.secrets'::regclass then

@@ -148,6 +148,7 @@ declare
   v_context text;
   v_ids bigint[];
   v_pass bigint;
+  v_size double precision;
   v_urgent boolean;
   v_rows jsonb;
 begin
@@ -162,6 +163,7 @@ begin
   begin
     perform rekey._note_names();
     v_pass := nextval('rekey._pass_id');
+    v_size := rekey._batch_size(cardinality(v_ids));
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
     with counted as (
       select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
@@ -176,11 +178,11 @@ begin
         on t.relation = c.relation and t.target = c.target
       group by t.target, t.relation, c.adopting, t.blocks, t.bytes, t.indexed
     ), chunked as (
-      insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
+      insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
         case when s.few then s.blocks else least(f.first + s.chunk, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
-        case when s.few then s.blocks else 512 end
+        case when s.few then s.blocks else (512 * v_size)::integer end, (2000 * v_size)::integer
       from sizes s
       cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, s.chunk) as f(first)
     )
@@ -263,7 +265,13 @@ $$;
 comment on function rekey._write_rows is
   'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
 
-create or replace function rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) returns void
+create or replace function rekey._batch_size(keyrings integer) returns double precision
+language sql immutable parallel safe
+return 1 + least(keyrings - 1, 1000) / 1000.0;
+comment on function rekey._batch_size is
+  'By how much a batch is larger than one of a single keyring: each key is unwrapped once a batch.';
+
+create or replace function rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer = 4000) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -278,7 +286,7 @@ begin
   end if;
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
-      batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
+      batch_rows = greatest(50, least(max_rows, (c.batch_rows * v_factor)::integer)),
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
                           when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
@@ -286,7 +294,7 @@ begin
   where c.id = chunk.id;
 end
 $$;
-comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end.';
+comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took; max_rows: the most that a batch may have.';
 
 create or replace function rekey._note_batch(
   rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass,
@@ -368,6 +376,7 @@ declare
   v_versions integer[];
   v_target rekey._target;
   v_state text;
+  v_size double precision;
   v_first_block bigint;
   v_until_block bigint;
   v_max_rows integer;
@@ -412,6 +421,7 @@ begin
   if v_ids is null then
     return;  -- paused or superseded since
   end if;
+  v_size := rekey._batch_size(cardinality(v_ids));
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 
@@ -435,7 +445,7 @@ begin
     end if;
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, 2097152) b;
+      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint) b;
     if v_batch.rows is not null then
       if v_chunk.kind = 'adopt' then
         v_contexts := array(
@@ -468,7 +478,7 @@ begin
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
     end if;
     perform rekey._note_pace(v_begin, rows);
-    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -500,8 +510,12 @@ begin
     where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
       and not exists (select from rekey.rotations r where r.verification_id = d.pass_id and r.state in ('running', 'verifying'))
     for update skip locked);
-  delete from rekey._verified v
-  where not exists (select from rekey.rotations r where r.verification_id = v.verification_id and r.state in ('running', 'verifying'));
+  -- The coordinator and who ends a verification may both come here, each with locks that the other waits for.
+  delete from rekey._verified d
+  where d.ctid in (
+    select v.ctid from rekey._verified v
+    where not exists (select from rekey.rotations r where r.verification_id = v.verification_id and r.state in ('running', 'verifying'))
+    for update skip locked);
 end
 $$;
 comment on function rekey._clear_chunks is
@@ -580,11 +594,12 @@ begin
   perform from rekey._kek();
 
   -- What was just asked for, or only waits, comes before the batches: a compromised key does not wait for a long sweep.
-  if exists (
-       select from rekey.rotations r
-       where rekey._is_due(r.next_attempt_at) and (
-         r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null
-         or r.state = 'running' and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)))
+  if (exists (
+        select from rekey.rotations r
+        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
+      or exists (
+        select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
+        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id)))
      and pg_try_advisory_xact_lock(0, 1) then
     select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
     if event = 'blocked' then

@@ -8,6 +8,19 @@
 -- that was checked before, and the last step opens every row; as it does in a chunk in which one did not open, in what is
 -- small, and in rekey.verify_ciphertexts().
 
+create or replace function rekey._system_identifier() returns bigint
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if has_function_privilege('pg_catalog.pg_control_system()', 'execute') then
+    return (select s.system_identifier from pg_control_system() s);
+  end if;
+  return null;
+end
+$$;
+comment on function rekey._system_identifier is 'What initdb made to tell this cluster from others; NULL where a host of databases has revoked it.';
+
 create or replace function rekey._checked_since(verification_id bigint, target text, relation regclass) returns xid
 language sql volatile
 set search_path = pg_catalog, pg_temp
@@ -15,7 +28,7 @@ begin atomic
   select v.since::xid from rekey._verified v
   where v.verification_id = _checked_since.verification_id and v.target = _checked_since.target and v.relation = _checked_since.relation
     and v.filenode = pg_relation_filenode(v.relation) and v.functions = rekey._target_state()
-    and v.system_identifier = (select s.system_identifier from pg_control_system() s)
+    and v.system_identifier is not distinct from rekey._system_identifier()
     -- As far as the ages of transactions can be compared.
     and pg_snapshot_xmax(pg_current_snapshot())::text::bigint - v.since::text::bigint < 2000000000;
 end;
@@ -74,8 +87,8 @@ begin
     -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
     v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
     for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
-      -- 2 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 256 end;
+      -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
       v_first := v_range.first;
       v_from := format('(%s,0)', v_first)::tid;
       while v_first < least(v_range.until, v_blocks) loop
@@ -163,7 +176,7 @@ begin
   perform rekey._lock_targets();
   with large as (
     insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
-    select v_id, t.target, t.relation, (pg_control_system()).system_identifier, pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
+    select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
     from rekey._targets() t
     where t.problem is null and pg_table_size(t.relation) > 2097152
       -- A few rows of an indexed table: the index finds them, and the last step opens them. (They are counted where few are due.)
@@ -173,7 +186,7 @@ begin
     returning target, relation
   )
   insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
-  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), 256
+  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), (512 * rekey._batch_size(cardinality(rotations)))::integer
   from large l
   cross join lateral (select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks) b
   cross join lateral (select b.blocks, greatest(b.blocks * 8388608 / pg_table_size(l.relation), 1) as chunk) s
@@ -194,6 +207,7 @@ declare
   v_context text;
   v_begin timestamptz := clock_timestamp();
   v_settings rekey.settings := rekey._settings();
+  v_size double precision;
   v_max_rows integer;
   v_chunk rekey._chunks;
   v_ids bigint[];
@@ -210,8 +224,9 @@ begin
   if not found then
     return;
   end if;
+  select rekey._batch_size(count(*)::integer) into v_size from rekey.rotations r where r.verification_id = v_chunk.pass_id;
   -- To check four rows costs about what it costs to re-encrypt one.
-  select 4 * w.rows, w.wait into v_max_rows, wait from rekey._throttle(1000) w;
+  select 4 * w.rows, w.wait into v_max_rows, wait from rekey._throttle((1000 * v_size)::integer) w;
   if v_max_rows is null then
     event := 'waiting';
     keyring_count := 0;
@@ -240,7 +255,7 @@ begin
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
-        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, 2097152) s;
+        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, (2097152 * v_size)::bigint) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
       if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
@@ -257,6 +272,10 @@ begin
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
+    if exists (select from rekey.rotations r where r.id = any (v_ids) and r.attempts > 0) then
+      perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+      update rekey.rotations r set attempts = 0 where r.id = any (v_ids);
+    end if;
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception

@@ -29,7 +29,7 @@ create table rekey.rotations (
   started_at timestamptz,
   finished_at timestamptz,
   constraint rotations_to_version_fkey foreign key (keyring_id, to_version) references rekey.encryption_keys (keyring_id, version)
-);
+) with (fillfactor = 50);  -- room for the progress, which each batch notes
 create unique index rotations_under_way_key on rekey.rotations (keyring_id)
   where state in ('queued', 'running', 'paused', 'verifying', 'failed');
 create index rotations_keyring_id on rekey.rotations (keyring_id, id);
@@ -77,7 +77,7 @@ create table rekey._chunks (
   first tid not null,
   swept_from tid,
   until_block bigint not null,
-  batch_rows integer not null default 2000,
+  batch_rows integer not null default 1000,
   batch_blocks integer not null
 );
 create index _chunks_pass_id on rekey._chunks (pass_id);
@@ -88,7 +88,7 @@ create table rekey._verified (
   verification_id bigint not null,
   target text not null,
   relation regclass not null,
-  system_identifier bigint not null,
+  system_identifier bigint,
   filenode oid not null,
   functions text not null,
   since xid8 not null,

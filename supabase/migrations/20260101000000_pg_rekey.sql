@@ -323,7 +323,7 @@ create table rekey.rotations (
   started_at timestamptz,
   finished_at timestamptz,
   constraint rotations_to_version_fkey foreign key (keyring_id, to_version) references rekey.encryption_keys (keyring_id, version)
-);
+) with (fillfactor = 50);  -- room for the progress, which each batch notes
 create unique index rotations_under_way_key on rekey.rotations (keyring_id)
   where state in ('queued', 'running', 'paused', 'verifying', 'failed');
 create index rotations_keyring_id on rekey.rotations (keyring_id, id);
@@ -371,7 +371,7 @@ create table rekey._chunks (
   first tid not null,
   swept_from tid,
   until_block bigint not null,
-  batch_rows integer not null default 2000,
+  batch_rows integer not null default 1000,
   batch_blocks integer not null
 );
 create index _chunks_pass_id on rekey._chunks (pass_id);
@@ -382,7 +382,7 @@ create table rekey._verified (
   verification_id bigint not null,
   target text not null,
   relation regclass not null,
-  system_identifier bigint not null,
+  system_identifier bigint,
   filenode oid not null,
   functions text not null,
   since xid8 not null,
@@ -1371,8 +1371,10 @@ comment on function rekey._wrap is 'A DEK sealed under the wrapping key of a KEK
 -- 139 bytes: header, IV, 64 bytes with padding, tag.
 create or replace function rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) returns bytea
 language sql immutable parallel safe
-return case when octet_length(wrapped_key) = 139 and substr(wrapped_key, 1, 11) = substr(aad, 1, 11) then
-  rekey._aead_decrypt(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) end;
+return case
+  when octet_length(wrapped_key) = 139 and substr(wrapped_key, 1, 11) = substr(aad, 1, 11)
+       and rekey._is_authentic(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) then
+    rekey._decipher(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28)) end;
 comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it does not open. aad: rekey._wrap_aad().';
 
 create or replace function rekey._key_problem(version integer, state text, kek_id integer, kek_state text, sweeping boolean) returns text
@@ -1413,13 +1415,16 @@ comment on function rekey._dek is
 
 create or replace function rekey._deks(keyrings integer[], versions integer[], sweeping boolean = false)
 returns table (keyring_id integer, version integer, key bytea, problem text)
-language plpgsql stable rows 10
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- keys that do not fit go to a temporary file
 as $$
 begin
   -- Keys are columns here, and nowhere parameters of a statement.
   return query
+    with w as materialized (
+      select rekey._wrapping_key(x.kek) as wrapping_key from rekey._kek() x
+    )
     select o.keyring_id, o.version, o.key,
       case when o.key is null then coalesce(o.problem, format('the wrapped key of version %s is damaged', o.version)) end
     from (
@@ -1428,7 +1433,7 @@ begin
       from (
         select k.keyring_id, k.version, k.wrapped_key, w.wrapping_key, rekey._wrap_aad(k.kek_id, k.keyring_id, k.version) as aad,
           rekey._key_problem(k.version, k.state, k.kek_id, e.state, sweeping) as problem
-        from (select rekey._wrapping_key(x.kek) as wrapping_key from rekey._kek() x offset 0) w
+        from w
         cross join (select distinct u.keyring_id, u.version from unnest(keyrings, versions) as u(keyring_id, version)) g
         join rekey.encryption_keys k on k.keyring_id = g.keyring_id and k.version = g.version
         join rekey.keks e on e.id = k.kek_id
@@ -2292,6 +2297,7 @@ create or replace function rekey_targets.secrets_scan(
 )
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan  -- which knows how many keyrings there are, and looks them up in a hash table
 as $$
 begin
   if relation <> 'rekey.secrets'::regclass then
@@ -4523,6 +4529,7 @@ declare
   v_context text;
   v_ids bigint[];
   v_pass bigint;
+  v_size double precision;
   v_urgent boolean;
   v_rows jsonb;
 begin
@@ -4537,6 +4544,7 @@ begin
   begin
     perform rekey._note_names();
     v_pass := nextval('rekey._pass_id');
+    v_size := rekey._batch_size(cardinality(v_ids));
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
     with counted as (
       select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
@@ -4551,11 +4559,11 @@ begin
         on t.relation = c.relation and t.target = c.target
       group by t.target, t.relation, c.adopting, t.blocks, t.bytes, t.indexed
     ), chunked as (
-      insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
+      insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
         case when s.few then s.blocks else least(f.first + s.chunk, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
-        case when s.few then s.blocks else 512 end
+        case when s.few then s.blocks else (512 * v_size)::integer end, (2000 * v_size)::integer
       from sizes s
       cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, s.chunk) as f(first)
     )
@@ -4638,7 +4646,13 @@ $$;
 comment on function rekey._write_rows is
   'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
 
-create or replace function rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision) returns void
+create or replace function rekey._batch_size(keyrings integer) returns double precision
+language sql immutable parallel safe
+return 1 + least(keyrings - 1, 1000) / 1000.0;
+comment on function rekey._batch_size is
+  'By how much a batch is larger than one of a single keyring: each key is unwrapped once a batch.';
+
+create or replace function rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer = 4000) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -4653,7 +4667,7 @@ begin
   end if;
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
-      batch_rows = greatest(50, least(4000, (c.batch_rows * v_factor)::integer)),
+      batch_rows = greatest(50, least(max_rows, (c.batch_rows * v_factor)::integer)),
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
                           when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
@@ -4661,7 +4675,7 @@ begin
   where c.id = chunk.id;
 end
 $$;
-comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end.';
+comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took; max_rows: the most that a batch may have.';
 
 create or replace function rekey._note_batch(
   rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass,
@@ -4743,6 +4757,7 @@ declare
   v_versions integer[];
   v_target rekey._target;
   v_state text;
+  v_size double precision;
   v_first_block bigint;
   v_until_block bigint;
   v_max_rows integer;
@@ -4787,6 +4802,7 @@ begin
   if v_ids is null then
     return;  -- paused or superseded since
   end if;
+  v_size := rekey._batch_size(cardinality(v_ids));
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 
@@ -4810,7 +4826,7 @@ begin
     end if;
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, 2097152) b;
+      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint) b;
     if v_batch.rows is not null then
       if v_chunk.kind = 'adopt' then
         v_contexts := array(
@@ -4843,7 +4859,7 @@ begin
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
     end if;
     perform rekey._note_pace(v_begin, rows);
-    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -4875,8 +4891,12 @@ begin
     where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
       and not exists (select from rekey.rotations r where r.verification_id = d.pass_id and r.state in ('running', 'verifying'))
     for update skip locked);
-  delete from rekey._verified v
-  where not exists (select from rekey.rotations r where r.verification_id = v.verification_id and r.state in ('running', 'verifying'));
+  -- The coordinator and who ends a verification may both come here, each with locks that the other waits for.
+  delete from rekey._verified d
+  where d.ctid in (
+    select v.ctid from rekey._verified v
+    where not exists (select from rekey.rotations r where r.verification_id = v.verification_id and r.state in ('running', 'verifying'))
+    for update skip locked);
 end
 $$;
 comment on function rekey._clear_chunks is
@@ -4955,11 +4975,12 @@ begin
   perform from rekey._kek();
 
   -- What was just asked for, or only waits, comes before the batches: a compromised key does not wait for a long sweep.
-  if exists (
-       select from rekey.rotations r
-       where rekey._is_due(r.next_attempt_at) and (
-         r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null
-         or r.state = 'running' and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)))
+  if (exists (
+        select from rekey.rotations r
+        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
+      or exists (
+        select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
+        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id)))
      and pg_try_advisory_xact_lock(0, 1) then
     select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
     if event = 'blocked' then
@@ -5053,6 +5074,19 @@ grant execute on procedure rekey.run_rotations to rekey_admin, rekey_operator;
 -- that was checked before, and the last step opens every row; as it does in a chunk in which one did not open, in what is
 -- small, and in rekey.verify_ciphertexts().
 
+create or replace function rekey._system_identifier() returns bigint
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if has_function_privilege('pg_catalog.pg_control_system()', 'execute') then
+    return (select s.system_identifier from pg_control_system() s);
+  end if;
+  return null;
+end
+$$;
+comment on function rekey._system_identifier is 'What initdb made to tell this cluster from others; NULL where a host of databases has revoked it.';
+
 create or replace function rekey._checked_since(verification_id bigint, target text, relation regclass) returns xid
 language sql volatile
 set search_path = pg_catalog, pg_temp
@@ -5060,7 +5094,7 @@ begin atomic
   select v.since::xid from rekey._verified v
   where v.verification_id = _checked_since.verification_id and v.target = _checked_since.target and v.relation = _checked_since.relation
     and v.filenode = pg_relation_filenode(v.relation) and v.functions = rekey._target_state()
-    and v.system_identifier = (select s.system_identifier from pg_control_system() s)
+    and v.system_identifier is not distinct from rekey._system_identifier()
     -- As far as the ages of transactions can be compared.
     and pg_snapshot_xmax(pg_current_snapshot())::text::bigint - v.since::text::bigint < 2000000000;
 end;
@@ -5119,8 +5153,8 @@ begin
     -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
     v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
     for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
-      -- 2 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 256 end;
+      -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
       v_first := v_range.first;
       v_from := format('(%s,0)', v_first)::tid;
       while v_first < least(v_range.until, v_blocks) loop
@@ -5208,7 +5242,7 @@ begin
   perform rekey._lock_targets();
   with large as (
     insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
-    select v_id, t.target, t.relation, (pg_control_system()).system_identifier, pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
+    select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
     from rekey._targets() t
     where t.problem is null and pg_table_size(t.relation) > 2097152
       -- A few rows of an indexed table: the index finds them, and the last step opens them. (They are counted where few are due.)
@@ -5218,7 +5252,7 @@ begin
     returning target, relation
   )
   insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
-  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), 256
+  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), (512 * rekey._batch_size(cardinality(rotations)))::integer
   from large l
   cross join lateral (select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks) b
   cross join lateral (select b.blocks, greatest(b.blocks * 8388608 / pg_table_size(l.relation), 1) as chunk) s
@@ -5239,6 +5273,7 @@ declare
   v_context text;
   v_begin timestamptz := clock_timestamp();
   v_settings rekey.settings := rekey._settings();
+  v_size double precision;
   v_max_rows integer;
   v_chunk rekey._chunks;
   v_ids bigint[];
@@ -5255,8 +5290,9 @@ begin
   if not found then
     return;
   end if;
+  select rekey._batch_size(count(*)::integer) into v_size from rekey.rotations r where r.verification_id = v_chunk.pass_id;
   -- To check four rows costs about what it costs to re-encrypt one.
-  select 4 * w.rows, w.wait into v_max_rows, wait from rekey._throttle(1000) w;
+  select 4 * w.rows, w.wait into v_max_rows, wait from rekey._throttle((1000 * v_size)::integer) w;
   if v_max_rows is null then
     event := 'waiting';
     keyring_count := 0;
@@ -5285,7 +5321,7 @@ begin
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
-        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, 2097152) s;
+        format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, (2097152 * v_size)::bigint) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
       if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
@@ -5302,6 +5338,10 @@ begin
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
+    if exists (select from rekey.rotations r where r.id = any (v_ids) and r.attempts > 0) then
+      perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+      update rekey.rotations r set attempts = 0 where r.id = any (v_ids);
+    end if;
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
