@@ -1207,8 +1207,8 @@ begin
   insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
   select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), (512 * rekey._batch_size(cardinality(rotations)))::integer
   from large l
-  cross join lateral (select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks) b
-  cross join lateral (select b.blocks, greatest(b.blocks * 8388608 / pg_table_size(l.relation), 1) as chunk) s
+  cross join lateral (
+    select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks, rekey._chunk_blocks(l.relation) as chunk) s
   cross join lateral generate_series(0, s.blocks - 1, s.chunk) as f(first);
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   update rekey.rotations r set verification_id = v_id where r.id = any (rotations) and r.state = 'verifying';
@@ -1830,6 +1830,32 @@ ALTER FUNCTION rekey._checked_since(verification_id bigint, target text, relatio
 --
 
 COMMENT ON FUNCTION rekey._checked_since(verification_id bigint, target text, relation regclass) IS 'The transaction from which on a relation has yet to be checked where a verification checks it by chunks; NULL: all of it, since it does not, or the relation is another one now. The caller holds a lock on it.';
+
+
+--
+-- Name: _chunk_blocks(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._chunk_blocks(relation regclass) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_blocks bigint := pg_relation_size(relation) / current_setting('block_size')::integer;
+  v_bytes bigint := pg_table_size(relation);
+begin
+  return greatest(v_blocks * greatest(least(v_bytes / 32, 33554432), 4194304) / greatest(v_bytes, 1), 1);
+end
+$$;
+
+
+ALTER FUNCTION rekey._chunk_blocks(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _chunk_blocks(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._chunk_blocks(relation regclass) IS 'How many blocks of a relation make a chunk: 4 to 32 MB with what is stored out of line, so that several workers end together.';
 
 
 --
@@ -4598,14 +4624,11 @@ begin
       select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
     ), sizes as (
       select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks / 10, 5000) as few,
-        -- 8 to 32 MB with what is stored out of line: small enough that several workers end together.
-        greatest(t.blocks * greatest(least(t.bytes / 32, 33554432), 8388608) / greatest(t.bytes, 1), 1) as chunk
+        rekey._chunk_blocks(t.relation) as chunk
       from counted c
-      join (
-        select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks, pg_table_size(g.relation) as bytes
-        from rekey._targets() g) t
+      join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
-      group by t.target, t.relation, c.adopting, t.blocks, t.bytes, t.indexed
+      group by t.target, t.relation, c.adopting, t.blocks, t.indexed
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
@@ -6077,6 +6100,7 @@ declare
   v_due integer[];
   v_from integer[];
   v_to integer[];
+  v_rotations bigint[];
 begin
   if keyrings = '{}' then
     return;
@@ -6105,20 +6129,22 @@ begin
   perform rekey._new_keys(v_due, v_to);
   -- A transaction with an older snapshot must not pass by a rotation: it fails on this row (40001).
   update rekey.keyrings k set rotated_at = now() where k.id = any (v_due);
-  return query
+  with queued as (
     insert into rekey.rotations (keyring_id, from_versions, to_version, previous_version, trigger, reason, requested_by)
     select d.keyring_id,
       array(select k.version from rekey.encryption_keys k
             where k.keyring_id = d.keyring_id and k.version <> d.to_version and k.state <> 'destroyed' order by k.version),
       d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._caller()
     from unnest(v_due, v_from, v_to) as d(keyring_id, from_version, to_version)
-    returning id;
+    returning id, keyring_id
+  )
+  select array_agg(q.id order by q.keyring_id) into v_rotations from queued q;
   perform rekey._audit_all((
     select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', e.version, 'rotation_id', e.rotation_id,
                                         'details', e.details) order by d.place, e.place)
-    from unnest(v_due, v_from, v_to) with ordinality as d(keyring_id, from_version, to_version, place)
+    from unnest(v_due, v_from, v_to, v_rotations) with ordinality as d(keyring_id, from_version, to_version, rotation_id, place)
     join rekey.keyrings k on k.id = d.keyring_id
-    join rekey.rotations r on r.keyring_id = d.keyring_id and r.state = 'queued'
+    join rekey.rotations r on r.id = d.rotation_id
     cross join lateral (values
       (1, 'rotation.requested', d.to_version, r.id,
         jsonb_strip_nulls(jsonb_build_object('trigger', r.trigger, 'reason', r.reason, 'from_versions', r.from_versions, 'supersede', nullif(_rotate.supersede, false)))),
@@ -6126,6 +6152,7 @@ begin
       (3, 'key.deactivated', d.from_version, r.id, '{}'),
       (4, 'key.activated', d.to_version, r.id, '{}')
     ) as e(place, event, version, rotation_id, details)));
+  return query select r.id from unnest(v_rotations) as r(id);
 end
 $$;
 
@@ -11804,6 +11831,13 @@ REVOKE ALL ON FUNCTION rekey._target_state() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._checked_since(verification_id bigint, target text, relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _chunk_blocks(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._chunk_blocks(relation regclass) FROM PUBLIC;
 
 
 --

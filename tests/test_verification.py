@@ -26,7 +26,7 @@ from helpers import Connection, value
 
 pytest_plugins = ["column_fixtures"]
 
-# So many that their table is verified by several chunks of 8 MB, which is 1,024 blocks.
+# So many that their table is verified by several chunks of 4 MB.
 ROWS = 12_000
 SIZE = 300
 CHUNKS: LiteralString = "select kind, count(*) from rekey._chunks group by kind order by kind"

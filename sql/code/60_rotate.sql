@@ -65,6 +65,7 @@ declare
   v_due integer[];
   v_from integer[];
   v_to integer[];
+  v_rotations bigint[];
 begin
   if keyrings = '{}' then
     return;
@@ -93,20 +94,22 @@ begin
   perform rekey._new_keys(v_due, v_to);
   -- A transaction with an older snapshot must not pass by a rotation: it fails on this row (40001).
   update rekey.keyrings k set rotated_at = now() where k.id = any (v_due);
-  return query
+  with queued as (
     insert into rekey.rotations (keyring_id, from_versions, to_version, previous_version, trigger, reason, requested_by)
     select d.keyring_id,
       array(select k.version from rekey.encryption_keys k
             where k.keyring_id = d.keyring_id and k.version <> d.to_version and k.state <> 'destroyed' order by k.version),
       d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._caller()
     from unnest(v_due, v_from, v_to) as d(keyring_id, from_version, to_version)
-    returning id;
+    returning id, keyring_id
+  )
+  select array_agg(q.id order by q.keyring_id) into v_rotations from queued q;
   perform rekey._audit_all((
     select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', e.version, 'rotation_id', e.rotation_id,
                                         'details', e.details) order by d.place, e.place)
-    from unnest(v_due, v_from, v_to) with ordinality as d(keyring_id, from_version, to_version, place)
+    from unnest(v_due, v_from, v_to, v_rotations) with ordinality as d(keyring_id, from_version, to_version, rotation_id, place)
     join rekey.keyrings k on k.id = d.keyring_id
-    join rekey.rotations r on r.keyring_id = d.keyring_id and r.state = 'queued'
+    join rekey.rotations r on r.id = d.rotation_id
     cross join lateral (values
       (1, 'rotation.requested', d.to_version, r.id,
         jsonb_strip_nulls(jsonb_build_object('trigger', r.trigger, 'reason', r.reason, 'from_versions', r.from_versions, 'supersede', nullif(_rotate.supersede, false)))),
@@ -114,6 +117,7 @@ begin
       (3, 'key.deactivated', d.from_version, r.id, '{}'),
       (4, 'key.activated', d.to_version, r.id, '{}')
     ) as e(place, event, version, rotation_id, details)));
+  return query select r.id from unnest(v_rotations) as r(id);
 end
 $$;
 comment on function rekey._rotate is

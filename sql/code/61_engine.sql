@@ -139,6 +139,20 @@ begin atomic
 end;
 comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked. (By number: a name would take rights on its schema.)';
 
+create or replace function rekey._chunk_blocks(relation regclass) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_blocks bigint := pg_relation_size(relation) / current_setting('block_size')::integer;
+  v_bytes bigint := pg_table_size(relation);
+begin
+  return greatest(v_blocks * greatest(least(v_bytes / 32, 33554432), 4194304) / greatest(v_bytes, 1), 1);
+end
+$$;
+comment on function rekey._chunk_blocks is
+  'How many blocks of a relation make a chunk: 4 to 32 MB with what is stored out of line, so that several workers end together.';
+
 create or replace function rekey._plan(out event text, out keyring_count integer, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -169,14 +183,11 @@ begin
       select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
     ), sizes as (
       select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks / 10, 5000) as few,
-        -- 8 to 32 MB with what is stored out of line: small enough that several workers end together.
-        greatest(t.blocks * greatest(least(t.bytes / 32, 33554432), 8388608) / greatest(t.bytes, 1), 1) as chunk
+        rekey._chunk_blocks(t.relation) as chunk
       from counted c
-      join (
-        select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks, pg_table_size(g.relation) as bytes
-        from rekey._targets() g) t
+      join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
-      group by t.target, t.relation, c.adopting, t.blocks, t.bytes, t.indexed
+      group by t.target, t.relation, c.adopting, t.blocks, t.indexed
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,

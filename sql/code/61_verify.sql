@@ -188,8 +188,8 @@ begin
   insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
   select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), (512 * rekey._batch_size(cardinality(rotations)))::integer
   from large l
-  cross join lateral (select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks) b
-  cross join lateral (select b.blocks, greatest(b.blocks * 8388608 / pg_table_size(l.relation), 1) as chunk) s
+  cross join lateral (
+    select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks, rekey._chunk_blocks(l.relation) as chunk) s
   cross join lateral generate_series(0, s.blocks - 1, s.chunk) as f(first);
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   update rekey.rotations r set verification_id = v_id where r.id = any (rotations) and r.state = 'verifying';
