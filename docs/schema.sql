@@ -10169,6 +10169,7 @@ COMMENT ON FUNCTION rekey.version() IS 'Version of pg_rekey in this database.';
 CREATE FUNCTION rekey_targets.secrets_count(relation regclass, keyrings integer[]) RETURNS TABLE(keyring_id integer, version integer, rows bigint)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET plan_cache_mode TO 'force_custom_plan'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then

@@ -55,6 +55,9 @@ MAINTENANCE: dict[LiteralString, LiteralString] = {
     "analyze bait": "create index on bait (immutable_take(i))",
     "reindex table bait": "create index on bait (immutable_take(i))",
     "vacuum full bait": "create index on bait (immutable_take(i))",
+    "vacuum bait": """
+        create index on bait using brin (immutable_take(i)) with (pages_per_range = 1);
+        insert into bait select generate_series(1, 1000)""",
     "refresh materialized view v": "create materialized view v as select evil.take()",
 }
 
@@ -375,7 +378,7 @@ def test_a_tenant_check_opens_nothing(tenant: Connection, ready: Connection, cal
         f"""
         create function evil.check(uuid) returns boolean language plpgsql as $$
         begin
-          perform from rekey_targets.secrets_scan('rekey.secrets', '(0,0)', '(9,0)', null, 9, 99999);
+          perform from rekey_targets.secrets_scan('rekey.secrets', '(0,0)', '(9,0)', null, null, 9, 99999);
           perform from {call};
           return true;
         end $$""".encode()

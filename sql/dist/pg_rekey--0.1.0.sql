@@ -2278,6 +2278,7 @@ create or replace function rekey_targets.secrets_count(relation regclass, keyrin
 returns table (keyring_id integer, version integer, rows bigint)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan  -- which may use the index on keyring_id
 as $$
 begin
   if relation <> 'rekey.secrets'::regclass then
@@ -2298,7 +2299,7 @@ create or replace function rekey_targets.secrets_scan(
 )
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_custom_plan  -- which knows how many keyrings there are, and looks them up in a hash table
+set plan_cache_mode = force_custom_plan  -- which may use the index too, and looks many keyrings up in a hash table
 as $$
 begin
   if relation <> 'rekey.secrets'::regclass then
