@@ -6977,7 +6977,7 @@ COMMENT ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, O
 
 CREATE FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN ((octet_length(wrapped_key) = 139) AND (substr(wrapped_key, 1, 11) = substr(aad, 1, 11)) AND rekey._is_authentic(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad)) THEN rekey._decipher(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28)) ELSE NULL::bytea END;
+    RETURN CASE WHEN ((octet_length(wrapped_key) = 139) AND (substr(wrapped_key, 1, 11) = substr(aad, 1, 11))) THEN rekey._aead_decrypt(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) ELSE NULL::bytea END;
 
 
 ALTER FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) OWNER TO rekey_owner;

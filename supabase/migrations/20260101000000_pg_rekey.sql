@@ -1371,10 +1371,8 @@ comment on function rekey._wrap is 'A DEK sealed under the wrapping key of a KEK
 -- 139 bytes: header, IV, 64 bytes with padding, tag.
 create or replace function rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) returns bytea
 language sql immutable parallel safe
-return case
-  when octet_length(wrapped_key) = 139 and substr(wrapped_key, 1, 11) = substr(aad, 1, 11)
-       and rekey._is_authentic(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) then
-    rekey._decipher(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28)) end;
+return case when octet_length(wrapped_key) = 139 and substr(wrapped_key, 1, 11) = substr(aad, 1, 11) then
+  rekey._aead_decrypt(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) end;
 comment on function rekey._unwrap is 'The DEK of a wrapped key; NULL where it does not open. aad: rekey._wrap_aad().';
 
 create or replace function rekey._key_problem(version integer, state text, kek_id integer, kek_state text, sweeping boolean) returns text
