@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import pytest
+from psycopg import sql
 from psycopg.rows import dict_row
 
 from column_fixtures import protect
-from driving import fill, opened, rotate, rotation
-from helpers import Connection, connect, unlock, value
-from pg_rekey import worker
+from driving import fill, opened, rotate, rotation, step, step_until
+from helpers import Connection, connect, create_database, initialize, install, unlock, value
+from pg_rekey import local, release, worker
 
 pytest_plugins = ["column_fixtures"]
 
@@ -84,6 +85,54 @@ def test_who_may_not_vacuum_does_not_try(
     work(operator)
     assert rotation(ready, number, "state") == "completed"
     assert value(ready, SIZE) > 1.5 * before
+
+
+def test_a_vacuum_that_is_cancelled_ends_no_rotation(
+    ready: Connection, notes: dict[str, str], kek: bytes, db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = rotate(ready)
+    cancelled = 0
+    with connect(db) as session:
+        unlock(session, kek)
+        session.row_factory = dict_row
+        execute = session.execute
+
+        def cancelling(query: Any, *arguments: Any) -> Any:
+            nonlocal cancelled
+            if not isinstance(query, sql.Composable):
+                return execute(query, *arguments)
+            cancelled += 1
+            with session.transaction():
+                execute("set local statement_timeout = '1 ms'")
+                return execute("select pg_sleep(1)")
+
+        monkeypatch.setattr(session, "execute", cancelling)
+        steps = worker.Steps(session)
+        while steps.take()["event"] != "idle":
+            pass
+    assert cancelled == 1
+    assert rotation(ready, number, "state") == "completed"
+
+
+def test_the_next_batch_tidies_up_behind_the_last_one(kek: bytes) -> None:
+    """What an update leaves in a page is pruned before a checkpoint may come in between.
+
+    On a server of its own: a transaction in another database may be old enough to keep it.
+    """
+    left: LiteralString = """
+        select count(*) from heap_page_items(get_raw_page('rekey.secrets', 0))
+        where lp_flags = 1 and t_xmax::text <> '0' and t_infomask & 128 = 0  -- not merely locked"""
+    with local.Server() as server, connect(create_database(server.dsn(), "tidy")) as connection:
+        install(connection.info.dsn, release.assemble("plain"))
+        initialize(connection, kek)
+        connection.execute("create extension pageinspect")
+        fill(connection, 80_000, size=300)  # so many that a batch is not written by reading all of them
+        connection.execute("vacuum analyze rekey.secrets")
+        rotate(connection)
+        step_until(connection, "batch")
+        assert value(connection, left) > 0
+        assert step(connection)[0] == "batch"
+        assert value(connection, left) == 0
 
 
 def test_secrets_leave_space_free(ready: Connection, work: Callable[[str], None]) -> None:

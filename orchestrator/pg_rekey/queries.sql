@@ -131,7 +131,7 @@ select n.nspname as schema, c.relname as name, (c.reltuples / 5)::bigint as fift
 from pg_class c
 join pg_namespace n on n.oid = c.relnamespace
 where c.oid = %s
-  and pg_relation_size(c.oid) between 1048576 and 1073741824 and c.reltuples > 0
+  and pg_relation_size(c.oid) between 1048576 and 268435456 and c.reltuples > 0
   and coalesce((select o.option_value::integer from pg_options_to_table(c.reloptions) o where o.option_name = 'fillfactor'), 100) > 60
   and (pg_has_role(c.relowner, 'usage') or exists (
     select from pg_database d where d.datname = current_database() and pg_has_role(d.datdba, 'usage')))

@@ -60,14 +60,14 @@ class Steps:
 
     def __init__(self, connection: db.Connection) -> None:
         self._connection = connection
-        self.vacuum = Vacuum(connection)
+        self._vacuum = Vacuum(connection)
 
     def take(self) -> dict[str, Any]:
         """Take one."""
         with transaction(self._connection):
             [row] = self._connection.execute("select * from rekey.rotation_step()").fetchall()
         if row["event"] == "batch" and row["rows"]:
-            self.vacuum.swept(row["detail"]["relation"], row["rows"])
+            self._vacuum.swept(row["detail"]["relation"], row["rows"])
         return row
 
 
