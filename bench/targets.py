@@ -65,10 +65,7 @@ def _race(race: list[dict[str, Any]], size: int) -> list[Target]:
 def _growth(scale: dict[str, Any]) -> list[Target]:
     first, middle, last = scale["steps"]
     row = statistics.median(scaled(first["seconds"], 1 / first["rows"]))
-    memory = {
-        who: statistics.median(middle[f"{who}_bytes"]) or 1  # 0 where the system does not tell
-        for who in ("server", "worker")
-    }
+    memory = {who: statistics.median(middle[f"{who}_bytes"]) for who in ("server", "worker")}
     return [
         Target(
             f"a row of {last['rows']:,} to one of {first['rows']:,}: time",
@@ -81,7 +78,8 @@ def _growth(scale: dict[str, Any]) -> list[Target]:
                 scaled(last[f"{who}_bytes"], 1 / memory[who]),
                 at_most=1.15,
             )
-            for who in ("server", "worker")
+            for who in memory
+            if memory[who]  # 0 where the system does not tell
         ),
     ]
 

@@ -46,8 +46,13 @@ def test_smoke(installation: local.Installation, tmp_path: Path) -> None:
     assert results["impact"]["errors"] == 0, results["impact"]["error_messages"]
     parts = {name: results[name] for name in ("about", "race", "calls", "scale")}
     parts["impact"] = results["impact"]["rounds"]
-    assert {place: number for place, number in numbers(parts) if number <= 0} == {}
-    assert len(results["targets"]) == 28
+    nothing = {place for place, number in numbers(parts) if number <= 0}
+    if Path("/proc/self/status").exists():
+        assert nothing == set()
+        assert len(results["targets"]) == 28
+    else:  # the system does not tell how much memory a process has
+        assert all(re.search(r"(server|worker)_bytes\[", place) for place in nothing), nothing
+        assert len(results["targets"]) == 26
     assert all(target["samples"] for target in results["targets"])
 
     made = report.sections(results)
