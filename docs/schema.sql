@@ -10200,6 +10200,7 @@ COMMENT ON FUNCTION rekey_targets.secrets_count(relation regclass, keyrings inte
 CREATE FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET plan_cache_mode TO 'force_custom_plan'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then

@@ -830,17 +830,18 @@ def test_a_small_keyring_is_found_by_the_index(ready: Connection) -> None:
     ready.execute("select rekey.create_keyring('small')")
     model |= fill(ready, 3, keyring="small", prefix="few")
     ready.execute("vacuum analyze rekey.secrets")
-    number = rotate(ready, "small")
     scanned: LiteralString = (
         "select seq_tup_read from pg_stat_xact_user_tables where relid = 'rekey.secrets'::regclass"
     )
-    seen: list[str] = []
-    while not seen or seen[-1] != "idle":
-        with ready.transaction():
-            seen.append(step(ready)[0])
-            assert value(ready, scanned) in (0, None), seen
-    assert seen == ["planned", "batch", "swept", "swept", "completed", "idle"]
-    assert rotation(ready, number, "rows_total", "rows_done") == (3, 3)
+    for _ in range(7):  # from the sixth time on, a statement may have a generic plan
+        number = rotate(ready, "small")
+        seen: list[str] = []
+        while not seen or seen[-1] != "idle":
+            with ready.transaction():
+                seen.append(step(ready)[0])
+                assert value(ready, scanned) in (0, None), seen
+        assert seen == ["planned", "batch", "swept", "swept", "completed", "idle"]
+        assert rotation(ready, number, "rows_total", "rows_done") == (3, 3)
     assert on_versions(ready) == {1: 20_000}
     check(ready, model)
 

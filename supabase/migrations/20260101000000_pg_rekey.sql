@@ -2337,6 +2337,7 @@ create or replace function rekey_targets.secrets_read(
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan  -- which may use the index too
 as $$
 begin
   if relation <> 'rekey.secrets'::regclass then
