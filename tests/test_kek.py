@@ -5,7 +5,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from psycopg import sql
 
 import reference
-from driving import check, events, fill, refused, rotate, run
+from driving import check, events, fill, refused, rotate, run, waits
 from helpers import Connection, connect, initialize, unlock, value
 
 NEXT, OTHER = (hashlib.sha256(name).digest() for name in (b"next", b"other"))
@@ -230,16 +229,6 @@ def test_rotate_kek_leaves_all_where_one_key_is_damaged(stored: Connection, kek:
             assert value(stored, READ) == "s1"
     stored.execute("select rekey.rotate_kek()")
     assert value(stored, READ) == "s1"
-
-
-def waits(connection: Connection, pid: int) -> None:
-    """Wait until a session waits for a lock."""
-    query: LiteralString = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
-    for _ in range(500):
-        if value(connection, query, pid):
-            return
-        time.sleep(0.01)
-    raise AssertionError("it does not wait")
 
 
 @pytest.mark.parametrize(
