@@ -9479,6 +9479,7 @@ COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boole
 CREATE FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
     AS $$
 declare
   v_next timestamptz;
