@@ -139,7 +139,7 @@ grant execute on function rekey.encrypt(text, text, text[]) to rekey_app;
 
 create or replace function rekey.encrypt_text(plaintext text, keyring text = 'default', context text[] = '{}') returns text
 language sql volatile
-return 'rk1:' || translate(encode(rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context), 'base64'), E'\n', '');
+return 'rk1:' || replace(encode(rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context), 'base64'), E'\n', '');
 comment on function rekey.encrypt_text is 'As rekey.encrypt(text, ...), in the text form of an envelope: rk1: and base64.';
 grant execute on function rekey.encrypt_text to rekey_app;
 

@@ -610,15 +610,15 @@ comment on function rekey._is_envelope is 'Whether value has the shape of an env
 
 create or replace function rekey._from_text(value text) returns bytea
 language sql immutable parallel safe
-return case when value ~ '^rk1:([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$'
-  and encode(decode(substr(value, 5), 'base64'), 'base64') is not null
-  and translate(encode(decode(substr(value, 5), 'base64'), 'base64'), E'\n', '') = substr(value, 5)
-  then decode(substr(value, 5), 'base64') end;
+return case
+  -- Of the last symbol before =, only the bits that stand for something may be set.
+  when value ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
+  then decode(right(value, -4), 'base64') end;
 comment on function rekey._from_text is 'Envelope of its text form, rk1: and base64 without line breaks; NULL for any other text.';
 
 create or replace function rekey._to_text(envelope bytea) returns text
 language sql immutable parallel safe
-return 'rk1:' || translate(encode(envelope, 'base64'), E'\n', '');
+return 'rk1:' || replace(encode(envelope, 'base64'), E'\n', '');
 comment on function rekey._to_text is 'The text form of an envelope.';
 
 -- sql/code/20_audit.sql
@@ -1984,7 +1984,7 @@ grant execute on function rekey.encrypt(text, text, text[]) to rekey_app;
 
 create or replace function rekey.encrypt_text(plaintext text, keyring text = 'default', context text[] = '{}') returns text
 language sql volatile
-return 'rk1:' || translate(encode(rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context), 'base64'), E'\n', '');
+return 'rk1:' || replace(encode(rekey.encrypt(convert_to(plaintext, 'UTF8'), keyring, context), 'base64'), E'\n', '');
 comment on function rekey.encrypt_text is 'As rekey.encrypt(text, ...), in the text form of an envelope: rk1: and base64.';
 grant execute on function rekey.encrypt_text to rekey_app;
 
@@ -2865,14 +2865,16 @@ declare
   v_select text;
   v_page text;
 begin
-  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row.
+  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, and all
+  -- columns that these take (%5$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
-    v_bytes := $sql$case when t.%1$s collate "C" ~ '^rk1:([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$'
-      and translate(encode(decode(substr(t.%1$s, 5), 'base64'), 'base64'), E'\n', '') = substr(t.%1$s, 5) collate "C"
-      then decode(substr(t.%1$s, 5), 'base64') else convert_to(t.%1$s, 'UTF8') end$sql$;
-    v_header := $sql$case when substr(t.%1$s, 1, 20) collate "C" ~ '^rk1:[A-Za-z0-9+/]{16}' then substr(decode(substr(t.%1$s, 5, 16), 'base64'), 1, 11) end$sql$;
-    v_stored := $sql$'rk1:' || translate(encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
+    v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
+    -- As rekey._from_text().
+    v_bytes := $sql$case
+      when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
+      then decode(right(t.%1$s, -4), 'base64') else convert_to(t.%1$s, 'UTF8') end$sql$;
+    v_stored := $sql$'rk1:' || replace(encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
     cross join lateral (select ' || v_header || $sql$ as header offset 0) h
@@ -2881,14 +2883,17 @@ begin
         (get_byte(g.header, 7) << 24) | (get_byte(g.header, 8) << 16) | (get_byte(g.header, 9) << 8) | get_byte(g.header, 10) as version
       from (select case when octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01' then h.header end as header offset 0) g
       offset 0) e$sql$;
-  v_select := 'with found as materialized (
-    select t.ctid as row, t.%1$s as value, ' || v_bytes || ' as bytes, %3$s as context, %4$s as key' || v_from;
-  v_page := '), total as (
-    select sum(octet_length(f.value)) as bytes from found f
+  -- The rows first, then what is made of them: there may be many more in a range than are wanted.
+  v_select := 'with page as materialized (
+    select t.ctid, %5$s' || v_from;
+  v_page := '), found as materialized (
+    select t.ctid as row, octet_length(t.%1$s) as size, ' || v_bytes || ' as bytes, %3$s as context, %4$s as key from page t
+  ), total as (
+    select sum(f.size) as bytes from found f
   ), sized as (
     select f.*, 0 as before from found f where (select t.bytes from total t) <= $5
     union all
-    select f.*, sum(octet_length(f.value)) over (order by f.row rows unbounded preceding) - octet_length(f.value)
+    select f.*, sum(f.size) over (order by f.row rows unbounded preceding) - f.size
     from found f where (select t.bytes from total t) > $5
   )
   select case when count(*) filter (where s.before < $5) < count(*) or count(*) = $4 then max(s.row) filter (where s.before < $5) end,
@@ -2905,6 +2910,7 @@ declare
   v_names text[];
   v_context text;
   v_key text;
+  v_key_names text[];
 begin
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
@@ -2923,12 +2929,14 @@ begin
   -- A row is called by its primary key, where it has one.
   -- (A cast to text of a type that is not PostgreSQL's may be anybody's function; an output function may not.)
   select string_agg(format(case when (select y.typnamespace from pg_type y where y.oid = a.atttypid) = 'pg_catalog'::regnamespace
-      then 't.%I::text' else $q$format('%%s', t.%I)$q$ end, a.attname), $q$ || '/' || $q$ order by k.rank) into v_key
+      then 't.%I::text' else $q$format('%%s', t.%I)$q$ end, a.attname), $q$ || '/' || $q$ order by k.rank), array_agg(quote_ident(a.attname))
+  into v_key, v_key_names
   from pg_index i
   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
   where i.indrelid = v_table and i.indisprimary;
-  return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'));
+  return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'),
+    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)));
 end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
