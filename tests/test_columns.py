@@ -584,6 +584,45 @@ def test_a_damaged_row_is_quarantined(ready: Connection, app: Connection) -> Non
     assert rotation(ready, number, "state", "rows_failed") == ("completed", 0)
 
 
+def test_an_envelope_that_is_damaged_as_a_text_is_quarantined(ready: Connection, app: Connection) -> None:
+    """With bits set that base64 leaves over (only who holds the key makes a text that opens), or cut off."""
+    app.execute("create table t (id int primary key, v text)")
+    protect(app, "t")
+    seal: LiteralString = "select rekey.encrypt_text(repeat('x', %s), context => array['app.t.v', %s::text])"
+    for number, length, padding in ((1, 20, "=="), (2, 40, "="), (3, 40, "="), (4, 40, "=")):
+        text = value(app, seal, length, number)
+        bare = text.rstrip("=")
+        assert text == bare + padding
+        if number < 3:
+            text = bare[:-1] + chr(ord(bare[-1]) + 1) + padding
+            assert value(app, "select decode(substr(%s, 5), 'base64') is not null", text)
+        elif number == 3:
+            text = bare
+        app.execute("insert into t values (%s, %s)", [number, text])
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done", "rows_failed") == ("completed_with_failures", 1, 3)
+    rows = (
+        "select array_agg(row_key order by row_key) from rekey.failure_status where reason = 'is no envelope'"
+    )
+    assert value(ready, rows) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "change", ["left(v, -1)", "v || '='", "left(v, 60)", "left(v, 60) || e'\\n' || substr(v, 61)"]
+)
+def test_verification_finds_an_envelope_that_is_damaged_as_a_text(
+    ready: Connection, app: Connection, change: LiteralString
+) -> None:
+    simple(app, ready)
+    number = rotate(ready)
+    while rotation(ready, number, "rows_done") < 20:
+        step(ready)
+    app.execute("update t set v = " + change + " where id = 7")
+    run(ready)
+    assert rotation(ready, number, "state", "rows_failed") == ("completed_with_failures", 1)
+
+
 def test_partitions_come_and_go(ready: Connection, app: Connection) -> None:
     app.execute("create table t (id int primary key, v text) partition by range (id)")
     protect(app, "t")
