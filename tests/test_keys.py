@@ -7,7 +7,7 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 
-from driving import check, events, fill, refused, rotate, run, states, step_until
+from driving import FLIP, check, events, fill, refused, rotate, run, states, step_until
 from helpers import Connection, connect, unlock, value
 
 GOOD_NAMES = [
@@ -300,7 +300,7 @@ def test_destruction_refused_for_rows(ready: Connection, db: str, kek: bytes) ->
 
 def test_destruction_refused_for_the_quarantine(ready: Connection) -> None:
     fill(ready, 2)
-    ready.execute("update rekey.secrets set ciphertext = set_byte(ciphertext, 40, 0) where name = 's1'")
+    ready.execute(FLIP)
     number = rotate(ready)
     step_until(ready, "completed")
     assert (

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from driving import NIL, check, fill, read, refused
+from driving import FLIP, NIL, check, fill, read, refused
 from helpers import Connection, connect, unlock, value
 
 A, B = "aaaaaaaa-0000-4000-8000-000000000001", "bbbbbbbb-0000-4000-8000-000000000002"
@@ -145,7 +145,7 @@ def test_read_many(ready: Connection) -> None:
     ready.execute("select rekey.rotate_keys()")
     ready.execute("select rekey.set_secret('s1', 'on the next version')")
     assert read(ready) == model | {"s1": "on the next version"}
-    ready.execute("update rekey.secrets set ciphertext = set_byte(ciphertext, 50, 0) where name = 's9'")
+    ready.execute(FLIP.replace("'s1'", "'s9'").encode())
     with pytest.raises(psycopg.Error, match="'s9'") as caught:
         read(ready)
     assert caught.value.sqlstate == "RK003"
