@@ -2883,23 +2883,22 @@ begin
         (get_byte(g.header, 7) << 24) | (get_byte(g.header, 8) << 16) | (get_byte(g.header, 9) << 8) | get_byte(g.header, 10) as version
       from (select case when octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01' then h.header end as header offset 0) g
       offset 0) e$sql$;
-  -- The rows first, then what is made of them: there may be many more in a range than are wanted.
+  -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
+  -- (What is added to the columns of the table has names of system columns, which none of them can have.)
   v_select := 'with page as materialized (
     select t.ctid, %5$s' || v_from;
-  v_page := '), found as materialized (
-    select t.ctid as row, octet_length(t.%1$s) as size, ' || v_bytes || ' as bytes, %3$s as context, %4$s as key from page t
-  ), total as (
-    select sum(f.size) as bytes from found f
+  v_page := '), total as (
+    select sum(octet_length(t.%1$s)) as bytes from page t
   ), sized as (
-    select f.*, 0 as before from found f where (select t.bytes from total t) <= $5
+    select t.*, 0 as cmin from page t where (select a.bytes from total a) <= $5
     union all
-    select f.*, sum(f.size) over (order by f.row rows unbounded preceding) - f.size
-    from found f where (select t.bytes from total t) > $5
+    select t.*, sum(octet_length(t.%1$s)) over (order by t.ctid rows unbounded preceding) - octet_length(t.%1$s)
+    from page t where (select a.bytes from total a) > $5
   )
-  select case when count(*) filter (where s.before < $5) < count(*) or count(*) = $4 then max(s.row) filter (where s.before < $5) end,
-    array_agg(s.row) filter (where s.before < $5), array_agg(s.bytes) filter (where s.before < $5),
-    array_agg(s.context) filter (where s.before < $5), array_agg(s.key) filter (where s.before < $5)
-  from sized s';
+  select case when count(*) filter (where t.cmin < $5) < count(*) or count(*) = $4 then max(t.ctid) filter (where t.cmin < $5) end,
+    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(' || v_bytes || ') filter (where t.cmin < $5),
+    array_agg(%3$s) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
+  from sized t';
 
   return query
   select format('%s_%s', v_prefix, b.suffix), b.arguments, b.result, b.volatility, b.body
