@@ -4,6 +4,7 @@
 """
 
 import base64
+import contextlib
 import copy
 import functools
 import hashlib
@@ -331,13 +332,17 @@ class Walk(RuleBasedStateMachine):
 
     def open_sessions(self) -> None:
         """Connect; whatever was open before is lost."""
-        self.eye = self.lab.connect(self.database)
-        unlock(self.eye, kek(self.now.kek))
-        self.admin = Session(self.lab.connect(self.database))
-        self.admin.unlock(self.now.kek)
-        self.app = Session(self.lab.connect(self.database, "stateful_app"))
-        self.writers = [Writer(self.lab.connect(self.database)) for _ in range(2)]
-        self.carry_claims(self.claims)
+        with contextlib.ExitStack() as opened:  # the server may go away in between
+            eye, admin, app, *writers = (
+                opened.enter_context(self.lab.connect(self.database, user))
+                for user in (None, None, "stateful_app", None, None)
+            )
+            self.eye, self.admin, self.app = eye, Session(admin), Session(app)
+            self.writers = [Writer(connection) for connection in writers]
+            unlock(self.eye, kek(self.now.kek))
+            self.admin.unlock(self.now.kek)
+            self.carry_claims(self.claims)
+            opened.pop_all()
 
     def close_sessions(self) -> None:
         for connection in (self.eye, *(s.connection for s in (self.admin, self.app, *self.writers))):
