@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import LiteralString
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from cli_fixtures import Cli
-from helpers import Connection, connect, value
-from pg_rekey import demo
+from helpers import Connection, connect, install, value
+from pg_rekey import demo, local, release
 from pg_rekey.demo import Demo, Record, Sizes
 from pg_rekey.errors import Problem
 
@@ -23,23 +26,42 @@ COMMAND = str(Path(sys.executable).parent / "pg-rekey")
 SMALL = ("--secrets", "120", "--tenants", "2", "--readers", "1", "--writers", "1", "--seconds", "0.3")
 
 
-def databases(server: str) -> int:
+@pytest.fixture
+def superuser(server: str) -> Iterator[str]:
+    """DSN of a superuser who owns no database: what he leaves behind keeps him from being dropped."""
+    name = f"demonstrator_{os.getpid()}"
     with connect(server) as connection:
-        return int(
-            value(connection, "select count(*) from pg_database where datname like 'pg_rekey_demo_%%'")
-        )
+        connection.execute(f"create role {name} login superuser".encode())
+        yield make_conninfo(server, user=name)
+        connection.execute(f"drop role {name}".encode())
 
 
-def test_on_the_server_of_the_environment(cli: Cli, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PG_REKEY_DSN", server)
+def test_on_the_server_of_the_environment(cli: Cli, superuser: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PG_REKEY_DSN", superuser)
     result = cli.json("demo", *SMALL)
     assert (result["wrong"], result["failed"], result["errors"]) == ([], 0, [])
     assert result["secrets"] == 124
     assert result["reads"] > 0
     assert result["writes"] > 0
     assert {row["phase"] for row in result["phases"]} == {"before", "during", "after"}
-    assert databases(server) == 0
-    assert os.environ["PG_REKEY_DSN"] == server
+    assert os.environ["PG_REKEY_DSN"] == superuser
+
+
+def test_roles_that_others_make_meanwhile_stay(superuser: str) -> None:
+    with connect(superuser) as connection:
+        with demo._own_database(superuser):
+            connection.execute("create role rekey_somebody")
+        connection.execute("drop role rekey_somebody")
+
+
+@pytest.mark.usefixtures("installation")
+def test_roles_that_came_with_it_go() -> None:
+    roles: LiteralString = "select count(*) from pg_roles where rolname like 'rekey\\_%%'"
+    with local.Server() as server, connect(server.dsn()) as connection:
+        with demo._own_database(server.dsn()) as dsn:
+            install(dsn, release.assemble("plain"))
+            assert value(connection, roles) == 7
+        assert value(connection, roles) == 0
 
 
 @pytest.mark.usefixtures("installation")
@@ -62,8 +84,8 @@ def test_on_a_server_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_nothing_behind(number: int, server: str) -> None:
-    environment = os.environ | {"PG_REKEY_DSN": server}
+def test_interrupted_it_leaves_nothing_behind(number: int, superuser: str) -> None:
+    environment = os.environ | {"PG_REKEY_DSN": superuser}
     arguments = [COMMAND, "demo", *SMALL, "--seconds", "60"]
     pipe = subprocess.PIPE
     with subprocess.Popen(arguments, env=environment, stdout=pipe, stderr=pipe, text=True) as running:
@@ -76,7 +98,6 @@ def test_interrupted_it_leaves_nothing_behind(number: int, server: str) -> None:
         _, err = running.communicate(timeout=30)
     assert running.returncode == 128 + number
     assert "Traceback" not in err
-    assert databases(server) == 0
 
 
 def test_it_finds_what_is_wrong(

@@ -374,18 +374,22 @@ def _figures(records: Sequence[Record], kind: str, spans: list[tuple[float, floa
 def _own_database(dsn: str) -> Iterator[str]:
     """Create a database for the demo, and drop it, with the roles that came with it."""
     name = f"pg_rekey_demo_{uuid4().hex[:8]}"
-    roles = "select rolname from pg_roles where rolname like 'rekey\\_%'"
     with psycopg.connect(dsn, autocommit=True) as connection:
-        before = set(connection.execute(roles).fetchall())
+        before = _roles(connection)
         connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
         try:
             yield make_conninfo(dsn, dbname=name)
         finally:
             connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
-            for (role,) in set(connection.execute(roles).fetchall()) - before:
+            for role in _roles(connection) - before:
                 # Another database may have come to use it meanwhile.
                 with suppress(psycopg.errors.DependentObjectsStillExist):
                     connection.execute(sql.SQL("drop role {}").format(sql.Identifier(role)))
+
+
+def _roles(connection: psycopg.Connection) -> set[str]:
+    """Return the roles of pg_rekey that are there, and nobody else's."""
+    return {name for name, _ in connection.execute(db.query("uninstall roles"))}
 
 
 @contextmanager
