@@ -1,8 +1,9 @@
 """The server, the databases and the keys that tests get.
 
-The controlling process has one server for the whole run: container.py says which. It installs pg_rekey in a
-template database; each test works on a clone of its own. When a clone is dropped, the functions that were
-called in it are noted, so that the run ends with a list of those that no test calls.
+container.py says what the server is. A given one, or a container, is one for the whole run; otherwise each
+process that runs tests has one of its own, and with it roles of its own. There, pg_rekey is installed in a
+template database; each test works on a clone. When a clone is dropped, the functions that were called in it
+are noted, so that the run ends with a list of those that no test calls.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from helpers import (
 from hosted import Hosted
 from pg_rekey import local, release
 
-SERVER = "PG_REKEY_TEST_SERVER"  # what the controlling process tells its xdist workers
+SERVER = "PG_REKEY_TEST_SERVER"  # from here on, what the controlling process tells its xdist workers
 TEMPLATE = "PG_REKEY_TEST_TEMPLATE"
 CALLS = "PG_REKEY_TEST_CALLS"
 EXTENSION = "PG_REKEY_TEST_EXTENSION"
@@ -54,29 +55,44 @@ def is_controller(config: pytest.Config) -> bool:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Start the server and make the template database, before xdist starts its workers."""
+    """Start the server, one for all before xdist starts its workers, or one in each of them."""
     # A shell that runs us in the background has it ignored, and what we start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not is_controller(session.config) or session.config.option.collectonly:
+    config = session.config
+    if config.option.collectonly:
         return
-    stack = session.config.stash[cleanup] = contextlib.ExitStack()
-    os.environ[CALLS] = stack.enter_context(tempfile.TemporaryDirectory(prefix="pgrk-calls-"))
+    stack = config.stash[cleanup] = contextlib.ExitStack()
     try:
-        server = stack.enter_context(container.server())
-        name = os.environ[TEMPLATE] = f"rekey_template_{os.getpid()}"
-        os.environ[SERVER] = server
-        os.environ[EXTENSION] = place_extension(stack)
-        template = create_database(server, name)
-        stack.callback(drop_database, server, name)
-        install(template, release.assemble("plain"))
+        if is_controller(config):
+            os.environ[CALLS] = stack.enter_context(tempfile.TemporaryDirectory(prefix="pgrk-calls-"))
+            if container.is_shared() or config.getoption("dist", "no") == "no":
+                start_server(stack)
+            else:
+                local.ensure()
+                local.ensure_test_tools()
+            os.environ[EXTENSION] = place_extension(stack)
+        elif SERVER not in os.environ:
+            start_server(stack)
     except (click.ClickException, psycopg.Error, OSError) as error:
         pytest.exit(f"no database to test on: {error}", returncode=1)
+
+
+def start_server(stack: contextlib.ExitStack) -> None:
+    server = os.environ[SERVER] = stack.enter_context(container.server())
+    name = os.environ[TEMPLATE] = f"rekey_template_{os.getpid()}"
+    template = create_database(server, name)
+    stack.callback(drop_database, server, name)
+    install(template, release.assemble("plain"))
+    with connect(template) as connection:
+        (Path(os.environ[CALLS]) / "functions").write_text("\n".join(all_functions(connection)))
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     """Say which server it is."""
     if cleanup not in config.stash:
         return None
+    if SERVER not in os.environ:
+        return f"server: PostgreSQL {local.ensure().major}, one for each process"
     with connect(os.environ[SERVER]) as connection:
         return f"server: PostgreSQL {value(connection, 'show server_version')} at {connection.info.host}"
 
@@ -132,6 +148,8 @@ def skipping() -> Iterator[None]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Let a complete and successful run fail where it left functions uncalled."""
     config = session.config
+    if not is_controller(config):
+        return
     whole = (
         config.args_source is pytest.Config.ArgsSource.TESTPATHS
         and not config.option.keyword
@@ -140,9 +158,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     )
     if cleanup not in config.stash or not whole:
         return
-    calls = {name for path in Path(os.environ[CALLS]).iterdir() for name in path.read_text().splitlines()}
-    with connect(os.environ[SERVER], dbname=os.environ[TEMPLATE]) as connection:
-        missing = all_functions(connection) - calls - set(not_counted())
+    noted = Path(os.environ[CALLS])
+    calls = {name for path in noted.glob("*.called") for name in path.read_text().splitlines()}
+    missing = set((noted / "functions").read_text().splitlines()) - calls - set(not_counted())
     config.stash[uncalled] = sorted(missing)
     if missing:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -196,7 +214,7 @@ def make_database(server: str, tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 def note_calls(connection: Connection) -> None:
     """Append the functions that were called in this database to what this process has seen."""
-    with (Path(os.environ[CALLS]) / str(os.getpid())).open("a") as calls:
+    with (Path(os.environ[CALLS]) / f"{os.getpid()}.called").open("a") as calls:
         calls.writelines(f"{name}\n" for name in called_functions(connection))
 
 

@@ -44,6 +44,11 @@ def server() -> Iterator[str]:
             yield throwaway.dsn()
 
 
+def is_shared() -> bool:
+    """Tell whether all processes of a run have one server; otherwise each can have its own."""
+    return bool(os.environ.get(DSN)) or wanted() is not None
+
+
 def wanted() -> str | None:
     """Return the version to run in a container, '' for what the image has, or None for no container."""
     target = os.environ.get(TARGET, "")

@@ -315,11 +315,11 @@ def test_without_a_connection(api: Api, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_connection_that_breaks_is_replaced(api: Api, ready: Connection) -> None:
-    backends = (
-        "select count(pg_terminate_backend(pid, 5000)) from pg_stat_activity where usename ~ '^rekey_api_'"
-    )
     assert api.get("/api/keys")
-    assert value(ready, backends + " and datname = current_database()") >= 1
+    backends = """
+        select count(pg_terminate_backend(pid, 5000)) from pg_stat_activity
+        where datname = current_database() and usename ~ '^rekey_api_'"""
+    assert value(ready, backends) >= 1
     assert api.get("/api/keys")
 
 

@@ -118,7 +118,9 @@ def test_requests_in_hand_are_ended(serve: Callable[[], Serving], ready: Connect
         ready.execute("lock table rekey.rotations")
         client = threading.Thread(target=lambda: answers.append(api.request("GET", "/api/rotations")))
         client.start()
-        waiting = "select from pg_stat_activity where wait_event_type = 'Lock' and usename ~ '^rekey_api_'"
+        waiting = """
+            select from pg_stat_activity
+            where datname = current_database() and usename ~ '^rekey_api_' and wait_event_type = 'Lock'"""
         until = time.monotonic() + 10
         with connect(db) as observer:
             while not observer.execute(waiting).fetchall() and time.monotonic() < until:

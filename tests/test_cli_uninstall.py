@@ -34,7 +34,9 @@ pytest_plugins = ["cli_fixtures", "column_fixtures"]
 TENANT = "11111111-1111-4111-8111-111111111111"
 NIL = "00000000-0000-0000-0000-000000000000"
 ODD = 'it\'s "#${X}" \\ \n\r\täöü \U0001f511'
-ROLES: LiteralString = "select count(*) from pg_roles where rolname like 'rekey\\_%%'"
+ROLES: LiteralString = """
+    select count(*) from pg_roles
+    where rolname ~ '^rekey_(owner|sweeper|admin|operator|auditor|app|worker)$'"""
 HERE: LiteralString = "select to_regnamespace('rekey') is not null"
 TABLES: LiteralString = """
     create table notes (id int primary key, "Value %s" text);

@@ -10,7 +10,7 @@ import pytest
 from psycopg import sql
 
 from column_fixtures import protect
-from driving import refused, rotate, rotation, run, step, step_until
+from driving import refused, rotate, rotation, run, step, step_until, waits
 from helpers import Connection, connect, unlock, value
 
 pytest_plugins = ["column_fixtures"]
@@ -130,10 +130,10 @@ def test_a_function_that_is_altered_while_it_runs_has_no_effect(
     blocker = session()
     blocker.execute("begin; lock table rekey.secrets in access exclusive mode")
     errors: list[str | None] = []
+    counter = session()
 
     def count() -> None:
         try:
-            counter = session()
             counter.execute("select rekey.key_usage()")
             errors.append(None)
         except psycopg.Error as error:
@@ -141,13 +141,7 @@ def test_a_function_that_is_altered_while_it_runs_has_no_effect(
 
     counting = threading.Thread(target=count)
     counting.start()
-    waiting: LiteralString = (
-        "select count(*) from pg_locks where not granted and relation = 'rekey.secrets'::regclass"
-    )
-    until = time.monotonic() + 10
-    while value(ready, waiting) == 0:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    waits(ready, counter.info.backend_pid)
     ready.execute(LYING.format(1.5).encode())
     blocker.execute("commit")
     time.sleep(0.5)

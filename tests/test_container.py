@@ -29,7 +29,10 @@ def test_target(
     monkeypatch.setattr(local, "find", lambda: "one" if installed else None)
     monkeypatch.setattr(container, "answers", lambda: docker)
     assert container.wanted() == expected
-    monkeypatch.delenv(container.DSN, raising=False)
+    monkeypatch.setenv(container.DSN, "given")
+    assert container.is_shared()
+    monkeypatch.delenv(container.DSN)
+    assert container.is_shared() is (expected is not None)
     monkeypatch.setattr(container, "build", lambda major: f"image {major}")
     monkeypatch.setattr(container, "started", nullcontext)
     monkeypatch.setattr(local, "Server", lambda: nullcontext(SimpleNamespace(dsn=lambda: "local")))
