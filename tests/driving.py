@@ -78,7 +78,7 @@ def step(connection: Connection) -> tuple[str, int, int, dict[str, Any]]:
     return row[0], row[1], row[2], row[3]
 
 
-def step_until(connection: Connection, *events: str, seconds: float = 20) -> list[str]:
+def step_until(connection: Connection, *events: str, seconds: float = 60) -> list[str]:
     """Step until one of these events; return all of them."""
     seen: list[str] = []
     until = time.monotonic() + seconds
@@ -91,7 +91,7 @@ def step_until(connection: Connection, *events: str, seconds: float = 20) -> lis
     raise AssertionError(f"none of {events} within {seconds} s: ... {seen[-20:]}")
 
 
-def waits(connection: Connection, pid: int, seconds: float = 10) -> None:
+def waits(connection: Connection, pid: int, seconds: float = 60) -> None:
     """Wait until that session waits for a lock."""
     waiting: LiteralString = "select count(*) from pg_locks where pid = %s and not granted"
     until = time.monotonic() + seconds

@@ -1,5 +1,6 @@
 """`pg-rekey serve` as a process: its configuration, its end, and a database that goes and comes back."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -60,7 +61,7 @@ class Serving:
         self, method: str, path: str, token: str | None = ALICE, body: Any = None
     ) -> tuple[int, dict[str, Any]]:
         """Send a request; return status and document."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             connection.request(method, path, body, headers)
@@ -72,7 +73,7 @@ class Serving:
     def stop(self, number: int = signal.SIGTERM) -> str:
         """End it with a signal; return what it had printed on standard error."""
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=60)
         self.lines += out.splitlines()
         assert self.process.returncode == 0, err
         assert json.loads(self.lines[-1])["event"] == "stopped"
@@ -111,6 +112,15 @@ def test_from_start_to_end(number: int, serve: Callable[[], Serving], ready: Con
         assert secret not in "".join(api.lines)
 
 
+def listens(api: Serving) -> bool:
+    with contextlib.suppress(ConnectionResetError):  # it ceases to, this very moment
+        try:
+            socket.create_connection(("127.0.0.1", api.port)).close()
+        except ConnectionRefusedError:
+            return False
+    return True
+
+
 def test_requests_in_hand_are_ended(serve: Callable[[], Serving], ready: Connection, db: str) -> None:
     api = serve()
     answers: list[Any] = []
@@ -121,18 +131,17 @@ def test_requests_in_hand_are_ended(serve: Callable[[], Serving], ready: Connect
         waiting = """
             select from pg_stat_activity
             where datname = current_database() and usename ~ '^rekey_api_' and wait_event_type = 'Lock'"""
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         with connect(db) as observer:
             while not observer.execute(waiting).fetchall() and time.monotonic() < until:
                 time.sleep(0.02)
         api.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        with pytest.raises(OSError, match="refused"):
-            socket.create_connection(("127.0.0.1", api.port))
+        while listens(api):
+            assert time.monotonic() < until
         assert answers == []
     client.join()
     assert answers == [(200, {"rotations": [], "next": None})]
-    api.process.wait(30)
+    api.process.wait(60)
     assert api.stop() == ""
 
 
@@ -142,12 +151,12 @@ def test_large_bodies(serve: Callable[[], Serving], ready: Connection) -> None:
     for body in (b" " * 100_000, iter([b" " * 20_000] * 3)):
         status, document = api.request("POST", "/api/keys/rotate", body=body)
         assert (status, document["code"]) == (413, "too_large")
-    with socket.create_connection(("127.0.0.1", api.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", api.port), timeout=60) as connection:
         connection.sendall(
             b"POST /api/keys/rotate HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\n\r\n"
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
-    with socket.create_connection(("127.0.0.1", api.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", api.port), timeout=60) as connection:
         connection.sendall(b"canary\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
     assert api.request("GET", "/healthz")[0] == 200
@@ -207,7 +216,7 @@ def everything(api: Serving) -> list[int]:
 
 def recovers(api: Serving) -> None:
     """Wait until the API is well again, which it is within seconds."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while api.request("GET", "/healthz", token=None)[0] != 200:
         assert time.monotonic() < until
         time.sleep(0.1)

@@ -189,6 +189,7 @@ def test_an_interrupted_adoption_goes_on(columns: Cli, ready: Connection, tmp_pa
     ready.execute("create table t (id int primary key, v text)")
     write(ready, "fernet", range(4000))
     columns("columns", "protect", "t", "v")
+    ready.execute("select rekey.set_setting('max_rows_per_second', '400')")  # it can't end before the signal
     command = [
         str(Path(sys.executable).parent / "pg-rekey"),
         "columns",
@@ -204,7 +205,7 @@ def test_an_interrupted_adoption_goes_on(columns: Cli, ready: Connection, tmp_pa
             (tmp_path / "out").open("ab") as out,
             subprocess.Popen(command, stdout=out, stderr=out) as process,
         ):
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while value(ready, "select coalesce(max(rows_done), 0) from rekey.rotation_status") == before:
                 assert time.monotonic() < deadline, "it does nothing"
                 time.sleep(0.01)
@@ -214,6 +215,7 @@ def test_an_interrupted_adoption_goes_on(columns: Cli, ready: Connection, tmp_pa
     assert "stays queued" in printed
     columns("columns", "adopt", "t", "v", "--from", "plaintext", code=1)
     assert "Repeat that command" in columns.err
+    ready.execute("select rekey.set_setting('max_rows_per_second', null)")
     columns("columns", "adopt", "t", "v", "--from", "fernet")
     assert value(ready, "select state || ' ' || rows_done from rekey.rotation_status") == "completed 4000"
     assert opened(ready) == {n: plain(n) for n in range(4000)}

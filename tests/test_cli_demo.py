@@ -95,7 +95,7 @@ def test_interrupted_it_leaves_nothing_behind(number: int, superuser: str) -> No
                 break
         time.sleep(0.5)
         running.send_signal(number)
-        _, err = running.communicate(timeout=30)
+        _, err = running.communicate(timeout=60)
     assert running.returncode == 128 + number
     assert "Traceback" not in err
 

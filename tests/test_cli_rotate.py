@@ -151,7 +151,7 @@ def test_interrupted(cli_ready: Cli, ready: Connection) -> None:
     with process("rotate", "--wait") as running:
         eventually(lambda: value(ready, "select coalesce(sum(rows_done), 0) from rekey.rotations"))
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=20)
+        out, err = running.communicate(timeout=60)
     assert running.returncode == INTERRUPTED
     assert "rotation 1 stays queued" in err
     assert "Traceback" not in out + err
@@ -183,7 +183,7 @@ def test_work_forever_ends_on_sigterm(cli_ready: Cli, ready: Connection) -> None
     with process("work", "--forever") as running:
         eventually(lambda: value(ready, "select rows_done > 0 from rekey.rotations"))
         running.send_signal(signal.SIGTERM)
-        out, err = running.communicate(timeout=20)
+        out, err = running.communicate(timeout=60)
     assert (running.returncode, err) == (0, "")
     assert json.loads(out.splitlines()[-1])["event"] == "stopped"
     # What was logged is what was committed.
@@ -202,7 +202,7 @@ def test_work_forever_outlives_its_connection(cli_ready: Cli, ready: Connection)
         ready.execute(kill)
         eventually(lambda: value(ready, "select last_tick_at is not null from rekey.worker_status"))
         running.send_signal(signal.SIGINT)
-        out, _ = running.communicate(timeout=20)
+        out, _ = running.communicate(timeout=60)
     events = [json.loads(line)["event"] for line in out.splitlines()]
     assert running.returncode == 0
     assert events == ["connected", "error", "connected", "stopped"]
@@ -225,7 +225,7 @@ def test_work_forever_outlives_a_rotation_of_the_kek(
         file.write_text(new.hex())
         eventually(lambda: states(ready) == ["completed"])
         running.send_signal(signal.SIGTERM)
-        out, _ = running.communicate(timeout=20)
+        out, _ = running.communicate(timeout=60)
     assert running.returncode == 0
     events = [json.loads(line)["event"] for line in out.splitlines()]
     assert {"locked", "error", "completed"} < set(events)
@@ -258,7 +258,7 @@ def test_killed_worker_leaves_nothing_half_done(cli_ready: Cli, ready: Connectio
     with process("work") as running:
         eventually(lambda: value(ready, "select rows_done > 0 from rekey.rotations"))
         running.send_signal(signal.SIGKILL)
-        running.communicate(timeout=20)
+        running.communicate(timeout=60)
     ready.execute("select rekey.set_setting('max_rows_per_second', null)")
     cli_ready("work")
     with connect(db) as connection:

@@ -444,17 +444,27 @@ def plain(connection: Connection) -> int:
 
 
 def test_killed_and_interrupted_while_it_decrypts(
-    cli_ready: Cli, ready: Connection, files: tuple[Path, Path], exported: tuple[str | Path, ...]
+    cli_ready: Cli, ready: Connection, db: str, files: tuple[Path, Path], exported: tuple[str | Path, ...]
 ) -> None:
     """In the second of three batches, and in the third: everything opens, and a repeat goes on."""
     count = 15_000
     ready.execute("create table t (id int primary key, v text)")
     protect(ready, "t", encrypt_on_write=True)
     ready.execute(f"insert into t select g, 'plain ' || g from generate_series(1, {count}) g".encode())
+    ready.execute("""
+        create function hold() returns trigger language plpgsql as
+          $$ begin perform pg_advisory_xact_lock(new.id); return new; end $$;
+        create trigger hold before update on t
+          for each row when (new.id in (7500, 12500)) execute function hold()""")
     values = fill(ready, 100)
-    for number in (signal.SIGKILL, signal.SIGINT):
+    for number, held in ((signal.SIGKILL, 7500), (signal.SIGINT, 12_500)):
         before = plain(ready)
-        with process("uninstall", *map(str, exported), "--yes") as running:
+        with (
+            connect(db) as holder,
+            holder.transaction(),
+            process("uninstall", *map(str, exported), "--yes") as running,
+        ):
+            holder.execute("select pg_advisory_xact_lock(%s)", (held,))
             while plain(ready) == before:
                 assert running.poll() is None
                 time.sleep(0.02)

@@ -450,7 +450,7 @@ def test_a_rotation_is_paused_while_its_batch_waits(
             stepped = pool.submit(step, worker)
             waits(ready, worker.info.backend_pid)
             ready.execute("select rekey.pause_rotation(%s)", [number])
-        assert stepped.result(10)[0] == "waiting"
+        assert stepped.result(60)[0] == "waiting"
     assert rotation(ready, number, "state", "rows_done", "rows_failed") == ("paused", 0, 0)
     assert value(app, "select count(*) from t where v = 'plain'") == 10
     ready.execute("select rekey.resume_rotation(%s)", [number])
@@ -760,7 +760,7 @@ def test_two_owners_protect_at_once(
     app.execute("begin")
     protect(app, "t")
     with in_background(late):
-        assert begun.wait(5)
+        assert begun.wait(60)
         time.sleep(0.3)  # it waits, or has failed
         app.execute("commit")
     assert value(ready, "select count(*) from rekey.column_status where problem is null") == 2

@@ -146,7 +146,7 @@ def test_a_function_that_is_altered_while_it_runs_has_no_effect(
     blocker.execute("commit")
     time.sleep(0.5)
     ready.execute(original.encode())
-    counting.join(20)
+    counting.join(60)
     assert errors == ["RK005"]
     assert value(ready, "select sum(rows) from rekey.key_usage()") == 5
 

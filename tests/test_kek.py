@@ -247,7 +247,7 @@ def test_makers_of_keys_and_rotate_kek_wait_for_each_other(
             one.execute(first)
             waiting: Future[Any] = pool.submit(two.execute, second)
             waits(stored, two.info.backend_pid)
-        waiting.result(timeout=10)
+        waiting.result(timeout=60)
         assert value(one, "select count(*) from rekey.encryption_keys where kek_id <> 2") == 0
         assert value(one, "select rekey.decrypt_text(rekey.encrypt('x'::text))") == "x"
         for (name,) in one.execute("select name from rekey.keyrings").fetchall():
@@ -504,6 +504,6 @@ def test_session_key_is_made_once(make_database: Callable[..., str], kek: bytes)
             second = pool.submit(unlock, two, kek)
             with connect(dsn) as observer:
                 waits(observer, two.info.backend_pid)
-        assert second.result(timeout=10) == reference.fingerprint(kek)
+        assert second.result(timeout=60) == reference.fingerprint(kek)
         initialize(one, kek)
         assert value(two, "select rekey.decrypt_text(rekey.encrypt('x'::text))") == "x"

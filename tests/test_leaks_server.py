@@ -532,7 +532,7 @@ def serve(scenario: Scenario) -> None:
         port = free.getsockname()[1]
     process = run.start(f"serve --port {port}", **{tokens.ADMIN: entry})
     try:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
@@ -540,14 +540,14 @@ def serve(scenario: Scenario) -> None:
             time.sleep(0.05)
         for path in ROUTES:
             for given in (token, unknown):
-                client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 method = "POST" if path.endswith("rotate") else "GET"
                 client.request(method, path, headers={"Authorization": f"Bearer {given}"})
                 client.getresponse().read()
                 client.close()
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def take_out(scenario: Scenario) -> None:
@@ -667,7 +667,7 @@ def lose_the_server(scenario: Scenario) -> None:
             connection.execute("select rekey.encrypt('x'::text)")
             waiting = run.start("rotate --all --wait")
             worker = run.start("work --forever")
-            until = time.monotonic() + 30
+            until = time.monotonic() + 60
             with scenario.quiet() as quiet:
                 while not value(quiet, "select count(*) from rekey.rotations where state = 'verifying'"):
                     assert time.monotonic() < until
@@ -676,7 +676,7 @@ def lose_the_server(scenario: Scenario) -> None:
             scenario.note_functions("app")  # a server that recovers has lost its statistics
             scenario.server.restart("immediate")
             connection.execute("select 'the server is another one'")
-    assert waiting.wait(30) == 1
+    assert waiting.wait(60) == 1
     worker.send_signal(signal.SIGTERM)
     worker.wait(60)
     with scenario.quiet() as quiet:

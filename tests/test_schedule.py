@@ -388,7 +388,7 @@ def test_pg_cron_alone(cron: Connection, server: str, kek: bytes, kek_file: str)
         "select username, command, database = current_database() from cron.job"
     ).fetchall() == [("rekey_worker", "call rekey.tick()", True)]
     conn.execute(DUE, ("default", "1 day"))
-    until = time.monotonic() + 75
+    until = time.monotonic() + 180
     while rotations(conn) != [("default", "schedule", "completed")]:
         assert time.monotonic() < until, conn.execute("select * from cron.job_run_details").fetchall()
         time.sleep(0.1)

@@ -344,7 +344,7 @@ def test_two_writers_of_one_name(ready: Connection, db: str, kek: bytes, known: 
                 ready, "select count(*) from pg_locks where not granted and pid = %s", two.info.backend_pid
             ):
                 assert not waiting.done()
-        second = waiting.result(timeout=10)
+        second = waiting.result(timeout=60)
         assert (second == first) is (known or ending == "commit")
         check(two, {"n": "two"})
         for level in ("repeatable read", "serializable"):

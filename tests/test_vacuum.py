@@ -124,7 +124,8 @@ def test_the_next_batch_tidies_up_behind_the_last_one(kek: bytes) -> None:
     left: LiteralString = """
         select count(*) from heap_page_items(get_raw_page('rekey.secrets', 0))
         where lp_flags = 1 and t_xmax::text <> '0' and t_infomask & 128 = 0  -- not merely locked"""
-    with local.Server() as server, connect(create_database(server.dsn(), "tidy")) as connection:
+    server = local.Server(settings={"autovacuum": "off"})
+    with server, connect(create_database(server.dsn(), "tidy")) as connection:
         install(connection.info.dsn, release.assemble("plain"))
         initialize(connection, kek)
         connection.execute("create extension pageinspect")
