@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 
 import container
 from helpers import (
@@ -44,6 +45,14 @@ TEMPLATE = "PG_REKEY_TEST_TEMPLATE"
 CALLS = "PG_REKEY_TEST_CALLS"
 EXTENSION = "PG_REKEY_TEST_EXTENSION"
 EXCEPTIONS = Path(__file__).parent / "lint" / "exceptions.toml"
+
+# How long an example takes says nothing on a shared machine.
+settings.register_profile(
+    "pg_rekey",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("pg_rekey")
 
 cleanup = pytest.StashKey[contextlib.ExitStack]()
 uncalled = pytest.StashKey[list[str]]()

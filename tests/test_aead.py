@@ -8,7 +8,7 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from psycopg.rows import dict_row
 
@@ -57,7 +57,7 @@ def test_rfc_7518_b3(conn: Connection) -> None:
     assert reference.encrypt(KEY, IV, plaintext, aad) == sealed
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(st.data())
 def test_same_as_the_reference(conn: Connection, data: st.DataObject) -> None:
     key, iv = (data.draw(st.binary(min_size=size, max_size=size)) for size in (64, 16))
@@ -127,7 +127,7 @@ def test_inlined(conn: Connection) -> None:
         assert "rekey.encrypt(convert_to(part, 'UTF8'" in plan.replace("::name", "").replace("''", "'"), plan
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(raw=st.binary() | st.tuples(st.text(), st.binary(max_size=4)).map(lambda it: it[0].encode() + it[1]))
 @example(b"\xed\xa0\x80")
 @example(b"\xc0\x80")

@@ -36,11 +36,11 @@ def test_other_lengths_are_refused(kek: bytes) -> None:
                 keks.parse(text)
 
 
-@given(st.text(min_size=65, max_size=80))
+@given(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=65, max_size=80))
 def test_no_error_shows_the_value(text: str) -> None:
     with pytest.raises(Problem) as caught:
         keks.parse(text)
-    assert text.strip() not in f"{caught.value.message} {caught.value.hint}"
+    assert text not in f"{caught.value.message} {caught.value.hint}"
 
 
 def test_fingerprint_is_that_of_the_database(ready: Connection, kek: bytes) -> None:
