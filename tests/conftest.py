@@ -40,7 +40,8 @@ from helpers import (
 from hosted import Hosted
 from pg_rekey import local, release
 
-SERVER = "PG_REKEY_TEST_SERVER"  # from here on, what the controlling process tells its xdist workers
+# What the controlling process tells its xdist workers; a server of their own, they tell themselves.
+SERVER = "PG_REKEY_TEST_SERVER"
 TEMPLATE = "PG_REKEY_TEST_TEMPLATE"
 CALLS = "PG_REKEY_TEST_CALLS"
 EXTENSION = "PG_REKEY_TEST_EXTENSION"
@@ -93,7 +94,19 @@ def start_server(stack: contextlib.ExitStack) -> None:
     stack.callback(drop_database, server, name)
     install(template, release.assemble("plain"))
     with connect(template) as connection:
-        (Path(os.environ[CALLS]) / "functions").write_text("\n".join(all_functions(connection)))
+        note("functions", all_functions(connection))
+
+
+def note(kind: str, functions: set[str]) -> None:
+    """Append to this process's notes of that kind."""
+    with (Path(os.environ[CALLS]) / f"{os.getpid()}.{kind}").open("a") as notes:
+        notes.writelines(f"{name}\n" for name in functions)
+
+
+def noted(kind: str) -> set[str]:
+    """Return what the processes of this run have noted of a kind."""
+    paths = Path(os.environ[CALLS]).glob(f"*.{kind}")
+    return {name for path in paths for name in path.read_text().splitlines()}
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -167,9 +180,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     )
     if cleanup not in config.stash or not whole:
         return
-    noted = Path(os.environ[CALLS])
-    calls = {name for path in noted.glob("*.called") for name in path.read_text().splitlines()}
-    missing = set((noted / "functions").read_text().splitlines()) - calls - set(not_counted())
+    missing = noted("functions") - noted("called") - set(not_counted())
     config.stash[uncalled] = sorted(missing)
     if missing:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -222,9 +233,8 @@ def make_database(server: str, tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 
 def note_calls(connection: Connection) -> None:
-    """Append the functions that were called in this database to what this process has seen."""
-    with (Path(os.environ[CALLS]) / f"{os.getpid()}.called").open("a") as calls:
-        calls.writelines(f"{name}\n" for name in called_functions(connection))
+    """Note the functions that were called in this database."""
+    note("called", called_functions(connection))
 
 
 @pytest.fixture

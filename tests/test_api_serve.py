@@ -138,6 +138,7 @@ def test_requests_in_hand_are_ended(serve: Callable[[], Serving], ready: Connect
         api.process.send_signal(signal.SIGTERM)
         while listens(api):
             assert time.monotonic() < until
+            time.sleep(0.02)
         assert answers == []
     client.join()
     assert answers == [(200, {"rotations": [], "next": None})]

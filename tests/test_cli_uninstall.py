@@ -459,17 +459,14 @@ def test_killed_and_interrupted_while_it_decrypts(
     values = fill(ready, 100)
     for number, held in ((signal.SIGKILL, 7500), (signal.SIGINT, 12_500)):
         before = plain(ready)
-        with (
-            connect(db) as holder,
-            holder.transaction(),
-            process("uninstall", *map(str, exported), "--yes") as running,
-        ):
+        with connect(db) as holder, holder.transaction():
             holder.execute("select pg_advisory_xact_lock(%s)", (held,))
-            while plain(ready) == before:
-                assert running.poll() is None
-                time.sleep(0.02)
-            running.send_signal(number)
-            _, err = running.communicate(timeout=60)
+            with process("uninstall", *map(str, exported), "--yes") as running:
+                while plain(ready) == before:
+                    assert running.poll() is None
+                    time.sleep(0.02)
+                running.send_signal(number)
+                _, err = running.communicate(timeout=60)
         assert running.returncode == (INTERRUPTED if number == signal.SIGINT else -number)
         assert ("goes on where it stopped" in err) == (number == signal.SIGINT)
         left = count - plain(ready)

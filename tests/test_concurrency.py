@@ -269,6 +269,7 @@ def test_writers_at_every_level_over_many_rotations(
     with in_background(*(write(slot, level) for slot, level in enumerate(LEVELS))):
         until = time.monotonic() + 5
         while time.monotonic() < until or destroyed < 4:
+            assert time.monotonic() < until + 60
             number = rotate(ready)
             run(ready)
             assert rotation(ready, number, "state") == "completed"
