@@ -246,9 +246,8 @@ COMMENT ON FUNCTION rekey._rpc_key_rotation_status() IS 'What public.key_rotatio
 CREATE FUNCTION public.key_rotation_status() RETURNS jsonb
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT rekey._rpc_key_rotation_status() AS _rpc_key_rotation_status;
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION public.key_rotation_status() OWNER TO postgres;
@@ -304,9 +303,8 @@ COMMENT ON FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede 
 CREATE FUNCTION public.rotate_keys(keyring text DEFAULT NULL::text, reason text DEFAULT NULL::text, supersede boolean DEFAULT false) RETURNS jsonb
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT rekey._rpc_rotate_keys(keyring, reason, supersede) AS _rpc_rotate_keys;
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) OWNER TO postgres;
@@ -744,7 +742,8 @@ COMMENT ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bi
 
 CREATE FUNCTION rekey._decipher(key bytea, iv bytea, sealed bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN public.decrypt_iv(substr(sealed, 1, (octet_length(sealed) - 32)), substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs'::text);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._decipher(key bytea, iv bytea, sealed bytea) OWNER TO rekey_owner;
@@ -762,7 +761,8 @@ COMMENT ON FUNCTION rekey._decipher(key bytea, iv bytea, sealed bytea) IS 'Plain
 
 CREATE FUNCTION rekey._mac(key bytea, aad bytea, iv bytea, ciphertext bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN substr(public.hmac((((aad || iv) || ciphertext) || int8send(((octet_length(aad))::bigint * 8))), substr(key, 1, 32), 'sha512'::text), 1, 32);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._mac(key bytea, aad bytea, iv bytea, ciphertext bytea) OWNER TO rekey_owner;
@@ -805,7 +805,8 @@ COMMENT ON FUNCTION rekey._refuse_lengths(key integer, iv integer, message integ
 
 CREATE FUNCTION rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN ((octet_length(key) = 64) AND (octet_length(iv) = 16) AND (aad IS NOT NULL) AND (octet_length(sealed) >= 48) AND ((octet_length(sealed) % 16) = 0)) THEN CASE WHEN (sha256((substr(key, 1, 32) || substr(sealed, (octet_length(sealed) - 31)))) = sha256((substr(key, 1, 32) || rekey._mac(key, aad, iv, substr(sealed, 1, (octet_length(sealed) - 32)))))) THEN rekey._decipher(key, iv, sealed) ELSE NULL::bytea END ELSE rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(sealed)) END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad bytea) OWNER TO rekey_owner;
@@ -823,7 +824,8 @@ COMMENT ON FUNCTION rekey._aead_decrypt(key bytea, iv bytea, sealed bytea, aad b
 
 CREATE FUNCTION rekey._encipher(key bytea, iv bytea, plaintext bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN ((octet_length(key) = 64) AND (octet_length(iv) = 16) AND (plaintext IS NOT NULL)) THEN public.encrypt_iv(plaintext, substr(key, 33, 32), iv, 'aes-cbc/pad:pkcs'::text) ELSE rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(plaintext)) END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._encipher(key bytea, iv bytea, plaintext bytea) OWNER TO rekey_owner;
@@ -841,7 +843,8 @@ COMMENT ON FUNCTION rekey._encipher(key bytea, iv bytea, plaintext bytea) IS 'AE
 
 CREATE FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN (aad IS NOT NULL) THEN (rekey._encipher(key, iv, plaintext) || rekey._mac(key, aad, iv, rekey._encipher(key, iv, plaintext))) ELSE rekey._refuse_lengths(octet_length(key), octet_length(iv), NULL::integer) END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aad bytea) OWNER TO rekey_owner;
@@ -982,7 +985,8 @@ COMMENT ON FUNCTION rekey._audit_all(events jsonb) IS 'Adds entries to the audit
 
 CREATE FUNCTION rekey._part(part text) RETURNS bytea
     LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN COALESCE((int4send(octet_length(convert_to(part, 'UTF8'::name))) || convert_to(part, 'UTF8'::name)), '\xffffffff'::bytea);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._part(part text) OWNER TO rekey_owner;
@@ -1114,7 +1118,8 @@ COMMENT ON COLUMN rekey.audit_log.hash IS 'SHA-256 over prev_hash and every othe
 
 CREATE FUNCTION rekey._audit_hash(entry rekey.audit_log) RETURNS bytea
     LANGUAGE sql STABLE
-    RETURN sha256((((((((((((entry).prev_hash || rekey._part(((entry).id)::text)) || rekey._part(to_char(((entry).at AT TIME ZONE 'UTC'::text), 'YYYY-MM-DD"T"HH24:MI:SS.US'::text))) || rekey._part((entry).actor)) || rekey._part((entry).role)) || rekey._part((entry).jwt_subject)) || rekey._part((entry).event)) || rekey._part((entry).keyring)) || rekey._part(((entry).version)::text)) || rekey._part(((entry).rotation_id)::text)) || rekey._part(((entry).details)::text)));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._audit_hash(entry rekey.audit_log) OWNER TO rekey_owner;
@@ -1167,7 +1172,8 @@ COMMENT ON FUNCTION rekey._barrier(keyring_id integer, versions integer[]) IS 'W
 
 CREATE FUNCTION rekey._batch_size(keyrings integer) RETURNS double precision
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN ((1)::numeric + ((LEAST((keyrings - 1), 1000))::numeric / 1000.0));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._batch_size(keyrings integer) OWNER TO rekey_owner;
@@ -1232,7 +1238,8 @@ COMMENT ON FUNCTION rekey._begin_verification(rotations bigint[], keyrings integ
 
 CREATE FUNCTION rekey._block(pointer tid) RETURNS bigint
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN (split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 1))::bigint;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._block(pointer tid) OWNER TO rekey_owner;
@@ -1559,11 +1566,8 @@ COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an 
 CREATE FUNCTION rekey._changes() RETURNS bigint
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT (sum(((pg_stat_get_xact_tuples_inserted(c.oid) + pg_stat_get_xact_tuples_updated(c.oid)) + pg_stat_get_xact_tuples_deleted(c.oid))))::bigint AS sum
-    FROM pg_class c
-   WHERE (c.relkind = 'r'::"char");
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._changes() OWNER TO rekey_owner;
@@ -1816,11 +1820,8 @@ COMMENT ON TABLE rekey._verified IS 'Relations that a verification checks by chu
 CREATE FUNCTION rekey._checked_since(verification_id bigint, target text, relation regclass) RETURNS xid
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT (v.since)::xid AS since
-    FROM rekey._verified v
-   WHERE ((v.verification_id = _checked_since.verification_id) AND (v.target = _checked_since.target) AND ((v.relation)::oid = (_checked_since.relation)::oid) AND (v.filenode = pg_relation_filenode(v.relation)) AND (v.functions = rekey._target_state()) AND (NOT (v.system_identifier IS DISTINCT FROM rekey._system_identifier())) AND ((((pg_snapshot_xmax(pg_current_snapshot()))::text)::bigint - ((v.since)::text)::bigint) < 2000000000));
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._checked_since(verification_id bigint, target text, relation regclass) OWNER TO rekey_owner;
@@ -2180,56 +2181,8 @@ COMMENT ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) IS '
 CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint) RETURNS TABLE(fatal boolean, finding text, advice text)
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT true,
-     format('constraint %I makes the column a key'::text, c.conname) AS format,
-     'A key cannot be encrypted: protect another column.'::text
-    FROM pg_constraint c
-   WHERE ((c.contype = ANY (ARRAY['p'::"char", 'f'::"char"])) AND (((c.conrelid = (_column_findings.relation)::oid) AND (_column_findings.attnum = ANY (c.conkey))) OR ((c.confrelid = (_column_findings.relation)::oid) AND (_column_findings.attnum = ANY (c.confkey)))))
- UNION ALL
-  SELECT true,
-     format('varchar(%s) is too short for envelopes'::text, (a.atttypmod - 4)) AS format,
-     'Change the type to text: an envelope of nothing has 104 characters.'::text
-    FROM pg_attribute a
-   WHERE ((a.attrelid = (_column_findings.relation)::oid) AND (a.attnum = _column_findings.attnum) AND (a.atttypid = ('character varying'::regtype)::oid) AND (a.atttypmod > 0))
- UNION ALL
-  SELECT false,
-     format('CHECK %I is applied to envelopes'::text, c.conname) AS format,
-     'Drop it, or let it accept them: the sweep fails on rows that it refuses.'::text
-    FROM pg_constraint c
-   WHERE ((c.conrelid = (_column_findings.relation)::oid) AND (c.contype = 'c'::"char") AND (_column_findings.attnum = ANY (c.conkey)))
- UNION ALL
-  SELECT false,
-     format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values'::text, (i.indexrelid)::regclass) AS format,
-     'Drop it; a value that has no room in an index row (2704 bytes) fails.'::text
-    FROM pg_index i
-   WHERE ((i.indrelid = (_column_findings.relation)::oid) AND (NOT i.indisprimary) AND ((_column_findings.attnum = ANY ((i.indkey)::smallint[])) OR (EXISTS ( SELECT
-            FROM pg_depend d
-           WHERE ((d.objid = i.indexrelid) AND (d.classid = ('pg_class'::regclass)::oid) AND (d.refobjid = (_column_findings.relation)::oid) AND (d.refobjsubid = _column_findings.attnum))))))
- UNION ALL
-  SELECT false,
-     format('generated column %I is computed from envelopes'::text, a.attname) AS format,
-     'Drop it.'::text
-    FROM (pg_attrdef f
-      JOIN pg_attribute a ON (((a.attrelid = f.adrelid) AND (a.attnum = f.adnum) AND (a.attgenerated <> ''::"char"))))
-   WHERE ((f.adrelid = (_column_findings.relation)::oid) AND (EXISTS ( SELECT
-            FROM pg_depend d
-           WHERE ((d.objid = f.oid) AND (d.classid = ('pg_attrdef'::regclass)::oid) AND (d.refobjid = (_column_findings.relation)::oid) AND (d.refobjsubid = _column_findings.attnum)))))
- UNION ALL
-  SELECT false,
-     format('trigger %I fires for every row of a rotation'::text, t.tgname) AS format,
-     'WHEN (current_setting(''rekey.sweeping'', true) is distinct from ''on'') lets it pass.'::text
-    FROM pg_trigger t
-   WHERE ((t.tgrelid = (_column_findings.relation)::oid) AND (NOT t.tgisinternal) AND (((t.tgtype)::integer & 16) = 16) AND (t.tgqual IS NULL) AND (t.tgname !~~ 'zz\_pg\_rekey\_%'::text))
- UNION ALL
-  SELECT false,
-     format('publication %I sends every row of a rotation'::text, p.pubname) AS format,
-     'Subscribers get the envelopes: they need the same keys.'::text
-    FROM pg_publication p
-   WHERE (p.pubupdate AND (p.puballtables OR (EXISTS ( SELECT
-            FROM pg_publication_rel r
-           WHERE ((r.prpubid = p.oid) AND (r.prrelid = (_column_findings.relation)::oid))))));
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._column_findings(relation regclass, attnum smallint) OWNER TO rekey_owner;
@@ -2352,14 +2305,8 @@ COMMENT ON FUNCTION rekey._column_problem(protected rekey.protected_columns) IS 
 CREATE FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) RETURNS record
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT (d.refobjid)::regclass AS refobjid,
-     array_agg((d.refobjsubid)::smallint ORDER BY d.refobjsubid) AS array_agg
-    FROM (pg_proc p
-      JOIN pg_depend d ON (((d.classid = ('pg_proc'::regclass)::oid) AND (d.objid = p.oid) AND (d.refclassid = ('pg_class'::regclass)::oid) AND (d.refobjsubid > 0))))
-   WHERE ((p.pronamespace = ('rekey_targets'::regnamespace)::oid) AND (p.proname = (('column_'::text || _column_shape.id) || '_guard'::text)) AND (p.pronargs = 0))
-   GROUP BY d.refobjid;
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) OWNER TO rekey_owner;
@@ -2406,7 +2353,8 @@ COMMENT ON FUNCTION rekey._column_status() IS 'What the view rekey.column_status
 
 CREATE FUNCTION rekey._context(parts text[]) RETURNS bytea
     LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN (SELECT COALESCE(string_agg(rekey._part(p.part), '\x'::bytea ORDER BY p.place), '\x'::bytea) AS "coalesce" FROM unnest(_context.parts) WITH ORDINALITY p(part, place));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._context(parts text[]) OWNER TO rekey_owner;
@@ -2582,7 +2530,8 @@ COMMENT ON FUNCTION rekey._count_rows(keyrings integer[]) IS 'Counts every targe
 
 CREATE FUNCTION rekey._dearmor(armored text) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN public.dearmor(armored);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._dearmor(armored text) OWNER TO rekey_owner;
@@ -2883,10 +2832,8 @@ COMMENT ON COLUMN rekey.settings.jwt_admin_claim IS 'Key in the app_metadata of 
 CREATE FUNCTION rekey._ensure_rows() RETURNS void
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- INSERT INTO rekey.settings DEFAULT VALUES ON CONFLICT DO NOTHING;
- INSERT INTO rekey._worker DEFAULT VALUES ON CONFLICT DO NOTHING;
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._ensure_rows() OWNER TO rekey_owner;
@@ -2904,7 +2851,8 @@ COMMENT ON FUNCTION rekey._ensure_rows() IS 'Makes the rows that there is one of
 
 CREATE FUNCTION rekey._envelope_of(value bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN (substr(value, 1, 3) = '\x524b01'::bytea) THEN value ELSE NULL::bytea END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._envelope_of(value bytea) OWNER TO rekey_owner;
@@ -2922,7 +2870,8 @@ COMMENT ON FUNCTION rekey._envelope_of(value bytea) IS 'A value that means to be
 
 CREATE FUNCTION rekey._from_text(value text) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN (value ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'::text) THEN decode("right"(value, '-4'::integer), 'base64'::text) ELSE NULL::bytea END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._from_text(value text) OWNER TO rekey_owner;
@@ -2940,7 +2889,8 @@ COMMENT ON FUNCTION rekey._from_text(value text) IS 'Envelope of its text form, 
 
 CREATE FUNCTION rekey._envelope_of(value text) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN (("left"(value, 4) COLLATE "C") = 'rk1:'::text) THEN COALESCE(rekey._from_text(value), '\x'::bytea) ELSE NULL::bytea END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._envelope_of(value text) OWNER TO rekey_owner;
@@ -2958,7 +2908,8 @@ COMMENT ON FUNCTION rekey._envelope_of(value text) IS 'As for bytea, of its text
 
 CREATE FUNCTION rekey._fingerprint(kek bytea) RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN encode(substr(public.hmac('\x70675f72656b65792f76312f66696e6765727072696e74'::bytea, kek, 'sha256'::text), 1, 16), 'hex'::text);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._fingerprint(kek bytea) OWNER TO rekey_owner;
@@ -3134,7 +3085,8 @@ COMMENT ON FUNCTION rekey._guarded_settings() IS 'Settings of the session that s
 
 CREATE FUNCTION rekey._header(keyring_id integer, version integer) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN (('\x524b01'::bytea || int4send(keyring_id)) || int4send(version));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._header(keyring_id integer, version integer) OWNER TO rekey_owner;
@@ -3152,12 +3104,8 @@ COMMENT ON FUNCTION rekey._header(keyring_id integer, version integer) IS 'The f
 
 CREATE FUNCTION rekey._headers(ciphertexts bytea[]) RETURNS bytea[]
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    BEGIN ATOMIC
- SELECT array_agg(h.header) AS array_agg
-    FROM ( SELECT DISTINCT substr(u.ciphertext, 1, 11) AS header
-            FROM unnest(_headers.ciphertexts) u(ciphertext)) h
-   WHERE ((octet_length(h.header) = 11) AND (substr(h.header, 1, 3) = '\x524b01'::bytea));
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._headers(ciphertexts bytea[]) OWNER TO rekey_owner;
@@ -3176,7 +3124,8 @@ COMMENT ON FUNCTION rekey._headers(ciphertexts bytea[]) IS 'The different header
 CREATE FUNCTION rekey._http_status(code text) RETURNS integer
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    RETURN CASE code WHEN 'RK001'::text THEN 503 WHEN 'RK002'::text THEN 500 WHEN 'RK003'::text THEN 422 WHEN 'RK004'::text THEN 409 WHEN 'RK005'::text THEN 409 WHEN 'RK006'::text THEN 409 WHEN 'RK007'::text THEN 404 WHEN '42501'::text THEN 403 WHEN '22023'::text THEN 400 ELSE NULL::integer END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._http_status(code text) OWNER TO rekey_owner;
@@ -3250,7 +3199,8 @@ COMMENT ON FUNCTION rekey._in_maintenance() IS 'Whether code of a table, index o
 
 CREATE FUNCTION rekey._int4(bytes bytea, place integer) RETURNS integer
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN ((((get_byte(bytes, place) << 24) | (get_byte(bytes, (place + 1)) << 16)) | (get_byte(bytes, (place + 2)) << 8)) | get_byte(bytes, (place + 3)));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._int4(bytes bytea, place integer) OWNER TO rekey_owner;
@@ -3268,7 +3218,8 @@ COMMENT ON FUNCTION rekey._int4(bytes bytea, place integer) IS 'The big-endian i
 
 CREATE FUNCTION rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad bytea) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN ((octet_length(key) = 64) AND (octet_length(iv) = 16) AND (aad IS NOT NULL) AND (octet_length(sealed) >= 48) AND ((octet_length(sealed) % 16) = 0)) THEN (substr(sealed, (octet_length(sealed) - 31)) = rekey._mac(key, aad, iv, substr(sealed, 1, (octet_length(sealed) - 32)))) ELSE (rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(sealed)) IS NOT NULL) END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad bytea) OWNER TO rekey_owner;
@@ -3286,7 +3237,8 @@ COMMENT ON FUNCTION rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad b
 
 CREATE FUNCTION rekey._is_due(next_attempt_at timestamp with time zone) RETURNS boolean
     LANGUAGE sql
-    RETURN ((next_attempt_at IS NULL) OR (NOT ((next_attempt_at >= clock_timestamp()) AND (next_attempt_at <= (clock_timestamp() + '00:10:00'::interval)))));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._is_due(next_attempt_at timestamp with time zone) OWNER TO rekey_owner;
@@ -3304,7 +3256,8 @@ COMMENT ON FUNCTION rekey._is_due(next_attempt_at timestamp with time zone) IS '
 
 CREATE FUNCTION rekey._is_envelope(value bytea) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN COALESCE(((octet_length(value) >= 75) AND ((octet_length(value) % 16) = 11) AND (substr(value, 1, 3) = '\x524b01'::bytea)), false);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._is_envelope(value bytea) OWNER TO rekey_owner;
@@ -3346,7 +3299,8 @@ COMMENT ON FUNCTION rekey._is_service_role(caller name) IS 'Whether the caller i
 
 CREATE FUNCTION rekey._is_under_way(state text) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN (state = ANY (ARRAY['queued'::text, 'running'::text, 'paused'::text, 'verifying'::text, 'failed'::text]));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._is_under_way(state text) OWNER TO rekey_owner;
@@ -3636,7 +3590,8 @@ COMMENT ON FUNCTION rekey._key(keyring_id integer, version integer) IS 'The key 
 
 CREATE FUNCTION rekey._key_problem(version integer, state text, kek_id integer, kek_state text, sweeping boolean) RETURNS text
     LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN CASE WHEN ((state = ANY (ARRAY['disabled'::text, 'destroyed'::text])) OR ((state = 'destroy_scheduled'::text) AND (NOT sweeping))) THEN format('key version %s is %s'::text, version, state) WHEN (kek_state = 'lost'::text) THEN format('key version %s is wrapped under KEK %s, which is lost'::text, version, kek_id) ELSE NULL::text END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._key_problem(version integer, state text, kek_id integer, kek_state text, sweeping boolean) OWNER TO rekey_owner;
@@ -3777,7 +3732,8 @@ COMMENT ON FUNCTION rekey._keyring(name text, lock boolean) IS 'The keyring of t
 CREATE FUNCTION rekey._keyring_name(id integer) RETURNS text
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    RETURN (SELECT k.name FROM rekey.keyrings k WHERE (k.id = _keyring_name.id));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._keyring_name(id integer) OWNER TO rekey_owner;
@@ -3896,19 +3852,8 @@ COMMENT ON FUNCTION rekey._lock_active(keyrings integer[]) IS 'The active versio
 CREATE FUNCTION rekey._lock_holders(keyring_id integer, versions integer[], since timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS jsonb
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT jsonb_agg(jsonb_strip_nulls(jsonb_build_object('pid', l.pid, 'role', a.usename, 'prepared', p.gid, 'age_seconds', (EXTRACT(epoch FROM (clock_timestamp() - COALESCE(a.xact_start, p.prepared, _lock_holders.since))))::bigint))) AS jsonb_agg
-    FROM ((pg_locks l
-      LEFT JOIN pg_stat_activity a ON ((a.pid = l.pid)))
-      LEFT JOIN LATERAL ( SELECT x.gid,
-             x.prepared
-            FROM (pg_locks t
-              JOIN pg_prepared_xacts x ON ((x.transaction = t.transactionid)))
-           WHERE ((l.pid IS NULL) AND (t.pid IS NULL) AND (t.locktype = 'transactionid'::text) AND (t.virtualtransaction = l.virtualtransaction))) p ON (true))
-   WHERE ((l.locktype = 'advisory'::text) AND (l.objsubid = 2) AND l.granted AND (l.database = ( SELECT d.oid
-            FROM pg_database d
-           WHERE (d.datname = current_database()))) AND (l.classid = (_lock_holders.keyring_id)::oid) AND ((l.objid)::bigint = ANY ((_lock_holders.versions)::bigint[])));
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._lock_holders(keyring_id integer, versions integer[], since timestamp with time zone) OWNER TO rekey_owner;
@@ -3982,7 +3927,8 @@ COMMENT ON FUNCTION rekey._lock_targets() IS 'Reads nothing of every target that
 
 CREATE FUNCTION rekey._max_bytes() RETURNS integer
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN 33554432;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._max_bytes() OWNER TO rekey_owner;
@@ -4139,7 +4085,8 @@ COMMENT ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) IS '
 
 CREATE FUNCTION rekey._next_row(pointer tid) RETURNS tid
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN (pointer IS NOT NULL) THEN (format('(%s,%s)'::text, rekey._block(pointer), ((split_part(TRIM(BOTH '()'::text FROM (pointer)::text), ','::text, 2))::integer + 1)))::tid ELSE NULL::tid END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._next_row(pointer tid) OWNER TO rekey_owner;
@@ -4262,20 +4209,8 @@ CREATE FUNCTION rekey._note_names() RETURNS void
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
-    BEGIN ATOMIC
- UPDATE rekey.protected_columns c SET relation_name = n.relation_name, column_name = n.names[1], context_columns = n.names[2:]
-    FROM ( SELECT p.id,
-             format('%I.%I'::text, s.nspname, r.relname) AS relation_name,
-             array_agg(a.attname ORDER BY l.rank) AS names
-            FROM (((((rekey.protected_columns p
-              CROSS JOIN LATERAL rekey._column_shape(p.id) h(relation, attnums))
-              JOIN pg_class r ON ((r.oid = (h.relation)::oid)))
-              JOIN pg_namespace s ON ((s.oid = r.relnamespace)))
-              CROSS JOIN LATERAL unnest(p.places) WITH ORDINALITY l(place, rank))
-              JOIN pg_attribute a ON (((a.attrelid = (h.relation)::oid) AND (a.attnum = h.attnums[l.place]))))
-           GROUP BY p.id, s.nspname, r.relname) n
-   WHERE ((n.id = c.id) AND (((c.relation_name IS DISTINCT FROM n.relation_name) OR (c.column_name IS DISTINCT FROM n.names[1])) OR (c.context_columns IS DISTINCT FROM n.names[2:])));
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._note_names() OWNER TO rekey_owner;
@@ -4523,9 +4458,8 @@ COMMENT ON FUNCTION rekey._open_writers() IS 'Waits 2 seconds for the transactio
 
 CREATE FUNCTION rekey._parse_kek(value text) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN (value ~ '^[ \t\r\n]*[0-9A-Fa-f]{64}[ \t\r\n]*$'::text) THEN decode(btrim(value, ' 	
-'::text), 'hex'::text) WHEN (value ~ '^[ \t\r\n]*[A-Za-z0-9+/]{43}=[ \t\r\n]*$'::text) THEN decode(btrim(value, ' 	
-'::text), 'base64'::text) ELSE NULL::bytea END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._parse_kek(value text) OWNER TO rekey_owner;
@@ -4584,7 +4518,8 @@ COMMENT ON FUNCTION rekey._passphrases() IS 'What rekey._keep_passphrases() keep
 
 CREATE FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN public.pgp_sym_decrypt_bytea(message, passphrase);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) OWNER TO rekey_owner;
@@ -4868,7 +4803,8 @@ COMMENT ON FUNCTION rekey._queue_sweep(keyring_id integer, trigger text, reason 
 
 CREATE FUNCTION rekey._random_bytes(count integer) RETURNS bytea
     LANGUAGE sql PARALLEL SAFE
-    RETURN public.gen_random_bytes(count);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._random_bytes(count integer) OWNER TO rekey_owner;
@@ -4887,32 +4823,8 @@ COMMENT ON FUNCTION rekey._random_bytes(count integer) IS 'count (1 to 1024) byt
 CREATE FUNCTION rekey._ranges(verification_id bigint, target text, relation regclass) RETURNS TABLE(first bigint, until bigint, since xid)
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- WITH checked AS (
-          SELECT rekey._checked_since(_ranges.verification_id, _ranges.target, _ranges.relation) AS since
-         ), doubtful AS (
-          SELECT
-                 CASE
-                     WHEN (k.since IS NULL) THEN '{[0,4294967294)}'::int8multirange
-                     ELSE ( SELECT COALESCE(range_agg(int8range(rekey._block(c.first), c.until_block)), '{}'::int8multirange) AS "coalesce"
-                        FROM rekey._chunks c
-                       WHERE ((c.pass_id = _ranges.verification_id) AND (c.kind = 'doubtful'::text) AND (c.target = _ranges.target) AND ((c.relation)::oid = (_ranges.relation)::oid)))
-                 END AS blocks,
-             k.since
-            FROM checked k
-         )
-  SELECT lower(r.range) AS lower,
-     upper(r.range) AS upper,
-     NULL::xid AS xid
-    FROM (doubtful d
-      CROSS JOIN LATERAL unnest(d.blocks) r(range))
- UNION ALL
-  SELECT lower(r.range) AS lower,
-     upper(r.range) AS upper,
-     d.since
-    FROM (doubtful d
-      CROSS JOIN LATERAL unnest(('{[0,4294967294)}'::int8multirange - d.blocks)) r(range));
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._ranges(verification_id bigint, target text, relation regclass) OWNER TO rekey_owner;
@@ -6340,7 +6252,8 @@ COMMENT ON FUNCTION rekey._sealing(keyring_id integer, bytes integer) IS 'Header
 
 CREATE FUNCTION rekey._secret_context(tenant_id uuid, id uuid) RETURNS bytea
     LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN ((rekey._part('secret'::text) || rekey._part((tenant_id)::text)) || rekey._part((id)::text));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._secret_context(tenant_id uuid, id uuid) OWNER TO rekey_owner;
@@ -6358,7 +6271,8 @@ COMMENT ON FUNCTION rekey._secret_context(tenant_id uuid, id uuid) IS 'What the 
 
 CREATE FUNCTION rekey._session_aad(scope text) RETURNS bytea
     LANGUAGE sql STABLE
-    RETURN (((((rekey._part('session'::text) || rekey._part(scope)) || rekey._part((pg_backend_pid())::text)) || rekey._part((EXTRACT(epoch FROM pg_postmaster_start_time()))::text)) || rekey._part((SESSION_USER)::text)) || CASE WHEN (scope <> 's'::text) THEN rekey._part((EXTRACT(epoch FROM transaction_timestamp()))::text) ELSE '\x'::bytea END);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._session_aad(scope text) OWNER TO rekey_owner;
@@ -6826,7 +6740,8 @@ COMMENT ON FUNCTION rekey._throttle(wanted integer, OUT rows integer, OUT wait i
 CREATE FUNCTION rekey._through_postgrest() RETURNS boolean
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    RETURN (COALESCE(current_setting('request.method'::text, true), ''::text) <> ''::text);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._through_postgrest() OWNER TO rekey_owner;
@@ -6909,8 +6824,8 @@ COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) 
 
 CREATE FUNCTION rekey._to_text(envelope bytea) RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN ('rk1:'::text || replace(encode(envelope, 'base64'::text), '
-'::text, ''::text));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._to_text(envelope bytea) OWNER TO rekey_owner;
@@ -6983,7 +6898,8 @@ COMMENT ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, O
 
 CREATE FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN ((octet_length(wrapped_key) = 139) AND (substr(wrapped_key, 1, 11) = substr(aad, 1, 11))) THEN rekey._aead_decrypt(wrapping_key, substr(wrapped_key, 12, 16), substr(wrapped_key, 28), aad) ELSE NULL::bytea END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) OWNER TO rekey_owner;
@@ -7307,7 +7223,8 @@ COMMENT ON FUNCTION rekey._view_columns(target regclass) IS 'The columns of a ta
 
 CREATE FUNCTION rekey._wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN ((substr(aad, 1, 11) || iv) || rekey._aead_encrypt(wrapping_key, iv, dek, aad));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea) OWNER TO rekey_owner;
@@ -7325,7 +7242,8 @@ COMMENT ON FUNCTION rekey._wrap(wrapping_key bytea, iv bytea, dek bytea, aad byt
 
 CREATE FUNCTION rekey._wrap_aad(kek_id integer, keyring_id integer, version integer) RETURNS bytea
     LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN ((((rekey._header(keyring_id, version) || rekey._part('dek'::text)) || rekey._part((keyring_id)::text)) || rekey._part((version)::text)) || rekey._part((kek_id)::text));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._wrap_aad(kek_id integer, keyring_id integer, version integer) OWNER TO rekey_owner;
@@ -7343,7 +7261,8 @@ COMMENT ON FUNCTION rekey._wrap_aad(kek_id integer, keyring_id integer, version 
 
 CREATE FUNCTION rekey._wrapping_key(kek bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN public.hmac('\x70675f72656b65792f76312f77726170'::bytea, kek, 'sha512'::text);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._wrapping_key(kek bytea) OWNER TO rekey_owner;
@@ -7484,31 +7403,8 @@ COMMENT ON FUNCTION rekey._write_trigger_body(protected rekey.protected_columns,
 --
 
 CREATE VIEW rekey.rotation_status AS
- SELECT r.id,
-    k.name AS keyring,
-    k.tenant_id,
-    r.state,
-    r.trigger,
-    r.from_versions,
-    r.to_version,
-    r.rows_total,
-    r.rows_done,
-    r.rows_failed,
-    r.attempts,
-    r.last_error,
-    r.next_attempt_at,
-    r.blocked_by,
-    r.reason,
-    r.requested_by,
-    r.created_at,
-    r.started_at,
-    r.finished_at,
-    p.label AS adopts,
-    r.formats,
-    r.forced
-   FROM ((rekey.rotations r
-     JOIN rekey.keyrings k ON ((k.id = r.keyring_id)))
-     LEFT JOIN rekey.protected_columns p ON ((p.id = r.column_id)));
+ -- in sql/code
+;
 
 
 ALTER TABLE rekey.rotation_status OWNER TO rekey_owner;
@@ -7878,12 +7774,8 @@ COMMENT ON TABLE rekey._audit_head IS 'One row: number and hash of the last entr
 CREATE FUNCTION rekey.audit_checkpoint() RETURNS jsonb
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT jsonb_build_object('id', COALESCE(h.id, (0)::bigint), 'hash', encode(COALESCE(h.hash, sha256('\x70675f72656b65792f76312f6175646974'::bytea)), 'hex'::text), 'entries', ( SELECT count(*) AS count
-            FROM rekey.audit_log), 'at', to_char((clock_timestamp() AT TIME ZONE 'UTC'::text), 'YYYY-MM-DD"T"HH24:MI:SS"Z"'::text), 'database', current_database()) AS jsonb_build_object
-    FROM (( SELECT) one
-      LEFT JOIN rekey._audit_head h ON (true));
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey.audit_checkpoint() OWNER TO rekey_owner;
@@ -8328,7 +8220,8 @@ COMMENT ON FUNCTION rekey.encrypt(plaintext bytea, keyring text, context text[])
 
 CREATE FUNCTION rekey.encrypt(plaintext text, keyring text DEFAULT 'default'::text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
     LANGUAGE sql
-    RETURN rekey.encrypt(convert_to(plaintext, 'UTF8'::name), keyring, context);
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey.encrypt(plaintext text, keyring text, context text[]) OWNER TO rekey_owner;
@@ -8346,8 +8239,8 @@ COMMENT ON FUNCTION rekey.encrypt(plaintext text, keyring text, context text[]) 
 
 CREATE FUNCTION rekey.encrypt_text(plaintext text, keyring text DEFAULT 'default'::text, context text[] DEFAULT '{}'::text[]) RETURNS text
     LANGUAGE sql
-    RETURN ('rk1:'::text || replace(encode(rekey.encrypt(convert_to(plaintext, 'UTF8'::name), keyring, context), 'base64'::text), '
-'::text, ''::text));
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey.encrypt_text(plaintext text, keyring text, context text[]) OWNER TO rekey_owner;
@@ -8828,138 +8721,8 @@ COMMENT ON COLUMN rekey.rotation_failures.resolve_reason IS 'What whoever closed
 CREATE FUNCTION rekey.metrics() RETURNS TABLE(name text, labels jsonb, value double precision)
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- WITH states AS (
-          SELECT unnest('{queued,running,paused,verifying,failed}'::text[]) AS state
-         ), rotated AS (
-          SELECT r.state,
-             r.trigger,
-             count(*) AS n
-            FROM rekey.rotations r
-           GROUP BY r.state, r.trigger
-         ), finished AS (
-          SELECT EXTRACT(epoch FROM (r.finished_at - r.created_at)) AS seconds,
-             r.rows_done
-            FROM rekey.rotations r
-           WHERE (r.state = ANY (ARRAY['completed'::text, 'completed_with_failures'::text]))
-           ORDER BY r.finished_at DESC
-          LIMIT 1
-         ), unhealthy AS (
-          SELECT k.name,
-                 CASE
-                     WHEN (EXISTS ( SELECT
-                        FROM rekey.rotations r
-                       WHERE ((r.keyring_id = k.id) AND (r.state = 'failed'::text)))) THEN 'failed'::text
-                     WHEN (EXISTS ( SELECT
-                        FROM rekey.rotation_failures f
-                       WHERE ((f.keyring_id = k.id) AND (f.resolved_at IS NULL)))) THEN 'failures'::text
-                     WHEN (k.next_rotation_at < (now() - '00:10:00'::interval)) THEN 'overdue'::text
-                     ELSE NULL::text
-                 END AS why
-            FROM rekey.keyrings k
-           WHERE (k.retired_at IS NULL)
-         )
-  SELECT m.name,
-     m.labels,
-     m.value
-    FROM ( SELECT 'pg_rekey_rotations'::text AS name,
-             jsonb_build_object('state', s.state) AS labels,
-             ( SELECT COALESCE(sum(r.n), (0)::numeric) AS "coalesce"
-                    FROM rotated r
-                   WHERE (r.state = s.state)) AS value
-            FROM states s
-         UNION ALL
-          SELECT 'pg_rekey_rotations_total'::text,
-             jsonb_build_object('state', r.state, 'trigger', r.trigger) AS jsonb_build_object,
-             r.n
-            FROM rotated r
-           WHERE (NOT (r.state IN ( SELECT s.state
-                    FROM states s)))
-         UNION ALL
-          SELECT 'pg_rekey_last_rotation_duration_seconds'::text,
-             '{}'::jsonb,
-             f.seconds
-            FROM finished f
-         UNION ALL
-          SELECT 'pg_rekey_rotation_rows_total'::text,
-             '{}'::jsonb,
-             COALESCE(sum(r.rows_done), (0)::numeric) AS "coalesce"
-            FROM rekey.rotations r
-         UNION ALL
-          SELECT 'pg_rekey_rotation_failures_open'::text,
-             '{}'::jsonb,
-             count(*) AS count
-            FROM rekey.rotation_failures f
-           WHERE (f.resolved_at IS NULL)
-         UNION ALL
-          SELECT 'pg_rekey_oldest_unfinished_rotation_seconds'::text,
-             '{}'::jsonb,
-             COALESCE(EXTRACT(epoch FROM (now() - min(r.created_at))), (0)::numeric) AS "coalesce"
-            FROM rekey.rotations r
-           WHERE rekey._is_under_way(r.state)
-         UNION ALL
-          SELECT 'pg_rekey_rotation_blocked_seconds'::text,
-             '{}'::jsonb,
-             COALESCE(EXTRACT(epoch FROM (now() - min(r.blocked_since))), (0)::numeric) AS "coalesce"
-            FROM rekey.rotations r
-           WHERE (rekey._is_under_way(r.state) AND (r.blocked_since IS NOT NULL))
-         UNION ALL
-          SELECT 'pg_rekey_last_tick_timestamp_seconds'::text,
-             '{}'::jsonb,
-             COALESCE(EXTRACT(epoch FROM w.last_tick_at), (0)::numeric) AS "coalesce"
-            FROM rekey._worker w
-         UNION ALL
-          SELECT 'pg_rekey_last_tick_duration_seconds'::text,
-             '{}'::jsonb,
-             COALESCE(w.last_tick_seconds, (0)::double precision) AS "coalesce"
-            FROM rekey._worker w
-         UNION ALL
-          SELECT 'pg_rekey_locked'::text,
-             '{}'::jsonb,
-             ((w.locked_since IS NOT NULL))::integer AS int4
-            FROM rekey._worker w
-         UNION ALL
-          SELECT 'pg_rekey_keyrings'::text,
-             '{}'::jsonb,
-             count(*) AS count
-            FROM rekey.keyrings k
-           WHERE (k.retired_at IS NULL)
-         UNION ALL
-          SELECT 'pg_rekey_keyrings_overdue'::text,
-             '{}'::jsonb,
-             count(*) AS count
-            FROM rekey.keyrings k
-           WHERE (k.next_rotation_at < (now() - '00:10:00'::interval))
-         UNION ALL
-          SELECT 'pg_rekey_keyrings_unscheduled'::text,
-             '{}'::jsonb,
-             count(*) AS count
-            FROM rekey.keyrings k
-           WHERE ((k.retired_at IS NULL) AND (k.rotate_every IS NULL))
-         UNION ALL
-          SELECT 'pg_rekey_keys'::text,
-             jsonb_build_object('state', k.state) AS jsonb_build_object,
-             count(*) AS count
-            FROM rekey.encryption_keys k
-           GROUP BY k.state
-         UNION ALL
-          SELECT 'pg_rekey_keyring_unhealthy'::text,
-             jsonb_build_object('keyring', u.name, 'why', u.why) AS jsonb_build_object,
-             1
-            FROM unhealthy u
-           WHERE (u.why IS NOT NULL)
-         UNION ALL
-          SELECT 'pg_rekey_audit_entries'::text,
-             '{}'::jsonb,
-             COALESCE(max(h.id), (0)::bigint) AS "coalesce"
-            FROM rekey._audit_head h
-         UNION ALL
-          SELECT 'pg_rekey_kek_age_seconds'::text,
-             '{}'::jsonb,
-             EXTRACT(epoch FROM (now() - e.created_at)) AS "extract"
-            FROM rekey.keks e
-           WHERE (e.state = 'active'::text)) m;
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey.metrics() OWNER TO rekey_owner;
@@ -10157,7 +9920,8 @@ COMMENT ON FUNCTION rekey.verify_ciphertexts(keyring text) IS 'Checks that every
 CREATE FUNCTION rekey.version() RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    RETURN '0.1.0'::text;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey.version() OWNER TO rekey_owner;
@@ -10388,14 +10152,8 @@ COMMENT ON TABLE rekey._session_key IS 'One row: the key under which an unlocked
 --
 
 CREATE VIEW rekey.column_status AS
- SELECT s.label,
-    s.relation,
-    s.column_name,
-    s.keyring,
-    s.context_columns,
-    s.encrypt_on_write,
-    s.problem
-   FROM rekey._column_status() s(label, relation, column_name, keyring, context_columns, encrypt_on_write, problem);
+ -- in sql/code
+;
 
 
 ALTER TABLE rekey.column_status OWNER TO rekey_owner;
@@ -10554,15 +10312,8 @@ COMMENT ON COLUMN rekey.secrets.updated_at IS 'When its value last changed; a ro
 --
 
 CREATE VIEW rekey.decrypted_secrets WITH (security_invoker='true') AS
- SELECT s.tenant_id,
-    s.id,
-    s.name,
-    rekey.get_secret(s.name, s.tenant_id) AS value,
-    s.description,
-    s.key_version,
-    s.created_at,
-    s.updated_at
-   FROM rekey.secrets s;
+ -- in sql/code
+;
 
 
 ALTER TABLE rekey.decrypted_secrets OWNER TO rekey_owner;
@@ -10649,20 +10400,8 @@ ALTER TABLE rekey.encryption_keys ALTER COLUMN id ADD GENERATED BY DEFAULT AS ID
 --
 
 CREATE VIEW rekey.failure_status AS
- SELECT f.id,
-    f.rotation_id,
-    k.name AS keyring,
-    f.target,
-    f.row_key,
-    f.version,
-    f.reason,
-    f.created_at,
-    f.resolved_at,
-    f.resolution,
-    f.resolved_by,
-    f.resolve_reason
-   FROM (rekey.rotation_failures f
-     JOIN rekey.keyrings k ON ((k.id = f.keyring_id)));
+ -- in sql/code
+;
 
 
 ALTER TABLE rekey.failure_status OWNER TO rekey_owner;
@@ -10777,21 +10516,8 @@ ALTER TABLE rekey.keks ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
 --
 
 CREATE VIEW rekey.key_status AS
- SELECT r.name AS keyring,
-    r.tenant_id,
-    k.version,
-    k.state,
-    k.kek_id,
-    e.state AS kek_state,
-    k.created_at,
-    k.activated_at,
-    k.deactivated_at,
-    k.compromised_at,
-    k.destroy_after,
-    k.destroyed_at
-   FROM ((rekey.encryption_keys k
-     JOIN rekey.keyrings r ON ((r.id = k.keyring_id)))
-     JOIN rekey.keks e ON ((e.id = k.kek_id)));
+ -- in sql/code
+;
 
 
 ALTER TABLE rekey.key_status OWNER TO rekey_owner;
@@ -10934,13 +10660,8 @@ ALTER TABLE rekey.rotations ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY
 --
 
 CREATE VIEW rekey.schedule_status AS
- SELECT k.name AS keyring,
-    k.tenant_id,
-    k.rotate_every,
-    k.next_rotation_at,
-    COALESCE((k.next_rotation_at < (now() - '00:10:00'::interval)), false) AS overdue
-   FROM rekey.keyrings k
-  WHERE (k.retired_at IS NULL);
+ -- in sql/code
+;
 
 
 ALTER TABLE rekey.schedule_status OWNER TO rekey_owner;
@@ -10992,12 +10713,8 @@ COMMENT ON COLUMN rekey.schedule_status.overdue IS 'Whether that was more than 1
 --
 
 CREATE VIEW rekey.setting_status AS
- SELECT (a.attname)::text AS name,
-    (to_jsonb(s.*) ->> (a.attname)::text) AS value,
-    col_description(a.attrelid, (a.attnum)::integer) AS description
-   FROM (pg_attribute a
-     CROSS JOIN rekey.settings s)
-  WHERE ((a.attrelid = ('rekey.settings'::regclass)::oid) AND (a.attnum > 0) AND (NOT a.attisdropped) AND (a.attname <> 'singleton'::name));
+ -- in sql/code
+;
 
 
 ALTER TABLE rekey.setting_status OWNER TO rekey_owner;
@@ -11035,12 +10752,8 @@ COMMENT ON COLUMN rekey.setting_status.description IS 'What it means.';
 --
 
 CREATE VIEW rekey.worker_status AS
- SELECT w.last_tick_at,
-    w.last_tick_seconds,
-    w.locked_since,
-    w.last_error,
-    w.last_census_at
-   FROM rekey._worker w;
+ -- in sql/code
+;
 
 
 ALTER TABLE rekey.worker_status OWNER TO rekey_owner;
@@ -11102,28 +10815,8 @@ ALTER TABLE ONLY rekey.rotations
 CREATE FUNCTION rekey._due_rows(rotations bigint[]) RETURNS TABLE(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    BEGIN ATOMIC
- SELECT r.id,
-     c.target,
-     (c.relation)::oid AS relation,
-     (r.trigger = 'adoption'::text),
-     (sum(c.rows))::bigint AS sum
-    FROM ((rekey.rotations r
-      LEFT JOIN rekey.protected_columns p ON ((p.id = r.column_id)))
-      JOIN rekey._count_rows(( SELECT
-                 CASE
-                     WHEN bool_or((t.trigger = 'adoption'::text)) THEN NULL::integer[]
-                     ELSE array_agg(t.keyring_id)
-                 END AS array_agg
-            FROM rekey.rotations t
-           WHERE (t.id = ANY (_due_rows.rotations)))) c(target, relation, keyring_id, version, rows) ON (
-         CASE
-             WHEN (r.trigger = 'adoption'::text) THEN ((c.keyring_id IS NULL) AND (c.target = p.label))
-             ELSE ((c.keyring_id = r.keyring_id) AND (c.version <> r.to_version))
-         END))
-   WHERE (r.id = ANY (_due_rows.rotations))
-   GROUP BY r.id, c.target, c.relation;
-END;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._due_rows(rotations bigint[]) OWNER TO rekey_owner;
