@@ -268,15 +268,18 @@ CREATE FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede bool
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_rotations jsonb;
+  v_answer jsonb;
   v_hint text;
 begin
   if not rekey._may_administer() then
     perform rekey._note_denied('{"function": "rotate_keys"}');
     return rekey._rpc_refusal();
   end if;
-  select jsonb_agg(to_jsonb(r) order by r.id) into v_rotations from rekey.rotate_keys(keyring, reason, supersede) r;
-  return jsonb_build_object('rotations', coalesce(v_rotations, '[]'));
+  select jsonb_build_object(
+    'rotations', coalesce(jsonb_agg(to_jsonb(r) order by r.id), '[]'),
+    'passed_by', coalesce(jsonb_agg(r.keyring order by r.id) filter (where r.created_at <> now()), '[]'))
+  into v_answer from rekey.rotate_keys(keyring, reason, supersede) r;
+  return v_answer;
 exception when others then
   if not rekey._through_postgrest() or rekey._http_status(sqlstate) is null then
     raise;
@@ -313,7 +316,7 @@ ALTER FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) 
 -- Name: FUNCTION rotate_keys(keyring text, reason text, supersede boolean); Type: COMMENT; Schema: public; Owner: postgres
 --
 
-COMMENT ON FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) IS 'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...]} with rows of rekey.rotation_status. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
+COMMENT ON FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) IS 'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...], "passed_by": [...]} with rows of rekey.rotation_status, and the names of keyrings that got no new version, as a rotation is under way. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
 
 
 --
@@ -1015,7 +1018,7 @@ CREATE TABLE rekey.audit_log (
     details jsonb DEFAULT '{}'::jsonb NOT NULL,
     prev_hash bytea NOT NULL,
     hash bytea NOT NULL,
-    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text])))
+    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text])))
 );
 
 
@@ -4247,6 +4250,48 @@ ALTER FUNCTION rekey._note_pace(begun timestamp with time zone, rows bigint) OWN
 --
 
 COMMENT ON FUNCTION rekey._note_pace(begun timestamp with time zone, rows bigint) IS 'Tells rekey._throttle() how many rows a batch had that began then.';
+
+
+--
+-- Name: _note_passed_by(integer[], bigint[], text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[], reason text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_passed_by jsonb;
+  v_said text;
+begin
+  with passed_by as (
+    select k.name, r.id, r.to_version, row_number() over (order by r.id) as place
+    from rekey.rotations r
+    join rekey.keyrings k on k.id = r.keyring_id
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and r.id <> all (begun)
+  )
+  select jsonb_agg(jsonb_build_object('event', 'rotation.passed_by', 'keyring', p.name, 'version', p.to_version, 'rotation_id', p.id,
+                                      'details', jsonb_strip_nulls(jsonb_build_object('reason', _note_passed_by.reason))) order by p.place),
+    string_agg(format('%L (rotation %s)', p.name, p.id), ', ' order by p.place) filter (where p.place <= 10)
+      || case when count(*) > 10 then format(' and %s more', count(*) - 10) else '' end
+  into v_passed_by, v_said
+  from passed_by p;
+  if v_passed_by is not null then
+    perform rekey._audit_all(v_passed_by);
+    raise warning 'no new version, as a rotation is under way: %', v_said using errcode = 'RK004',
+      hint = 'Let new ones take their rows along: supersede => true.', constraint = 'supersede';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[], reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_passed_by(keyrings integer[], begun bigint[], reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[], reason text) IS 'Says which of these keyrings got no new version, as a rotation is under way that is none of those begun: a warning, and an entry with the reason in the audit log of each. The caller holds the rows of the keyrings.';
 
 
 --
@@ -9218,10 +9263,12 @@ begin
     v_ids := array(select k.id from rekey.keyrings k where k.retired_at is null);
   end if;
   v_new := array(select r from rekey._rotate(v_ids, 'manual', reason, coalesce(supersede, false)) r);
-  if keyring is not null and v_new = '{}' then
+  if keyring is null then
+    perform rekey._note_passed_by(v_ids, v_new, reason);
+  elsif v_new = '{}' then
     select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
     raise exception 'keyring % is under way in rotation %', quote_literal(keyring), v_rotation using errcode = 'RK004',
-      hint = 'Wait for it, or let this one take its rows along: supersede => true.';
+      hint = 'Wait for it, or let this one take its rows along: supersede => true.', constraint = 'supersede';
   end if;
   return query
     select s.* from rekey.rotation_status s
@@ -9238,7 +9285,7 @@ ALTER FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) O
 -- Name: FUNCTION rotate_keys(keyring text, reason text, supersede boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; those under way are returned as they are. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
+COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
 
 
 --
@@ -11985,6 +12032,13 @@ REVOKE ALL ON FUNCTION rekey._note_names() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._note_pace(begun timestamp with time zone, rows bigint) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _note_passed_by(keyrings integer[], begun bigint[], reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[], reason text) FROM PUBLIC;
 
 
 --

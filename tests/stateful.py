@@ -778,13 +778,19 @@ class Walk(RuleBasedStateMachine):
 
     @move()
     def rotate_all(self) -> None:
-        """Those under way come back as they are: repeated, it changes nothing."""
+        """Those under way come back as they are: repeated, it changes nothing, and each is noted as passed by."""
+        for it in self.rotations:
+            if it.under_way:
+                self.expect("rotation.passed_by", it.ring, it.target, it)
         due = [r for r in self.now.rings.values() if not r.retired and not self.current(r.name)]
         for ring in sorted(due, key=lambda ring: ring.number):
             self.begin(ring, "manual")
         for _ in range(2):
             found = self.call(self.admin, None, "select keyring from rekey.rotate_keys()")
             assert Counter(found) == Counter((it.ring,) for it in self.rotations if it.under_way)
+        for it in self.rotations:
+            if it.under_way:
+                self.expect("rotation.passed_by", it.ring, it.target, it)
 
     @move(place=nth)
     def pause(self, place: int) -> None:

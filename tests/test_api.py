@@ -154,7 +154,9 @@ def test_rotate_every_keyring(api: Api, ready: Connection) -> None:
         ("other", "queued", 2),
     }
     # Those under way come back as they are.
-    assert api.rotate() == {"rotations": found}
+    assert response.json()["passed_by"] == []
+    assert api.rotate() == {"rotations": found, "passed_by": [row["keyring"] for row in found]}
+    assert api.rotate(json={"supersede": True})["passed_by"] == []
     subjects = "select distinct jwt_subject, actor from rekey.audit_log where event = 'rotation.requested'"
     [(subject, actor)] = ready.execute(subjects).fetchall()
     assert subject == "alice"

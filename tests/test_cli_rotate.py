@@ -67,6 +67,30 @@ def test_which_keyring(cli_ready: Cli) -> None:
     cli_ready("rotate", "--dry-run", "--wait", code=USAGE)
 
 
+def test_all_says_which_keyrings_got_no_new_version(cli_ready: Cli, ready: Connection) -> None:
+    cli_ready("keyrings", "create", "second")
+    cli_ready("rotate", "--keyring", "second", "--reason", "yearly")
+    rows = cli_ready.json("rotate", "--all", "--reason", "KEK leaked", code=UNFINISHED)
+    found = {row["keyring"]: (row["passed_by"], row["reason"]) for row in rows}
+    assert found == {"default": (False, "KEK leaked"), "second": (True, "yearly")}
+    assert "no new version, as a rotation is under way: 'second' (rotation 1)" in cli_ready.err
+    rows = cli_ready.json("rotate", "--all", "--wait", code=UNFINISHED)
+    assert {(row["keyring"], row["state"], row["passed_by"]) for row in rows} == {
+        ("default", "completed", True),
+        ("second", "completed", True),
+    }
+    cli_ready("rotate", "--keyring", "second")
+    rows = cli_ready.json("rotate", "--all", "--supersede", "--wait")
+    assert {(row["to_version"], row["passed_by"]) for row in rows} == {(3, False), (4, False)}
+    assert cli_ready.err == ""
+    noted = "select keyring, details ->> 'reason' from rekey.audit_log where event = 'rotation.passed_by'"
+    assert ready.execute(noted).fetchall() == [
+        ("second", "KEK leaked"),
+        ("second", None),
+        ("default", None),
+    ]
+
+
 def test_no_keyring(cli_db: Cli) -> None:
     cli_db("rotate", code=1)
     assert "there is no keyring" in cli_db.err

@@ -113,6 +113,49 @@ def test_rotate_keys_takes_every_keyring_but_those_under_way(ready: Connection) 
     assert not set(again.values()) & set(first.values())
 
 
+def test_a_keyring_under_way_is_not_passed_by_in_silence(ready: Connection) -> None:
+    for n in range(12):
+        ready.execute("select rekey.create_keyring(%s)", (f"k{n:02}",))
+        if n:
+            rotate(ready, f"k{n:02}", reason="yearly")
+    said: list[tuple[str | None, ...]] = []
+    ready.add_notice_handler(lambda it: said.append((it.sqlstate, it.constraint_name, it.message_primary)))
+    rows = ready.execute(
+        "select id, keyring, reason, created_at < now() from rekey.rotate_keys(reason => 'KEK leaked')"
+    ).fetchall()
+    passed_by = [(n, f"k{n:02}") for n in range(1, 12)]
+    assert [row[:2] for row in rows if row[3]] == passed_by
+    assert {row[1:] for row in rows if not row[3]} == {
+        ("default", "KEK leaked", False),
+        ("k00", "KEK leaked", False),
+    }
+    [(sqlstate, action, message)] = said
+    assert (sqlstate, action) == ("RK004", "supersede")
+    assert message and "'k01' (rotation 1), 'k02' (rotation 2)," in message
+    assert message.endswith("'k10' (rotation 10) and 1 more")
+    noted = """
+        select rotation_id, keyring, version, details from rekey.audit_log
+        where event = 'rotation.passed_by' order by id"""
+    assert ready.execute(noted).fetchall() == [(*it, 2, {"reason": "KEK leaked"}) for it in passed_by]
+    assert rotation(ready, 1, "reason") == "yearly"
+    said.clear()
+    rows = ready.execute(
+        "select created_at < now() from rekey.rotate_keys(reason => 'KEK leaked', supersede => true)"
+    ).fetchall()
+    assert rows == [(False,)] * 13
+    assert not said
+    assert value(ready, "select min(version) from rekey.key_status where state = 'active'") == 3
+    assert value(ready, "select count(*) from rekey.audit_log where event = 'rotation.passed_by'") == 11
+
+
+def test_schedules_pass_by_what_is_under_way_as_ever(ready: Connection) -> None:
+    ready.execute("select rekey.set_schedule('default', '1 day', '2020-01-01')")
+    number = rotate(ready)
+    ready.execute("call rekey.tick()")
+    assert value(ready, "select count(*) from rekey.audit_log where event = 'rotation.passed_by'") == 0
+    assert value(ready, "select max(id) from rekey.rotations") == number
+
+
 def test_rotate_keys_refuses(ready: Connection) -> None:
     ready.execute("select rekey.create_keyring('gone'), rekey.create_keyring('busy')")
     ready.execute("select rekey.retire_keyring('gone')")

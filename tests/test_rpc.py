@@ -219,12 +219,23 @@ def test_doctor_takes_only_what_the_rpc_needs(project: str, owner: Connection) -
     assert found == {"authenticated may use rekey.version()", "anon may use rekey._rpc_rotate_keys()"}
 
 
+def test_keyrings_that_got_no_new_version_are_named(hosted: Hosted, owner: Connection) -> None:
+    api = PostgREST(owner.info.dsn)
+    owner.execute("select rekey.create_keyring('busy')")
+    owner.execute("select rekey.rotate_keys('busy')")
+    first = api.rpc("rotate_keys", {"reason": "a leak"}, role="service_role").body
+    assert [row["keyring"] for row in first["rotations"]] == ["busy", "default"]
+    assert first["passed_by"] == ["busy"]
+    again = api.rpc("rotate_keys", {"supersede": True}, role="service_role").body
+    assert (len(again["rotations"]), again["passed_by"]) == (2, [])
+
+
 def test_status_before_anything_is_set_up(hosted: Hosted) -> None:
     dsn = hosted.make_database()
     install(dsn, release.assemble("supabase"))
     answer = PostgREST(dsn).rpc("key_rotation_status", role="service_role")
     assert answer.body == {"version": release.version(), "kek": None, "worker": None, "keyrings": []}
-    assert PostgREST(dsn).rpc("rotate_keys", role="service_role").body == {"rotations": []}
+    assert PostgREST(dsn).rpc("rotate_keys", role="service_role").body == {"rotations": [], "passed_by": []}
 
 
 @pytest.mark.parametrize("name", ["rotate_keys", "key_rotation_status"])

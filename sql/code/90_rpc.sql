@@ -104,15 +104,18 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_rotations jsonb;
+  v_answer jsonb;
   v_hint text;
 begin
   if not rekey._may_administer() then
     perform rekey._note_denied('{"function": "rotate_keys"}');
     return rekey._rpc_refusal();
   end if;
-  select jsonb_agg(to_jsonb(r) order by r.id) into v_rotations from rekey.rotate_keys(keyring, reason, supersede) r;
-  return jsonb_build_object('rotations', coalesce(v_rotations, '[]'));
+  select jsonb_build_object(
+    'rotations', coalesce(jsonb_agg(to_jsonb(r) order by r.id), '[]'),
+    'passed_by', coalesce(jsonb_agg(r.keyring order by r.id) filter (where r.created_at <> now()), '[]'))
+  into v_answer from rekey.rotate_keys(keyring, reason, supersede) r;
+  return v_answer;
 exception when others then
   if not rekey._through_postgrest() or rekey._http_status(sqlstate) is null then
     raise;
@@ -130,7 +133,7 @@ begin atomic
   select rekey._rpc_rotate_keys(keyring, reason, supersede);
 end;
 comment on function public.rotate_keys is
-  'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...]} with rows of rekey.rotation_status. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
+  'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...], "passed_by": [...]} with rows of rekey.rotation_status, and the names of keyrings that got no new version, as a rotation is under way. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
 
 create or replace function rekey._rpc_key_rotation_status() returns jsonb
 language plpgsql stable security definer

@@ -435,7 +435,7 @@ create table rekey.audit_log (
     'keyring.created', 'keyring.retired',
     'key.created', 'key.activated', 'key.deactivated', 'key.disabled', 'key.enabled', 'key.compromised',
     'key.destroy_scheduled', 'key.destroy_cancelled', 'key.destroyed',
-    'rotation.requested', 'rotation.started', 'rotation.error', 'rotation.row_failed', 'rotation.failure_resolved',
+    'rotation.requested', 'rotation.passed_by', 'rotation.started', 'rotation.error', 'rotation.row_failed', 'rotation.failure_resolved',
     'rotation.retried', 'rotation.paused', 'rotation.resumed', 'rotation.rolled_back', 'rotation.completed', 'rotation.failed',
     'kek.registered', 'kek.rotated', 'kek.lost', 'column.protected', 'column.unprotected',
     'schedule.changed', 'setting.changed', 'access.denied')),
@@ -4083,6 +4083,36 @@ $$;
 comment on function rekey._rotate is
   'Makes and activates the next version of each of these keyrings and queues their rotations, whose numbers it returns. Keyrings under way are left out unless supersede.';
 
+create or replace function rekey._note_passed_by(keyrings integer[], begun bigint[], reason text) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_passed_by jsonb;
+  v_said text;
+begin
+  with passed_by as (
+    select k.name, r.id, r.to_version, row_number() over (order by r.id) as place
+    from rekey.rotations r
+    join rekey.keyrings k on k.id = r.keyring_id
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and r.id <> all (begun)
+  )
+  select jsonb_agg(jsonb_build_object('event', 'rotation.passed_by', 'keyring', p.name, 'version', p.to_version, 'rotation_id', p.id,
+                                      'details', jsonb_strip_nulls(jsonb_build_object('reason', _note_passed_by.reason))) order by p.place),
+    string_agg(format('%L (rotation %s)', p.name, p.id), ', ' order by p.place) filter (where p.place <= 10)
+      || case when count(*) > 10 then format(' and %s more', count(*) - 10) else '' end
+  into v_passed_by, v_said
+  from passed_by p;
+  if v_passed_by is not null then
+    perform rekey._audit_all(v_passed_by);
+    raise warning 'no new version, as a rotation is under way: %', v_said using errcode = 'RK004',
+      hint = 'Let new ones take their rows along: supersede => true.', constraint = 'supersede';
+  end if;
+end
+$$;
+comment on function rekey._note_passed_by is
+  'Says which of these keyrings got no new version, as a rotation is under way that is none of those begun: a warning, and an entry with the reason in the audit log of each. The caller holds the rows of the keyrings.';
+
 create or replace function rekey.rotate_keys(keyring text = null, reason text = null, supersede boolean = false)
 returns setof rekey.rotation_status
 language plpgsql volatile security definer
@@ -4104,10 +4134,12 @@ begin
     v_ids := array(select k.id from rekey.keyrings k where k.retired_at is null);
   end if;
   v_new := array(select r from rekey._rotate(v_ids, 'manual', reason, coalesce(supersede, false)) r);
-  if keyring is not null and v_new = '{}' then
+  if keyring is null then
+    perform rekey._note_passed_by(v_ids, v_new, reason);
+  elsif v_new = '{}' then
     select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
     raise exception 'keyring % is under way in rotation %', quote_literal(keyring), v_rotation using errcode = 'RK004',
-      hint = 'Wait for it, or let this one take its rows along: supersede => true.';
+      hint = 'Wait for it, or let this one take its rows along: supersede => true.', constraint = 'supersede';
   end if;
   return query
     select s.* from rekey.rotation_status s
@@ -4117,7 +4149,7 @@ begin
 end
 $$;
 comment on function rekey.rotate_keys is
-  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; those under way are returned as they are. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
+  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
 grant execute on function rekey.rotate_keys to rekey_admin;
 
 create or replace function rekey._rotation(id bigint) returns rekey.rotations
@@ -6758,15 +6790,18 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_rotations jsonb;
+  v_answer jsonb;
   v_hint text;
 begin
   if not rekey._may_administer() then
     perform rekey._note_denied('{"function": "rotate_keys"}');
     return rekey._rpc_refusal();
   end if;
-  select jsonb_agg(to_jsonb(r) order by r.id) into v_rotations from rekey.rotate_keys(keyring, reason, supersede) r;
-  return jsonb_build_object('rotations', coalesce(v_rotations, '[]'));
+  select jsonb_build_object(
+    'rotations', coalesce(jsonb_agg(to_jsonb(r) order by r.id), '[]'),
+    'passed_by', coalesce(jsonb_agg(r.keyring order by r.id) filter (where r.created_at <> now()), '[]'))
+  into v_answer from rekey.rotate_keys(keyring, reason, supersede) r;
+  return v_answer;
 exception when others then
   if not rekey._through_postgrest() or rekey._http_status(sqlstate) is null then
     raise;
@@ -6784,7 +6819,7 @@ begin atomic
   select rekey._rpc_rotate_keys(keyring, reason, supersede);
 end;
 comment on function public.rotate_keys is
-  'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...]} with rows of rekey.rotation_status. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
+  'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...], "passed_by": [...]} with rows of rekey.rotation_status, and the names of keyrings that got no new version, as a rotation is under way. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
 
 create or replace function rekey._rpc_key_rotation_status() returns jsonb
 language plpgsql stable security definer

@@ -8,7 +8,7 @@ create table rekey.audit_log (
     'keyring.created', 'keyring.retired',
     'key.created', 'key.activated', 'key.deactivated', 'key.disabled', 'key.enabled', 'key.compromised',
     'key.destroy_scheduled', 'key.destroy_cancelled', 'key.destroyed',
-    'rotation.requested', 'rotation.started', 'rotation.error', 'rotation.row_failed', 'rotation.failure_resolved',
+    'rotation.requested', 'rotation.passed_by', 'rotation.started', 'rotation.error', 'rotation.row_failed', 'rotation.failure_resolved',
     'rotation.retried', 'rotation.paused', 'rotation.resumed', 'rotation.rolled_back', 'rotation.completed', 'rotation.failed',
     'kek.registered', 'kek.rotated', 'kek.lost', 'column.protected', 'column.unprotected',
     'schedule.changed', 'setting.changed', 'access.denied')),

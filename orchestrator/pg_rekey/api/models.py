@@ -95,15 +95,19 @@ class Rotation(BaseModel):
     forced: bool
 
 
-class Rotations(BaseModel):
+class Begun(BaseModel):
     """Rotations that were begun, or were under way already."""
 
     rotations: list[Rotation]
+    passed_by: list[str] = Field(
+        description="Keyrings that got no new version, as a rotation is under way: `supersede` makes one."
+    )
 
 
-class RotationPage(Rotations):
+class RotationPage(BaseModel):
     """Rotations, newest first."""
 
+    rotations: list[Rotation]
     next: int | None = Field(description="`before` of the next page; null: this is the last one.")
 
 

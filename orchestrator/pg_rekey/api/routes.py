@@ -13,6 +13,7 @@ from pg_rekey import db
 from pg_rekey.api.database import transaction
 from pg_rekey.api.models import (
     AuditPage,
+    Begun,
     Health,
     Id,
     KeyringName,
@@ -20,7 +21,6 @@ from pg_rekey.api.models import (
     RotateRequest,
     Rotation,
     RotationPage,
-    Rotations,
     RotationState,
 )
 from pg_rekey.api.refusals import Refusal, documented
@@ -93,21 +93,23 @@ Limit = Annotated[int, Query(ge=1, le=1000, description="Length of a page.")]
 @api.post(
     "/keys/rotate", status_code=202, summary="Rotate keys", tags=["keys"], responses=documented(400, 404, 409)
 )
-def rotate(request: Request, response: Response, body: RotateRequest | None = None) -> Rotations:
+def rotate(request: Request, response: Response, body: RotateRequest | None = None) -> Begun:
     """Make a new version of one keyring or of every one, active from now on; the worker does the rows.
 
-    Where every keyring is rotated, those under way are returned as they are.
+    Where every keyring is rotated, those under way are returned as they are, and named in `passed_by`.
     """
     body = body or RotateRequest()
     with transaction(request) as connection:
         if db.in_environment():
             db.unlock(connection)
         rows = connection.execute(
-            "select * from rekey.rotate_keys(%s, %s, %s)", [body.keyring, body.reason, body.supersede]
+            "select r.*, r.created_at <> now() as passed_by from rekey.rotate_keys(%s, %s, %s) r",
+            [body.keyring, body.reason, body.supersede],
         ).fetchall()
+    passed_by = [row["keyring"] for row in rows if row.pop("passed_by")]
     if len(rows) == 1:
         response.headers["Location"] = f"/api/rotations/{rows[0]['id']}"
-    return Rotations.model_validate({"rotations": rows})
+    return Begun.model_validate({"rotations": rows, "passed_by": passed_by})
 
 
 @api.get("/keys", summary="Key versions", tags=["keys"])

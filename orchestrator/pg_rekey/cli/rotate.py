@@ -50,7 +50,8 @@ def rotate(
     """Make a new key version, active at once, and queue the re-encryption of all rows.
 
     Without --wait the worker does it: pg_cron, or `pg-rekey work`. With it, exit code 4 says that a rotation
-    failed, left rows that do not open, or was paused or replaced by another.
+    failed, left rows that do not open, or was paused or replaced by another. With --all it also says that a
+    keyring got no new version, as a rotation was under way: --supersede makes one.
     """
     if keyring and everything:
         raise click.UsageError("--keyring and --all exclude each other")
@@ -65,15 +66,17 @@ def rotate(
             _dry_run(connection, out, keyring)
             connection.rollback()
             return
-        statement = "select * from rekey.rotate_keys(%s, %s, %s)"
+        # What was under way, and so got no new version, was asked for before this transaction.
+        statement = "select r.*, r.created_at <> now() as passed_by from rekey.rotate_keys(%s, %s, %s) r"
         with worker.transaction(connection) if wait else nullcontext():
             rotations = fetch(connection, statement, keyring, reason, supersede)
+        passed_by = {row["id"]: row["passed_by"] for row in rotations}
         if wait:
-            ids = [row["id"] for row in rotations]
             steps = worker.Steps(connection)
-            rotations = follow(connection, ids, lambda: _work(steps))
+            rotations = follow(connection, list(passed_by), lambda: _work(steps))
+            rotations = [row | {"passed_by": passed_by[row["id"]]} for row in rotations]
         out.table(rotations, COLUMNS, empty="there is no keyring to rotate")
-    if wait and any(row["state"] != "completed" for row in rotations):
+    if any(passed_by.values()) or wait and any(row["state"] != "completed" for row in rotations):
         raise click.exceptions.Exit(UNFINISHED)
 
 
