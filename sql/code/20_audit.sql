@@ -176,7 +176,7 @@ begin
   if anchor is not null and not coalesce(
        jsonb_typeof(anchor) = 'object' and anchor ->> 'id' ~ '^\d{1,18}$' and anchor ->> 'hash' ~ '^[0-9a-f]{64}$', false) then
     raise exception 'the anchor has no id and hash'
-      using errcode = 'invalid_parameter_value', hint = 'Give what rekey.audit_checkpoint() returned.';
+      using errcode = 'invalid_parameter_value', hint = 'Give what rekey.audit_checkpoint() returned.', constraint = 'anchor';
   end if;
   select * into v_head from rekey._audit_head;
   v_head.id := coalesce(v_head.id, 0);

@@ -8,7 +8,7 @@ begin
   select * into v_settings from rekey.settings;
   if not found then
     raise exception 'pg_rekey is installed but not set up' using errcode = 'RK001',
-      hint = 'Register a KEK: pg-rekey init, or select rekey.register_kek().';
+      hint = 'Register a KEK: pg-rekey init, or select rekey.register_kek().', constraint = 'register_kek';
   end if;
   return v_settings;
 end
@@ -40,7 +40,7 @@ begin
     and not a.attisdropped and a.attname <> 'singleton';
   if not found then
     raise exception 'no such setting: %', coalesce(quote_literal(name), 'NULL') using errcode = 'invalid_parameter_value',
-      hint = 'See rekey.setting_status for their names.';
+      hint = 'See rekey.setting_status for their names.', constraint = 'settings';
   end if;
   if _store_setting.name = 'tenant_check' and value is not null and (
        cardinality(parse_ident(value)) <> 2

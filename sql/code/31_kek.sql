@@ -211,7 +211,7 @@ exception
   when insufficient_privilege or undefined_table or undefined_function or invalid_schema_name or wrong_object_type
     or system_error or io_error then
     raise exception 'the KEK provider % cannot be read: %', v_settings.kek_provider, sqlerrm using errcode = 'RK001',
-      hint = format('Run select rekey.set_setting(''kek_provider'', %L) as a role that may grant what it needs.', v_settings.kek_provider);
+      hint = format('Run select rekey.set_setting(''kek_provider'', %L) as a role that may grant what it needs.', v_settings.kek_provider), constraint = 'set_provider';
 end
 $$;
 comment on function rekey._provided_keks is 'The KEK, and the next one where there is one, from the Vault or the file that the settings name; NULL without. RK001: it cannot be read.';
@@ -232,7 +232,7 @@ begin
         when 'session' then 'Unlock first: rekey.unlock(), pg_rekey.unlock() in Python, or PG_REKEY_KEK for pg-rekey.'
         when 'vault' then format('The Vault has no secret %L of 64 hex characters or base64.', (rekey._settings()).kek_secret_name)
         else format('The file %L in the data directory is missing or holds no key.', (rekey._settings()).kek_file)
-      end;
+      end, constraint = case (rekey._settings()).kek_provider when 'session' then 'unlock' else '' end;
   end if;
   return v_keks;
 end
@@ -250,7 +250,7 @@ begin
   select k.id, k.fingerprint into _kek.id, v_fingerprint from rekey.keks k where k.state = 'active';
   if not found then
     raise exception 'no KEK is registered' using errcode = 'RK001',
-      hint = 'Register one: pg-rekey init, or select rekey.register_kek().';
+      hint = 'Register one: pg-rekey init, or select rekey.register_kek().', constraint = 'register_kek';
   end if;
   v_keks := rekey._keks();
   for v_place in 0 .. octet_length(v_keks) / 32 - 1 loop
@@ -356,7 +356,7 @@ begin
   v_new := rekey._new_kek();
   if v_new is null then
     raise exception 'there is no next KEK: number % is active already, and no other is at hand', v_old_id using errcode = 'RK001',
-      hint = 'Give the current and the next one: PG_REKEY_NEW_KEK for pg-rekey, the Vault secret or file with _new appended, or 64 bytes to rekey.unlock().';
+      hint = 'Give the current and the next one: PG_REKEY_NEW_KEK for pg-rekey, the Vault secret or file with _new appended, or 64 bytes to rekey.unlock().', constraint = 'next_kek';
   end if;
   v_fingerprint := rekey._fingerprint(v_new);
   v_old := rekey._wrapping_key(v_old);

@@ -126,7 +126,7 @@ begin
   end if;
   if v_keyring.id is null then
     raise exception 'no such keyring: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
-      hint = 'rekey.create_keyring() makes one.';
+      hint = 'rekey.create_keyring() makes one.', constraint = 'create_keyring';
   end if;
   return v_keyring;
 end
@@ -149,7 +149,7 @@ begin
   select * into v_key from rekey.encryption_keys k where k.keyring_id = _key.keyring_id and k.version = _key.version for update;
   if not found then
     raise exception 'the keyring has no version %', coalesce(version::text, 'NULL') using errcode = 'RK007',
-      hint = 'See rekey.key_status for its versions.';
+      hint = 'See rekey.key_status for its versions.', constraint = 'key_versions';
   end if;
   return v_key;
 end

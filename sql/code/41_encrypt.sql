@@ -25,7 +25,7 @@ begin
   select d.key into v_sealing.key from rekey._dek(keyring_id, v_version) d;
   if v_sealing.key is null then
     raise exception 'the active key version % cannot be used', v_version using errcode = 'RK006',
-      hint = 'Rotate the keyring: rekey.rotate_keys().';
+      hint = 'Rotate the keyring: rekey.rotate_keys().', constraint = 'rotate';
   end if;
   v_sealing.header := rekey._header(keyring_id, v_version);
   return v_sealing;
@@ -84,7 +84,7 @@ begin
   end if;
   if context[array_lower(context, 1)] in ('secret', 'dek', 'session') then
     raise exception 'the context label % is reserved', context[array_lower(context, 1)] using errcode = 'insufficient_privilege',
-      hint = 'Secrets are read with rekey.get_secret().';
+      hint = 'Secrets are read with rekey.get_secret().', constraint = 'read_secret';
   end if;
   perform rekey._check_tenant(keyring_tenant);
   -- The label of a protected column: who may not read the column may not open its values either.
@@ -223,7 +223,7 @@ declare
 begin
   if v_text is null and v_plaintext is not null then
     raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
-      hint = 'rekey.decrypt() returns its bytes.';
+      hint = 'rekey.decrypt() returns its bytes.', constraint = 'decrypt_bytes';
   end if;
   return v_text;
 end

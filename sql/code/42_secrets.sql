@@ -31,7 +31,7 @@ begin
     raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
   end if;
   if value is null then
-    raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.';
+    raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.', constraint = 'delete_secret';
   end if;
   v_bytes := convert_to(value, 'UTF8');
   v_length := octet_length(v_bytes);
@@ -150,7 +150,7 @@ begin
   end loop;
   if v_unreadable is not null then
     raise exception 'cannot open ciphertext of secret %', quote_literal(v_unreadable) using errcode = 'RK003',
-      hint = 'Leave it out of names to read the others. rekey.get_secret() says more.';
+      hint = 'Leave it out of names to read the others. rekey.get_secret() says more.', constraint = 'unreadable_secret';
   end if;
 end
 $$;

@@ -504,7 +504,7 @@ declare
 begin
   if v_blocked is not null then
     raise exception '% is blocked: %', v_blocked -> 0 ->> 'target', v_blocked -> 0 ->> 'why' using errcode = 'RK005',
-      hint = 'As long as it cannot be counted, nothing completes and no key is destroyed. See rekey.column_status.';
+      hint = 'As long as it cannot be counted, nothing completes and no key is destroyed. See rekey.column_status.', constraint = 'columns';
   end if;
 end
 $$;

@@ -245,7 +245,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   if problem is not null then
-    raise exception '% is blocked: %', target, problem using errcode = 'RK005', hint = 'See rekey.column_status.';
+    raise exception '% is blocked: %', target, problem using errcode = 'RK005', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
 end
 $$;

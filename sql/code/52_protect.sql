@@ -167,7 +167,7 @@ declare
 begin
   if v_table is null or relation <> v_table and not exists (select from pg_partition_ancestors(relation) a where a.relid = v_table) then
     raise exception '% is not the table that this trigger encrypts', relation::regclass using errcode = 'RK005',
-      hint = 'rekey.protect_column(..., encrypt_on_write => true) makes the trigger of a table.';
+      hint = 'rekey.protect_column(..., encrypt_on_write => true) makes the trigger of a table.', constraint = 'encrypt_on_write';
   end if;
 end
 $$;
@@ -184,7 +184,7 @@ begin
        from rekey._column_shape(id) s join pg_attribute a on a.attrelid = s.relation and a.attnum = any (s.attnums)
        where (select t.typnamespace from pg_type t where t.oid = a.atttypid) = 'pg_catalog'::regnamespace) then
     raise exception 'a column that pg_rekey encrypts, or that values are bound to, was renamed' using errcode = 'RK005',
-      hint = 'Repeat rekey.protect_column(..., encrypt_on_write => true) as the owner of the table.';
+      hint = 'Repeat rekey.protect_column(..., encrypt_on_write => true) as the owner of the table.', constraint = 'encrypt_on_write';
   end if;
 end
 $$;
@@ -273,7 +273,7 @@ begin
 
   if cardinality(v_context) = 0 then
     raise exception 'context_columns is empty' using errcode = 'invalid_parameter_value',
-      hint = 'Name what rows are told apart by: a value could be moved to any other row. NULL, the default, takes the primary key.';
+      hint = 'Name what rows are told apart by: a value could be moved to any other row. NULL, the default, takes the primary key.', constraint = 'context';
   end if;
   if v_context is null then
     select array_agg(a.attname order by k.rank) into v_context
@@ -283,13 +283,13 @@ begin
     where i.indrelid = target and i.indisprimary;
     if not found or v_context is null then
       raise exception '% has no primary key', target using errcode = 'invalid_parameter_value',
-        hint = 'Name in context_columns what its rows are told apart by: columns that do not change.';
+        hint = 'Name in context_columns what its rows are told apart by: columns that do not change.', constraint = 'context';
     end if;
     if encrypt_on_write and exists (
          select from pg_attribute a where a.attrelid = target and a.attname = any (v_context) and (a.atthasdef or a.attidentity <> ''))
        and exists (select from pg_index i where i.indrelid = target and i.indisunique and not i.indisprimary) then
       raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
-        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.';
+        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
     end if;
   end if;
   foreach v_name in array v_context loop
@@ -323,7 +323,7 @@ begin
   if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id or v_protected.places <> v_places
       or (select s.attnums from rekey._column_shape(v_protected.id) s) <> v_attnums) then
     raise exception 'column %.% is protected already, in another way', target, column_name using errcode = 'RK006',
-      hint = 'See rekey.column_status. Keyring and context columns, and their order, stay: the values are bound to them.';
+      hint = 'See rekey.column_status. Keyring and context columns, and their order, stay: the values are bound to them.', constraint = 'keep_context';
   end if;
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
@@ -334,12 +334,12 @@ begin
       returning * into v_protected;
     exception when unique_violation then
       raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
-        hint = 'See rekey.column_status.';
+        hint = 'See rekey.column_status.', constraint = 'columns';
     end;
   else
     if v_protected.encrypt_on_write and not _register_column.encrypt_on_write then
       raise warning 'from now on, what is written into %.% is not encrypted', target, quote_ident(column_name)
-        using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.';
+        using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.', constraint = 'encrypt_on_write';
     end if;
     update rekey.protected_columns c
     set encrypt_on_write = _register_column.encrypt_on_write
@@ -459,7 +459,7 @@ begin
   where c.keyring_id is not null;
   if v_rows > 0 then
     raise exception '% rows of % are encrypted', v_rows, protected.label using errcode = 'RK005',
-      hint = 'decrypt => true decrypts them, some at each call: --decrypt of pg-rekey columns unprotect. Rows that stay are locked by a session, or kept by a trigger.';
+      hint = 'decrypt => true decrypts them, some at each call: --decrypt of pg-rekey columns unprotect. Rows that stay are locked by a session, or kept by a trigger.', constraint = 'decrypt_rows';
   end if;
 end
 $$;
@@ -478,7 +478,7 @@ begin
   id := rekey._column_id(target, column_name);
   select * into v_protected from rekey.protected_columns c where c.id = _release_column.id for update;
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
   select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
@@ -522,7 +522,7 @@ declare
 begin
   select * into v_protected from rekey.protected_columns c where c.id = _forget_column.id for update;
   if not found then
-    raise exception 'no such protected column' using errcode = 'RK007', hint = 'See rekey.column_status.';
+    raise exception 'no such protected column' using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   select * into v_shape from rekey._column_shape(id) s;
   if v_shape.relation is not null then
@@ -536,7 +536,7 @@ begin
                   and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped) then
     raise exception 'the table of % is there, without its functions', v_protected.label using errcode = 'RK006',
       hint = format('Its rows may be encrypted: rekey.protect_column(%L, %L%s) makes the functions anew.', v_protected.relation_name, v_protected.column_name,
-        case when v_protected.encrypt_on_write then ', encrypt_on_write => true' end);
+        case when v_protected.encrypt_on_write then ', encrypt_on_write => true' end), constraint = 'protect_again';
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
@@ -591,10 +591,10 @@ declare
   v_id integer := (select c.id from rekey.protected_columns c where c.label = unprotect_column.label);
 begin
   if v_id is null then
-    raise exception 'there is no protected column %', coalesce(quote_literal(label), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+    raise exception 'there is no protected column %', coalesce(quote_literal(label), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   if (rekey._column_shape(v_id)).relation is not null then
-    raise exception 'the table of % is there', label using errcode = 'RK006', hint = 'Name the table and the column: rekey.unprotect_column(target, column_name).';
+    raise exception 'the table of % is there', label using errcode = 'RK006', hint = 'Name the table and the column: rekey.unprotect_column(target, column_name).', constraint = 'unprotect';
   end if;
   perform rekey._forget_column(v_id);
 end
@@ -690,7 +690,7 @@ declare
   v_name name;
 begin
   if not exists (select from rekey.column_status s where s.relation = target) then
-    raise exception '% has no protected column', target using errcode = 'RK007', hint = 'rekey.protect_column() protects one.';
+    raise exception '% has no protected column', target using errcode = 'RK007', hint = 'rekey.protect_column() protects one.', constraint = 'protect';
   end if;
   select n.nspname, c.relname into v_table from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target;
   v_name := v_table.relname || '_decrypted';

@@ -202,7 +202,7 @@ begin
   select * into v_rotation from rekey.rotations r where r.id = _rotation.id;
   if not found then
     raise exception 'no such rotation: %', coalesce(id::text, 'NULL') using errcode = 'RK007',
-      hint = 'See rekey.rotation_status.';
+      hint = 'See rekey.rotation_status.', constraint = 'rotations';
   end if;
   -- The keyring first, as everywhere.
   perform from rekey.keyrings k where k.id = v_rotation.keyring_id for no key update;
@@ -437,7 +437,7 @@ begin
   end if;
   select * into v_failure from rekey.rotation_failures f where f.id = resolve_failure.id;
   if not found then
-    raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.';
+    raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.', constraint = 'failures';
   end if;
   v_rotation := rekey._rotation(v_failure.rotation_id);
   update rekey.rotation_failures f

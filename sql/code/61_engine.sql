@@ -483,7 +483,7 @@ begin
       from unnest(v_failed_places) with ordinality as f(place, rank);
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
-          hint = 'See rekey.column_status.';
+          hint = 'See rekey.column_status.', constraint = 'columns';
       end if;
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);

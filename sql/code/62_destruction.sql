@@ -50,7 +50,7 @@ begin
   if v_rows > 0 or v_failures > 0 then
     raise exception 'version % of keyring % is in use: % rows, % rows in quarantine', version, quote_literal(keyring.name),
       coalesce(v_rows, 0), v_failures using errcode = 'RK005',
-      hint = 'Rotate the keyring, and resolve its failures: rekey.rotate_keys(), rekey.failure_status.';
+      hint = 'Rotate the keyring, and resolve its failures: rekey.rotate_keys(), rekey.failure_status.', constraint = 'rotate_and_resolve';
   end if;
 end
 $$;

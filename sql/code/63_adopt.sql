@@ -221,13 +221,13 @@ begin
   select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
   if not found then
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007',
-      hint = 'rekey.protect_column() first.';
+      hint = 'rekey.protect_column() first.', constraint = 'protect';
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
   select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
   if found then
-    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.';
+    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
   insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced)
   select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,

@@ -246,7 +246,7 @@ begin
   if not found then
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
       hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
-                    current_database());
+                    current_database()), constraint = 'schedule_worker';
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
   -- (Formatted, so that whoever checks all functions does not stumble where pg_cron is missing.)
