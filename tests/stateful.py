@@ -778,7 +778,7 @@ class Walk(RuleBasedStateMachine):
 
     @move()
     def rotate_all(self) -> None:
-        """Those under way come back as they are: repeated, it changes nothing, and each is noted as passed by."""
+        """Those under way come back as they are, noted as passed by: repeated, it changes nothing."""
         for it in self.rotations:
             if it.under_way:
                 self.expect("rotation.passed_by", it.ring, it.target, it)

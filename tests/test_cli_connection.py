@@ -102,7 +102,7 @@ def test_hint_of_the_database_is_shown(cli_db: Cli) -> None:
     cli_db("rotations", "pause", 99, code=1)
     assert cli_db.err.splitlines() == [
         "Error: no such rotation: 99 [RK007]",
-        "Hint: See rekey.rotation_status.",
+        "Hint: `pg-rekey rotations list` shows them.",
     ]
 
 

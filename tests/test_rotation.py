@@ -131,7 +131,8 @@ def test_a_keyring_under_way_is_not_passed_by_in_silence(ready: Connection) -> N
     }
     [(sqlstate, action, message)] = said
     assert (sqlstate, action) == ("RK004", "supersede")
-    assert message and "'k01' (rotation 1), 'k02' (rotation 2)," in message
+    assert message
+    assert "'k01' (rotation 1), 'k02' (rotation 2)," in message
     assert message.endswith("'k10' (rotation 10) and 1 more")
     noted = """
         select rotation_id, keyring, version, details from rekey.audit_log

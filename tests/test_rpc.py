@@ -219,6 +219,17 @@ def test_doctor_takes_only_what_the_rpc_needs(project: str, owner: Connection) -
     assert found == {"authenticated may use rekey.version()", "anon may use rekey._rpc_rotate_keys()"}
 
 
+def test_hints_are_in_the_words_of_its_clients(hosted: Hosted, owner: Connection) -> None:
+    api = PostgREST(owner.info.dsn)
+    assert (
+        "key_rotation_status" in api.rpc("rotate_keys", {"keyring": "nope"}, role="service_role").body["hint"]
+    )
+    api.rpc("rotate_keys", {"keyring": "default"}, role="service_role")
+    busy = api.rpc("rotate_keys", {"keyring": "default"}, role="service_role")
+    assert (busy.status, busy.body["code"]) == (409, "RK004")
+    assert busy.body["hint"].endswith('take its rows along: "supersede": true.')
+
+
 def test_keyrings_that_got_no_new_version_are_named(hosted: Hosted, owner: Connection) -> None:
     api = PostgREST(owner.info.dsn)
     owner.execute("select rekey.create_keyring('busy')")

@@ -14,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import ConnectionPool
 
+from pg_rekey import hints
 from pg_rekey import kek as keks
 from pg_rekey.errors import USAGE, Problem
 
@@ -187,7 +188,8 @@ def _bytes(kek: bytes | str) -> bytes:
 
 
 def _show_notice(notice: psycopg.errors.Diagnostic) -> None:
-    hint = f"\n  {notice.message_hint}" if notice.message_hint else ""
+    advice = hints.hint(notice, hints.Road.COMMAND)
+    hint = f"\n  {advice}" if advice else ""
     click.echo(f"{notice.severity}: {notice.message_primary}{hint}", err=True)
 
 

@@ -5,17 +5,12 @@ from typing import IO, Any
 import click
 import psycopg
 
+from pg_rekey import hints
+from pg_rekey.hints import Road
+
 FAILED, USAGE, LOCKED, UNFINISHED, FINDINGS, INTERRUPTED = 1, 2, 3, 4, 5, 130
 
 _EXIT_CODES = {"RK001": LOCKED, "RK002": LOCKED}
-_HINTS = {
-    "25006": "This server is a standby or read-only: use the primary.",
-    "3F000": "pg_rekey is not installed in this database: run `pg-rekey init`.",
-    "42501": "Connect as a member of the role that may do it: rekey_admin, rekey_operator, rekey_auditor, "
-    "rekey_app.",
-    "55P03": "Another session holds a lock on it: try again later.",
-    "57014": "The statement was cancelled, or took too long (statement_timeout): a lock may be in its way.",
-}
 
 
 class Problem(click.ClickException):
@@ -61,21 +56,14 @@ def from_database(error: psycopg.Error) -> Problem:
     return Problem(message + (f" [{state}]" if state else ""), hint, _EXIT_CODES.get(state, FAILED))
 
 
-def explain(error: psycopg.Error) -> tuple[str, str | None]:
-    """Return message and hint of a database error."""
+def explain(error: psycopg.Error, road: Road = Road.COMMAND) -> tuple[str, str | None]:
+    """Return message and hint of a database error, the hint in the words of a road."""
     message = error.diag.message_primary or " ".join(str(error).split()) or type(error).__name__
-    hint = error.diag.message_hint or _HINTS.get(error.sqlstate or "")
     if _is_lost(error):
-        hint = (
-            "What was under way may have been committed: `pg-rekey status` shows it. Repeating the command "
-            "does no harm."
-        )
+        return message, hints.LOST.on(road)
     if _is_missing(error):
-        hint = (
-            "pg_rekey is not installed in this database (run `pg-rekey init`), or in another version (run "
-            "`pg-rekey upgrade`)."
-        )
-    return message, hint
+        return message, hints.MISSING.on(road)
+    return message, hints.hint(error.diag, road) or hints.of_state(error.sqlstate, road)
 
 
 def http_status(error: psycopg.Error) -> int | None:

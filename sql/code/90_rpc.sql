@@ -83,6 +83,16 @@ end
 $$;
 comment on function rekey._rpc_problem is 'An error as the answer of a request, with its HTTP status.';
 
+create or replace function rekey._rpc_hint(action text, hint text) returns text
+language sql immutable parallel safe
+return case
+  when action = 'supersede' then 'Wait for it, or let this one take its rows along: "supersede": true.'
+  when action = 'create_keyring' then 'key_rotation_status names the keyrings that there are.'
+  when action in ('register_kek', 'set_provider', 'unlock') then 'Whoever administers the database makes the KEK available.'
+  else nullif(hint, '')
+end;
+comment on function rekey._rpc_hint is 'A hint in the words of PostgREST''s clients, by the action that it asks for; those of SQL where there are no others.';
+
 create or replace function rekey._rpc_refusal() returns jsonb
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -106,6 +116,7 @@ as $$
 declare
   v_answer jsonb;
   v_hint text;
+  v_action text;
 begin
   if not rekey._may_administer() then
     perform rekey._note_denied('{"function": "rotate_keys"}');
@@ -120,8 +131,8 @@ exception when others then
   if not rekey._through_postgrest() or rekey._http_status(sqlstate) is null then
     raise;
   end if;
-  get stacked diagnostics v_hint = pg_exception_hint;
-  return rekey._rpc_problem(sqlstate, sqlerrm, v_hint);
+  get stacked diagnostics v_hint = pg_exception_hint, v_action = constraint_name;
+  return rekey._rpc_problem(sqlstate, sqlerrm, rekey._rpc_hint(v_action, v_hint));
 end
 $$;
 comment on function rekey._rpc_rotate_keys is 'What public.rotate_keys() does with the rights of rekey_owner.';

@@ -801,7 +801,7 @@ begin
   if anchor is not null and not coalesce(
        jsonb_typeof(anchor) = 'object' and anchor ->> 'id' ~ '^\d{1,18}$' and anchor ->> 'hash' ~ '^[0-9a-f]{64}$', false) then
     raise exception 'the anchor has no id and hash'
-      using errcode = 'invalid_parameter_value', hint = 'Give what rekey.audit_checkpoint() returned.';
+      using errcode = 'invalid_parameter_value', hint = 'Give what rekey.audit_checkpoint() returned.', constraint = 'anchor';
   end if;
   select * into v_head from rekey._audit_head;
   v_head.id := coalesce(v_head.id, 0);
@@ -861,7 +861,7 @@ begin
   select * into v_settings from rekey.settings;
   if not found then
     raise exception 'pg_rekey is installed but not set up' using errcode = 'RK001',
-      hint = 'Register a KEK: pg-rekey init, or select rekey.register_kek().';
+      hint = 'Register a KEK: pg-rekey init, or select rekey.register_kek().', constraint = 'register_kek';
   end if;
   return v_settings;
 end
@@ -893,7 +893,7 @@ begin
     and not a.attisdropped and a.attname <> 'singleton';
   if not found then
     raise exception 'no such setting: %', coalesce(quote_literal(name), 'NULL') using errcode = 'invalid_parameter_value',
-      hint = 'See rekey.setting_status for their names.';
+      hint = 'See rekey.setting_status for their names.', constraint = 'settings';
   end if;
   if _store_setting.name = 'tenant_check' and value is not null and (
        cardinality(parse_ident(value)) <> 2
@@ -1175,7 +1175,7 @@ exception
   when insufficient_privilege or undefined_table or undefined_function or invalid_schema_name or wrong_object_type
     or system_error or io_error then
     raise exception 'the KEK provider % cannot be read: %', v_settings.kek_provider, sqlerrm using errcode = 'RK001',
-      hint = format('Run select rekey.set_setting(''kek_provider'', %L) as a role that may grant what it needs.', v_settings.kek_provider);
+      hint = format('Run select rekey.set_setting(''kek_provider'', %L) as a role that may grant what it needs.', v_settings.kek_provider), constraint = 'set_provider';
 end
 $$;
 comment on function rekey._provided_keks is 'The KEK, and the next one where there is one, from the Vault or the file that the settings name; NULL without. RK001: it cannot be read.';
@@ -1196,7 +1196,7 @@ begin
         when 'session' then 'Unlock first: rekey.unlock(), pg_rekey.unlock() in Python, or PG_REKEY_KEK for pg-rekey.'
         when 'vault' then format('The Vault has no secret %L of 64 hex characters or base64.', (rekey._settings()).kek_secret_name)
         else format('The file %L in the data directory is missing or holds no key.', (rekey._settings()).kek_file)
-      end;
+      end, constraint = case (rekey._settings()).kek_provider when 'session' then 'unlock' else '' end;
   end if;
   return v_keks;
 end
@@ -1214,7 +1214,7 @@ begin
   select k.id, k.fingerprint into _kek.id, v_fingerprint from rekey.keks k where k.state = 'active';
   if not found then
     raise exception 'no KEK is registered' using errcode = 'RK001',
-      hint = 'Register one: pg-rekey init, or select rekey.register_kek().';
+      hint = 'Register one: pg-rekey init, or select rekey.register_kek().', constraint = 'register_kek';
   end if;
   v_keks := rekey._keks();
   for v_place in 0 .. octet_length(v_keks) / 32 - 1 loop
@@ -1320,7 +1320,7 @@ begin
   v_new := rekey._new_kek();
   if v_new is null then
     raise exception 'there is no next KEK: number % is active already, and no other is at hand', v_old_id using errcode = 'RK001',
-      hint = 'Give the current and the next one: PG_REKEY_NEW_KEK for pg-rekey, the Vault secret or file with _new appended, or 64 bytes to rekey.unlock().';
+      hint = 'Give the current and the next one: PG_REKEY_NEW_KEK for pg-rekey, the Vault secret or file with _new appended, or 64 bytes to rekey.unlock().', constraint = 'next_kek';
   end if;
   v_fingerprint := rekey._fingerprint(v_new);
   v_old := rekey._wrapping_key(v_old);
@@ -1484,7 +1484,7 @@ begin
   end if;
   if v_keyring.id is null then
     raise exception 'no such keyring: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
-      hint = 'rekey.create_keyring() makes one.';
+      hint = 'rekey.create_keyring() makes one.', constraint = 'create_keyring';
   end if;
   return v_keyring;
 end
@@ -1507,7 +1507,7 @@ begin
   select * into v_key from rekey.encryption_keys k where k.keyring_id = _key.keyring_id and k.version = _key.version for update;
   if not found then
     raise exception 'the keyring has no version %', coalesce(version::text, 'NULL') using errcode = 'RK007',
-      hint = 'See rekey.key_status for its versions.';
+      hint = 'See rekey.key_status for its versions.', constraint = 'key_versions';
   end if;
   return v_key;
 end
@@ -1871,7 +1871,7 @@ begin
   select d.key into v_sealing.key from rekey._dek(keyring_id, v_version) d;
   if v_sealing.key is null then
     raise exception 'the active key version % cannot be used', v_version using errcode = 'RK006',
-      hint = 'Rotate the keyring: rekey.rotate_keys().';
+      hint = 'Rotate the keyring: rekey.rotate_keys().', constraint = 'rotate';
   end if;
   v_sealing.header := rekey._header(keyring_id, v_version);
   return v_sealing;
@@ -1930,7 +1930,7 @@ begin
   end if;
   if context[array_lower(context, 1)] in ('secret', 'dek', 'session') then
     raise exception 'the context label % is reserved', context[array_lower(context, 1)] using errcode = 'insufficient_privilege',
-      hint = 'Secrets are read with rekey.get_secret().';
+      hint = 'Secrets are read with rekey.get_secret().', constraint = 'read_secret';
   end if;
   perform rekey._check_tenant(keyring_tenant);
   -- The label of a protected column: who may not read the column may not open its values either.
@@ -2069,7 +2069,7 @@ declare
 begin
   if v_text is null and v_plaintext is not null then
     raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
-      hint = 'rekey.decrypt() returns its bytes.';
+      hint = 'rekey.decrypt() returns its bytes.', constraint = 'decrypt_bytes';
   end if;
   return v_text;
 end
@@ -2122,7 +2122,7 @@ begin
     raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
   end if;
   if value is null then
-    raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.';
+    raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.', constraint = 'delete_secret';
   end if;
   v_bytes := convert_to(value, 'UTF8');
   v_length := octet_length(v_bytes);
@@ -2241,7 +2241,7 @@ begin
   end loop;
   if v_unreadable is not null then
     raise exception 'cannot open ciphertext of secret %', quote_literal(v_unreadable) using errcode = 'RK003',
-      hint = 'Leave it out of names to read the others. rekey.get_secret() says more.';
+      hint = 'Leave it out of names to read the others. rekey.get_secret() says more.', constraint = 'unreadable_secret';
   end if;
 end
 $$;
@@ -2770,7 +2770,7 @@ declare
 begin
   if v_blocked is not null then
     raise exception '% is blocked: %', v_blocked -> 0 ->> 'target', v_blocked -> 0 ->> 'why' using errcode = 'RK005',
-      hint = 'As long as it cannot be counted, nothing completes and no key is destroyed. See rekey.column_status.';
+      hint = 'As long as it cannot be counted, nothing completes and no key is destroyed. See rekey.column_status.', constraint = 'columns';
   end if;
 end
 $$;
@@ -3095,7 +3095,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   if problem is not null then
-    raise exception '% is blocked: %', target, problem using errcode = 'RK005', hint = 'See rekey.column_status.';
+    raise exception '% is blocked: %', target, problem using errcode = 'RK005', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
 end
 $$;
@@ -3318,7 +3318,7 @@ declare
 begin
   if v_table is null or relation <> v_table and not exists (select from pg_partition_ancestors(relation) a where a.relid = v_table) then
     raise exception '% is not the table that this trigger encrypts', relation::regclass using errcode = 'RK005',
-      hint = 'rekey.protect_column(..., encrypt_on_write => true) makes the trigger of a table.';
+      hint = 'rekey.protect_column(..., encrypt_on_write => true) makes the trigger of a table.', constraint = 'encrypt_on_write';
   end if;
 end
 $$;
@@ -3335,7 +3335,7 @@ begin
        from rekey._column_shape(id) s join pg_attribute a on a.attrelid = s.relation and a.attnum = any (s.attnums)
        where (select t.typnamespace from pg_type t where t.oid = a.atttypid) = 'pg_catalog'::regnamespace) then
     raise exception 'a column that pg_rekey encrypts, or that values are bound to, was renamed' using errcode = 'RK005',
-      hint = 'Repeat rekey.protect_column(..., encrypt_on_write => true) as the owner of the table.';
+      hint = 'Repeat rekey.protect_column(..., encrypt_on_write => true) as the owner of the table.', constraint = 'encrypt_on_write';
   end if;
 end
 $$;
@@ -3424,7 +3424,7 @@ begin
 
   if cardinality(v_context) = 0 then
     raise exception 'context_columns is empty' using errcode = 'invalid_parameter_value',
-      hint = 'Name what rows are told apart by: a value could be moved to any other row. NULL, the default, takes the primary key.';
+      hint = 'Name what rows are told apart by: a value could be moved to any other row. NULL, the default, takes the primary key.', constraint = 'context';
   end if;
   if v_context is null then
     select array_agg(a.attname order by k.rank) into v_context
@@ -3434,13 +3434,13 @@ begin
     where i.indrelid = target and i.indisprimary;
     if not found or v_context is null then
       raise exception '% has no primary key', target using errcode = 'invalid_parameter_value',
-        hint = 'Name in context_columns what its rows are told apart by: columns that do not change.';
+        hint = 'Name in context_columns what its rows are told apart by: columns that do not change.', constraint = 'context';
     end if;
     if encrypt_on_write and exists (
          select from pg_attribute a where a.attrelid = target and a.attname = any (v_context) and (a.atthasdef or a.attidentity <> ''))
        and exists (select from pg_index i where i.indrelid = target and i.indisunique and not i.indisprimary) then
       raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
-        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.';
+        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
     end if;
   end if;
   foreach v_name in array v_context loop
@@ -3474,7 +3474,7 @@ begin
   if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id or v_protected.places <> v_places
       or (select s.attnums from rekey._column_shape(v_protected.id) s) <> v_attnums) then
     raise exception 'column %.% is protected already, in another way', target, column_name using errcode = 'RK006',
-      hint = 'See rekey.column_status. Keyring and context columns, and their order, stay: the values are bound to them.';
+      hint = 'See rekey.column_status. Keyring and context columns, and their order, stay: the values are bound to them.', constraint = 'keep_context';
   end if;
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
@@ -3485,12 +3485,12 @@ begin
       returning * into v_protected;
     exception when unique_violation then
       raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
-        hint = 'See rekey.column_status.';
+        hint = 'See rekey.column_status.', constraint = 'columns';
     end;
   else
     if v_protected.encrypt_on_write and not _register_column.encrypt_on_write then
       raise warning 'from now on, what is written into %.% is not encrypted', target, quote_ident(column_name)
-        using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.';
+        using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.', constraint = 'encrypt_on_write';
     end if;
     update rekey.protected_columns c
     set encrypt_on_write = _register_column.encrypt_on_write
@@ -3610,7 +3610,7 @@ begin
   where c.keyring_id is not null;
   if v_rows > 0 then
     raise exception '% rows of % are encrypted', v_rows, protected.label using errcode = 'RK005',
-      hint = 'decrypt => true decrypts them, some at each call: --decrypt of pg-rekey columns unprotect. Rows that stay are locked by a session, or kept by a trigger.';
+      hint = 'decrypt => true decrypts them, some at each call: --decrypt of pg-rekey columns unprotect. Rows that stay are locked by a session, or kept by a trigger.', constraint = 'decrypt_rows';
   end if;
 end
 $$;
@@ -3629,7 +3629,7 @@ begin
   id := rekey._column_id(target, column_name);
   select * into v_protected from rekey.protected_columns c where c.id = _release_column.id for update;
   if not found then
-    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
   select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
@@ -3673,7 +3673,7 @@ declare
 begin
   select * into v_protected from rekey.protected_columns c where c.id = _forget_column.id for update;
   if not found then
-    raise exception 'no such protected column' using errcode = 'RK007', hint = 'See rekey.column_status.';
+    raise exception 'no such protected column' using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   select * into v_shape from rekey._column_shape(id) s;
   if v_shape.relation is not null then
@@ -3687,7 +3687,7 @@ begin
                   and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped) then
     raise exception 'the table of % is there, without its functions', v_protected.label using errcode = 'RK006',
       hint = format('Its rows may be encrypted: rekey.protect_column(%L, %L%s) makes the functions anew.', v_protected.relation_name, v_protected.column_name,
-        case when v_protected.encrypt_on_write then ', encrypt_on_write => true' end);
+        case when v_protected.encrypt_on_write then ', encrypt_on_write => true' end), constraint = 'protect_again';
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
@@ -3742,10 +3742,10 @@ declare
   v_id integer := (select c.id from rekey.protected_columns c where c.label = unprotect_column.label);
 begin
   if v_id is null then
-    raise exception 'there is no protected column %', coalesce(quote_literal(label), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.';
+    raise exception 'there is no protected column %', coalesce(quote_literal(label), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   if (rekey._column_shape(v_id)).relation is not null then
-    raise exception 'the table of % is there', label using errcode = 'RK006', hint = 'Name the table and the column: rekey.unprotect_column(target, column_name).';
+    raise exception 'the table of % is there', label using errcode = 'RK006', hint = 'Name the table and the column: rekey.unprotect_column(target, column_name).', constraint = 'unprotect';
   end if;
   perform rekey._forget_column(v_id);
 end
@@ -3841,7 +3841,7 @@ declare
   v_name name;
 begin
   if not exists (select from rekey.column_status s where s.relation = target) then
-    raise exception '% has no protected column', target using errcode = 'RK007', hint = 'rekey.protect_column() protects one.';
+    raise exception '% has no protected column', target using errcode = 'RK007', hint = 'rekey.protect_column() protects one.', constraint = 'protect';
   end if;
   select n.nspname, c.relname into v_table from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target;
   v_name := v_table.relname || '_decrypted';
@@ -4162,7 +4162,7 @@ begin
   select * into v_rotation from rekey.rotations r where r.id = _rotation.id;
   if not found then
     raise exception 'no such rotation: %', coalesce(id::text, 'NULL') using errcode = 'RK007',
-      hint = 'See rekey.rotation_status.';
+      hint = 'See rekey.rotation_status.', constraint = 'rotations';
   end if;
   -- The keyring first, as everywhere.
   perform from rekey.keyrings k where k.id = v_rotation.keyring_id for no key update;
@@ -4397,7 +4397,7 @@ begin
   end if;
   select * into v_failure from rekey.rotation_failures f where f.id = resolve_failure.id;
   if not found then
-    raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.';
+    raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.', constraint = 'failures';
   end if;
   v_rotation := rekey._rotation(v_failure.rotation_id);
   update rekey.rotation_failures f
@@ -4908,7 +4908,7 @@ begin
       from unnest(v_failed_places) with ordinality as f(place, rank);
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
-          hint = 'See rekey.column_status.';
+          hint = 'See rekey.column_status.', constraint = 'columns';
       end if;
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
@@ -5622,7 +5622,7 @@ begin
   if v_rows > 0 or v_failures > 0 then
     raise exception 'version % of keyring % is in use: % rows, % rows in quarantine', version, quote_literal(keyring.name),
       coalesce(v_rows, 0), v_failures using errcode = 'RK005',
-      hint = 'Rotate the keyring, and resolve its failures: rekey.rotate_keys(), rekey.failure_status.';
+      hint = 'Rotate the keyring, and resolve its failures: rekey.rotate_keys(), rekey.failure_status.', constraint = 'rotate_and_resolve';
   end if;
 end
 $$;
@@ -5992,13 +5992,13 @@ begin
   select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
   if not found then
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007',
-      hint = 'rekey.protect_column() first.';
+      hint = 'rekey.protect_column() first.', constraint = 'protect';
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
   select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
   if found then
-    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.';
+    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
   insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced)
   select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
@@ -6578,7 +6578,7 @@ begin
   if not found then
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
       hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
-                    current_database());
+                    current_database()), constraint = 'schedule_worker';
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
   -- (Formatted, so that whoever checks all functions does not stumble where pg_cron is missing.)
@@ -6769,6 +6769,16 @@ end
 $$;
 comment on function rekey._rpc_problem is 'An error as the answer of a request, with its HTTP status.';
 
+create or replace function rekey._rpc_hint(action text, hint text) returns text
+language sql immutable parallel safe
+return case
+  when action = 'supersede' then 'Wait for it, or let this one take its rows along: "supersede": true.'
+  when action = 'create_keyring' then 'key_rotation_status names the keyrings that there are.'
+  when action in ('register_kek', 'set_provider', 'unlock') then 'Whoever administers the database makes the KEK available.'
+  else nullif(hint, '')
+end;
+comment on function rekey._rpc_hint is 'A hint in the words of PostgREST''s clients, by the action that it asks for; those of SQL where there are no others.';
+
 create or replace function rekey._rpc_refusal() returns jsonb
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -6792,6 +6802,7 @@ as $$
 declare
   v_answer jsonb;
   v_hint text;
+  v_action text;
 begin
   if not rekey._may_administer() then
     perform rekey._note_denied('{"function": "rotate_keys"}');
@@ -6806,8 +6817,8 @@ exception when others then
   if not rekey._through_postgrest() or rekey._http_status(sqlstate) is null then
     raise;
   end if;
-  get stacked diagnostics v_hint = pg_exception_hint;
-  return rekey._rpc_problem(sqlstate, sqlerrm, v_hint);
+  get stacked diagnostics v_hint = pg_exception_hint, v_action = constraint_name;
+  return rekey._rpc_problem(sqlstate, sqlerrm, rekey._rpc_hint(v_action, v_hint));
 end
 $$;
 comment on function rekey._rpc_rotate_keys is 'What public.rotate_keys() does with the rights of rekey_owner.';

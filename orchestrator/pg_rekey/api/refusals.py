@@ -14,6 +14,7 @@ from pg_rekey.api.database import transaction
 from pg_rekey.api.logs import where
 from pg_rekey.api.models import Error
 from pg_rekey.errors import Problem, explain, http_status
+from pg_rekey.hints import Road
 from pg_rekey.worker import log
 
 BODY_LIMIT = 16 * 1024
@@ -103,7 +104,7 @@ def _database(request: Request, error: Exception) -> JSONResponse:
         return answer(request, status, "unavailable", "the database is not available", "Try again.")
     if error.sqlstate == "42501":
         _note_denied(request)
-    return answer(request, status, error.sqlstate, *explain(error))
+    return answer(request, status, error.sqlstate, *explain(error, Road.HTTP))
 
 
 def _problem(request: Request, problem: Exception) -> JSONResponse:

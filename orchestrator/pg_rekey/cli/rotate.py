@@ -74,9 +74,9 @@ def rotate(
         if wait:
             steps = worker.Steps(connection)
             rotations = follow(connection, list(passed_by), lambda: _work(steps))
-            rotations = [row | {"passed_by": passed_by[row["id"]]} for row in rotations]
+            rotations = [{**row, "passed_by": passed_by[row["id"]]} for row in rotations]
         out.table(rotations, COLUMNS, empty="there is no keyring to rotate")
-    if any(passed_by.values()) or wait and any(row["state"] != "completed" for row in rotations):
+    if any(passed_by.values()) or (wait and any(row["state"] != "completed" for row in rotations)):
         raise click.exceptions.Exit(UNFINISHED)
 
 

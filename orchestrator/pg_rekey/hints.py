@@ -1,0 +1,156 @@
+"""What to do about an error, in the words of the road by which it came.
+
+A hint of the database is in the words of SQL. Where another road says it otherwise, the database also
+names the action, in the field CONSTRAINT of the error.
+"""
+
+from enum import Enum, auto
+from typing import NamedTuple
+
+import psycopg
+
+
+class Road(Enum):
+    """How a person reaches pg_rekey: each has its own words. Those of SQL are the database's own."""
+
+    COMMAND = auto()
+    HTTP = auto()
+
+
+class Words(NamedTuple):
+    """What to do on the command line, and over HTTP where that can be done there too."""
+
+    command: str
+    http: str | None = None
+
+    def on(self, road: Road) -> str:
+        """Return the words of a road; what HTTP cannot do is done on the command line."""
+        if road is Road.COMMAND:
+            return self.command
+        return self.http or f"On the command line of the server: {self.command}"
+
+
+ACTIONS = {
+    "anchor": Words("Give what `pg-rekey audit checkpoint` printed."),
+    "columns": Words("`pg-rekey columns list` shows the protected columns, and what blocks them."),
+    "context": Words("Name in --context what its rows are told apart by: columns that do not change."),
+    "context_of_conflict": Words(
+        "INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that "
+        "never was. Name that other key in --context."
+    ),
+    "create_keyring": Words(
+        "`pg-rekey keyrings list` shows those that there are; `pg-rekey keyrings create NAME` makes one.",
+        "GET /api/keys shows those that there are; on the command line, `pg-rekey keyrings create NAME` "
+        "makes one.",
+    ),
+    "decrypt_bytes": Words("`pg-rekey secrets get NAME` prints text only: read its bytes in SQL."),
+    "decrypt_rows": Words(
+        "`pg-rekey columns unprotect --decrypt` decrypts them. Rows that stay are locked by a session, or "
+        "kept by a trigger."
+    ),
+    "delete_secret": Words("`pg-rekey secrets rm NAME` deletes one."),
+    "encrypt_on_write": Words(
+        "`pg-rekey columns protect TABLE COLUMN --encrypt-on-write`, as the owner of the table, makes the "
+        "trigger that encrypts."
+    ),
+    "failures": Words("`pg-rekey rotations failures` lists them."),
+    "keep_context": Words(
+        "`pg-rekey columns list` shows how. Keyring and context columns, and their order, stay: the "
+        "values are bound to them."
+    ),
+    "key_versions": Words(
+        "`pg-rekey keys list` shows the versions of every keyring.",
+        "GET /api/keys shows the versions of every keyring.",
+    ),
+    "next_kek": Words(
+        "Give the current KEK and the next one: PG_REKEY_NEW_KEK, PG_REKEY_NEW_KEK_FILE or "
+        "PG_REKEY_NEW_KEK_COMMAND for the next, or the Vault secret or file with _new appended."
+    ),
+    "protect": Words("`pg-rekey columns protect TABLE COLUMN` protects one."),
+    "protect_again": Words(
+        "Its rows may be encrypted: `pg-rekey columns protect TABLE COLUMN`, with the options of the "
+        "first time, makes the functions anew."
+    ),
+    "read_secret": Words("Secrets are read with `pg-rekey secrets get NAME`."),
+    "register_kek": Words("`pg-rekey init` registers a KEK."),
+    "rotate": Words(
+        "`pg-rekey rotate --keyring NAME` makes a new version.", "POST /api/keys/rotate makes a new version."
+    ),
+    "rotate_and_resolve": Words(
+        "`pg-rekey rotate --keyring NAME --wait` brings its rows to a new version; `pg-rekey rotations "
+        "failures` and `pg-rekey rotations resolve` are for those in quarantine."
+    ),
+    "rotations": Words("`pg-rekey rotations list` shows them.", "GET /api/rotations shows them."),
+    "schedule_worker": Words(
+        "`pg-rekey work --forever` does without pg_cron; `pg-rekey init` prints the statement for the "
+        "database that cron.database_name names."
+    ),
+    "set_provider": Words(
+        "Repeat `pg-rekey settings set kek_provider`, with the provider that `pg-rekey settings show` "
+        "shows, as a role that may grant what it needs."
+    ),
+    "settings": Words("`pg-rekey settings show` lists them."),
+    "supersede": Words(
+        "Wait for it (`pg-rekey status` shows how far it is), or let a new one take its rows along: "
+        "--supersede.",
+        "Wait for it (GET /api/rotations shows how far it is), or let a new one take its rows along: "
+        '"supersede": true.',
+    ),
+    "unlock": Words(
+        "Set PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND.",
+        "The server has no KEK: it takes it from PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND, "
+        "or the database from where kek_provider says.",
+    ),
+    "unprotect": Words("Name the table and the column: `pg-rekey columns unprotect TABLE COLUMN`."),
+    "unreadable_secret": Words(
+        "`pg-rekey secrets get NAME` says more of each; `pg-rekey verify` counts them."
+    ),
+    "wait": Words(
+        "Wait until it has ended: `pg-rekey status` shows how far it is.",
+        "Wait until it has ended: GET /api/rotations shows how far it is.",
+    ),
+}
+
+# For errors that come without a hint.
+STATES = {
+    "25006": Words(
+        "This server is a standby or read-only: use the primary.",
+        "The database is a standby or read-only: the server needs the primary.",
+    ),
+    "3F000": Words("pg_rekey is not installed in this database: run `pg-rekey init`."),
+    "42501": Words(
+        "Connect as a member of the role that may do it: rekey_admin, rekey_operator, rekey_auditor, "
+        "rekey_app.",
+        "The role of the server may not: it is to be a member of rekey_admin.",
+    ),
+    "55P03": Words(
+        "Another session holds a lock on it: try again later.",
+        "Another session holds a lock on it: try again later.",
+    ),
+    "57014": Words(
+        "The statement was cancelled, or took too long (statement_timeout): a lock may be in its way.",
+        "It was cancelled, or took too long: a lock may be in its way. Try again later.",
+    ),
+}
+LOST = Words(
+    "What was under way may have been committed: `pg-rekey status` shows it. Repeating the command does "
+    "no harm.",
+    "What was under way may have been committed: GET /api/rotations shows it.",
+)
+MISSING = Words(
+    "pg_rekey is not installed in this database (run `pg-rekey init`), or in another version (run "
+    "`pg-rekey upgrade`)."
+)
+
+
+def hint(diagnostics: psycopg.errors.Diagnostic, road: Road) -> str | None:
+    """Return what the database advises, in the words of a road; its own where the road has none."""
+    # A constraint that was violated has its name there too, but no hint.
+    words = ACTIONS.get(diagnostics.constraint_name or "") if diagnostics.message_hint else None
+    return words.on(road) if words else diagnostics.message_hint
+
+
+def of_state(sqlstate: str | None, road: Road) -> str | None:
+    """Return what there is to say of an error that came without a hint."""
+    words = STATES.get(sqlstate or "")
+    return words.on(road) if words else None

@@ -1,0 +1,126 @@
+"""Hints: each road says in its own words what is to be done."""
+
+import re
+from collections.abc import Iterator
+
+import click
+import psycopg
+import pytest
+
+from api_fixtures import Api
+from cli_fixtures import Cli
+from helpers import Connection, connect
+from pg_rekey import hints, release
+from pg_rekey.cli import main
+from pg_rekey.hints import Road
+
+pytest_plugins = ["cli_fixtures", "api_fixtures"]
+
+TABLES = hints.ACTIONS | hints.STATES | {"lost": hints.LOST, "missing": hints.MISSING}
+SQL_WORDS = re.compile(r"=>|\brekey\.\w")
+
+
+def raises() -> Iterator[tuple[str, str]]:
+    """Yield where something is raised with a hint, and the statement."""
+    statement = re.compile(r"(?i)\braise (?:exception|warning|notice) (?:\'(?:[^\']|\'\')*\'|[^\';])*;")
+    for path in sorted((release.ROOT / "sql" / "code").glob("*.sql")):
+        text = path.read_text()
+        for found in statement.finditer(text):
+            if "hint =" in found[0]:
+                yield f"{path.name}:{text.count(chr(10), 0, found.start()) + 1}", found[0]
+
+
+def options(group: click.Group) -> set[str]:
+    found: set[str] = set()
+    for command in group.commands.values():
+        found |= {name for parameter in command.params for name in parameter.opts}
+        found |= options(command) if isinstance(command, click.Group) else set()
+    return found
+
+
+def advice(statement: str) -> str:
+    """Return what a hint says: its literals."""
+    return " ".join(re.findall(r"'((?:[^']|'')*)'(?!::)", statement.split("hint =", 1)[1]))
+
+
+def test_every_hint_in_sql_has_an_action() -> None:
+    everything = list(raises())
+    assert len(everything) > 50
+    nameless = [
+        place
+        for place, statement in everything
+        if SQL_WORDS.search(advice(statement))
+        and "constraint =" not in statement
+        # The condition of a trigger is SQL on each road, and so is a table to be restored.
+        and not re.search(r"WHEN \(|Restore rekey\.", statement)
+    ]
+    assert nameless == []
+
+
+def test_every_action_has_words() -> None:
+    named = {
+        code
+        for _, statement in raises()
+        for said in re.findall(r"constraint = (.*)", statement)
+        for code in re.findall(r"'(\w+)'", said.rsplit(" then ", 1)[-1])
+    }
+    assert named == set(hints.ACTIONS)
+
+
+@pytest.mark.parametrize("code", sorted(TABLES))
+@pytest.mark.parametrize("road", Road)
+def test_words_are_those_of_the_road(code: str, road: Road) -> None:
+    words = TABLES[code].on(road)
+    assert words[0].isupper() or words[0] == "`" or words.startswith("pg_rekey")
+    assert not SQL_WORDS.search(words)
+    for called in re.findall(r"pg-rekey ((?:[a-z-]+ ?)+)", words):
+        command: click.Command = main
+        for name in called.split():
+            if isinstance(command, click.Group):
+                command = command.commands[name]
+    assert set(re.findall(r"--[a-z-]+", words)) <= options(main)
+
+
+def test_on_the_command_line(cli_ready: Cli, ready: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli_ready("rotate", "--keyring", "defualt", code=1)
+    assert "`pg-rekey keyrings create NAME`" in cli_ready.err
+    cli_ready("rotate")
+    cli_ready("rotate", code=1)
+    assert "take its rows along: --supersede." in cli_ready.err
+    ready.execute("select rekey.create_keyring('other')")
+    cli_ready("rotate", "--all", code=4)
+    assert "WARNING: no new version" in cli_ready.err
+    assert "--supersede" in cli_ready.err
+    assert "=>" not in cli_ready.err
+    monkeypatch.delenv("PG_REKEY_KEK")
+    cli_ready("secrets", "set", "a", stdin="value", code=3)
+    assert "Set PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND." in cli_ready.err
+    assert "rekey.unlock" not in cli_ready.err
+
+
+def test_over_http(api: Api) -> None:
+    api.rotate(json={"keyring": "default"})
+    hint = api.rotate(409, json={"keyring": "default"})["hint"]
+    assert '"supersede": true' in hint
+    assert "=>" not in hint
+    assert "--supersede" not in hint
+    hint = api.rotate(404, json={"keyring": "nope"})["hint"]
+    assert hint.startswith("GET /api/keys ")
+
+
+def test_in_sql_the_hint_is_the_database_s_own(ready: Connection, db: str) -> None:
+    ready.execute("select rekey.rotate_keys('default')")
+    with pytest.raises(psycopg.Error) as raised:
+        ready.execute("select rekey.rotate_keys('default')")
+    assert "supersede => true" in (raised.value.diag.message_hint or "")
+    with connect(db) as locked, pytest.raises(psycopg.Error) as raised:
+        locked.execute("select rekey.set_secret('a', 'b')")
+    assert "rekey.unlock()" in (raised.value.diag.message_hint or "")
+    assert raised.value.diag.constraint_name == "unlock"
+
+
+def test_a_constraint_that_is_called_as_an_action(conn: Connection) -> None:
+    conn.execute("create temporary table t (n integer constraint supersede check (n > 0))")
+    with pytest.raises(psycopg.Error) as raised:
+        conn.execute("insert into t values (0)")
+    assert hints.hint(raised.value.diag, Road.COMMAND) is None
