@@ -108,6 +108,36 @@ def test_operations_checklist_does_what_it_says(shell: Callable[[str], str]) -> 
     assert len(re.findall(r"state +completed\b", printed)) == 2
 
 
+def test_after_a_leak_of_the_kek_every_keyring_gets_a_key_that_it_does_not_open(
+    shell: Callable[[str], str],
+) -> None:
+    section = OPERATIONS.read_text().split("### The KEK leaked\n")[1].split("\n## ")[0]
+    [script] = re.findall(r"(?ms)^```sh\n(.*?)^```$", section)
+    prepared = """
+        set -eu
+        pg-rekey kek generate --out kek
+        export PG_REKEY_KEK_FILE=kek
+        pg-rekey init
+        printf hunter2 | pg-rekey secrets set a
+        pg-rekey keyrings create busy
+        pg-rekey rotate --keyring busy
+        echo begun
+    """
+    printed = shell(
+        f"{prepared}{script}\npg-rekey keys list --json > keys\npg-rekey secrets get a; echo; cat keys"
+    )
+    assert "hunter2\n[" in printed
+    versions = json.loads(printed[printed.rindex("hunter2\n[") + len("hunter2\n") :])
+    found = {(key["keyring"], key["version"]): (key["state"], key["kek_id"]) for key in versions}
+    assert found == {
+        ("busy", 1): ("decrypt_only", 2),
+        ("busy", 2): ("decrypt_only", 2),
+        ("busy", 3): ("active", 2),
+        ("default", 1): ("compromised", 2),
+        ("default", 2): ("active", 2),
+    }
+
+
 def test_api_examples_answer_what_they_say(shell: Callable[[str], str]) -> None:
     if not shutil.which("curl"):
         pytest.skip("the examples need curl")
