@@ -66,7 +66,7 @@ def reference(connection: psycopg.Connection[Any]) -> str:
 
 
 def schema(bindir: Path, dsn: str) -> str:
-    """Return the installed schema as pg_dump prints it, without what differs from run to run or by minor release."""
+    """Return the installed schema as pg_dump prints it, but for what differs by run or by minor release."""
     command: list[str | Path] = [bindir / "pg_dump", "--schema-only", "--dbname", dsn]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     volatile = ("\\restrict ", "\\unrestrict ", "-- Dumped ")

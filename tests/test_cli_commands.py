@@ -109,7 +109,8 @@ def test_quarantine(cli_ready: Cli, ready: Connection) -> None:
     assert "completed_with_failures" in cli_ready.out
     [failure] = cli_ready.json("rotations", "failures")
     assert failure["target"] == "rekey.secrets"
-    assert cli_ready.json("rotations", "failures", 99) == []
+    cli_ready("rotations", "failures", 99, code=1)
+    assert "no such rotation: 99 [RK007]" in cli_ready.err
     assert cli_ready("rotations", "failures", failure["rotation_id"]).count("\n") == 2
     cli_ready("status", "--check", code=UNFINISHED)
     ready.execute(f"{DAMAGE} where name = 'a'")

@@ -91,6 +91,29 @@ def test_all_says_which_keyrings_got_no_new_version(cli_ready: Cli, ready: Conne
     ]
 
 
+@pytest.mark.parametrize(
+    "command", ["rotate", "verify", "keys list", "keys usage", "rotations list", "audit list"]
+)
+def test_a_keyring_given_as_an_argument(command: str, cli: Cli) -> None:
+    cli(*command.split(), "default", code=USAGE)
+    assert "A keyring is named by --keyring default." in cli.err
+
+
+def test_a_command_that_takes_no_keyring(cli: Cli) -> None:
+    cli("status", "default", code=USAGE)
+    assert "--keyring" not in cli.err
+
+
+@pytest.mark.parametrize("command", ["keys list", "rotations list", "audit list"])
+def test_a_list_of_a_keyring_that_is_not_there(command: str, cli_ready: Cli, ready: Connection) -> None:
+    cli_ready(*command.split(), "--keyring", "nope", code=1)
+    assert "Error: no such keyring: 'nope' [RK007]\nHint: `pg-rekey keyrings list`" in cli_ready.err
+    assert cli_ready.out == ""
+    cli_ready(*command.split(), "--keyring", "default")
+    ready.execute("select rekey.create_keyring('gone'), rekey.retire_keyring('gone')")
+    cli_ready(*command.split(), "--keyring", "gone")
+
+
 def test_no_keyring(cli_db: Cli) -> None:
     cli_db("rotate", code=1)
     assert "there is no keyring" in cli_db.err

@@ -12,7 +12,7 @@ from pg_rekey.cli.base import (
     InputPath,
     Output,
     database,
-    fetch,
+    fetch_of,
     fetch_one,
     keyring_option,
     output,
@@ -37,7 +37,7 @@ def audit() -> None:
 def list_(connection: db.Connection, out: Output, keyring: str | None, limit: int) -> None:
     """List entries, newest first."""
     columns = ("id", "at", "actor", "event", "keyring", "version", "rotation_id", "details")
-    out.table(fetch(connection, db.query("audit log"), keyring, keyring, limit), columns, empty="no entries")
+    out.table(fetch_of(connection, keyring, db.query("audit log"), limit), columns, empty="no entries")
 
 
 @audit.command()

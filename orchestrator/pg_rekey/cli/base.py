@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from pg_rekey import db
 from pg_rekey.errors import INTERRUPTED, Problem, from_database
+from pg_rekey.hints import ACTIONS
 
 P = ParamSpec("P")
 Row = Mapping[str, Any]
@@ -29,6 +31,8 @@ class Root(click.Group):
         """Run the command; a person sees neither a traceback nor what a secret could hide in."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            raise _pointed_to_keyring(error) from None
         except psycopg.Error as error:
             raise from_database(error) from None
         except (KeyboardInterrupt, click.Abort):
@@ -39,6 +43,14 @@ class Root(click.Group):
             raise
         except OSError as error:
             raise Problem(": ".join(str(part) for part in (error.filename, error.strerror) if part)) from None
+
+
+def _pointed_to_keyring(error: click.UsageError) -> click.UsageError:
+    """Return the error, with how a keyring is named where a command was given one as an argument."""
+    given = re.fullmatch(r"Got unexpected extra argument \((.*)\)", error.message)
+    if given and error.ctx and any("--keyring" in one.opts for one in error.ctx.command.params):
+        return click.UsageError(f"{error.message}. A keyring is named by --keyring {given[1]}.", error.ctx)
+    return error
 
 
 class Output:
@@ -185,6 +197,15 @@ def fetch_one(connection: db.Connection, statement: str, *parameters: Any) -> Ro
     """Return the first row of a statement that always has one."""
     [row] = fetch(connection, statement, *parameters)
     return row
+
+
+def fetch_of(connection: db.Connection, keyring: str | None, statement: str, *parameters: Any) -> list[Row]:
+    """Return all rows of a statement on one keyring or on all, or say that there is no such keyring."""
+    rows = fetch(connection, statement, keyring, keyring, *parameters)
+    known = "select exists (select from rekey.keyrings where name = %s)"
+    if keyring is not None and not rows and not scalar(connection, known, keyring):
+        raise Problem(f"no such keyring: {keyring!r} [RK007]", ACTIONS["create_keyring"].command)
+    return rows
 
 
 def scalar(connection: db.Connection, statement: str, *parameters: Any) -> Any:

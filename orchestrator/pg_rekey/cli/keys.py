@@ -8,6 +8,7 @@ from pg_rekey.cli.base import (
     confirm,
     database,
     fetch,
+    fetch_of,
     fetch_one,
     keyring_option,
     reason_option,
@@ -25,7 +26,7 @@ def keys() -> None:
 @database()
 def list_(connection: db.Connection, out: Output, keyring: str | None) -> None:
     """List the key versions with their states."""
-    rows = fetch(connection, db.query("keys"), keyring, keyring)
+    rows = fetch_of(connection, keyring, db.query("keys"))
     columns = ("keyring", "version", "state", "kek_id", "activated_at", "deactivated_at", "destroy_after")
     out.table(rows, columns, empty="no keys")
 

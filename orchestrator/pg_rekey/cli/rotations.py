@@ -3,8 +3,9 @@
 import click
 
 from pg_rekey import db
-from pg_rekey.cli.base import Output, database, fetch, fetch_one, keyring_option, reason_option
-from pg_rekey.errors import FAILED, Problem
+from pg_rekey.cli.base import Output, Row, database, fetch, fetch_of, keyring_option, reason_option
+from pg_rekey.errors import Problem
+from pg_rekey.hints import ACTIONS
 
 COLUMNS = (
     "id",
@@ -32,7 +33,7 @@ def rotations() -> None:
 @database()
 def list_(connection: db.Connection, out: Output, keyring: str | None, limit: int) -> None:
     """List rotations, newest first."""
-    rows = fetch(connection, db.query("rotations"), keyring, keyring, limit)
+    rows = fetch_of(connection, keyring, db.query("rotations"), limit)
     out.table(rows, COLUMNS, empty="no rotations")
 
 
@@ -41,10 +42,7 @@ def list_(connection: db.Connection, out: Output, keyring: str | None, limit: in
 @database()
 def show(connection: db.Connection, out: Output, rotation: int) -> None:
     """Show all about one rotation."""
-    rows = fetch(connection, _STATUS, rotation)
-    if not rows:
-        raise Problem(f"no such rotation: {rotation}", "`pg-rekey rotations list` shows them.", FAILED)
-    out.record(rows[0])
+    out.record(_status(connection, rotation))
 
 
 @rotations.command()
@@ -92,6 +90,8 @@ def failures(connection: db.Connection, out: Output, rotation: int | None, every
     """List rows that did not open: they stay as they were, and keep their key from being destroyed."""
     columns = ("id", "rotation_id", "keyring", "target", "row_key", "version", "reason", "resolution")
     rows = fetch(connection, db.query("failures"), rotation, rotation, everything)
+    if rotation is not None and not rows:
+        _status(connection, rotation)
     out.table(rows, columns, empty="no failures")
 
 
@@ -106,9 +106,13 @@ def resolve(connection: db.Connection, out: Output, failure: int, action: str, r
     out.done(f"failure {failure}: {action}", failure=failure, action=action)
 
 
-_STATUS = "select * from rekey.rotation_status where id = %s"
+def _status(connection: db.Connection, rotation: int) -> Row:
+    rows = fetch(connection, "select * from rekey.rotation_status where id = %s", rotation)
+    if not rows:
+        raise Problem(f"no such rotation: {rotation} [RK007]", ACTIONS["rotations"].command)
+    return rows[0]
 
 
 def _show(connection: db.Connection, out: Output, rotation: int) -> None:
-    row = fetch_one(connection, _STATUS, rotation)
+    row = _status(connection, rotation)
     out.done(f"rotation {rotation} of keyring {row['keyring']} is {row['state']}", **row)
