@@ -273,7 +273,9 @@ declare
   v_action text;
 begin
   if not rekey._may_administer() then
-    perform rekey._note_denied('{"function": "rotate_keys"}');
+    if rekey._is_postgrest() then
+      perform rekey._note_denied('{"function": "rotate_keys"}');
+    end if;
     return rekey._rpc_refusal();
   end if;
   select jsonb_build_object(
@@ -953,16 +955,16 @@ begin
   select * into strict v_head from rekey._audit_head for update;
   v_entry.actor := session_user;
   v_entry.role := current_setting('role');
-  v_entry.jwt_subject := rekey._claims() ->> 'sub';
+  v_entry.jwt_subject := rekey._subject();
   for v_event in select e.value from jsonb_array_elements(events) with ordinality e(value, place) order by e.place loop
     v_place := v_place + 1;
     v_entry.id := v_head.id + v_place;
     v_entry.at := clock_timestamp();
     v_entry.event := v_event ->> 'event';
-    v_entry.keyring := v_event ->> 'keyring';
+    v_entry.keyring := rekey._cut(v_event ->> 'keyring', 255);
     v_entry.version := (v_event ->> 'version')::integer;
     v_entry.rotation_id := (v_event ->> 'rotation_id')::bigint;
-    v_entry.details := coalesce(v_event -> 'details', '{}');
+    v_entry.details := coalesce(rekey._cut_details(v_event -> 'details'), '{}');
     v_entry.prev_hash := v_head.hash;
     v_entry.hash := rekey._audit_hash(v_entry);
     v_head.hash := v_entry.hash;
@@ -980,7 +982,7 @@ ALTER FUNCTION rekey._audit_all(events jsonb) OWNER TO rekey_owner;
 -- Name: FUNCTION _audit_all(events jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._audit_all(events jsonb) IS 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details.';
+COMMENT ON FUNCTION rekey._audit_all(events jsonb) IS 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details. What is long in them is cut.';
 
 
 --
@@ -1019,7 +1021,7 @@ CREATE TABLE rekey.audit_log (
     details jsonb DEFAULT '{}'::jsonb NOT NULL,
     prev_hash bytea NOT NULL,
     hash bytea NOT NULL,
-    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text])))
+    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text, 'audit.pruned'::text])))
 );
 
 
@@ -1029,14 +1031,14 @@ ALTER TABLE rekey.audit_log OWNER TO rekey_owner;
 -- Name: TABLE audit_log; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON TABLE rekey.audit_log IS 'What happened to keys, in a hash chain. Rows are only ever added; rekey.verify_audit_log() checks it.';
+COMMENT ON TABLE rekey.audit_log IS 'What happened to keys, in a hash chain. Rows are only ever added; rekey.verify_audit_log() checks it. Only rekey.prune_audit_log() removes old ones, which it leaves an entry of.';
 
 
 --
 -- Name: COLUMN audit_log.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.audit_log.id IS 'Number in the chain, from 1, without gaps.';
+COMMENT ON COLUMN rekey.audit_log.id IS 'Number in the chain, from 1, without gaps but for those that audit.pruned tells of.';
 
 
 --
@@ -1064,7 +1066,7 @@ COMMENT ON COLUMN rekey.audit_log.role IS 'The role it had set (SET ROLE), or no
 -- Name: COLUMN audit_log.jwt_subject; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.audit_log.jwt_subject IS 'Subject of the JWT, behind PostgREST.';
+COMMENT ON COLUMN rekey.audit_log.jwt_subject IS 'Subject of the JWT, behind PostgREST; at most 255 bytes of it.';
 
 
 --
@@ -1099,7 +1101,7 @@ COMMENT ON COLUMN rekey.audit_log.rotation_id IS 'Rotation it happened in.';
 -- Name: COLUMN audit_log.details; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.audit_log.details IS 'More of it. Never a key or a value.';
+COMMENT ON COLUMN rekey.audit_log.details IS 'More of it, at most about 16 kB: what is longer is cut. Never a key or a value.';
 
 
 --
@@ -1133,6 +1135,43 @@ ALTER FUNCTION rekey._audit_hash(entry rekey.audit_log) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._audit_hash(entry rekey.audit_log) IS 'The hash of an audit entry (docs/format.md).';
+
+
+--
+-- Name: _audit_start(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._audit_start(OUT id bigint, OUT last bigint, OUT hash bytea, OUT kept bigint, OUT kept_hash text) RETURNS record
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+begin
+  select a.id, (a.details ->> 'last')::bigint, decode(a.details ->> 'hash', 'hex'), (a.details ->> 'kept')::bigint, a.details ->> 'kept_hash'
+  into id, last, hash, kept, kept_hash
+  from rekey.audit_log a
+  where a.event = 'audit.pruned'
+    -- One that somebody made up counts for nothing, and so is found.
+    and a.details ->> 'last' ~ '^\d{1,18}$' and a.details ->> 'hash' ~ '^[0-9a-f]{64}$' and a.details ->> 'kept' ~ '^\d{1,18}$'
+  order by a.id desc
+  limit 1;
+  if not found or last >= id then
+    id := null;
+    last := 0;
+    hash := sha256('pg_rekey/v1/audit');
+    kept := 0;
+    kept_hash := null;
+  end if;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._audit_start(OUT id bigint, OUT last bigint, OUT hash bytea, OUT kept bigint, OUT kept_hash text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _audit_start(OUT id bigint, OUT last bigint, OUT hash bytea, OUT kept bigint, OUT kept_hash text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._audit_start(OUT id bigint, OUT last bigint, OUT hash bytea, OUT kept bigint, OUT kept_hash text) IS 'Where the chain begins that is all there: the last audit.pruned, number and hash of the entry that it removed last, and count and hash of the earlier ones that stayed. 0 and the first prev_hash where nothing was removed.';
 
 
 --
@@ -2529,6 +2568,46 @@ COMMENT ON FUNCTION rekey._count_rows(keyrings integer[]) IS 'Counts every targe
 
 
 --
+-- Name: _cut(text, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._cut(value text, bytes integer) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._cut(value text, bytes integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _cut(value text, bytes integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._cut(value text, bytes integer) IS 'A text of at most so many bytes: what is longer ends with "...".';
+
+
+--
+-- Name: _cut_details(jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._cut_details(details jsonb) RETURNS jsonb
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._cut_details(details jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _cut_details(details jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._cut_details(details jsonb) IS 'Details of an audit entry, bounded: each text of 1024 bytes at most, what else is longer as the beginning of its text; more than 16 fields, or a field name over 63 bytes, as one text.';
+
+
+--
 -- Name: _dearmor(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2738,6 +2817,9 @@ CREATE TABLE rekey.settings (
     max_attempts integer DEFAULT 8 NOT NULL,
     tenant_check text,
     jwt_admin_claim text,
+    postgrest_login text DEFAULT 'authenticator'::text NOT NULL,
+    audit_keep interval DEFAULT '3 years'::interval NOT NULL,
+    CONSTRAINT settings_audit_keep_check CHECK (((('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) >= '2002-01-01 00:00:00'::timestamp without time zone) AND (('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) <= '2101-01-01 00:00:00'::timestamp without time zone))),
     CONSTRAINT settings_batch_target_check CHECK (((batch_target >= '00:00:00.01'::interval) AND (batch_target <= '00:01:00'::interval))),
     CONSTRAINT settings_destroy_wait_check CHECK (((destroy_wait >= '00:00:00'::interval) AND (destroy_wait <= '3650 days'::interval))),
     CONSTRAINT settings_jwt_admin_claim_check CHECK ((jwt_admin_claim <> ''::text)),
@@ -2746,6 +2828,7 @@ CREATE TABLE rekey.settings (
     CONSTRAINT settings_kek_secret_name_check CHECK ((kek_secret_name <> ''::text)),
     CONSTRAINT settings_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 1000))),
     CONSTRAINT settings_max_rows_per_second_check CHECK ((max_rows_per_second > 0)),
+    CONSTRAINT settings_postgrest_login_check CHECK ((postgrest_login <> ''::text)),
     CONSTRAINT settings_singleton_check CHECK (singleton)
 );
 
@@ -2827,6 +2910,20 @@ COMMENT ON COLUMN rekey.settings.tenant_check IS 'Name, with its schema, of a fu
 --
 
 COMMENT ON COLUMN rekey.settings.jwt_admin_claim IS 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
+
+
+--
+-- Name: COLUMN settings.postgrest_login; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.postgrest_login IS 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
+
+
+--
+-- Name: COLUMN settings.audit_keep; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.audit_keep IS 'How long entries of the audit log stay at least before rekey.prune_audit_log() may remove them, 1 to 100 years.';
 
 
 --
@@ -2973,6 +3070,46 @@ ALTER FUNCTION rekey._finish_column(id integer) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._finish_column(id integer) IS 'Takes back what rekey._register_column() lent, and checks what was made. RK005: the column cannot be swept.';
+
+
+--
+-- Name: _is_kept(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_kept(event text) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._is_kept(event text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_kept(event text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_kept(event text) IS 'Whether entries of this event are never removed from the audit log: what became of keys, and what was removed.';
+
+
+--
+-- Name: _first_bad(bigint, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._first_bad(start bigint, hash bytea, OUT id bigint, OUT reason text) RETURNS record
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._first_bad(start bigint, hash bytea, OUT id bigint, OUT reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _first_bad(start bigint, hash bytea, OUT id bigint, OUT reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._first_bad(start bigint, hash bytea, OUT id bigint, OUT reason text) IS 'The first entry of the audit log that is not as it should be, where the chain is all there from the entry after start on.';
 
 
 --
@@ -3274,6 +3411,26 @@ COMMENT ON FUNCTION rekey._is_envelope(value bytea) IS 'Whether value has the sh
 
 
 --
+-- Name: _is_postgrest(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_postgrest() RETURNS boolean
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._is_postgrest() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_postgrest(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_postgrest() IS 'Whether the session is PostgREST''s: of the role that the setting postgrest_login names.';
+
+
+--
 -- Name: _is_service_role(name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3422,6 +3579,26 @@ ALTER FUNCTION rekey._keks() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._keks() IS 'The KEK that can be had now, or the current and the next one. RK001: none.';
+
+
+--
+-- Name: _kept_hash(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._kept_hash(last bigint, OUT kept bigint, OUT hash text) RETURNS record
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._kept_hash(last bigint, OUT kept bigint, OUT hash text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _kept_hash(last bigint, OUT kept bigint, OUT hash text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._kept_hash(last bigint, OUT kept bigint, OUT hash text) IS 'How many entries up to a number are of those that are never removed, and SHA-256 over their hashes in order.';
 
 
 --
@@ -3959,7 +4136,7 @@ begin
   if rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
     return true;
   end if;
-  if v_caller <> 'authenticated' then
+  if v_caller <> 'authenticated' or not rekey._is_postgrest() then
     return false;
   end if;
   select s.jwt_admin_claim into v_claim from rekey.settings s;
@@ -3975,7 +4152,7 @@ ALTER FUNCTION rekey._may_administer() OWNER TO rekey_owner;
 -- Name: FUNCTION _may_administer(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._may_administer() IS 'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
+COMMENT ON FUNCTION rekey._may_administer() IS 'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
 
 
 --
@@ -4171,27 +4348,31 @@ COMMENT ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[
 CREATE FUNCTION rekey._note_denied(details jsonb) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET lock_timeout TO '1s'
     AS $$
 declare
-  v_subject text := rekey._claims() ->> 'sub';
+  v_subject text := rekey._subject();
+  v_details jsonb := rekey._cut_details(details);
 begin
   if current_setting('transaction_read_only')::boolean then
     return;
   end if;
   -- Looked at again under the lock of the chain: nobody who is refused often holds it more than once a minute.
   for v_try in 1 .. 2 loop
-    if exists (
-      select from rekey.audit_log a
-      where a.event = 'access.denied' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()
-        and a.actor = session_user and a.role = current_setting('role') and a.jwt_subject is not distinct from v_subject
-        and a.details ->> 'client' is not distinct from _note_denied.details ->> 'client') then
+    if (select count(*) >= 60 or bool_or(
+          a.actor = session_user and a.role = current_setting('role') and a.jwt_subject is not distinct from v_subject
+          and a.details ->> 'client' is not distinct from v_details ->> 'client')
+        from rekey.audit_log a
+        where a.event = 'access.denied' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()) then
       return;
     end if;
     if v_try = 1 then
       perform from rekey._audit_head for update;
     end if;
   end loop;
-  perform rekey._audit('access.denied', details => _note_denied.details);
+  perform rekey._audit('access.denied', details => v_details);
+exception when lock_not_available then
+  return;  -- A refusal does not wait for who holds the chain, and stands without its entry.
 end
 $$;
 
@@ -4202,7 +4383,7 @@ ALTER FUNCTION rekey._note_denied(details jsonb) OWNER TO rekey_owner;
 -- Name: FUNCTION _note_denied(details jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._note_denied(details jsonb) IS 'Notes in the audit log that the caller was refused, at most once a minute for each: role, subject of the JWT, and client where details name one. Not in a read-only transaction.';
+COMMENT ON FUNCTION rekey._note_denied(details jsonb) IS 'Notes in the audit log that the caller was refused, at most once a minute for each (role, subject of the JWT, and client where details name one) and 60 times for all. Not in a read-only transaction, nor where somebody holds the end of the log for more than a second.';
 
 
 --
@@ -5001,6 +5182,33 @@ COMMENT ON FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix byt
 
 
 --
+-- Name: _refuse_audit_change(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_audit_change() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if tg_op = 'DELETE' and exists (select from rekey._audit_head h where h.pruning = pg_current_xact_id()) then
+    return null;
+  end if;
+  raise exception '% on rekey.% is refused', tg_op, tg_table_name
+    using errcode = 'insufficient_privilege', hint = 'Only rekey.prune_audit_log() takes something out of this table.';
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_audit_change() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_audit_change(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_audit_change() IS 'Trigger of the audit log: refuses every change (42501) but the removal by rekey.prune_audit_log().';
+
+
+--
 -- Name: _refuse_blocked(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5568,6 +5776,61 @@ ALTER FUNCTION rekey._refuse_problem(target text, problem text) OWNER TO rekey_o
 --
 
 COMMENT ON FUNCTION rekey._refuse_problem(target text, problem text) IS 'RK005 where a target has a problem.';
+
+
+--
+-- Name: _refuse_prune(bigint, bigint, text, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_prune(first bigint, last bigint, hash text, checkpoint jsonb) RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_start bigint := (rekey._audit_start()).last;
+  v_keep interval := (rekey._settings()).audit_keep;
+  v_until timestamptz;
+  v_verified record;
+begin
+  if last <= v_start then
+    raise exception 'entries up to % were removed already', v_start using errcode = 'RK006',
+      hint = 'Export what follows them: pg-rekey audit export.', constraint = 'export';
+  end if;
+  if first <> v_start + 1 then
+    raise exception 'the file begins at entry %, and the log at entry %', first, v_start + 1 using errcode = 'RK006',
+      hint = 'Nothing is removed that is in no file. Export again: pg-rekey audit export.', constraint = 'export';
+  end if;
+  v_verified := rekey.verify_audit_log(checkpoint -> 'checkpoint');
+  if not v_verified.valid then
+    raise exception 'the audit log does not hold at entry %: %', v_verified.first_bad, v_verified.reason using errcode = 'RK006',
+      hint = 'Nothing is removed from a log that is not whole: rekey.verify_audit_log() tells what is wrong.', constraint = 'verify';
+  end if;
+  if not exists (select from rekey.audit_log a where a.id = last and encode(a.hash, 'hex') = _refuse_prune.hash) then
+    raise exception 'entry % of the file is not that of the log', last using errcode = 'invalid_parameter_value',
+      hint = 'Give number and hash of the last entry of a file that was exported from this log.', constraint = 'export';
+  end if;
+  -- By the log's own time: a clock that jumped ahead makes nothing old that was written before.
+  select least(a.at, clock_timestamp()) - v_keep into v_until
+  from rekey.audit_log a where a.id = (checkpoint -> 'checkpoint' ->> 'id')::bigint;
+  if v_until is null or exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and a.at >= v_until) then
+    raise exception 'entries up to % are not older than % before the checkpoint', last, v_keep using errcode = 'RK006',
+      hint = 'The setting audit_keep says how long entries stay. Export fewer of them, or wait.', constraint = 'wait';
+  end if;
+  if not exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and not rekey._is_kept(a.event)) then
+    raise exception 'up to entry % there is nothing to remove', last using errcode = 'RK006',
+      hint = 'Entries key.*, kek.* and audit.pruned stay for ever. Export more of them, or wait.', constraint = 'wait';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_prune(first bigint, last bigint, hash text, checkpoint jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_prune(first bigint, last bigint, hash text, checkpoint jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_prune(first bigint, last bigint, hash text, checkpoint jsonb) IS 'Refuses a removal from the audit log that rekey.prune_audit_log() may not do: RK006, 22023.';
 
 
 --
@@ -6539,6 +6802,26 @@ COMMENT ON FUNCTION rekey._store_setting(name text, value text) IS 'What rekey.s
 
 
 --
+-- Name: _subject(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._subject() RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._subject() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _subject(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._subject() IS 'The subject of the JWT as the audit log has it.';
+
+
+--
 -- Name: _sweep_batch(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6829,6 +7112,13 @@ CREATE FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) RETU
 declare
   v_worker rekey._worker;
 begin
+  -- Before the block that notes errors: what is made up here is nobody's entry.
+  if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
+    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'CALL rekey.tick() knows them.';
+  end if;
+  if coalesce(not isfinite(begun) or begun > clock_timestamp(), true) then
+    raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
+  end if;
   perform rekey._refuse_snapshot();
   select * into v_worker from rekey._worker;
   if not found then
@@ -6866,7 +7156,11 @@ begin
     when others then
       update rekey._worker w set last_error = format('%s: %s', duty, sqlerrm), last_error_at = clock_timestamp()
       where w.singleton;
-      if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) then
+      -- Whoever may run the worker can make a duty fail, with a lock_timeout for one, and end a tick in between.
+      if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) and not exists (
+          select from rekey.audit_log a
+          where a.event = 'rotation.error' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()
+            and a.details ->> 'duty' = _tick_duty.duty and a.details ->> 'sqlstate' = sqlstate) then
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
   end;
@@ -6880,7 +7174,7 @@ ALTER FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) OWNER
 -- Name: FUNCTION _tick_duty(duty text, begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts, and does not stop the others.';
+COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been.';
 
 
 --
@@ -7819,6 +8113,7 @@ CREATE TABLE rekey._audit_head (
     singleton boolean DEFAULT true NOT NULL,
     id bigint NOT NULL,
     hash bytea NOT NULL,
+    pruning xid8,
     CONSTRAINT _audit_head_singleton_check CHECK (singleton)
 );
 
@@ -7829,7 +8124,7 @@ ALTER TABLE rekey._audit_head OWNER TO rekey_owner;
 -- Name: TABLE _audit_head; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON TABLE rekey._audit_head IS 'One row: number and hash of the last entry of the audit log.';
+COMMENT ON TABLE rekey._audit_head IS 'One row: number and hash of the last entry of the audit log. pruning: the transaction that may remove entries, while rekey.prune_audit_log() does; NULL in every committed state.';
 
 
 --
@@ -8862,6 +9157,59 @@ COMMENT ON FUNCTION rekey.protect_column(target regclass, column_name name, keyr
 
 
 --
+-- Name: prune_audit_log(bigint, bigint, text, text, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_start bigint := (rekey._audit_start()).last;
+  v_kept record;
+  v_removed bigint;
+begin
+  perform rekey._refuse_snapshot();
+  if not coalesce(first > 0 and last >= first and hash ~ '^[0-9a-f]{64}$' and file_sha256 ~ '^[0-9a-f]{64}$', false) then
+    raise exception 'number, hash and file are not told' using errcode = 'invalid_parameter_value',
+      hint = 'Give the first and last entry of an export, the hash of the last and the SHA-256 of the file, in hexadecimal: pg-rekey audit prune does.', constraint = 'export';
+  end if;
+  if not coalesce(checkpoint -> 'checkpoint' ->> 'id' ~ '^\d{1,18}$' and checkpoint -> 'checkpoint' ->> 'hash' ~ '^[0-9a-f]{64}$'
+      and checkpoint ->> 'signature' <> '' and octet_length(checkpoint::text) <= 1000
+      and (checkpoint -> 'checkpoint' ->> 'id')::bigint >= last, false) then
+    raise exception 'there is no signed checkpoint from after entry %', last using errcode = 'invalid_parameter_value',
+      hint = 'Export with a key that signs: pg-rekey audit export FILE --key KEY.', constraint = 'export';
+  end if;
+  perform rekey._refuse_prune(first, last, hash, checkpoint);
+  -- Only now, since looking at the log takes a while. What it was found to be it stays, but for another removal.
+  perform from rekey._audit_head for update;
+  if (rekey._audit_start()).last <> v_start then
+    raise exception 'entries were removed by another session meanwhile' using errcode = 'RK006',
+      hint = 'Export what follows them: pg-rekey audit export.', constraint = 'export';
+  end if;
+  v_kept := rekey._kept_hash(last);
+  update rekey._audit_head set pruning = pg_current_xact_id() where singleton;
+  delete from rekey.audit_log a where a.id <= last and not rekey._is_kept(a.event);
+  get diagnostics v_removed = row_count;
+  update rekey._audit_head set pruning = null where singleton;
+  perform rekey._audit('audit.pruned', details => jsonb_build_object(
+    'first', first, 'last', last, 'hash', hash, 'removed', v_removed, 'kept', v_kept.kept, 'kept_hash', v_kept.hash,
+    'file_sha256', file_sha256, 'checkpoint', checkpoint));
+  return v_removed;
+end
+$_$;
+
+
+ALTER FUNCTION rekey.prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb) IS 'Removes entries from the audit log that are in a file now (pg-rekey audit export, pg-rekey audit prune), and returns how many. first, last: numbers of the first and the last entry in the file; hash: hash of the last one. file_sha256: SHA-256 of the file, in hexadecimal. checkpoint: a signed checkpoint from after that entry; who calls checks its signature. All must be older than the setting audit_keep before the checkpoint. Entries key.*, kek.* and audit.pruned stay. Leaves audit.pruned, from which rekey.verify_audit_log() goes on. A right of its own: the owner of the function, or a superuser, grants EXECUTE on it, and no role of pg_rekey has it. 22023 for arguments that cannot be or are not of this log; RK006 where entries are too new, were removed already, or the log does not hold; 25001 outside READ COMMITTED.';
+
+
+--
 -- Name: read_secrets(text[], uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -9889,51 +10237,50 @@ CREATE FUNCTION rekey.verify_audit_log(anchor jsonb DEFAULT NULL::jsonb, OUT val
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 declare
-  v_head rekey._audit_head;
+  v_head record;
+  v_start record;
+  v_kept record;
+  v_last bigint;
+  v_hash bytea;
+  v_anchor bigint;
+  v_found bytea;
 begin
   if anchor is not null and not coalesce(
        jsonb_typeof(anchor) = 'object' and anchor ->> 'id' ~ '^\d{1,18}$' and anchor ->> 'hash' ~ '^[0-9a-f]{64}$', false) then
     raise exception 'the anchor has no id and hash'
       using errcode = 'invalid_parameter_value', hint = 'Give what rekey.audit_checkpoint() returned.', constraint = 'anchor';
   end if;
-  select * into v_head from rekey._audit_head;
-  v_head.id := coalesce(v_head.id, 0);
-  v_head.hash := coalesce(v_head.hash, sha256('pg_rekey/v1/audit'));
+  v_start := rekey._audit_start();
+  v_kept := rekey._kept_hash(v_start.last);
+  select coalesce(h.id, 0) as id, coalesce(h.hash, sha256('pg_rekey/v1/audit')) as hash into v_head
+  from (select) as one left join rekey._audit_head h on true;
   select count(*) into entries from rekey.audit_log;
+  select b.id, b.reason into first_bad, reason from rekey._first_bad(v_start.last, v_start.hash) b;
 
-  select c.id, c.why into first_bad, reason
-  from (
-    select e.id,
-      case
-        when e.id <> e.place then 'an entry is missing before it'
-        when e.prev_hash <> e.hash_before then 'it does not follow from the entry before it'
-        when e.hash <> e.computed then 'it was changed'
-      end as why
-    from (
-      select a.id, a.prev_hash, a.hash, rekey._audit_hash(a) as computed,
-        row_number() over chain as place,
-        lag(a.hash, 1, sha256('pg_rekey/v1/audit')) over chain as hash_before
-      from rekey.audit_log a
-      window chain as (order by a.id)
-    ) e
-  ) c
-  where c.why is not null
-  order by c.id
-  limit 1;
-
-  if reason is null and (v_head.id <> entries
-      or v_head.hash <> coalesce((select a.hash from rekey.audit_log a where a.id = entries), sha256('pg_rekey/v1/audit'))) then
-    first_bad := entries + 1;
+  if reason is null and v_start.last > 0 and (v_kept.kept, v_kept.hash) is distinct from (v_start.kept, v_start.kept_hash) then
+    first_bad := v_start.id;
+    reason := 'the entries before it are not those that stayed when it was written';
+  end if;
+  select a.id, a.hash into v_last, v_hash from rekey.audit_log a where a.id > v_start.last order by a.id desc limit 1;
+  if reason is null and (v_head.id, v_head.hash) is distinct from (coalesce(v_last, v_start.last), coalesce(v_hash, v_start.hash)) then
+    first_bad := coalesce(v_last, v_start.last) + 1;
     reason := 'entries are missing at the end';
   end if;
   if reason is null and anchor is not null then
-    if (anchor ->> 'id')::bigint > entries then
-      first_bad := entries + 1;
+    v_anchor := (anchor ->> 'id')::bigint;
+    select a.hash into v_found from rekey.audit_log a where a.id = v_anchor;
+    if v_anchor = v_start.last then
+      v_found := v_start.hash;
+    end if;
+    if v_anchor > v_head.id then
+      first_bad := v_head.id + 1;
       reason := 'the log ends before the anchor';
-    elsif (anchor ->> 'hash') <> encode(coalesce(
-        (select a.hash from rekey.audit_log a where a.id = (anchor ->> 'id')::bigint), sha256('pg_rekey/v1/audit')), 'hex') then
-      first_bad := (anchor ->> 'id')::bigint;
+    elsif v_anchor >= v_start.last and v_found is null or encode(v_found, 'hex') <> anchor ->> 'hash' then
+      first_bad := v_anchor;
       reason := 'the log is not the one that was anchored';
+    elsif v_anchor < v_start.last then
+      first_bad := v_anchor;
+      reason := format('the anchor is older than entry %s, up to which entries were removed: the file that they are in is needed', v_start.last);
     end if;
   end if;
   valid := reason is null;
@@ -9947,7 +10294,7 @@ ALTER FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT entri
 -- Name: FUNCTION verify_audit_log(anchor jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) IS 'Checks the chain of the audit log. valid: whether it holds; entries: how many there are; first_bad and reason: the first one that does not fit. anchor: an earlier result of rekey.audit_checkpoint(), kept elsewhere; without one, a chain that was computed anew is not found out. 22023 for an anchor that is none.';
+COMMENT ON FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) IS 'Checks the chain of the audit log, from its beginning, or from where rekey.prune_audit_log() removed entries; of those that stayed from before, that they are all there and unchanged. valid: whether it holds; entries: how many there are; first_bad and reason: the first one that does not fit. anchor: an earlier result of rekey.audit_checkpoint(), kept elsewhere; without one, a chain that was computed anew is not found out. An anchor from before the entries that were removed is not valid by itself: pg-rekey audit verify --archive takes the files that these are in. 22023 for an anchor that is none.';
 
 
 --
@@ -11047,10 +11394,10 @@ CREATE INDEX _chunks_pass_id ON rekey._chunks USING btree (pass_id);
 
 
 --
--- Name: audit_log_denied; Type: INDEX; Schema: rekey; Owner: rekey_owner
+-- Name: audit_log_limited; Type: INDEX; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE INDEX audit_log_denied ON rekey.audit_log USING btree (at) WHERE (event = 'access.denied'::text);
+CREATE INDEX audit_log_limited ON rekey.audit_log USING btree (at) WHERE (event = ANY (ARRAY['access.denied'::text, 'rotation.error'::text]));
 
 
 --
@@ -11127,7 +11474,7 @@ CREATE INDEX secrets_keyring_id ON rekey.secrets USING btree (keyring_id);
 -- Name: audit_log audit_log_append_only; Type: TRIGGER; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE TRIGGER audit_log_append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON rekey.audit_log FOR EACH STATEMENT EXECUTE FUNCTION rekey._refuse_change();
+CREATE TRIGGER audit_log_append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON rekey.audit_log FOR EACH STATEMENT EXECUTE FUNCTION rekey._refuse_audit_change();
 
 
 --
@@ -11457,6 +11804,13 @@ REVOKE ALL ON FUNCTION rekey._audit_hash(entry rekey.audit_log) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _audit_start(OUT id bigint, OUT last bigint, OUT hash bytea, OUT kept bigint, OUT kept_hash text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._audit_start(OUT id bigint, OUT last bigint, OUT hash bytea, OUT kept bigint, OUT kept_hash text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _barrier(keyring_id integer, versions integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -11705,6 +12059,20 @@ REVOKE ALL ON FUNCTION rekey._count_rows(keyrings integer[]) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _cut(value text, bytes integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._cut(value text, bytes integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _cut_details(details jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._cut_details(details jsonb) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _dearmor(armored text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -11773,6 +12141,20 @@ REVOKE ALL ON FUNCTION rekey._fingerprint(kek bytea) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION rekey._finish_column(id integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._finish_column(id integer) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _is_kept(event text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_kept(event text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _first_bad(start bigint, hash bytea, OUT id bigint, OUT reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._first_bad(start bigint, hash bytea, OUT id bigint, OUT reason text) FROM PUBLIC;
 
 
 --
@@ -11861,6 +12243,13 @@ REVOKE ALL ON FUNCTION rekey._is_envelope(value bytea) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _is_postgrest(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_postgrest() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _is_service_role(caller name); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -11894,6 +12283,13 @@ REVOKE ALL ON FUNCTION rekey._kek(OUT id integer, OUT kek bytea) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._keks() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _kept_hash(last bigint, OUT kept bigint, OUT hash text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._kept_hash(last bigint, OUT kept bigint, OUT hash text) FROM PUBLIC;
 
 
 --
@@ -12183,6 +12579,13 @@ REVOKE ALL ON FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix 
 
 
 --
+-- Name: FUNCTION _refuse_audit_change(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_audit_change() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _refuse_blocked(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12258,6 +12661,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_over(rotation rekey.rotations) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_problem(target text, problem text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_prune(first bigint, last bigint, hash text, checkpoint jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_prune(first bigint, last bigint, hash text, checkpoint jsonb) FROM PUBLIC;
 
 
 --
@@ -12443,6 +12853,13 @@ REVOKE ALL ON FUNCTION rekey._settings() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION rekey._store_setting(name text, value text) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._store_setting(name text, value text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _subject(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._subject() FROM PUBLIC;
 
 
 --
@@ -12835,6 +13252,13 @@ GRANT ALL ON FUNCTION rekey.pause_rotation(id bigint) TO rekey_admin;
 
 REVOKE ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb) FROM PUBLIC;
 
 
 --

@@ -282,3 +282,41 @@ def test_who_may_verify(log: Connection) -> None:
             with refused("42501"):
                 log.execute("select * from rekey.audit_log")
         log.execute("reset role")
+
+
+def test_entries_are_bounded(ready: Connection) -> None:
+    """Nobody fills the log with a few entries, whatever he may write into them."""
+    ready.execute(
+        "select set_config('request.jwt.claims', jsonb_build_object('sub', repeat('é', 100000))::text, false)"
+    )
+    rotate(ready, reason="x" * 1_000_000)
+    ready.execute(
+        "select rekey._note_denied(jsonb_build_object('client', repeat('€', 99999), 'more', %s::jsonb))",
+        (json.dumps([{"a": "b" * 50}] * 999),),
+    )
+    # A second one is still taken for the same caller, though only a part of him is kept.
+    ready.execute("select rekey._note_denied(jsonb_build_object('client', repeat('€', 99999)))")
+    ready.execute(
+        "select rekey._note_denied((select jsonb_object_agg('k' || n, n) from generate_series(1, 9999) n))"
+    )
+    sizes = """
+        select max(octet_length(details::text)) as details, max(octet_length(jwt_subject)) as subject,
+          count(*) filter (where event = 'access.denied') as denied
+        from rekey.audit_log where event in ('access.denied', 'rotation.requested')"""
+    [(details, subject, denied)] = ready.execute(sizes).fetchall()
+    assert details < 16 * 1024
+    assert subject <= 255
+    assert denied == 2
+    assert value(
+        ready, "select details ->> 'reason' from rekey.audit_log where event = 'rotation.requested'"
+    ) == ("x" * 1021 + "...")
+    assert verify(ready) == NOTHING
+
+
+@pytest.mark.parametrize("text", ["", "a", "a" * 100, "é" * 50, "é" * 51, "a" + "€" * 40, "𐍈" * 26])
+def test_what_is_cut_has_at_most_so_many_bytes(conn: Connection, text: str) -> None:
+    cut = value(conn, "select rekey._cut(%s, 100)", text)
+    assert len(cut.encode()) <= 100
+    assert cut == text or (text.startswith(cut.removesuffix("...")) and cut.endswith("..."))
+    assert (cut == text) == (len(text.encode()) <= 100)
+    assert value(conn, "select rekey._cut(null, 100)") is None

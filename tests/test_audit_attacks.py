@@ -10,7 +10,7 @@ from typing import Any, LiteralString, NamedTuple
 import pytest
 
 from cli_fixtures import Cli
-from driving import events
+from driving import events, refused
 from helpers import Connection, connect, value
 from pg_rekey import audit, release
 from pg_rekey.errors import FINDINGS
@@ -207,3 +207,75 @@ def test_the_documentation_says_the_same() -> None:
         [name, *(say[outcome is not None] for outcome in (attack.without, attack.anchored, attack.signed))]
         for name, attack in ATTACKS.items()
     ]
+
+
+FORGED = [
+    "forged entry 7: key destroyed by admin",
+    "",
+    "Census",
+    None,
+]
+
+
+@pytest.mark.parametrize("duty", FORGED)
+def test_an_operator_writes_nothing_of_his_own(ready: Connection, duty: str | None) -> None:
+    before = events(ready)
+    ready.execute("set role rekey_operator")
+    with refused("22023"):
+        ready.execute("select rekey._tick_duty(%s, now())", (duty,))
+    ready.execute("reset role")
+    assert events(ready) == before
+
+
+@pytest.mark.parametrize("begun", ["infinity", "-infinity", "tomorrow", None])
+def test_no_tick_began_in_the_future(ready: Connection, begun: str | None) -> None:
+    ready.execute("set role rekey_operator")
+    with refused("22023"):
+        ready.execute("select rekey._tick_duty('end', %s)", (begun,))
+
+
+def test_a_duty_that_fails_again_and_again_is_noted_once_a_minute(ready: Connection, db: str) -> None:
+    """Also where its error is cleared in between, as an operator can."""
+    ready.execute("select rekey.create_keyring('due')")
+    ready.execute("select rekey.set_schedule('due', '1 day', now() - interval '1 s')")
+    with connect(db) as holder, holder.transaction():
+        holder.execute("select from rekey.keyrings for update")
+        ready.execute("set role rekey_operator")
+        ready.execute("set lock_timeout = '1ms'")
+        for _ in range(5):
+            ready.execute("select rekey._tick_duty('schedules', now())")
+            ready.execute("select rekey._tick_duty('end', clock_timestamp())")
+        ready.execute("reset role")
+    assert events(ready).count("rotation.error") == 1
+
+
+def test_a_login_with_sql_neither_writes_nor_holds_the_log(ready: Connection, db: str) -> None:
+    """He may set the role authenticated, and with it everything that tells of a request."""
+    ready.execute("select rekey.set_setting('jwt_admin_claim', 'key_admin')")
+    before = events(ready)
+    with connect(db) as session, session.transaction(force_rollback=True):
+        session.execute("grant execute on function public.rotate_keys, rekey._rpc_rotate_keys to rekey_app")
+        session.execute("set local role rekey_app")
+        session.execute("set local request.method = 'POST'")
+        for n in range(3):
+            claims = {"sub": str(n), "app_metadata": {"key_admin": True}}
+            session.execute("select set_config('request.jwt.claims', %s, true)", (json.dumps(claims),))
+            assert value(session, "select public.rotate_keys() ->> 'code'") == "42501"
+        ready.execute("set lock_timeout = '2s'")
+        ready.execute("select rekey.set_setting('max_attempts', '7')")
+    assert events(ready) == [*before, "setting.changed"]
+
+
+def test_a_refusal_does_not_wait_for_who_holds_the_log(ready: Connection, db: str) -> None:
+    with connect(db) as holder, holder.transaction():
+        holder.execute("select from rekey._audit_head for update")
+        ready.execute("select rekey._note_denied('{}')")
+    assert "access.denied" not in events(ready)
+    ready.execute("select rekey._note_denied('{}')")
+    assert "access.denied" in events(ready)
+
+
+def test_refusals_of_all_callers_are_limited_too(ready: Connection) -> None:
+    for n in range(70):
+        ready.execute("select rekey._note_denied(jsonb_build_object('client', %s::text))", (str(n),))
+    assert events(ready).count("access.denied") == 60

@@ -201,6 +201,37 @@ def test_forged_claims_and_methods_without_the_role_gain_nothing(project: str, o
         owner.execute("drop role rekey_stranger")
 
 
+def test_claims_and_refusals_count_only_from_postgrests_own_login(
+    project: str, owner: Connection, hosted: Hosted
+) -> None:
+    """Another login that may set the role can run SQL, and make up the request."""
+    owner.execute("select rekey.set_setting('jwt_admin_claim', 'key_admin')")
+    with connect(hosted.admin(project)) as admin:
+        admin.execute("create role rekey_other login in role authenticated")
+    try:
+        entries = value(owner, "select count(*) from rekey.audit_log")
+        with connect(project, user="rekey_other") as session, session.transaction():
+            session.execute("set local role authenticated")
+            session.execute("select set_config('request.method', 'POST', true)")
+            for n in range(3):
+                claims = f"""{{"sub": "{n}", "app_metadata": {{"key_admin": true}}}}"""
+                session.execute("select set_config('request.jwt.claims', %s, true)", (claims,))
+                assert value(session, "select public.rotate_keys() ->> 'code'") == "42501"
+            owner.execute("set lock_timeout = '2s'")
+            assert owner.execute("select from rekey.rotate_keys('default')").rowcount == 1
+        assert owner.execute(DENIED).fetchall() == []
+        assert value(owner, "select count(*) from rekey.audit_log") > entries
+        owner.execute("select rekey.set_setting('postgrest_login', 'rekey_other')")
+        with connect(project, user="rekey_other") as session:
+            session.execute("set role authenticated")
+            session.execute("select set_config('request.method', 'POST', false)")
+            assert value(session, "select public.rotate_keys() ->> 'code'") == "42501"
+        assert len(owner.execute(DENIED).fetchall()) == 1
+    finally:
+        with connect(hosted.admin(project)) as admin:
+            admin.execute("drop role rekey_other")
+
+
 def test_a_user_in_sql_is_refused_with_an_error(project: str) -> None:
     with connect(project, user="authenticator") as connection:
         connection.execute("set role authenticated")
@@ -282,6 +313,7 @@ def test_errors_on_a_server_that_is_not_supabases(ready: Connection) -> None:
 def test_whoever_was_granted_the_rpc_without_being_an_administrator(ready: Connection) -> None:
     with ready.transaction(force_rollback=True):
         ready.execute("grant execute on function public.rotate_keys, rekey._rpc_rotate_keys to rekey_app")
+        ready.execute("select rekey.set_setting('postgrest_login', session_user::text)")
         ready.execute("set local request.method = 'POST'")
         ready.execute("set local role rekey_app")
         answer = value(ready, "select public.rotate_keys()")

@@ -551,11 +551,42 @@ join rekey.keyrings k on k.id = s.keyring_id
 order by s.tenant_id, s.name
 
 -- name: export audit log
--- description: The audit log, with every part of a hash as it goes into it.
+-- description: Entries of the audit log, with every part of a hash as it goes into it.
 select a.id, to_char(a.at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US') as at, a.actor, a.role, a.jwt_subject, a.event, a.keyring,
   a.version, a.rotation_id, a.details::text as details, encode(a.prev_hash, 'hex') as prev_hash, encode(a.hash, 'hex') as hash
 from rekey.audit_log a
+where a.id between %(first)s and %(last)s
 order by a.id
+
+-- name: audit archive range
+-- description: The entries after the last removal that are older than a time; without one, those that may be removed.
+with pruned as (
+  select coalesce(max((a.details ->> 'last')::bigint), 0) as last from rekey.audit_log a where a.event = 'audit.pruned'
+), newest as (
+  select least(a.at, clock_timestamp()) as at from rekey.audit_log a order by a.id desc limit 1
+), old as (
+  select coalesce(%(until)s, newest.at - s.value::interval) as until
+  from newest join rekey.setting_status s on s.name = 'audit_keep'
+), range as (
+  select pruned.last + 1 as first,
+    coalesce(min(a.id) filter (where a.at >= old.until) - 1, max(a.id)) as last
+  from pruned, old, rekey.audit_log a
+  where a.id > pruned.last
+  group by pruned.last
+)
+select r.first, r.last, encode(f.prev_hash, 'hex') as prev_hash, encode(l.hash, 'hex') as hash
+from range r
+join rekey.audit_log f on f.id = r.first
+join rekey.audit_log l on l.id = r.last
+where r.last >= r.first
+
+-- name: audit removals
+-- description: What was removed from the audit log, and to which files.
+select a.id, a.details from rekey.audit_log a where a.event = 'audit.pruned' order by a.id
+
+-- name: audit kept
+-- description: The entries of the audit log that stayed when those around them were removed.
+select a.id, encode(a.hash, 'hex') as hash from rekey.audit_log a where a.id <= %s order by a.id
 
 -- name: import keyring
 -- description: A keyring of an export, where there is none of that name.

@@ -147,6 +147,13 @@ as $$
 declare
   v_worker rekey._worker;
 begin
+  -- Before the block that notes errors: what is made up here is nobody's entry.
+  if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
+    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'CALL rekey.tick() knows them.';
+  end if;
+  if coalesce(not isfinite(begun) or begun > clock_timestamp(), true) then
+    raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
+  end if;
   perform rekey._refuse_snapshot();
   select * into v_worker from rekey._worker;
   if not found then
@@ -184,13 +191,17 @@ begin
     when others then
       update rekey._worker w set last_error = format('%s: %s', duty, sqlerrm), last_error_at = clock_timestamp()
       where w.singleton;
-      if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) then
+      -- Whoever may run the worker can make a duty fail, with a lock_timeout for one, and end a tick in between.
+      if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) and not exists (
+          select from rekey.audit_log a
+          where a.event = 'rotation.error' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()
+            and a.details ->> 'duty' = _tick_duty.duty and a.details ->> 'sqlstate' = sqlstate) then
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
   end;
 end
 $$;
-comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts, and does not stop the others.';
+comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been.';
 grant execute on function rekey._tick_duty to rekey_operator;
 
 create or replace function rekey._prune_run_details() returns void

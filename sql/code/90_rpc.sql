@@ -1,6 +1,13 @@
 -- What PostgREST offers: /rpc/rotate_keys and /rpc/key_rotation_status. The two functions in schema public have no rights
 -- of their own; being bound early, they need none on schema rekey. What they call decides who may, and answers.
 
+-- PostgREST's login alone is proof: the settings request.*, which tell of a request, are anybody's who can run SQL.
+create or replace function rekey._is_postgrest() returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+return coalesce((select s.postgrest_login = session_user from rekey.settings s), false);
+comment on function rekey._is_postgrest is 'Whether the session is PostgREST''s: of the role that the setting postgrest_login names.';
+
 create or replace function rekey._may_administer() returns boolean
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -12,7 +19,7 @@ begin
   if rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
     return true;
   end if;
-  if v_caller <> 'authenticated' then
+  if v_caller <> 'authenticated' or not rekey._is_postgrest() then
     return false;
   end if;
   select s.jwt_admin_claim into v_claim from rekey.settings s;
@@ -21,37 +28,41 @@ begin
 end
 $$;
 comment on function rekey._may_administer is
-  'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
+  'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
 
 -- Executable by administrators because pg-rekey serve refuses callers of its own, who have no role here.
 create or replace function rekey._note_denied(details jsonb) returns void
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '1s'
 as $$
 declare
-  v_subject text := rekey._claims() ->> 'sub';
+  v_subject text := rekey._subject();
+  v_details jsonb := rekey._cut_details(details);
 begin
   if current_setting('transaction_read_only')::boolean then
     return;
   end if;
   -- Looked at again under the lock of the chain: nobody who is refused often holds it more than once a minute.
   for v_try in 1 .. 2 loop
-    if exists (
-      select from rekey.audit_log a
-      where a.event = 'access.denied' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()
-        and a.actor = session_user and a.role = current_setting('role') and a.jwt_subject is not distinct from v_subject
-        and a.details ->> 'client' is not distinct from _note_denied.details ->> 'client') then
+    if (select count(*) >= 60 or bool_or(
+          a.actor = session_user and a.role = current_setting('role') and a.jwt_subject is not distinct from v_subject
+          and a.details ->> 'client' is not distinct from v_details ->> 'client')
+        from rekey.audit_log a
+        where a.event = 'access.denied' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()) then
       return;
     end if;
     if v_try = 1 then
       perform from rekey._audit_head for update;
     end if;
   end loop;
-  perform rekey._audit('access.denied', details => _note_denied.details);
+  perform rekey._audit('access.denied', details => v_details);
+exception when lock_not_available then
+  return;  -- A refusal does not wait for who holds the chain, and stands without its entry.
 end
 $$;
 comment on function rekey._note_denied is
-  'Notes in the audit log that the caller was refused, at most once a minute for each: role, subject of the JWT, and client where details name one. Not in a read-only transaction.';
+  'Notes in the audit log that the caller was refused, at most once a minute for each (role, subject of the JWT, and client where details name one) and 60 times for all. Not in a read-only transaction, nor where somebody holds the end of the log for more than a second.';
 grant execute on function rekey._note_denied to rekey_admin;
 
 create or replace function rekey._http_status(code text) returns integer
@@ -119,7 +130,9 @@ declare
   v_action text;
 begin
   if not rekey._may_administer() then
-    perform rekey._note_denied('{"function": "rotate_keys"}');
+    if rekey._is_postgrest() then
+      perform rekey._note_denied('{"function": "rotate_keys"}');
+    end if;
     return rekey._rpc_refusal();
   end if;
   select jsonb_build_object(

@@ -16,7 +16,12 @@ create table rekey.settings (
   max_attempts integer not null default 8
     constraint settings_max_attempts_check check (max_attempts between 1 and 1000),
   tenant_check text,
-  jwt_admin_claim text constraint settings_jwt_admin_claim_check check (jwt_admin_claim <> '')
+  jwt_admin_claim text constraint settings_jwt_admin_claim_check check (jwt_admin_claim <> ''),
+  postgrest_login text not null default 'authenticator'
+    constraint settings_postgrest_login_check check (postgrest_login <> ''),
+  -- Added to a date: compared as an interval, 360 days would be a year.
+  audit_keep interval not null default '3 years'
+    constraint settings_audit_keep_check check (timestamp '2001-01-01' + audit_keep between '2002-01-01' and '2101-01-01')
 );
 comment on table rekey.settings is 'One row: how this database rotates. Change it with rekey.set_setting().';
 comment on column rekey.settings.singleton is 'Always true: there is one row.';
@@ -29,6 +34,8 @@ comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encrypti
 comment on column rekey.settings.max_attempts is 'Failed batches in a row after which a rotation is failed.';
 comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
 comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
+comment on column rekey.settings.postgrest_login is 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
+comment on column rekey.settings.audit_keep is 'How long entries of the audit log stay at least before rekey.prune_audit_log() may remove them, 1 to 100 years.';
 
 create table rekey._worker (
   singleton boolean constraint _worker_pkey primary key default true constraint _worker_singleton_check check (singleton),

@@ -112,7 +112,12 @@ create table rekey.settings (
   max_attempts integer not null default 8
     constraint settings_max_attempts_check check (max_attempts between 1 and 1000),
   tenant_check text,
-  jwt_admin_claim text constraint settings_jwt_admin_claim_check check (jwt_admin_claim <> '')
+  jwt_admin_claim text constraint settings_jwt_admin_claim_check check (jwt_admin_claim <> ''),
+  postgrest_login text not null default 'authenticator'
+    constraint settings_postgrest_login_check check (postgrest_login <> ''),
+  -- Added to a date: compared as an interval, 360 days would be a year.
+  audit_keep interval not null default '3 years'
+    constraint settings_audit_keep_check check (timestamp '2001-01-01' + audit_keep between '2002-01-01' and '2101-01-01')
 );
 comment on table rekey.settings is 'One row: how this database rotates. Change it with rekey.set_setting().';
 comment on column rekey.settings.singleton is 'Always true: there is one row.';
@@ -125,6 +130,8 @@ comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encrypti
 comment on column rekey.settings.max_attempts is 'Failed batches in a row after which a rotation is failed.';
 comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
 comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
+comment on column rekey.settings.postgrest_login is 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
+comment on column rekey.settings.audit_keep is 'How long entries of the audit log stay at least before rekey.prune_audit_log() may remove them, 1 to 100 years.';
 
 create table rekey._worker (
   singleton boolean constraint _worker_pkey primary key default true constraint _worker_singleton_check check (singleton),
@@ -437,7 +444,7 @@ create table rekey.audit_log (
     'rotation.requested', 'rotation.passed_by', 'rotation.started', 'rotation.error', 'rotation.row_failed', 'rotation.failure_resolved',
     'rotation.retried', 'rotation.paused', 'rotation.resumed', 'rotation.rolled_back', 'rotation.completed', 'rotation.failed',
     'kek.registered', 'kek.rotated', 'kek.lost', 'column.protected', 'column.unprotected',
-    'schedule.changed', 'setting.changed', 'access.denied')),
+    'schedule.changed', 'setting.changed', 'access.denied', 'audit.pruned')),
   keyring text,
   version integer,
   rotation_id bigint,
@@ -445,29 +452,31 @@ create table rekey.audit_log (
   prev_hash bytea not null,
   hash bytea not null
 );
-comment on table rekey.audit_log is 'What happened to keys, in a hash chain. Rows are only ever added; rekey.verify_audit_log() checks it.';
-comment on column rekey.audit_log.id is 'Number in the chain, from 1, without gaps.';
+comment on table rekey.audit_log is 'What happened to keys, in a hash chain. Rows are only ever added; rekey.verify_audit_log() checks it. Only rekey.prune_audit_log() removes old ones, which it leaves an entry of.';
+comment on column rekey.audit_log.id is 'Number in the chain, from 1, without gaps but for those that audit.pruned tells of.';
 comment on column rekey.audit_log.at is 'When.';
 comment on column rekey.audit_log.actor is 'The role that logged in (session_user).';
 comment on column rekey.audit_log.role is 'The role it had set (SET ROLE), or none.';
-comment on column rekey.audit_log.jwt_subject is 'Subject of the JWT, behind PostgREST.';
+comment on column rekey.audit_log.jwt_subject is 'Subject of the JWT, behind PostgREST; at most 255 bytes of it.';
 comment on column rekey.audit_log.event is 'What happened.';
 comment on column rekey.audit_log.keyring is 'Keyring it happened to.';
 comment on column rekey.audit_log.version is 'Key version it happened to; for kek events the number of the KEK.';
 comment on column rekey.audit_log.rotation_id is 'Rotation it happened in.';
-comment on column rekey.audit_log.details is 'More of it. Never a key or a value.';
+comment on column rekey.audit_log.details is 'More of it, at most about 16 kB: what is longer is cut. Never a key or a value.';
 comment on column rekey.audit_log.prev_hash is 'Hash of the entry before.';
 comment on column rekey.audit_log.hash is 'SHA-256 over prev_hash and every other column (docs/format.md).';
 
-create index audit_log_denied on rekey.audit_log (at) where event = 'access.denied';
+-- What those who may not administer can cause is limited by how much of it there was in the last minute.
+create index audit_log_limited on rekey.audit_log (at) where event in ('access.denied', 'rotation.error');
 
 -- Its row lock puts the writers of the chain in a row, at any isolation level.
 create table rekey._audit_head (
   singleton boolean constraint _audit_head_pkey primary key default true constraint _audit_head_singleton_check check (singleton),
   id bigint not null,
-  hash bytea not null
+  hash bytea not null,
+  pruning xid8
 );
-comment on table rekey._audit_head is 'One row: number and hash of the last entry of the audit log.';
+comment on table rekey._audit_head is 'One row: number and hash of the last entry of the audit log. pruning: the transaction that may remove entries, while rekey.prune_audit_log() does; NULL in every committed state.';
 
 -- sql/schema/70_types.sql
 create type rekey.key_rows as (keyring text, version integer, state text, rows bigint, relations text[]);
@@ -700,6 +709,40 @@ return sha256(
   || rekey._part(entry.details::text));
 comment on function rekey._audit_hash is 'The hash of an audit entry (docs/format.md).';
 
+create or replace function rekey._cut(value text, bytes integer) returns text
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+return case
+  when octet_length(value) <= bytes then value
+  -- A character has 4 bytes at most, whatever the encoding: so many fit for sure.
+  when octet_length(left(value, bytes - 3)) <= bytes - 3 then left(value, bytes - 3) || '...'
+  else left(value, (bytes - 3) / 4) || '...'
+end;
+comment on function rekey._cut is 'A text of at most so many bytes: what is longer ends with "...".';
+
+-- However long a reason, an error or a name is, an entry stays small: nobody fills the disk with a few of them.
+create or replace function rekey._cut_details(details jsonb) returns jsonb
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+return case
+  when octet_length(details::text) <= 1024 then details
+  when jsonb_typeof(details) <> 'object' or (select count(*) > 16 or max(octet_length(k)) > 63 from jsonb_object_keys(details) k)
+    then jsonb_build_object('cut', rekey._cut(details::text, 1024))
+  else (
+    select jsonb_object_agg(d.key, case
+      when octet_length(d.value::text) <= 1024 then d.value
+      when jsonb_typeof(d.value) = 'string' then to_jsonb(rekey._cut(d.value #>> '{}', 1024))
+      else to_jsonb(rekey._cut(d.value::text, 1024)) end)
+    from jsonb_each(details) d)
+end;
+comment on function rekey._cut_details is 'Details of an audit entry, bounded: each text of 1024 bytes at most, what else is longer as the beginning of its text; more than 16 fields, or a field name over 63 bytes, as one text.';
+
+create or replace function rekey._subject() returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+return rekey._cut(rekey._claims() ->> 'sub', 255);
+comment on function rekey._subject is 'The subject of the JWT as the audit log has it.';
+
 create or replace function rekey._audit_all(events jsonb) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -722,16 +765,16 @@ begin
   select * into strict v_head from rekey._audit_head for update;
   v_entry.actor := session_user;
   v_entry.role := current_setting('role');
-  v_entry.jwt_subject := rekey._claims() ->> 'sub';
+  v_entry.jwt_subject := rekey._subject();
   for v_event in select e.value from jsonb_array_elements(events) with ordinality e(value, place) order by e.place loop
     v_place := v_place + 1;
     v_entry.id := v_head.id + v_place;
     v_entry.at := clock_timestamp();
     v_entry.event := v_event ->> 'event';
-    v_entry.keyring := v_event ->> 'keyring';
+    v_entry.keyring := rekey._cut(v_event ->> 'keyring', 255);
     v_entry.version := (v_event ->> 'version')::integer;
     v_entry.rotation_id := (v_event ->> 'rotation_id')::bigint;
-    v_entry.details := coalesce(v_event -> 'details', '{}');
+    v_entry.details := coalesce(rekey._cut_details(v_event -> 'details'), '{}');
     v_entry.prev_hash := v_head.hash;
     v_entry.hash := rekey._audit_hash(v_entry);
     v_head.hash := v_entry.hash;
@@ -741,7 +784,7 @@ begin
   update rekey._audit_head set id = v_entry.id, hash = v_entry.hash where singleton;
 end
 $$;
-comment on function rekey._audit_all is 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details.';
+comment on function rekey._audit_all is 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details. What is long in them is cut.';
 
 create or replace function rekey._audit(
   event text, keyring text = null, version integer = null, rotation_id bigint = null, details jsonb = '{}'
@@ -768,8 +811,23 @@ end
 $$;
 comment on function rekey._refuse_change is 'Trigger: refuses every statement it is set on (42501).';
 
+-- What tells the function is a row that only it and the owner can write: a setting would be anybody's.
+create or replace function rekey._refuse_audit_change() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if tg_op = 'DELETE' and exists (select from rekey._audit_head h where h.pruning = pg_current_xact_id()) then
+    return null;
+  end if;
+  raise exception '% on rekey.% is refused', tg_op, tg_table_name
+    using errcode = 'insufficient_privilege', hint = 'Only rekey.prune_audit_log() takes something out of this table.';
+end
+$$;
+comment on function rekey._refuse_audit_change is 'Trigger of the audit log: refuses every change (42501) but the removal by rekey.prune_audit_log().';
+
 create or replace trigger audit_log_append_only before update or delete or truncate on rekey.audit_log
-  for each statement execute function rekey._refuse_change();
+  for each statement execute function rekey._refuse_audit_change();
 create or replace trigger encryption_keys_keep before delete or truncate on rekey.encryption_keys
   for each statement execute function rekey._refuse_change();
 
@@ -789,65 +847,220 @@ comment on function rekey.audit_checkpoint is
   'The end of the audit log now: number and hash of its last entry, count of its entries. Sign it and keep it elsewhere (pg-rekey audit checkpoint): it is the anchor of rekey.verify_audit_log().';
 grant execute on function rekey.audit_checkpoint to rekey_auditor, rekey_operator;
 
+create or replace function rekey._is_kept(event text) returns boolean
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+return event like 'key.%' or event like 'kek.%' or event = 'audit.pruned';
+comment on function rekey._is_kept is 'Whether entries of this event are never removed from the audit log: what became of keys, and what was removed.';
+
+create or replace function rekey._audit_start(out id bigint, out last bigint, out hash bytea, out kept bigint, out kept_hash text)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select a.id, (a.details ->> 'last')::bigint, decode(a.details ->> 'hash', 'hex'), (a.details ->> 'kept')::bigint, a.details ->> 'kept_hash'
+  into id, last, hash, kept, kept_hash
+  from rekey.audit_log a
+  where a.event = 'audit.pruned'
+    -- One that somebody made up counts for nothing, and so is found.
+    and a.details ->> 'last' ~ '^\d{1,18}$' and a.details ->> 'hash' ~ '^[0-9a-f]{64}$' and a.details ->> 'kept' ~ '^\d{1,18}$'
+  order by a.id desc
+  limit 1;
+  if not found or last >= id then
+    id := null;
+    last := 0;
+    hash := sha256('pg_rekey/v1/audit');
+    kept := 0;
+    kept_hash := null;
+  end if;
+end
+$$;
+comment on function rekey._audit_start is 'Where the chain begins that is all there: the last audit.pruned, number and hash of the entry that it removed last, and count and hash of the earlier ones that stayed. 0 and the first prev_hash where nothing was removed.';
+
+create or replace function rekey._kept_hash(last bigint, out kept bigint, out hash text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select count(*), encode(sha256(coalesce(string_agg(a.hash, ''::bytea order by a.id), '')), 'hex')
+  from rekey.audit_log a
+  where a.id <= _kept_hash.last and rekey._is_kept(a.event);
+end;
+comment on function rekey._kept_hash is 'How many entries up to a number are of those that are never removed, and SHA-256 over their hashes in order.';
+
+create or replace function rekey._first_bad(start bigint, hash bytea, out id bigint, out reason text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select c.id, c.why
+  from (
+    select e.id,
+      case
+        when e.chained and e.id <> e.place then 'an entry is missing before it'
+        when e.chained and e.prev_hash <> e.hash_before then 'it does not follow from the entry before it'
+        when e.hash <> e.computed then 'it was changed'
+        when not (e.chained or rekey._is_kept(e.event)) then 'it was removed once'
+      end as why
+    from (
+      select a.id, a.event, a.prev_hash, a.hash, rekey._audit_hash(a) as computed, c.chained,
+        _first_bad.start + row_number() over chain as place,
+        lag(a.hash, 1, _first_bad.hash) over chain as hash_before
+      from rekey.audit_log a
+      -- Of what stayed from before a removal, each entry proves itself; rekey._kept_hash() proves all of them.
+      cross join lateral (select a.id > _first_bad.start or _first_bad.start = 0 as chained) c
+      window chain as (partition by c.chained order by a.id)
+    ) e
+  ) c
+  where c.why is not null
+  order by c.id
+  limit 1;
+end;
+comment on function rekey._first_bad is 'The first entry of the audit log that is not as it should be, where the chain is all there from the entry after start on.';
+
 create or replace function rekey.verify_audit_log(anchor jsonb = null,
   out valid boolean, out entries bigint, out first_bad bigint, out reason text)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_head rekey._audit_head;
+  v_head record;
+  v_start record;
+  v_kept record;
+  v_last bigint;
+  v_hash bytea;
+  v_anchor bigint;
+  v_found bytea;
 begin
   if anchor is not null and not coalesce(
        jsonb_typeof(anchor) = 'object' and anchor ->> 'id' ~ '^\d{1,18}$' and anchor ->> 'hash' ~ '^[0-9a-f]{64}$', false) then
     raise exception 'the anchor has no id and hash'
       using errcode = 'invalid_parameter_value', hint = 'Give what rekey.audit_checkpoint() returned.', constraint = 'anchor';
   end if;
-  select * into v_head from rekey._audit_head;
-  v_head.id := coalesce(v_head.id, 0);
-  v_head.hash := coalesce(v_head.hash, sha256('pg_rekey/v1/audit'));
+  v_start := rekey._audit_start();
+  v_kept := rekey._kept_hash(v_start.last);
+  select coalesce(h.id, 0) as id, coalesce(h.hash, sha256('pg_rekey/v1/audit')) as hash into v_head
+  from (select) as one left join rekey._audit_head h on true;
   select count(*) into entries from rekey.audit_log;
+  select b.id, b.reason into first_bad, reason from rekey._first_bad(v_start.last, v_start.hash) b;
 
-  select c.id, c.why into first_bad, reason
-  from (
-    select e.id,
-      case
-        when e.id <> e.place then 'an entry is missing before it'
-        when e.prev_hash <> e.hash_before then 'it does not follow from the entry before it'
-        when e.hash <> e.computed then 'it was changed'
-      end as why
-    from (
-      select a.id, a.prev_hash, a.hash, rekey._audit_hash(a) as computed,
-        row_number() over chain as place,
-        lag(a.hash, 1, sha256('pg_rekey/v1/audit')) over chain as hash_before
-      from rekey.audit_log a
-      window chain as (order by a.id)
-    ) e
-  ) c
-  where c.why is not null
-  order by c.id
-  limit 1;
-
-  if reason is null and (v_head.id <> entries
-      or v_head.hash <> coalesce((select a.hash from rekey.audit_log a where a.id = entries), sha256('pg_rekey/v1/audit'))) then
-    first_bad := entries + 1;
+  if reason is null and v_start.last > 0 and (v_kept.kept, v_kept.hash) is distinct from (v_start.kept, v_start.kept_hash) then
+    first_bad := v_start.id;
+    reason := 'the entries before it are not those that stayed when it was written';
+  end if;
+  select a.id, a.hash into v_last, v_hash from rekey.audit_log a where a.id > v_start.last order by a.id desc limit 1;
+  if reason is null and (v_head.id, v_head.hash) is distinct from (coalesce(v_last, v_start.last), coalesce(v_hash, v_start.hash)) then
+    first_bad := coalesce(v_last, v_start.last) + 1;
     reason := 'entries are missing at the end';
   end if;
   if reason is null and anchor is not null then
-    if (anchor ->> 'id')::bigint > entries then
-      first_bad := entries + 1;
+    v_anchor := (anchor ->> 'id')::bigint;
+    select a.hash into v_found from rekey.audit_log a where a.id = v_anchor;
+    if v_anchor = v_start.last then
+      v_found := v_start.hash;
+    end if;
+    if v_anchor > v_head.id then
+      first_bad := v_head.id + 1;
       reason := 'the log ends before the anchor';
-    elsif (anchor ->> 'hash') <> encode(coalesce(
-        (select a.hash from rekey.audit_log a where a.id = (anchor ->> 'id')::bigint), sha256('pg_rekey/v1/audit')), 'hex') then
-      first_bad := (anchor ->> 'id')::bigint;
+    elsif v_anchor >= v_start.last and v_found is null or encode(v_found, 'hex') <> anchor ->> 'hash' then
+      first_bad := v_anchor;
       reason := 'the log is not the one that was anchored';
+    elsif v_anchor < v_start.last then
+      first_bad := v_anchor;
+      reason := format('the anchor is older than entry %s, up to which entries were removed: the file that they are in is needed', v_start.last);
     end if;
   end if;
   valid := reason is null;
 end
 $$;
 comment on function rekey.verify_audit_log is
-  'Checks the chain of the audit log. valid: whether it holds; entries: how many there are; first_bad and reason: the first one that does not fit. anchor: an earlier result of rekey.audit_checkpoint(), kept elsewhere; without one, a chain that was computed anew is not found out. 22023 for an anchor that is none.';
+  'Checks the chain of the audit log, from its beginning, or from where rekey.prune_audit_log() removed entries; of those that stayed from before, that they are all there and unchanged. valid: whether it holds; entries: how many there are; first_bad and reason: the first one that does not fit. anchor: an earlier result of rekey.audit_checkpoint(), kept elsewhere; without one, a chain that was computed anew is not found out. An anchor from before the entries that were removed is not valid by itself: pg-rekey audit verify --archive takes the files that these are in. 22023 for an anchor that is none.';
 grant execute on function rekey.verify_audit_log to rekey_auditor, rekey_operator;
+
+-- sql/code/21_audit_prune.sql
+-- Old entries leave the audit log for a file, and leave an entry that tells which.
+
+-- Before it removes anything: what is gone could not be looked at again.
+create or replace function rekey._refuse_prune(first bigint, last bigint, hash text, checkpoint jsonb) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_start bigint := (rekey._audit_start()).last;
+  v_keep interval := (rekey._settings()).audit_keep;
+  v_until timestamptz;
+  v_verified record;
+begin
+  if last <= v_start then
+    raise exception 'entries up to % were removed already', v_start using errcode = 'RK006',
+      hint = 'Export what follows them: pg-rekey audit export.', constraint = 'export';
+  end if;
+  if first <> v_start + 1 then
+    raise exception 'the file begins at entry %, and the log at entry %', first, v_start + 1 using errcode = 'RK006',
+      hint = 'Nothing is removed that is in no file. Export again: pg-rekey audit export.', constraint = 'export';
+  end if;
+  v_verified := rekey.verify_audit_log(checkpoint -> 'checkpoint');
+  if not v_verified.valid then
+    raise exception 'the audit log does not hold at entry %: %', v_verified.first_bad, v_verified.reason using errcode = 'RK006',
+      hint = 'Nothing is removed from a log that is not whole: rekey.verify_audit_log() tells what is wrong.', constraint = 'verify';
+  end if;
+  if not exists (select from rekey.audit_log a where a.id = last and encode(a.hash, 'hex') = _refuse_prune.hash) then
+    raise exception 'entry % of the file is not that of the log', last using errcode = 'invalid_parameter_value',
+      hint = 'Give number and hash of the last entry of a file that was exported from this log.', constraint = 'export';
+  end if;
+  -- By the log's own time: a clock that jumped ahead makes nothing old that was written before.
+  select least(a.at, clock_timestamp()) - v_keep into v_until
+  from rekey.audit_log a where a.id = (checkpoint -> 'checkpoint' ->> 'id')::bigint;
+  if v_until is null or exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and a.at >= v_until) then
+    raise exception 'entries up to % are not older than % before the checkpoint', last, v_keep using errcode = 'RK006',
+      hint = 'The setting audit_keep says how long entries stay. Export fewer of them, or wait.', constraint = 'wait';
+  end if;
+  if not exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and not rekey._is_kept(a.event)) then
+    raise exception 'up to entry % there is nothing to remove', last using errcode = 'RK006',
+      hint = 'Entries key.*, kek.* and audit.pruned stay for ever. Export more of them, or wait.', constraint = 'wait';
+  end if;
+end
+$$;
+comment on function rekey._refuse_prune is 'Refuses a removal from the audit log that rekey.prune_audit_log() may not do: RK006, 22023.';
+
+create or replace function rekey.prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb) returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_start bigint := (rekey._audit_start()).last;
+  v_kept record;
+  v_removed bigint;
+begin
+  perform rekey._refuse_snapshot();
+  if not coalesce(first > 0 and last >= first and hash ~ '^[0-9a-f]{64}$' and file_sha256 ~ '^[0-9a-f]{64}$', false) then
+    raise exception 'number, hash and file are not told' using errcode = 'invalid_parameter_value',
+      hint = 'Give the first and last entry of an export, the hash of the last and the SHA-256 of the file, in hexadecimal: pg-rekey audit prune does.', constraint = 'export';
+  end if;
+  if not coalesce(checkpoint -> 'checkpoint' ->> 'id' ~ '^\d{1,18}$' and checkpoint -> 'checkpoint' ->> 'hash' ~ '^[0-9a-f]{64}$'
+      and checkpoint ->> 'signature' <> '' and octet_length(checkpoint::text) <= 1000
+      and (checkpoint -> 'checkpoint' ->> 'id')::bigint >= last, false) then
+    raise exception 'there is no signed checkpoint from after entry %', last using errcode = 'invalid_parameter_value',
+      hint = 'Export with a key that signs: pg-rekey audit export FILE --key KEY.', constraint = 'export';
+  end if;
+  perform rekey._refuse_prune(first, last, hash, checkpoint);
+  -- Only now, since looking at the log takes a while. What it was found to be it stays, but for another removal.
+  perform from rekey._audit_head for update;
+  if (rekey._audit_start()).last <> v_start then
+    raise exception 'entries were removed by another session meanwhile' using errcode = 'RK006',
+      hint = 'Export what follows them: pg-rekey audit export.', constraint = 'export';
+  end if;
+  v_kept := rekey._kept_hash(last);
+  update rekey._audit_head set pruning = pg_current_xact_id() where singleton;
+  delete from rekey.audit_log a where a.id <= last and not rekey._is_kept(a.event);
+  get diagnostics v_removed = row_count;
+  update rekey._audit_head set pruning = null where singleton;
+  perform rekey._audit('audit.pruned', details => jsonb_build_object(
+    'first', first, 'last', last, 'hash', hash, 'removed', v_removed, 'kept', v_kept.kept, 'kept_hash', v_kept.hash,
+    'file_sha256', file_sha256, 'checkpoint', checkpoint));
+  return v_removed;
+end
+$$;
+comment on function rekey.prune_audit_log is
+  'Removes entries from the audit log that are in a file now (pg-rekey audit export, pg-rekey audit prune), and returns how many. first, last: numbers of the first and the last entry in the file; hash: hash of the last one. file_sha256: SHA-256 of the file, in hexadecimal. checkpoint: a signed checkpoint from after that entry; who calls checks its signature. All must be older than the setting audit_keep before the checkpoint. Entries key.*, kek.* and audit.pruned stay. Leaves audit.pruned, from which rekey.verify_audit_log() goes on. A right of its own: the owner of the function, or a superuser, grants EXECUTE on it, and no role of pg_rekey has it. 22023 for arguments that cannot be or are not of this log; RK006 where entries are too new, were removed already, or the log does not hold; 25001 outside READ COMMITTED.';
 
 -- sql/code/30_settings.sql
 create or replace function rekey._settings() returns rekey.settings
@@ -6478,6 +6691,13 @@ as $$
 declare
   v_worker rekey._worker;
 begin
+  -- Before the block that notes errors: what is made up here is nobody's entry.
+  if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
+    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'CALL rekey.tick() knows them.';
+  end if;
+  if coalesce(not isfinite(begun) or begun > clock_timestamp(), true) then
+    raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
+  end if;
   perform rekey._refuse_snapshot();
   select * into v_worker from rekey._worker;
   if not found then
@@ -6515,13 +6735,17 @@ begin
     when others then
       update rekey._worker w set last_error = format('%s: %s', duty, sqlerrm), last_error_at = clock_timestamp()
       where w.singleton;
-      if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) then
+      -- Whoever may run the worker can make a duty fail, with a lock_timeout for one, and end a tick in between.
+      if v_worker.last_error is distinct from format('%s: %s', duty, sqlerrm) and not exists (
+          select from rekey.audit_log a
+          where a.event = 'rotation.error' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()
+            and a.details ->> 'duty' = _tick_duty.duty and a.details ->> 'sqlstate' = sqlstate) then
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
   end;
 end
 $$;
-comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts, and does not stop the others.';
+comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been.';
 grant execute on function rekey._tick_duty to rekey_operator;
 
 create or replace function rekey._prune_run_details() returns void
@@ -6686,6 +6910,13 @@ grant execute on function rekey.metrics to rekey_admin, rekey_operator, rekey_au
 -- What PostgREST offers: /rpc/rotate_keys and /rpc/key_rotation_status. The two functions in schema public have no rights
 -- of their own; being bound early, they need none on schema rekey. What they call decides who may, and answers.
 
+-- PostgREST's login alone is proof: the settings request.*, which tell of a request, are anybody's who can run SQL.
+create or replace function rekey._is_postgrest() returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+return coalesce((select s.postgrest_login = session_user from rekey.settings s), false);
+comment on function rekey._is_postgrest is 'Whether the session is PostgREST''s: of the role that the setting postgrest_login names.';
+
 create or replace function rekey._may_administer() returns boolean
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -6697,7 +6928,7 @@ begin
   if rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
     return true;
   end if;
-  if v_caller <> 'authenticated' then
+  if v_caller <> 'authenticated' or not rekey._is_postgrest() then
     return false;
   end if;
   select s.jwt_admin_claim into v_claim from rekey.settings s;
@@ -6706,37 +6937,41 @@ begin
 end
 $$;
 comment on function rekey._may_administer is
-  'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
+  'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
 
 -- Executable by administrators because pg-rekey serve refuses callers of its own, who have no role here.
 create or replace function rekey._note_denied(details jsonb) returns void
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '1s'
 as $$
 declare
-  v_subject text := rekey._claims() ->> 'sub';
+  v_subject text := rekey._subject();
+  v_details jsonb := rekey._cut_details(details);
 begin
   if current_setting('transaction_read_only')::boolean then
     return;
   end if;
   -- Looked at again under the lock of the chain: nobody who is refused often holds it more than once a minute.
   for v_try in 1 .. 2 loop
-    if exists (
-      select from rekey.audit_log a
-      where a.event = 'access.denied' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()
-        and a.actor = session_user and a.role = current_setting('role') and a.jwt_subject is not distinct from v_subject
-        and a.details ->> 'client' is not distinct from _note_denied.details ->> 'client') then
+    if (select count(*) >= 60 or bool_or(
+          a.actor = session_user and a.role = current_setting('role') and a.jwt_subject is not distinct from v_subject
+          and a.details ->> 'client' is not distinct from v_details ->> 'client')
+        from rekey.audit_log a
+        where a.event = 'access.denied' and a.at between clock_timestamp() - interval '1 minute' and clock_timestamp()) then
       return;
     end if;
     if v_try = 1 then
       perform from rekey._audit_head for update;
     end if;
   end loop;
-  perform rekey._audit('access.denied', details => _note_denied.details);
+  perform rekey._audit('access.denied', details => v_details);
+exception when lock_not_available then
+  return;  -- A refusal does not wait for who holds the chain, and stands without its entry.
 end
 $$;
 comment on function rekey._note_denied is
-  'Notes in the audit log that the caller was refused, at most once a minute for each: role, subject of the JWT, and client where details name one. Not in a read-only transaction.';
+  'Notes in the audit log that the caller was refused, at most once a minute for each (role, subject of the JWT, and client where details name one) and 60 times for all. Not in a read-only transaction, nor where somebody holds the end of the log for more than a second.';
 grant execute on function rekey._note_denied to rekey_admin;
 
 create or replace function rekey._http_status(code text) returns integer
@@ -6804,7 +7039,9 @@ declare
   v_action text;
 begin
   if not rekey._may_administer() then
-    perform rekey._note_denied('{"function": "rotate_keys"}');
+    if rekey._is_postgrest() then
+      perform rekey._note_denied('{"function": "rotate_keys"}');
+    end if;
     return rekey._rpc_refusal();
   end if;
   select jsonb_build_object(

@@ -2,7 +2,7 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(55 + 1);
+select plan(56 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
@@ -36,6 +36,7 @@ insert into contract values
   ('metrics', '', 'TABLE(name text, labels jsonb, value double precision)'),
   ('pause_rotation', 'id bigint', 'void'),
   ('protect_column', 'target regclass, column_name name, keyring text DEFAULT ''default''::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false', 'text'),
+  ('prune_audit_log', 'first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb', 'bigint'),
   ('read_secrets', 'names text[] DEFAULT NULL::text[], tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'TABLE(name text, value text)'),
   ('register_kek', 'replace_lost boolean DEFAULT false', 'integer'),
   ('resolve_failure', 'id bigint, action text, reason text DEFAULT NULL::text', 'void'),

@@ -11,7 +11,8 @@ select lives_ok('select rekey.register_kek()', 'the KEK of the Vault is register
 select lives_ok($$ select rekey.create_keyring('pgtap') $$, 'a keyring is made');
 select lives_ok($$ select rekey.set_secret('pgtap', 'hunter2', keyring => 'pgtap') $$, 'a secret is stored');
 
--- As PostgREST calls it.
+-- As PostgREST calls it. Its login alone counts, which here is whoever runs the test.
+select rekey.set_setting('postgrest_login', session_user::text);
 create function pg_temp.rpc(role text, claims jsonb, call text, out status text, out body jsonb) language plpgsql as $$
 begin
   perform set_config('role', role, true), set_config('request.jwt.claims', claims::text, true),

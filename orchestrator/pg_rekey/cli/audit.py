@@ -1,16 +1,19 @@
 """`pg-rekey audit`: the log of everything that happened to keys, and the proof that it is whole."""
 
+import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 from psycopg.types.json import Jsonb
 
 from pg_rekey import audit as checkpoints
-from pg_rekey import db
+from pg_rekey import audit_archive, db
 from pg_rekey.cli.base import (
     FilePath,
     InputPath,
     Output,
+    confirm,
     database,
     fetch_of,
     fetch_one,
@@ -19,8 +22,9 @@ from pg_rekey.cli.base import (
     scalar,
     to_json,
     write_new,
+    yes_option,
 )
-from pg_rekey.errors import FINDINGS
+from pg_rekey.errors import FINDINGS, Problem
 
 
 @click.group()
@@ -43,21 +47,119 @@ def list_(connection: db.Connection, out: Output, keyring: str | None, limit: in
 @audit.command()
 @click.option("--anchor", type=InputPath, help="A signed checkpoint, kept elsewhere.")
 @click.option("--public-key", type=InputPath, help="The key that checks its signature.")
+@click.option(
+    "--archive",
+    "archives",
+    type=InputPath,
+    multiple=True,
+    help="A file that entries were removed to. Repeat it: all of them, in any order.",
+)
 @database()
-def verify(connection: db.Connection, out: Output, anchor: Path | None, public_key: Path | None) -> None:
-    """Check the whole chain, with an anchor also that it was not computed anew or cut. Exit code 5 if bad."""
+def verify(
+    connection: db.Connection,
+    out: Output,
+    anchor: Path | None,
+    public_key: Path | None,
+    archives: tuple[Path, ...],
+) -> None:
+    """Check the whole chain, with an anchor also that it was not computed anew or cut. Exit code 5 if bad.
+
+    Where old entries were removed, the chain is checked from there on; with the files they are in, all of it:
+
+    pg-rekey audit verify --archive audit-2026.jsonl --archive audit-2027.jsonl
+    """
     if (anchor is None) != (public_key is None):
         raise click.UsageError("--anchor and --public-key go together")
     checkpoint = None
     if anchor and public_key:
-        checkpoint = Jsonb(checkpoints.check(anchor.read_text(), public_key.read_text()))
-    result = fetch_one(connection, "select * from rekey.verify_audit_log(%s)", checkpoint)
-    since = " and holds the anchor" if anchor else ""
-    if result["valid"]:
-        out.done(f"the audit log is whole{since}: {result['entries']} entries", **result)
-    else:
+        checkpoint = checkpoints.check(anchor.read_text(), public_key.read_text())
+    # One snapshot for the log and what is joined with it.
+    connection.execute("set transaction isolation level repeatable read, read only")
+    files = [audit_archive.read(path, checkpoint["id"] if checkpoint else None) for path in archives]
+    older = None
+    if checkpoint and checkpoint["id"] <= max((file.last for file in files), default=-1):
+        older, checkpoint = checkpoint, None
+    result = dict(
+        fetch_one(
+            connection, "select * from rekey.verify_audit_log(%s)", Jsonb(checkpoint) if checkpoint else None
+        )
+    )
+    if result["valid"] and files:
+        bad = audit_archive.join(connection, files, older)
+        if bad is not None:
+            result |= {"valid": False, "first_bad": bad[0], "reason": bad[1]}
+    if not result["valid"]:
         out.done(f"the audit log is NOT whole, entry {result['first_bad']}: {result['reason']}", **result)
         raise click.exceptions.Exit(FINDINGS)
+    since = " and holds the anchor" if anchor else ""
+    removed = scalar(connection, "select rekey.audit_checkpoint()")["id"] - result["entries"]
+    where = (
+        f", {removed} more {'in files' if files else 'were removed to files: --archive'}" if removed else ""
+    )
+    out.done(f"the audit log is whole{since}: {result['entries']} entries{where}", **result, removed=removed)
+
+
+@audit.command()
+@click.argument("path", metavar="FILE", type=FilePath)
+@click.option(
+    "--until",
+    type=click.DateTime(["%Y-%m-%d"]),
+    metavar="DATE",
+    help="Entries before this day (UTC); else those that audit_keep lets go.",
+)
+@click.option("--key", type=InputPath, help="The private key that signs a checkpoint. Removal takes one.")
+@database()
+def export(
+    connection: db.Connection, out: Output, path: Path, until: datetime | None, key: Path | None
+) -> None:
+    """Write old entries to a new file, with all that proves them; nothing is removed.
+
+    pg-rekey audit export audit-2026.jsonl --key signer
+    """
+    connection.execute("set transaction isolation level repeatable read, read only")
+    wanted = audit_archive.find(connection, until.replace(tzinfo=UTC) if until else None)
+    now = scalar(connection, "select rekey.audit_checkpoint()")
+    signed = checkpoints.sign(now, key.read_text()) if key else None
+    write_new(path, audit_archive.lines(connection, wanted, signed))
+    written = audit_archive.read(path)
+    out.done(
+        f"entries {written.first} to {written.last} written to {path}, SHA-256 {written.sha256}",
+        path=str(path),
+        sha256=written.sha256,
+        **wanted,
+    )
+
+
+@audit.command()
+@click.argument("path", metavar="FILE", type=InputPath)
+@click.option("--public-key", type=InputPath, required=True, help="The key that checks its checkpoint.")
+@yes_option
+@database()
+def prune(connection: db.Connection, out: Output, path: Path, public_key: Path, yes: bool) -> None:
+    """Remove from the log what is in a file of `audit export`. Keep the file as long as the log counts.
+
+    Only what is older than the setting audit_keep goes, and nothing of key.* and kek.*. For whom may execute
+    rekey.prune_audit_log(): that is a right of its own.
+
+    pg-rekey audit prune audit-2026.jsonl --public-key signer.pub
+    """
+    file = audit_archive.read(path)
+    if file.checkpoint is None:
+        raise Problem(f"{path} has no signed checkpoint", "`pg-rekey audit export FILE --key KEY` signs one.")
+    checkpoints.check(json.dumps(file.checkpoint), public_key.read_text())
+    confirm(
+        connection, f"Remove entries {file.first} to {file.last} from the audit log, as {path} has them?", yes
+    )
+    removed = scalar(
+        connection,
+        "select rekey.prune_audit_log(%s, %s, %s, %s, %s)",
+        file.first,
+        file.last,
+        file.hash,
+        file.sha256,
+        Jsonb(file.checkpoint),
+    )
+    out.done(f"{removed} entries removed from the audit log; keep {path}", removed=removed, path=str(path))
 
 
 @audit.command()

@@ -214,7 +214,7 @@ def scalar(connection: db.Connection, statement: str, *parameters: Any) -> Any:
     return value
 
 
-def write_new(path: Path, text: str, mode: int = 0o600) -> None:
+def write_new(path: Path, text: str | Iterable[str], mode: int = 0o600) -> None:
     """Write a file that must not exist yet, private from its first byte, and wait until it is on disk."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -223,7 +223,7 @@ def write_new(path: Path, text: str, mode: int = 0o600) -> None:
     try:
         with open(descriptor, "w", encoding="utf-8", newline="") as file:
             os.fchmod(descriptor, mode)
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(descriptor)
         folder = os.open(path.parent, os.O_RDONLY)
