@@ -53,6 +53,7 @@ ACTIONS = {
         "`pg-rekey columns protect TABLE COLUMN --encrypt-on-write`, as the owner of the table, makes the "
         "trigger that encrypts."
     ),
+    "export": Words("`pg-rekey audit export FILE` writes what `pg-rekey audit prune FILE` then removes."),
     "failures": Words("`pg-rekey rotations failures` lists them."),
     "keep_context": Words(
         "`pg-rekey columns list` shows how. Keyring and context columns, and their order, stay: the "
@@ -105,6 +106,7 @@ ACTIONS = {
     "unreadable_secret": Words(
         "`pg-rekey secrets get NAME` says more of each; `pg-rekey verify` counts them."
     ),
+    "verify": Words("`pg-rekey audit verify` says what is wrong with the log."),
     "wait": Words(
         "Wait until it has ended: `pg-rekey status` shows how far it is.",
         "Wait until it has ended: GET /api/rotations shows how far it is.",

@@ -188,7 +188,7 @@ begin
     return null;
   end if;
   raise exception '% on rekey.% is refused', tg_op, tg_table_name
-    using errcode = 'insufficient_privilege', hint = 'Only rekey.prune_audit_log() takes something out of this table.';
+    using errcode = 'insufficient_privilege', hint = 'Only rekey.prune_audit_log() takes something out of this table.', constraint = 'export';
 end
 $$;
 comment on function rekey._refuse_audit_change is 'Trigger of the audit log: refuses every change (42501) but the removal by rekey.prune_audit_log().';

@@ -149,7 +149,7 @@ declare
 begin
   -- Before the block that notes errors: what is made up here is nobody's entry.
   if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
-    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'CALL rekey.tick() knows them.';
+    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'schedules, destructions, census or end.';
   end if;
   if coalesce(not isfinite(begun) or begun > clock_timestamp(), true) then
     raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';

@@ -821,7 +821,7 @@ begin
     return null;
   end if;
   raise exception '% on rekey.% is refused', tg_op, tg_table_name
-    using errcode = 'insufficient_privilege', hint = 'Only rekey.prune_audit_log() takes something out of this table.';
+    using errcode = 'insufficient_privilege', hint = 'Only rekey.prune_audit_log() takes something out of this table.', constraint = 'export';
 end
 $$;
 comment on function rekey._refuse_audit_change is 'Trigger of the audit log: refuses every change (42501) but the removal by rekey.prune_audit_log().';
@@ -6693,7 +6693,7 @@ declare
 begin
   -- Before the block that notes errors: what is made up here is nobody's entry.
   if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
-    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'CALL rekey.tick() knows them.';
+    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'schedules, destructions, census or end.';
   end if;
   if coalesce(not isfinite(begun) or begun > clock_timestamp(), true) then
     raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
