@@ -2,6 +2,7 @@
 
 import base64
 import hmac
+import os
 import stat
 import sys
 from pathlib import Path
@@ -116,6 +117,34 @@ def test_command_runs_again_until_it_prints_a_kek(tmp_path: Path, monkeypatch: p
         keks.read()
     path.write_text(OTHER.hex())
     assert keks.read() == OTHER
+
+
+def test_command_is_told_none_of_our_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it needs to reach a key service it keeps."""
+    for name in (
+        "DATABASE_URL",
+        "PGDATABASE",
+        "PGPASSFILE",
+        "PGPASSWORD",
+        "PGRST_JWT_SECRET",
+        "PGSERVICEFILE",
+        "PG_REKEY_ADOPT_FERNET",
+        "PG_REKEY_API_TOKENS",
+        "PG_REKEY_DSN",
+        "PG_REKEY_METRICS_TOKENS",
+        "PG_REKEY_NEW_KEK",
+    ):
+        monkeypatch.setenv(name, "canary")
+    needed = {name: name.lower() for name in ("AWS_PROFILE", "HOME", "HTTPS_PROXY", "VAULT_TOKEN", "XPG")}
+    for name, text in needed.items():
+        monkeypatch.setenv(name, text)
+    seen = tmp_path / "seen"
+    monkeypatch.setenv("PG_REKEY_KEK_COMMAND", f"sh -c 'env > {seen}; echo {OTHER.hex()}'")
+    assert keks.read() == OTHER
+    lines = seen.read_text().splitlines()
+    assert {f"{name}={text}" for name, text in needed.items()} <= set(lines)
+    assert f"PATH={os.environ['PATH']}" in lines
+    assert [line for line in lines if "canary" in line or line.startswith("PG")] == []
 
 
 def test_command_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

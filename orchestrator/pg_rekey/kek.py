@@ -19,6 +19,9 @@ CURRENT = "PG_REKEY_KEK"
 NEXT = "PG_REKEY_NEW_KEK"
 COMMAND_TIMEOUT = 30.0
 _LABEL = b"pg_rekey/v1/fingerprint"
+# What a command that fetches a KEK need not know: variables of ours, of libpq and of PostgREST, with DSNs,
+# passwords, tokens and other KEKs in them. PATH, HOME, proxies and credentials of a key service stay.
+_OURS = re.compile("PG|DATABASE_URL$")
 
 
 def generate() -> str:
@@ -121,10 +124,14 @@ def forget() -> None:
 # A worker behind a pooler unlocks each transaction, as applications do: too often to ask a key service.
 @functools.cache
 def _run(command: str, source: str) -> str:
-    """Return what a command prints or printed. No shell, a time limit, and its output is never shown."""
+    """Return what a command prints or printed.
+
+    No shell, a time limit, an environment without our own secrets, and its output is never shown.
+    """
     try:
         process = subprocess.Popen(
             shlex.split(command),
+            env={name: text for name, text in os.environ.items() if not _OURS.match(name)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
