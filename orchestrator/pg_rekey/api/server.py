@@ -11,11 +11,13 @@ import uvicorn
 from pg_rekey import db, release
 from pg_rekey.api.app import create_app
 from pg_rekey.api.logs import JsonHandler
+from pg_rekey.api.protocol import KEEP_ALIVE_SECONDS, REQUESTS, Protocol, connections
 from pg_rekey.api.tokens import Tokens
 from pg_rekey.errors import Problem
 from pg_rekey.worker import log
 
 SHUTDOWN_SECONDS = 10
+QUEUE = 1024
 
 
 def run(host: str, port: int) -> None:
@@ -32,7 +34,7 @@ def run(host: str, port: int) -> None:
 
 def _serve(listener: socket.socket, pool: db.Pool, tokens: Tokens) -> None:
     logging.basicConfig(handlers=[JsonHandler()], level=logging.WARNING, force=True)
-    server = uvicorn.Server(_config(pool, tokens))
+    server = _Server(_config(pool, tokens))
 
     def stop(*_: object) -> None:
         server.should_exit = True
@@ -47,11 +49,23 @@ def _serve(listener: socket.socket, pool: db.Pool, tokens: Tokens) -> None:
     log("stopped")
 
 
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            # Longer than what is accepted at once: who finds the queue full tries again after a second only.
+            listener.listen(QUEUE)
+
+
 def _config(pool: db.Pool, tokens: Tokens) -> uvicorn.Config:
+    Protocol.places = connections()
     return uvicorn.Config(
         create_app(pool, tokens),
-        # Pure Python, and bounds the headers.
-        http="h11",
+        http=Protocol,
+        limit_concurrency=REQUESTS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        # asyncio accepts as many at once, and a few times as many are open beside the places.
+        backlog=max(1, Protocol.places // 8),
         ws="none",
         loop="asyncio",
         lifespan="off",
