@@ -90,5 +90,4 @@ def copy_data(source: local.Server, target: local.Server, *options: str) -> None
 
 def configure(server: local.Server, **settings: str) -> None:
     """Set something in the configuration of a server, for when it starts."""
-    with (server.data / "postgresql.conf").open("a") as conf:
-        conf.writelines(f"{name} = '{setting}'\n" for name, setting in settings.items())
+    server.write("data/postgresql.conf", local.settings_text(settings), append=True)

@@ -204,12 +204,10 @@ class Storm:
 
     def _put_kek(self, kek: bytes, suffix: str = "") -> None:
         """Replace a KEK file of the server, at once and whole."""
-        owner = self.server.data.stat()
-        draft = self.kek_file(f"{suffix}.draft")
-        draft.write_text(kek.hex())
-        draft.chmod(0o600)
-        os.chown(draft, owner.st_uid, owner.st_gid)
-        draft.replace(self.kek_file(suffix))
+        place = self.kek_file(suffix)
+        draft = place.with_name(f"{place.name}.draft")
+        self.server.write(f"data/{draft.name}", kek.hex())
+        self.server._run("/usr/bin/env", "mv", draft, place)
 
     def hand_out_next_kek(self, connection: Connection) -> None:
         """Let the server find the active KEK first and a fresh one second, and never miss the active one."""

@@ -307,8 +307,8 @@ def poor() -> Iterator[local.Server]:
 @pytest.fixture
 def poor_db(poor: local.Server, kek: bytes) -> Iterator[str]:
     """A database there, ready, which takes its KEK from a file."""
-    (poor.data / "pg_rekey.kek").write_text(kek.hex())
-    (poor.data / "pg_rekey.kek_new").write_text(os.urandom(32).hex())
+    poor.write("data/pg_rekey.kek", kek.hex())
+    poor.write("data/pg_rekey.kek_new", os.urandom(32).hex())
     create_database(poor.dsn(), "poor")
     install(poor.dsn("poor"), release.assemble("plain"))
     with connect(poor.dsn("poor")) as connection:

@@ -646,7 +646,7 @@ def move_the_kek(scenario: Scenario) -> None:
     run(f"kek store --provider file --out {stored}")
     assert stored.stat().st_mode & 0o777 == 0o600
     scenario.canaries.allow(stored, "key in a file")
-    (scenario.server.data / "pg_rekey.kek").write_bytes(stored.read_bytes())
+    scenario.server.write("data/pg_rekey.kek", stored.read_text())
     scenario.canaries.allow(scenario.server.data / "pg_rekey.kek", "key in a file")
     run("settings set kek_provider file")
     kept, run.keks = run.keks, {}

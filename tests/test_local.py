@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -57,6 +58,84 @@ def test_failed_start_leaves_nothing_and_says_why(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(click.ClickException, match="no_such_setting"):
         local.Server(settings={"no_such_setting": "x"})
     assert not Path(directory).exists()
+
+
+@dataclass
+class Trap:
+    """A file that only root may read and write, and links to it where the server's account may make them."""
+
+    target: Path
+
+    def set(self, server: local.Server, name: str) -> None:
+        path = server.directory / name
+        server._run("/bin/sh", "-c", 'rm -f "$0" && ln -s "$1" "$0"', path, self.target)
+
+
+@pytest.fixture
+def trap(installation: local.Installation, tmp_path: Path) -> Trap:
+    if os.geteuid() != 0:
+        pytest.skip("only root has what the account of the server has not")
+    target = tmp_path / "target"
+    target.write_text("canary\n")
+    target.chmod(0o600)
+    return Trap(target)
+
+
+def test_root_writes_through_no_link(trap: Trap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the link comes between initdb and what was root's writing; a race would do it at any time."""
+    run = local.Server._run
+
+    def raced(server: local.Server, *command: str | Path, **options: str) -> str:
+        said = run(server, *command, **options)
+        if command[0] == server.bindir / "initdb":
+            monkeypatch.setattr(local.Server, "_run", run)
+            trap.set(server, "data/postgresql.conf")
+        return said
+
+    monkeypatch.setattr(local.Server, "_run", raced)
+    with pytest.raises(click.ClickException):
+        local.Server()
+    assert trap.target.read_text() == "canary\n"
+
+
+def test_root_reads_through_no_link(trap: Trap) -> None:
+    with local.Server() as server:
+        server._pg_ctl("stop")
+        server.write("data/postgresql.conf", "no_such_setting = 1\n", append=True)
+        trap.set(server, "log")
+        with pytest.raises(click.ClickException) as caught:
+            server.restart()
+    assert "canary" not in caught.value.message
+
+
+def test_root_kills_nothing_that_a_file_names(trap: Trap) -> None:
+    """The number in postmaster.pid is that of a process of root's."""
+    with local.Server() as server, subprocess.Popen(["sleep", "600"]) as process:
+        kept = server._run("/usr/bin/env", "cat", server.data / "postmaster.pid")
+        server.write("data/postmaster.pid", f"{process.pid}\n")
+        with pytest.raises(click.ClickException):
+            server.kill()
+        assert process.poll() is None
+        server.write("data/postmaster.pid", kept)
+        process.terminate()
+        assert process.wait() == -signal.SIGTERM  # it was not stopped either
+
+
+def test_the_files_of_the_extension_take_the_place_of_links(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("canary\n")
+    extensions = tmp_path / "extension"
+    extensions.mkdir()
+    for path in local.extension_files():
+        (extensions / path.name).symlink_to(target)
+    local.install_extension(local.Installation(15, tmp_path, extensions))
+    assert target.read_text() == "canary\n"
+    for path in local.extension_files():
+        placed = extensions / path.name
+        assert not placed.is_symlink()
+        assert placed.read_text() == path.read_text()
+        assert placed.stat().st_mode & 0o777 == 0o644
+    assert len(list(extensions.iterdir())) == len(local.extension_files())
 
 
 @pytest.mark.usefixtures("installation")

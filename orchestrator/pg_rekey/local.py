@@ -3,6 +3,9 @@
 It listens on a Unix socket in a private directory only, so that no port collides and nobody else can connect.
 A small guard process holds the other end of a pipe: when this process ends, in whatever way, the guard stops
 the server and removes its directory.
+
+Run by root, the server belongs to another account, and so does its directory: whatever is written, read or
+signalled by what is found there is done by processes of that account, never by root.
 """
 
 import atexit
@@ -134,9 +137,15 @@ def ensure_test_tools() -> None:
 
 
 def install_extension(installation: Installation) -> None:
-    """Copy the files of the pg_rekey extension to where CREATE EXTENSION looks for them."""
+    """Copy the files of the pg_rekey extension to where CREATE EXTENSION looks for them.
+
+    Each takes the place of what has its name there, and follows no link.
+    """
     for path in extension_files():
-        shutil.copyfile(path, installation.extensions / path.name)
+        with tempfile.NamedTemporaryFile("wb", dir=installation.extensions, delete=False) as draft:
+            draft.write(path.read_bytes())
+            os.fchmod(draft.fileno(), 0o644)
+        os.replace(draft.name, installation.extensions / path.name)
 
 
 def extension_files() -> list[Path]:
@@ -210,8 +219,8 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The process id of the postmaster."""
-        return int((self.data / "postmaster.pid").read_text().split("\n", 1)[0])
+        """The process id of the postmaster, as its account says."""
+        return int(self._run("/usr/bin/env", "head", "-n", "1", self.data / "postmaster.pid"))
 
     def restart(self, mode: str = "fast") -> None:
         """Stop the server if it runs, in pg_ctl's mode fast, smart or immediate, and start it."""
@@ -220,16 +229,20 @@ class Server:
     def kill(self) -> None:
         """End the server as a power failure would: SIGKILL to the postmaster and all that it started."""
         postmaster = self.pid
-        os.kill(postmaster, signal.SIGSTOP)
+        self._signal("STOP", postmaster)
         # The postmaster last: when it is gone, the others end in good order, and clear up.
         doomed = [*(pid for pid, parent in _processes() if parent == postmaster), postmaster]
-        for pid in doomed:
-            os.kill(pid, signal.SIGKILL)
+        self._signal("KILL", *doomed)
         while set(doomed) & {pid for pid, _ in _processes()}:
             time.sleep(0.01)
         # Where nobody reaps the dead postmaster, its lock files would make it seem alive.
-        (self.data / "postmaster.pid").unlink()
-        (self.directory / f".s.PGSQL.{self.port}.lock").unlink()
+        lock = self.directory / f".s.PGSQL.{self.port}.lock"
+        self._run("/usr/bin/env", "rm", "-f", self.data / "postmaster.pid", lock)
+
+    def write(self, name: str, text: str, *, append: bool = False) -> None:
+        """Write or append to a file of the server's, by its name in the server's directory."""
+        redirection = ">>" if append else ">"
+        self._run("/bin/sh", "-c", f'cat {redirection}"$0"', self.directory / name, given=text)
 
     def stop(self) -> None:
         """Stop the server and remove all of it; harmless when repeated."""
@@ -251,21 +264,28 @@ class Server:
         }
         if self.installation.has("pg_cron"):
             merged |= CRON | {"cron.database_name": cron_database, "cron.host": str(self.directory)}
-        with (self.data / "postgresql.conf").open("a") as conf:
-            for name, value in (merged | dict(settings)).items():
-                quoted = value.replace("'", "''")
-                conf.write(f"{name} = '{quoted}'\n")
+        self.write("data/postgresql.conf", settings_text(merged | dict(settings)), append=True)
+
+    def _signal(self, name: str, *pids: int) -> None:
+        self._run("/bin/sh", "-c", 'kill -s "$0" "$@"', name, *map(str, pids))
 
     def _pg_ctl(self, *arguments: str) -> None:
-        self._run(self.bindir / "pg_ctl", "-D", self.data, "-l", self.log, "-w", "-t", "60", *arguments)
+        command = self.bindir / "pg_ctl"
+        try:
+            self._run(command, "-D", self.data, "-l", self.log, "-w", "-t", "60", *arguments)
+        except click.ClickException as error:
+            log = self._run("/bin/sh", "-c", 'test ! -e "$0" || tail -n 20 "$0"', self.log)
+            raise click.ClickException(f"{error.message}\n{log}") from None
 
-    def _run(self, *command: str | Path) -> None:
+    def _run(self, *command: str | Path, given: str = "") -> str:
+        """Run a command as the server's account, with some standard input, and return what it prints."""
         done = subprocess.run(
             command,
-            stdin=subprocess.DEVNULL,
+            input=given,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
             cwd="/",
             env={"PATH": f"{self.bindir}:/usr/bin:/bin", "LC_ALL": "C", **self.environment},
@@ -274,9 +294,14 @@ class Server:
             extra_groups=self._account and [],
         )
         if done.returncode != 0:
-            log = self.log.read_text(errors="replace") if self.log.exists() else ""
-            tail = "\n".join([*done.stdout.splitlines(), *log.splitlines()[-20:]])
-            raise click.ClickException(f"{command[0]} failed:\n{tail}")
+            raise click.ClickException(f"{command[0]} failed:\n{done.stdout.rstrip()}")
+        return done.stdout
+
+
+def settings_text(settings: Mapping[str, str]) -> str:
+    """Return settings as they stand in a configuration file."""
+    quoted = {name: value.replace("'", "''") for name, value in settings.items()}
+    return "".join(f"{name} = '{value}'\n" for name, value in quoted.items())
 
 
 def _server_account() -> pwd.struct_passwd | None:

@@ -57,7 +57,7 @@ def test_back_to_before_a_destruction(servers: tuple[local.Server, local.Server]
         recovery_target_name="before",
         recovery_target_action="promote",
     )
-    (second.data / "recovery.signal").touch()
+    second.write("data/recovery.signal", "")
     second.restart()
     with connect(second.dsn()) as connection:
         connection.execute("set statement_timeout = '60 s'")

@@ -42,9 +42,7 @@ def catch_up(primary: local.Server, standby: local.Server) -> None:
 
 def put_kek(server: local.Server, kek: bytes) -> None:
     """Put the KEK where the provider `file` looks for it."""
-    path = server.data / KEK_FILE
-    path.write_text(kek.hex())
-    path.chmod(0o644)
+    server.write(f"data/{KEK_FILE}", kek.hex())
 
 
 def reads(copy: Estate) -> None:
