@@ -863,6 +863,44 @@ COMMENT ON FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea, aa
 
 
 --
+-- Name: _any_opens(text, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._any_opens(label text, keyring_id integer) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_target rekey._target;
+  v_from tid;
+  v_found record;
+begin
+  for v_target in select t.* from rekey._targets(label) t loop
+    v_from := '(0,0)';
+    while v_from is not null loop
+      select s.* into v_found from rekey._call_scan(v_target.function_name, v_target.relation, v_from, '(4294967294,0)', array[keyring_id], null, 1000, 2097152) s;
+      if v_found.rows is not null and cardinality(v_found.rows) > (
+           select coalesce(sum(cardinality(c.failed_places)), 0) from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c) then
+        return true;
+      end if;
+      v_from := rekey._next_row(v_found.next);
+    end loop;
+  end loop;
+  return false;
+end
+$$;
+
+
+ALTER FUNCTION rekey._any_opens(label text, keyring_id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _any_opens(label text, keyring_id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._any_opens(label text, keyring_id integer) IS 'Whether a protected column holds a value of this keyring that opens.';
+
+
+--
 -- Name: _as_text(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -1021,7 +1059,7 @@ CREATE TABLE rekey.audit_log (
     details jsonb DEFAULT '{}'::jsonb NOT NULL,
     prev_hash bytea NOT NULL,
     hash bytea NOT NULL,
-    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text, 'audit.pruned'::text])))
+    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text, 'audit.pruned'::text])))
 );
 
 
@@ -1295,28 +1333,30 @@ COMMENT ON FUNCTION rekey._block(pointer tid) IS 'The block of a row pointer.';
 
 
 --
--- Name: _blocked_targets(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _blocked_targets(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._blocked_targets() RETURNS jsonb
+CREATE FUNCTION rekey._blocked_targets(keyrings integer[] DEFAULT NULL::integer[]) RETURNS jsonb
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
   return (
     select jsonb_agg(jsonb_build_object('target', t.target, 'why', t.problem) order by t.target)
-    from rekey._targets() t where t.problem is not null);
+    from rekey._targets() t
+    left join rekey.protected_columns c on c.label = t.target
+    where t.problem is not null and (keyrings is null or c.id is null or rekey._may_hold(c, keyrings)));
 end
 $$;
 
 
-ALTER FUNCTION rekey._blocked_targets() OWNER TO rekey_owner;
+ALTER FUNCTION rekey._blocked_targets(keyrings integer[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _blocked_targets(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _blocked_targets(keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._blocked_targets() IS 'The targets that cannot be read or counted now, and why; NULL: none.';
+COMMENT ON FUNCTION rekey._blocked_targets(keyrings integer[]) IS 'The targets that cannot be read or counted now, and why; NULL: none. keyrings: only those that may hold rows of one of these; NULL: all.';
 
 
 --
@@ -1329,7 +1369,7 @@ CREATE FUNCTION rekey._call_count(function_name name, relation regclass, keyring
     AS $_$
 declare
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
@@ -1371,7 +1411,7 @@ CREATE FUNCTION rekey._call_read(function_name name, relation regclass, first ti
     AS $_$
 declare
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_read does not run as rekey_sweeper' using errcode = 'RK005',
@@ -1411,7 +1451,7 @@ CREATE FUNCTION rekey._call_scan(function_name name, relation regclass, first ti
     AS $_$
 declare
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_scan does not run as rekey_sweeper' using errcode = 'RK005',
@@ -1487,7 +1527,7 @@ CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows ti
 declare
   v_count bigint;
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_write does not run as rekey_sweeper' using errcode = 'RK005',
@@ -1606,7 +1646,7 @@ COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an 
 -- Name: _changes(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._changes() RETURNS bigint
+CREATE FUNCTION rekey._changes() RETURNS text
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
     -- in sql/code
@@ -1619,7 +1659,7 @@ ALTER FUNCTION rekey._changes() OWNER TO rekey_owner;
 -- Name: FUNCTION _changes(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._changes() IS 'How many rows this transaction has changed.';
+COMMENT ON FUNCTION rekey._changes() IS 'The relations that this transaction may have changed rows of, and of how many it has.';
 
 
 --
@@ -1980,6 +2020,8 @@ CREATE TABLE rekey.protected_columns (
     places integer[] NOT NULL,
     is_text boolean NOT NULL,
     encrypt_on_write boolean NOT NULL,
+    owner name NOT NULL,
+    seen jsonb,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     CONSTRAINT protected_columns_places_check CHECK ((cardinality(places) = (cardinality(context_columns) + 1)))
 );
@@ -2055,6 +2097,20 @@ COMMENT ON COLUMN rekey.protected_columns.is_text IS 'Whether it holds envelopes
 --
 
 COMMENT ON COLUMN rekey.protected_columns.encrypt_on_write IS 'Whether a trigger encrypts what is written.';
+
+
+--
+-- Name: COLUMN protected_columns.owner; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.owner IS 'Owner of the table when it was registered or rebound: who may register it again after it was dropped.';
+
+
+--
+-- Name: COLUMN protected_columns.seen; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.seen IS 'How many rows of each keyring (by its id) opened at the last complete count; NULL: there was none. Where the column is blocked, those keyrings wait for it.';
 
 
 --
@@ -2238,22 +2294,34 @@ COMMENT ON FUNCTION rekey._column_findings(relation regclass, attnum smallint) I
 
 
 --
+-- Name: _column_shape(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) RETURNS record
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _column_shape(id integer, OUT relation regclass, OUT attnums smallint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) IS 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
+
+
+--
 -- Name: _column_id(regclass, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey._column_id(relation regclass, column_name name) RETURNS integer
-    LANGUAGE plpgsql STABLE
+    LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
-begin
-  return (
-    select c.id
-    from rekey.protected_columns c
-    cross join lateral rekey._column_shape(c.id) s
-    join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
-    where s.relation = _column_id.relation and a.attname = _column_id.column_name);
-end
-$$;
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._column_id(relation regclass, column_name name) OWNER TO rekey_owner;
@@ -2276,6 +2344,7 @@ CREATE FUNCTION rekey._column_problem(protected rekey.protected_columns) RETURNS
 declare
   v_shape record;
   v_table pg_class;
+  v_other text;
   v_part record;
   v_again text := format('repeat rekey.protect_column(%s) as the owner of the table',
     case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
@@ -2287,6 +2356,19 @@ begin
     return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
+  v_other := rekey._namesake(protected, v_shape.relation, v_shape.attnums[protected.places[1]]);
+  if v_other is not null then
+    return format('its name belongs to %s now, and the registration is with %s: rekey.rebind_column() with the one that holds its values, or pg-rekey columns rebind', v_other, v_shape.relation);
+  end if;
+  v_other := rekey._lost_part(protected, v_shape.relation);
+  if v_other is not null then
+    return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L)',
+      v_other, v_shape.relation, v_shape.relation, protected.column_name);
+  end if;
+  v_other := rekey._rival(protected, v_shape.relation);
+  if v_other is not null then
+    return format('its rows are those of %s too, by a partition: detach the partition, or rekey.unprotect_column() one of the two', v_other);
+  end if;
   if exists (select from pg_namespace n, aclexplode(n.nspacl) a
              where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
     return 'somebody may make functions in schema rekey_targets, where a call of rekey.protect_column() was not finished: ' || v_again;
@@ -2310,8 +2392,8 @@ begin
   loop
     if v_part.relforcerowsecurity then
       return format('FORCE ROW LEVEL SECURITY may hide rows of %s from its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', v_part.relation);
-    elsif v_part.relkind not in ('r', 'p') then
-      return format('%s is a foreign table: pg_rekey cannot sweep it', v_part.relation);
+    elsif rekey._storage_problem(v_part.relation) is not null then
+      return rekey._storage_problem(v_part.relation);
     elsif v_part.relowner <> v_table.relowner then
       return format('the partition %s has another owner than its table: ALTER TABLE %1$s OWNER TO %s', v_part.relation, v_table.relowner::regrole);
     end if;
@@ -2327,7 +2409,8 @@ begin
         and has_function_privilege('rekey_sweeper', p.oid, 'execute'))) then
     return format('its functions are not as they were made, or its table has another owner: %s', v_again);
   end if;
-  return null;
+  v_other := rekey._trigger_problem(protected, v_shape.relation);
+  return case when v_other is not null then format('%s: %s', v_other, v_again) end;
 end
 $_$;
 
@@ -2342,23 +2425,79 @@ COMMENT ON FUNCTION rekey._column_problem(protected rekey.protected_columns) IS 
 
 
 --
--- Name: _column_shape(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _column_statements(rekey.protected_columns, regclass, smallint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) RETURNS record
-    LANGUAGE sql STABLE
+CREATE FUNCTION rekey._column_statements(protected rekey.protected_columns, target regclass, attnums smallint[]) RETURNS text[]
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    -- in sql/code
-;
+    SET quote_all_identifiers TO 'off'
+    AS $_$
+declare
+  v_owner name := (select pg_get_userbyid(c.relowner) from pg_class c where c.oid = target);
+  v_guard text := format('rekey_targets.column_%s_guard()', protected.id);
+  v_column text;
+  v_function regprocedure;
+  v_name name;
+  v_statements text[];
+begin
+  for v_function in
+    select p.oid::regprocedure from pg_proc p
+    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(guard|sql|count|scan|read|write)$', protected.id)
+  loop
+    execute format('drop function %s', v_function);
+  end loop;
+  -- To be given a function, a role needs CREATE on its schema, for that moment (rekey._finish_column).
+  execute format('grant usage on schema rekey_targets to %I', v_owner);
+  execute format('grant create on schema rekey_targets to %I, %I', v_owner, rekey._caller());
+  select format('%I', a.attname) into v_column from pg_attribute a where a.attrelid = target and a.attnum = attnums[protected.places[1]];
+  v_statements := array[
+    format('create function %s returns setof record language sql stable begin atomic select %s from only %s t; end', v_guard,
+      (select string_agg(format('t.%I', a.attname), ', ' order by p.rank) from unnest(protected.places) with ordinality as p(place, rank)
+       join pg_attribute a on a.attrelid = target and a.attnum = attnums[p.place]), target),
+    format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', protected.label)),
+    format('revoke all on function %s from public', v_guard),
+    format('alter function %s owner to %I', v_guard, v_owner)];
+  select v_statements || array_agg(s.statement order by b.name, s.place) into v_statements
+  from rekey._column_bodies(protected) b
+  cross join lateral (values
+    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
+          b.name, b.arguments, b.result, b.volatility, b.body)),
+    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
+    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
+    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
+  -- A sealed value goes through these too: they come after the one that seals.
+  v_statements := v_statements || array[
+    format('create or replace trigger zz_pg_rekey_%s_insert before insert on %s for each row when (rekey._is_doomed(new.%s)) execute function rekey._refuse_doomed()',
+      protected.id, target, v_column),
+    format('create or replace trigger zz_pg_rekey_%s_update before update on %s for each row when (new.%3$s is distinct from old.%3$s and rekey._is_doomed(new.%3$s)) execute function rekey._refuse_doomed()',
+      protected.id, target, v_column)];
+  if protected.encrypt_on_write then
+    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
+      protected.id, rekey._write_trigger_body(protected, target, attnums));
+    execute format('revoke all on function rekey_targets.column_%s_trigger from public', protected.id);
+    execute format('grant execute on function rekey_targets.column_%s_trigger to %I', protected.id, v_owner);
+    v_statements := v_statements || format(
+      'create or replace trigger zz_pg_rekey_%s before insert or update on %s for each row execute function rekey_targets.column_%1$s_trigger()', protected.id, target);
+  elsif exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', protected.id)) then
+    v_statements := v_statements || format('drop trigger zz_pg_rekey_%s on %s', protected.id, target);
+  end if;
+  -- In the replica role too, in which subscriptions apply what they get.
+  foreach v_name in array rekey._trigger_names(protected) loop
+    v_statements := v_statements || format('alter table %s enable always trigger %I', target, v_name);
+  end loop;
+  return v_statements;
+end
+$_$;
 
 
-ALTER FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._column_statements(protected rekey.protected_columns, target regclass, attnums smallint[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _column_shape(id integer, OUT relation regclass, OUT attnums smallint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _column_statements(protected rekey.protected_columns, target regclass, attnums smallint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) IS 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
+COMMENT ON FUNCTION rekey._column_statements(protected rekey.protected_columns, target regclass, attnums smallint[]) IS 'Drops the functions of a protected column, and returns the statements with which the owner of the table makes them and the triggers, for this table.';
 
 
 --
@@ -2511,7 +2650,7 @@ declare
   v_state text;
   v_locked oid[];
 begin
-  perform rekey._refuse_blocked();
+  perform rekey._refuse_blocked(keyrings);
   v_state := rekey._target_state();
   v_locked := rekey._lock_targets();
   -- One statement, one snapshot: no row escapes by moving.
@@ -2522,7 +2661,7 @@ begin
       select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
       from rekey._count_rows(keyrings) c where c.keyring_id is not null;
   end if;
-  perform rekey._refuse_blocked();
+  perform rekey._refuse_blocked(keyrings);
   if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
     raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
@@ -2776,6 +2915,55 @@ COMMENT ON FUNCTION rekey._destroy_due(clock_jumped boolean) IS 'Destroys the ve
 
 
 --
+-- Name: _drop_triggers(regclass, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._drop_triggers(target regclass, id integer) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_name name;
+begin
+  for v_name in
+    select t.tgname from pg_trigger t where t.tgrelid = target and t.tgparentid = 0 and t.tgname ~ format('^zz_pg_rekey_%s(_insert|_update)?$', id)
+  loop
+    execute format('drop trigger %I on %s', v_name, target);
+  end loop;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._drop_triggers(target regclass, id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _drop_triggers(target regclass, id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._drop_triggers(target regclass, id integer) IS 'Drops the triggers of a protected column, with the rights of the caller.';
+
+
+--
+-- Name: _emptied(jsonb, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) RETURNS jsonb
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _emptied(counted jsonb, keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) IS 'By keyring, the protected columns that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
+
+
+--
 -- Name: _worker; Type: TABLE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2815,10 +3003,12 @@ CREATE TABLE rekey.settings (
     batch_target interval DEFAULT '00:00:00.2'::interval NOT NULL,
     max_rows_per_second integer,
     max_attempts integer DEFAULT 8 NOT NULL,
+    apply_plaintext text DEFAULT 'refuse'::text NOT NULL,
     tenant_check text,
     jwt_admin_claim text,
     postgrest_login text DEFAULT 'authenticator'::text NOT NULL,
     audit_keep interval DEFAULT '3 years'::interval NOT NULL,
+    CONSTRAINT settings_apply_plaintext_check CHECK ((apply_plaintext = ANY (ARRAY['refuse'::text, 'pass'::text]))),
     CONSTRAINT settings_audit_keep_check CHECK (((('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) >= '2002-01-01 00:00:00'::timestamp without time zone) AND (('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) <= '2101-01-01 00:00:00'::timestamp without time zone))),
     CONSTRAINT settings_batch_target_check CHECK (((batch_target >= '00:00:00.01'::interval) AND (batch_target <= '00:01:00'::interval))),
     CONSTRAINT settings_destroy_wait_check CHECK (((destroy_wait >= '00:00:00'::interval) AND (destroy_wait <= '3650 days'::interval))),
@@ -2896,6 +3086,13 @@ COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encrypti
 --
 
 COMMENT ON COLUMN rekey.settings.max_attempts IS 'Failed batches in a row after which a rotation is failed.';
+
+
+--
+-- Name: COLUMN settings.apply_plaintext; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.apply_plaintext IS 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
 
 
 --
@@ -3004,6 +3201,58 @@ COMMENT ON FUNCTION rekey._envelope_of(value text) IS 'As for bytea, of its text
 
 
 --
+-- Name: _find_rebind(regclass, name, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._find_rebind(target regclass, column_name name, label text) RETURNS rekey.protected_columns
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
+    AS $$
+declare
+  v_id integer := rekey._column_id(target, column_name);
+  v_name text := (select format('%I.%I', n.nspname, c.relname) from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target);
+  v_protected rekey.protected_columns;
+  v_old regclass;
+begin
+  perform rekey._refuse_stranger(target);
+  select * into v_protected from rekey.protected_columns c
+  where case when _find_rebind.label is not null then c.label = _find_rebind.label
+             when v_id is not null then c.id = v_id
+             else c.relation_name = v_name and c.column_name = _find_rebind.column_name or c.label = format('%s.%I', v_name, _find_rebind.column_name) end
+  order by c.relation_name = v_name desc limit 1;
+  if not found then
+    raise exception 'no protected column was called %.%', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007',
+      hint = 'Name it: rekey.rebind_column(target, column_name, label). See rekey.column_status.', constraint = 'columns';
+  end if;
+  if v_id is not null and v_id <> v_protected.id then
+    raise exception 'column %.% is protected already, as %', target, quote_ident(column_name), v_protected.label using errcode = 'RK006',
+      hint = 'See rekey.column_status.', constraint = 'columns';
+  end if;
+  v_old := (rekey._column_shape(v_protected.id)).relation;
+  -- Values that open prove no right to them: they may have been copied.
+  if v_old is not null then
+    perform rekey._refuse_stranger(v_old);
+  elsif v_protected.owner <> (select pg_get_userbyid(c.relowner) from pg_class c where c.oid = target)
+        and not (select r.rolsuper from pg_roles r where r.rolname = rekey._caller()) then
+    raise exception '% was a column of %', v_protected.label, v_protected.owner using errcode = 'insufficient_privilege',
+      hint = 'That role is to own the table, or a superuser calls this.';
+  end if;
+  return v_protected;
+end
+$$;
+
+
+ALTER FUNCTION rekey._find_rebind(target regclass, column_name name, label text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _find_rebind(target regclass, column_name name, label text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._find_rebind(target regclass, column_name name, label text) IS 'The protected column that rekey.rebind_column() is about. 42501: the caller owns not both tables; RK006: the column is registered as another; RK007: there is none.';
+
+
+--
 -- Name: _fingerprint(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3049,7 +3298,13 @@ begin
   if v_problem is not null then
     raise exception '% cannot be protected: %', v_protected.label, v_problem using errcode = 'RK005';
   end if;
-  perform rekey._note_names();
+  perform rekey._note_names(id);
+  -- Small, and without an envelope: that is its first complete count. Else the first verification makes it.
+  if v_protected.seen is null
+     and (select coalesce(sum(pg_relation_size(t.relation)), 0) from rekey._targets(v_protected.label) t) < 33554432
+     and not exists (select from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c where c.keyring_id is not null) then
+    update rekey.protected_columns c set seen = '{}' where c.id = v_protected.id;
+  end if;
   if not v_protected.encrypt_on_write and to_regproc(format('rekey_targets.column_%s_trigger', id)) is not null then
     execute format('drop function rekey_targets.column_%s_trigger()', id);
   end if;
@@ -3070,6 +3325,58 @@ ALTER FUNCTION rekey._finish_column(id integer) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._finish_column(id integer) IS 'Takes back what rekey._register_column() lent, and checks what was made. RK005: the column cannot be swept.';
+
+
+--
+-- Name: _finish_rebind(integer, text, regclass[], name[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_protected rekey.protected_columns;
+  v_relation regclass := (rekey._column_shape(id)).relation;
+  v_failed bigint;
+begin
+  perform rekey._refuse_stranger(v_relation);
+  select * into v_protected from rekey.protected_columns c where c.id = _finish_rebind.id for update;
+  -- Settled here, and not where it was found: what is in use elsewhere stays so.
+  insert into rekey._column_relations (column_id, relation, attnum, relation_name, home, settled)
+  select v_protected.id, s.relation, k.attnum, s.relation::text, rekey._home(), true
+  from unnest(settled, settled_columns) as s(relation, column_name)
+  join pg_attribute a on a.attrelid = s.relation and a.attname = s.column_name
+  cross join lateral (values (0::smallint), (a.attnum)) as k(attnum)
+  where k.attnum > 0 or not exists (select from rekey._relations_here(v_relation) h where h = s.relation)
+  on conflict (column_id, relation, attnum) do update set relation_name = excluded.relation_name, home = excluded.home, settled = true;
+  perform rekey._finish_column(id);
+  select sum(o.failed) into v_failed from rekey._open_target(v_protected.label) o;
+  if v_failed > 0 then
+    raise exception '% rows of % do not open under the label %', v_failed, v_relation, v_protected.label using errcode = 'RK003',
+      hint = 'They belong to other rows, or to another column: copy the values with the columns that they are bound to.';
+  end if;
+  -- Whoever rebinds a column that was emptied says that it was to be.
+  update rekey.protected_columns c
+  set seen = coalesce((
+    select jsonb_object_agg(s.key, coalesce(o.rows, 0))
+    from jsonb_object_keys(c.seen) as s(key)
+    left join (select n.keyring_id, sum(n.rows) as rows from rekey._open_target(v_protected.label) n group by n.keyring_id) o on o.keyring_id = s.key::integer), '{}')
+  where c.id = v_protected.id and c.seen is not null;
+  perform rekey._audit('column.rebound', rekey._keyring_name(v_protected.keyring_id), details => jsonb_strip_nulls(jsonb_build_object(
+    'column', v_protected.label, 'from', from_relation, 'to', v_relation::text, 'settled', (select jsonb_agg(s.relation::text) from unnest(settled) as s(relation)))));
+  return v_protected.label;
+end
+$$;
+
+
+ALTER FUNCTION rekey._finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]) IS 'Checks that every value of a rebound column opens, and notes what was settled. RK003: one does not open; RK005: the column is blocked still.';
 
 
 --
@@ -3259,6 +3566,67 @@ COMMENT ON FUNCTION rekey._headers(ciphertexts bytea[]) IS 'The different header
 
 
 --
+-- Name: _hold_blocked(bigint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._hold_blocked(rotations bigint[]) RETURNS jsonb
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_blocked jsonb := rekey._blocked_targets((select array_agg(r.keyring_id) from rekey.rotations r where r.id = any (rotations)));
+begin
+  if v_blocked is null then
+    return null;
+  end if;
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  update rekey.rotations r
+  set blocked_by = b.blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
+  from (
+    select o.id, (
+      select jsonb_agg(t.value order by t.value ->> 'target') from jsonb_array_elements(v_blocked) t
+      left join rekey.protected_columns c on c.label = t.value ->> 'target'
+      where c.id is null or rekey._may_hold(c, array[o.keyring_id])) as blocked
+    from rekey.rotations o where o.id = any (rotations)) b
+  where r.id = b.id and b.blocked is not null and r.state = 'verifying';
+  return v_blocked;
+end
+$$;
+
+
+ALTER FUNCTION rekey._hold_blocked(rotations bigint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _hold_blocked(rotations bigint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._hold_blocked(rotations bigint[]) IS 'Has the rotations wait that a blocked target may hold rows of; returns which targets these are, NULL: none.';
+
+
+--
+-- Name: _home(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._home() RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return format('%s/%s', coalesce(rekey._system_identifier(), 0), (select d.oid from pg_database d where d.datname = current_database()));
+end
+$$;
+
+
+ALTER FUNCTION rekey._home() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _home(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._home() IS 'In which cluster and database an oid is good.';
+
+
+--
 -- Name: _http_status(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3373,6 +3741,64 @@ COMMENT ON FUNCTION rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad b
 
 
 --
+-- Name: _is_doomed(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_doomed(value bytea) RETURNS boolean
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_header bytea;
+begin
+  -- An assignment: what is written may be plain, and must not become the parameter of a statement.
+  v_header := case when substr(value, 1, 3) = '\x524b01'::bytea and octet_length(value) >= 11 then substr(value, 1, 11) end;
+  if v_header is null then
+    return false;
+  end if;
+  return exists (
+    select from rekey.encryption_keys k
+    where k.state = 'destroy_scheduled' and k.keyring_id = rekey._int4(v_header, 3) and k.version = rekey._int4(v_header, 7));
+end
+$$;
+
+
+ALTER FUNCTION rekey._is_doomed(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_doomed(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_doomed(value bytea) IS 'Whether a value is an envelope of a version that is scheduled for destruction.';
+
+
+--
+-- Name: _is_doomed(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_doomed(value text) RETURNS boolean
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_header bytea;
+begin
+  v_header := case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then decode(right(left(value, 20), -4), 'base64') end;
+  return rekey._is_doomed(v_header);
+end
+$$;
+
+
+ALTER FUNCTION rekey._is_doomed(value text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_doomed(value text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_doomed(value text) IS 'As for bytea, of the text form.';
+
+
+--
 -- Name: _is_due(timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3408,6 +3834,62 @@ ALTER FUNCTION rekey._is_envelope(value bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._is_envelope(value bytea) IS 'Whether value has the shape of an envelope. Says nothing of its tag.';
+
+
+--
+-- Name: _is_of_citus(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_of_citus(relation regclass) RETURNS boolean
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_found boolean := false;
+begin
+  -- Where the library is not loaded, the shell of a distributed table counts 0: the catalog table still tells.
+  if exists (select from pg_class c where c.relname = 'pg_dist_partition' and c.relnamespace = 'pg_catalog'::regnamespace and c.relkind = 'r') then
+    if not has_table_privilege('pg_catalog.pg_dist_partition', 'select') then
+      return true;  -- unknown
+    end if;
+    execute format('select exists (select from pg_catalog.%I d where d.logicalrelid = $1)', 'pg_dist_partition') into v_found using relation;
+  end if;
+  return v_found;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._is_of_citus(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_of_citus(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_of_citus(relation regclass) IS 'Whether Citus distributes a table, also where it is not loaded.';
+
+
+--
+-- Name: _is_of_known_version(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_of_known_version(envelope bytea) RETURNS boolean
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return rekey._is_envelope(envelope) and exists (
+    select from rekey.encryption_keys k where k.keyring_id = rekey._int4(envelope, 3) and k.version = rekey._int4(envelope, 7) and k.state <> 'destroyed');
+end
+$$;
+
+
+ALTER FUNCTION rekey._is_of_known_version(envelope bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_of_known_version(envelope bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_of_known_version(envelope bytea) IS 'Whether an envelope names a key version that there is.';
 
 
 --
@@ -3927,6 +4409,26 @@ COMMENT ON FUNCTION rekey._keyring_name(id integer) IS 'The name of a keyring.';
 
 
 --
+-- Name: _later_trigger(text, oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._later_trigger(name text, relation oid) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._later_trigger(name text, relation oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _later_trigger(name text, relation oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._later_trigger(name text, relation oid) IS 'A trigger of a relation that may change a row after the trigger of this name; NULL: there is none.';
+
+
+--
 -- Name: _legacy_bytes(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4103,6 +4605,76 @@ COMMENT ON FUNCTION rekey._lock_targets() IS 'Reads nothing of every target that
 
 
 --
+-- Name: _relations_here(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._relations_here(relation regclass) RETURNS SETOF regclass
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
+    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
+  elsif relation is not null then
+    return next relation;
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._relations_here(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _relations_here(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._relations_here(relation regclass) IS 'The relations of a table that have rows in this database: itself, or the leaves of its partitions.';
+
+
+--
+-- Name: _column_relations; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._column_relations (
+    column_id integer NOT NULL,
+    relation oid NOT NULL,
+    attnum smallint NOT NULL,
+    relation_name text NOT NULL,
+    home text NOT NULL,
+    settled boolean NOT NULL
+);
+
+
+ALTER TABLE rekey._column_relations OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _column_relations; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._column_relations IS 'Relations that were seen to hold values of a protected column (attnum 0); or, settled, that are known not to, though they were a part of it, or have a column of its name (attnum). home: cluster and database in which the oid is good.';
+
+
+--
+-- Name: _lost_part(rekey.protected_columns, regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._lost_part(protected rekey.protected_columns, relation regclass) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._lost_part(protected rekey.protected_columns, relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _lost_part(protected rekey.protected_columns, relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._lost_part(protected rekey.protected_columns, relation regclass) IS 'A relation that held values of a protected column, is still there, and is no part of its table any more; NULL: there is none.';
+
+
+--
 -- Name: _max_bytes(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4156,6 +4728,87 @@ COMMENT ON FUNCTION rekey._may_administer() IS 'Whether the caller may rotate by
 
 
 --
+-- Name: _may_hold(rekey.protected_columns, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._may_hold(protected rekey.protected_columns, keyrings integer[]) RETURNS boolean
+    LANGUAGE sql STABLE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._may_hold(protected rekey.protected_columns, keyrings integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _may_hold(protected rekey.protected_columns, keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._may_hold(protected rekey.protected_columns, keyrings integer[]) IS 'Whether a protected column may hold rows of these keyrings: its own, and those that its last complete count saw.';
+
+
+--
+-- Name: _move_column(integer, regclass, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._move_column(id integer, target regclass, column_name name) RETURNS text[]
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
+    AS $$
+declare
+  v_protected rekey.protected_columns;
+  v_column pg_attribute;
+  v_attnums smallint[];
+  v_places integer[];
+begin
+  perform pg_advisory_xact_lock(0, 3);  -- as rekey._register_column()
+  perform rekey._refuse_stranger(target);
+  select * into v_protected from rekey.protected_columns c where c.id = _move_column.id for update;
+  perform rekey._find_rebind(target, column_name, v_protected.label);
+  if (select c.relkind from pg_class c where c.oid = target) not in ('r', 'p') or (select c.relispartition from pg_class c where c.oid = target) then
+    raise exception '% is no table whose columns can be protected', target using errcode = 'invalid_parameter_value',
+      hint = 'An ordinary or partitioned table, not a partition.';
+  end if;
+  select * into v_column from pg_attribute a where a.attrelid = target and a.attname = _move_column.column_name and a.attnum > 0 and not a.attisdropped;
+  if not coalesce(v_column.atttypid = any (case when v_protected.is_text then '{text,varchar}' else '{bytea}' end::regtype[]) and v_column.attgenerated = '', false) then
+    raise exception 'column %.% has not the type of %', target, quote_ident(column_name), v_protected.label using errcode = 'invalid_parameter_value',
+      hint = case when v_protected.is_text then 'It is to be text.' else 'It is to be bytea.' end;
+  end if;
+  if exists (
+       select from unnest(v_protected.context_columns) as n(name)
+       where not exists (
+         select from pg_attribute a
+         where a.attrelid = target and a.attname = n.name and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+           and a.atttypid in ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype, 'uuid'::regtype, 'text'::regtype, 'varchar'::regtype, 'boolean'::regtype))) then
+    raise exception '% lacks a context column of %: %', target, v_protected.label, array_to_string(v_protected.context_columns, ', ')
+      using errcode = 'invalid_parameter_value', hint = 'The values are bound to these columns.';
+  end if;
+  select array_agg(a.attnum order by a.attnum) into v_attnums
+  from pg_attribute a where a.attrelid = target and a.attname = any (v_protected.context_columns || _move_column.column_name) and a.attnum > 0;
+  v_places := array(
+    select array_position(v_attnums, a.attnum)
+    from unnest(_move_column.column_name || v_protected.context_columns) with ordinality as c(name, rank)
+    join pg_attribute a on a.attrelid = target and a.attname = c.name
+    order by c.rank);
+  update rekey.protected_columns c
+  set places = v_places, column_name = _move_column.column_name, owner = (select pg_get_userbyid(r.relowner) from pg_class r where r.oid = target),
+    relation_name = (select format('%I.%I', n.nspname, r.relname) from pg_class r join pg_namespace n on n.oid = r.relnamespace where r.oid = target)
+  where c.id = v_protected.id returning * into v_protected;
+  return rekey._column_statements(v_protected, target, v_attnums);
+end
+$$;
+
+
+ALTER FUNCTION rekey._move_column(id integer, target regclass, column_name name) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _move_column(id integer, target regclass, column_name name); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._move_column(id integer, target regclass, column_name name) IS 'Moves the registration of a protected column to another table, as far as rekey_owner does it; returns what the owner of the table has to run. 22023: type or context columns do not fit; 42501, RK006: as rekey._find_rebind().';
+
+
+--
 -- Name: _move_key(rekey.encryption_keys, text, text, text, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4184,6 +4837,26 @@ ALTER FUNCTION rekey._move_key(key rekey.encryption_keys, state text, event text
 --
 
 COMMENT ON FUNCTION rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamp with time zone) IS 'Moves a key to another state, and says so in the audit log.';
+
+
+--
+-- Name: _namesake(rekey.protected_columns, regclass, smallint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _namesake(protected rekey.protected_columns, relation regclass, attnum smallint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) IS 'Another column than this one, of this table or another, that has the name noted of a protected column, or that of its label; NULL: there is none, or it is settled.';
 
 
 --
@@ -4387,10 +5060,10 @@ COMMENT ON FUNCTION rekey._note_denied(details jsonb) IS 'Notes in the audit log
 
 
 --
--- Name: _note_names(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _note_names(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._note_names() RETURNS void
+CREATE FUNCTION rekey._note_names(only_id integer DEFAULT NULL::integer) RETURNS void
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
@@ -4398,13 +5071,13 @@ CREATE FUNCTION rekey._note_names() RETURNS void
 ;
 
 
-ALTER FUNCTION rekey._note_names() OWNER TO rekey_owner;
+ALTER FUNCTION rekey._note_names(only_id integer) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _note_names(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _note_names(only_id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._note_names() IS 'Notes what the protected columns are called now.';
+COMMENT ON FUNCTION rekey._note_names(only_id integer) IS 'Notes what the protected columns, NULL: all, are called now, and which relations their tables consist of.';
 
 
 --
@@ -4474,6 +5147,49 @@ ALTER FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[], reason 
 --
 
 COMMENT ON FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[], reason text) IS 'Says which of these keyrings got no new version, as a rotation is under way that is none of those begun: a warning, and an entry with the reason in the audit log of each. The caller holds the rows of the keyrings.';
+
+
+--
+-- Name: _note_seen(jsonb, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_column rekey.protected_columns;
+  v_others integer[];
+begin
+  if keyrings = '{}' then
+    return;
+  end if;
+  for v_column in select c.* from rekey.protected_columns c where rekey._column_problem(c) is null order by c.id loop
+    -- The first complete count: of the other keyrings that stand there, those of which a row opens.
+    if v_column.seen is null then
+      select array_agg(distinct c.keyring_id) into v_others
+      from rekey._targets(v_column.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+      where c.keyring_id <> all (keyrings);
+      v_column.seen := coalesce((select jsonb_object_agg(o.id, 1) from unnest(v_others) as o(id) where rekey._any_opens(v_column.label, o.id)), '{}');
+    end if;
+    v_column.seen := v_column.seen || coalesce((
+      select jsonb_object_agg(k.id, coalesce(f.opened, 0))
+      from unnest(keyrings) as k(id)
+      left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = v_column.label and f.keyring_id = k.id
+      where f.opened > 0 or v_column.seen ? k.id::text), '{}');
+    update rekey.protected_columns c set seen = v_column.seen where c.id = v_column.id and c.seen is distinct from v_column.seen;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_seen(counted jsonb, keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) IS 'Notes how many rows of these keyrings a complete count saw in each protected column. counted: objects with target, keyring_id, opened.';
 
 
 --
@@ -4637,6 +5353,46 @@ ALTER FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) OWNE
 --
 
 COMMENT ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) IS 'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open. A combination may come in several rows.';
+
+
+--
+-- Name: _open_target(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._open_target(label text) RETURNS TABLE(keyring_id integer, version integer, rows bigint, failed bigint)
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_target rekey._target;
+  v_from tid;
+  v_found record;
+begin
+  for v_target in select t.* from rekey._targets(label) t loop
+    perform rekey._refuse_problem(label, v_target.problem);
+    v_from := '(0,0)';
+    while v_from is not null loop
+      select s.* into v_found from rekey._call_scan(v_target.function_name, v_target.relation, v_from, '(4294967294,0)', null, null, 4000, 2097152) s;
+      if v_found.rows is not null then
+        return query
+          select rekey._int4(h.header, 3), rekey._int4(h.header, 7), h.rows, coalesce(cardinality(c.failed_places), 0)::bigint
+          from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_found.ciphertexts) as u(ciphertext) group by 1) h
+          left join rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c on c.header = h.header;
+      end if;
+      v_from := rekey._next_row(v_found.next);
+    end loop;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._open_target(label text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _open_target(label text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._open_target(label text) IS 'Opens every envelope of a protected column, in batches: how many there are of each version, and how many do not open. A version may come in several rows.';
 
 
 --
@@ -5209,15 +5965,15 @@ COMMENT ON FUNCTION rekey._refuse_audit_change() IS 'Trigger of the audit log: r
 
 
 --
--- Name: _refuse_blocked(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _refuse_blocked(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._refuse_blocked() RETURNS void
+CREATE FUNCTION rekey._refuse_blocked(keyrings integer[] DEFAULT NULL::integer[]) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_blocked jsonb := rekey._blocked_targets();
+  v_blocked jsonb := rekey._blocked_targets(keyrings);
 begin
   if v_blocked is not null then
     raise exception '% is blocked: %', v_blocked -> 0 ->> 'target', v_blocked -> 0 ->> 'why' using errcode = 'RK005',
@@ -5227,13 +5983,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._refuse_blocked() OWNER TO rekey_owner;
+ALTER FUNCTION rekey._refuse_blocked(keyrings integer[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _refuse_blocked(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _refuse_blocked(keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._refuse_blocked() IS 'RK005 where a target is blocked: what cannot be counted is never taken for empty.';
+COMMENT ON FUNCTION rekey._refuse_blocked(keyrings integer[]) IS 'RK005 where a target is blocked that may hold rows of these keyrings, NULL: of any: what cannot be counted is never taken for empty.';
 
 
 --
@@ -5261,10 +6017,10 @@ COMMENT ON FUNCTION rekey._refuse_change() IS 'Trigger: refuses every statement 
 
 
 --
--- Name: _refuse_changes(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _refuse_changes(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._refuse_changes(before bigint) RETURNS void
+CREATE FUNCTION rekey._refuse_changes(before text) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -5272,7 +6028,7 @@ begin
   if current_setting('track_counts') = 'off' then
     raise exception 'track_counts is off: what the triggers of a table do cannot be checked' using errcode = 'RK005',
       hint = 'Set track_counts to on.';
-  elsif rekey._changes() <> before then
+  elsif rekey._changes() is distinct from before then
     raise exception 'code of the table changed rows where it may not, or queued triggers for the end of the transaction' using errcode = 'RK005',
       hint = 'A trigger that is deferred may not defer others: at COMMIT they would run as whoever works on the rotation.';
   end if;
@@ -5280,13 +6036,37 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._refuse_changes(before bigint) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._refuse_changes(before text) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _refuse_changes(before bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _refuse_changes(before text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._refuse_changes(before bigint) IS 'RK005 where rows were changed since rekey._changes().';
+COMMENT ON FUNCTION rekey._refuse_changes(before text) IS 'RK005 where rows were changed since rekey._changes().';
+
+
+--
+-- Name: _refuse_doomed(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_doomed() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  raise exception 'the value stands on a key version that is scheduled for destruction' using errcode = 'RK006',
+    hint = 'Encrypt it anew. Who needs the old one cancels the destruction: rekey.cancel_key_destruction().', constraint = 'cancel_destruction';
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_doomed() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_doomed(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_doomed() IS 'Trigger of every protected column, under the condition rekey._is_doomed(): RK006. So nothing comes to stand on a version whose destruction is scheduled.';
 
 
 --
@@ -5319,6 +6099,41 @@ ALTER FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) OWNER 
 --
 
 COMMENT ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) IS 'RK005 where a protected column holds envelopes; 25001 outside READ COMMITTED.';
+
+
+--
+-- Name: _refuse_envelopes(regclass, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_envelopes(relation regclass, column_name name) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    SET bytea_output TO 'hex'
+    AS $_$
+declare
+  v_count bigint;
+begin
+  if (select c.relkind from pg_class c where c.oid = relation) in ('r', 'p', 'm') then
+    execute format('lock table %s in share row exclusive mode', relation);
+  end if;
+  -- (A cast to text may be anybody's function; an output function may not.)
+  execute format($q$select count(*) from %s t where left(format('%%s', t.%I), 12) collate "C" ~ '^(rk1:UksB|\\x524b01)'$q$, relation, column_name) into v_count;
+  if v_count > 0 then
+    raise exception '% holds % envelopes in %', relation, v_count, quote_ident(column_name) using errcode = 'RK005',
+      hint = 'They would be passed by from now on. Empty it, drop it, or attach it again; then repeat this.', constraint = 'rebind';
+  end if;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._refuse_envelopes(relation regclass, column_name name) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_envelopes(relation regclass, column_name name); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_envelopes(relation regclass, column_name name) IS 'RK005 where a column of this relation holds envelopes; 42501 where the caller may not read it whole.';
 
 
 --
@@ -5369,6 +6184,7 @@ declare
 begin
   perform rekey._refuse_snapshot();
   perform rekey._refuse_needed(keyring.id, version);
+  perform rekey._refuse_blocked();
   if not rekey._barrier(keyring.id, array[version]) then
     raise exception 'version % of keyring % is in use by an open transaction', version, quote_literal(keyring.name) using errcode = 'RK005',
       hint = format('Waiting for %s', rekey._lock_holders(keyring.id, array[version]));
@@ -5393,6 +6209,34 @@ ALTER FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) OWN
 --
 
 COMMENT ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) IS 'RK005 where a rotation, an open transaction, a row or a row in quarantine still needs the version.';
+
+
+--
+-- Name: _refuse_later_trigger(text, oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_later_trigger(name text, relation oid) RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_later text := rekey._later_trigger(name, relation);
+begin
+  if v_later is not null then
+    raise exception 'trigger % of % may change a row after its value was sealed for it', quote_ident(v_later), relation::regclass using errcode = 'RK005',
+      hint = format('BEFORE triggers fire in the order of their names: ALTER TRIGGER %I ON %s RENAME TO a name that sorts before %s.', v_later, relation::regclass, name);
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_later_trigger(name text, relation oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_later_trigger(name text, relation oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_later_trigger(name text, relation oid) IS 'RK005 where a trigger may change a row after the trigger of this name, which seals a value for it.';
 
 
 --
@@ -6029,7 +6873,7 @@ declare
   v_protected rekey.protected_columns;
   v_found record;
   v_name name;
-  v_guard text;
+  v_problem text;
 begin
   -- One at a time: what is lent to one caller, the end of another would take back.
   perform pg_advisory_xact_lock(0, 3);
@@ -6042,6 +6886,10 @@ begin
   if v_table.relkind not in ('r', 'p') or v_table.relpersistence = 't' or v_table.nspname ~ '^(pg_|rekey(_targets)?$|information_schema$)' then
     raise exception '% is no table whose columns can be protected', target using errcode = 'invalid_parameter_value',
       hint = 'An ordinary or partitioned table, neither temporary nor of the system.';
+  end if;
+  v_problem := (select min(rekey._storage_problem(r.relation)) from (select target as relation union select h from rekey._relations_here(target) h) r);
+  if v_problem is not null then
+    raise exception '%', v_problem using errcode = 'invalid_parameter_value', hint = 'Protect a column of a table whose rows are here.';
   end if;
   if exists (select from pg_inherits i join pg_class c on c.oid = i.inhparent where i.inhrelid = target and c.relkind = 'p') then
     raise exception '% is a partition', target using errcode = 'invalid_parameter_value', hint = 'Protect the column of the partitioned table.';
@@ -6095,6 +6943,15 @@ begin
     raise warning '%', v_found.finding using hint = v_found.advice;
   end loop;
 
+  if encrypt_on_write then
+    select rekey._later_trigger('zz_pg_rekey_', r.relation), r.relation into v_found
+    from (select target as relation union select h from rekey._relations_here(target) h) r
+    where rekey._later_trigger('zz_pg_rekey_', r.relation) is not null limit 1;
+    if found then
+      perform rekey._refuse_later_trigger('zz_pg_rekey_', v_found.relation);
+    end if;
+  end if;
+
   select array_agg(a.attnum order by a.attnum) into v_attnums
   from pg_attribute a where a.attrelid = target and a.attname = any (v_context || _register_column.column_name) and a.attnum > 0;
   -- Repeated, for the same column or after its functions were lost, it makes them anew.
@@ -6107,6 +6964,12 @@ begin
     from unnest(_register_column.column_name || v_context) with ordinality as c(name, rank)
     join pg_attribute a on a.attrelid = target and a.attname = c.name
     order by c.rank);
+  -- Whoever makes a table of that name anew must not get at the values of another.
+  if v_protected.id is not null and (rekey._column_shape(v_protected.id)).relation is null and v_protected.owner <> v_owner
+     and not (select r.rolsuper from pg_roles r where r.rolname = rekey._caller()) then
+    raise exception '%.% was protected as a column of %', target, column_name, v_protected.owner using errcode = 'insufficient_privilege',
+      hint = 'That role is to own it, or a superuser calls this.';
+  end if;
   if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id or v_protected.places <> v_places
       or (select s.attnums from rekey._column_shape(v_protected.id) s) <> v_attnums) then
     raise exception 'column %.% is protected already, in another way', target, column_name using errcode = 'RK006',
@@ -6115,13 +6978,13 @@ begin
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
     begin
-      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write)
+      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write, owner)
       values (v_protected.label, v_keyring.id, format('%I.%I', v_table.nspname, v_table.relname), _register_column.column_name, v_context, v_places,
-        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write)
+        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write, v_owner)
       returning * into v_protected;
     exception when unique_violation then
       raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
-        hint = 'See rekey.column_status.', constraint = 'columns';
+        hint = 'Where this table holds its values now: rekey.rebind_column(). See rekey.column_status.', constraint = 'rebind';
     end;
   else
     if v_protected.encrypt_on_write and not _register_column.encrypt_on_write then
@@ -6129,45 +6992,12 @@ begin
         using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.', constraint = 'encrypt_on_write';
     end if;
     update rekey.protected_columns c
-    set encrypt_on_write = _register_column.encrypt_on_write
+    set encrypt_on_write = _register_column.encrypt_on_write, owner = v_owner
     where c.id = v_protected.id returning * into v_protected;
   end if;
   id := v_protected.id;
 
-  for v_found in
-    select p.oid::regprocedure as name from pg_proc p
-    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(guard|sql|count|scan|read|write)$', id)
-  loop
-    execute format('drop function %s', v_found.name);
-  end loop;
-  -- To be given a function, a role needs CREATE on its schema, for that moment (rekey._finish_column).
-  execute format('grant usage on schema rekey_targets to %I', v_owner);
-  execute format('grant create on schema rekey_targets to %I, %I', v_owner, rekey._caller());
-  v_guard := format('rekey_targets.column_%s_guard()', id);
-  statements := array[
-    format('create function %s returns setof record language sql stable begin atomic select %s from only %s t; end', v_guard,
-      (select string_agg(format('t.%I', c.name), ', ') from unnest(_register_column.column_name || v_context) as c(name)), target),
-    format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', v_protected.label)),
-    format('revoke all on function %s from public', v_guard),
-    format('alter function %s owner to %I', v_guard, v_owner)];
-  select statements || array_agg(s.statement order by b.name, s.place) into statements
-  from rekey._column_bodies(v_protected) b
-  cross join lateral (values
-    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
-          b.name, b.arguments, b.result, b.volatility, b.body)),
-    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
-    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
-    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
-  if encrypt_on_write then
-    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
-      id, rekey._write_trigger_body(v_protected, target, v_attnums));
-    execute format('revoke all on function rekey_targets.column_%s_trigger from public', id);
-    execute format('grant execute on function rekey_targets.column_%s_trigger to %I', id, v_owner);
-    statements := statements || format(
-      'create or replace trigger zz_pg_rekey_%s before insert or update on %s for each row execute function rekey_targets.column_%1$s_trigger()', id, target);
-  elsif exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', id)) then
-    statements := statements || format('drop trigger zz_pg_rekey_%s on %s', id, target);
-  end if;
+  statements := rekey._column_statements(v_protected, target, v_attnums);
 end
 $_$;
 
@@ -6209,6 +7039,7 @@ begin
     perform rekey._refuse_encrypted(v_protected);
   else
     perform rekey._refuse_superuser(target);
+    update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
@@ -6313,6 +7144,26 @@ ALTER FUNCTION rekey._reveal(value text, context text[]) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._reveal(value text, context text[]) IS 'As for bytea, of the text form.';
+
+
+--
+-- Name: _rival(rekey.protected_columns, regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._rival(protected rekey.protected_columns, relation regclass) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._rival(protected rekey.protected_columns, relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _rival(protected rekey.protected_columns, relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._rival(protected rekey.protected_columns, relation regclass) IS 'Label of another protected column whose table is a partition of this one, or has it as a partition: their values would be bound to two labels. NULL: there is none.';
 
 
 --
@@ -6575,6 +7426,46 @@ COMMENT ON FUNCTION rekey._sealing(keyring_id integer, bytes integer) IS 'Header
 
 
 --
+-- Name: _sealing_on_write(integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._sealing_on_write(keyring_id integer, bytes integer) RETURNS rekey._sealing
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_subscription text;
+begin
+  if current_setting('session_replication_role') <> 'replica' then
+    return rekey._sealing(keyring_id, bytes);
+  end if;
+  begin
+    return rekey._sealing(keyring_id, bytes);
+  exception when sqlstate 'RK001' then
+    select format('subscription %s', quote_ident(s.subname)) into v_subscription from pg_stat_subscription s where s.pid = pg_backend_pid();
+    v_subscription := coalesce(v_subscription, 'a session in the replica role');
+    if (rekey._settings()).apply_plaintext = 'pass' then
+      raise warning '% stores a plain value in a protected column: there is no KEK to seal it with', v_subscription;
+      return null;
+    end if;
+    raise exception '% brings a plain value for a protected column, and there is no KEK to seal it with', v_subscription using errcode = 'RK001',
+      hint = 'Give the server a KEK (provider file or vault), protect the column where the value comes from, or let plain values pass: rekey.set_setting(''apply_plaintext'', ''pass'').',
+      constraint = 'apply_plaintext';
+  end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._sealing_on_write(keyring_id integer, bytes integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _sealing_on_write(keyring_id integer, bytes integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._sealing_on_write(keyring_id integer, bytes integer) IS 'rekey._sealing() for the trigger that encrypts. In the replica role, without the KEK: RK001 that names the subscription; or, where the setting apply_plaintext lets it pass, a warning and NULL.';
+
+
+--
 -- Name: _secret_context(uuid, uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6699,7 +7590,10 @@ begin
       select encode(sha256(convert_to(string_agg(s.name || '=' || s.setting, ',' order by s.name), 'UTF8')), 'hex')
       from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
-    (select string_agg(t.oid || ' ' || t.xmin, ',' order by t.oid) from pg_type t where pg_my_temp_schema() <> 0 and t.typnamespace = pg_my_temp_schema()),
+    -- (By the dependencies of the schema, which have an index: pg_type may be large.)
+    (select string_agg(t.oid || ' ' || t.xmin, ',' order by t.oid)
+     from pg_depend d join pg_class c on c.oid = d.objid join pg_type t on t.oid = c.reltype
+     where d.refclassid = 'pg_namespace'::regclass and d.refobjid = pg_my_temp_schema() and d.classid = 'pg_class'::regclass),
     array_to_string(rekey._prepared(), ',')];
 end
 $$;
@@ -6742,6 +7636,36 @@ ALTER FUNCTION rekey._settings() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._settings() IS 'The settings. RK001 before rekey.register_kek().';
+
+
+--
+-- Name: _storage_problem(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._storage_problem(relation regclass) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if rekey._is_of_citus(relation) then
+    return format('%s is a table of Citus, whose rows are on other nodes: pg_rekey cannot sweep it', relation);
+  end if;
+  return (
+    select case
+      when c.relkind not in ('r', 'p') then format('%s is a foreign table: pg_rekey cannot sweep it', relation)
+      when c.relkind = 'r' and m.amname <> 'heap' then format('%s has the access method %I: pg_rekey can sweep a heap only', relation, m.amname) end
+    from pg_class c left join pg_am m on m.oid = c.relam where c.oid = relation);
+end
+$$;
+
+
+ALTER FUNCTION rekey._storage_problem(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _storage_problem(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._storage_problem(relation regclass) IS 'Why the rows of a table cannot be swept where they are: Citus, foreign, another access method than heap; NULL: they can.';
 
 
 --
@@ -7021,11 +7945,11 @@ begin
     v_target := row(v_column.label, null, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
       rekey._column_problem(v_column));
     select s.relation into v_table from rekey._column_shape(v_column.id) s;
-    if v_target.problem is not null or (select c.relkind from pg_class c where c.oid = v_table) = 'r' then
+    if v_target.problem is not null then
       v_target.relation := v_table;
       return next v_target;
     else
-      for v_target.relation in select p.relid from pg_partition_tree(v_table) p where p.isleaf and p.relid <> v_table loop
+      for v_target.relation in select h from rekey._relations_here(v_table) h loop
         return next v_target;
       end loop;
     end if;
@@ -7197,6 +8121,45 @@ COMMENT ON FUNCTION rekey._to_text(envelope bytea) IS 'The text form of an envel
 
 
 --
+-- Name: _trigger_names(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trigger_names(protected rekey.protected_columns) RETURNS text[]
+    LANGUAGE sql IMMUTABLE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._trigger_names(protected rekey.protected_columns) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trigger_names(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trigger_names(protected rekey.protected_columns) IS 'The triggers of a protected column: those that keep envelopes of versions out that are about to be destroyed, and the one that encrypts.';
+
+
+--
+-- Name: _trigger_problem(rekey.protected_columns, regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relation regclass) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trigger_problem(protected rekey.protected_columns, relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relation regclass) IS 'Which trigger of a protected column does not fire, on which relation; NULL: all do.';
+
+
+--
 -- Name: _unlock(bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7252,6 +8215,46 @@ COMMENT ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, O
 
 
 --
+-- Name: _unsettled(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._unsettled(id integer) RETURNS TABLE(relation regclass, column_name name)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_protected rekey.protected_columns := (select c from rekey.protected_columns c where c.id = _unsettled.id);
+  v_shape record;
+begin
+  select s.* into v_shape from rekey._column_shape(id) s;
+  return query
+    select c.oid::regclass, a.attname
+    from (values (parse_ident(v_protected.relation_name) || v_protected.column_name::text), (parse_ident(v_protected.label))) as n(names)
+    join pg_class c on c.relname = n.names[2] and c.relkind in ('r', 'p', 'f', 'm')
+    join pg_namespace s on s.oid = c.relnamespace and s.nspname = n.names[1]
+    join pg_attribute a on a.attrelid = c.oid and a.attname = n.names[3] and a.attnum > 0 and not a.attisdropped
+    where (c.oid, a.attnum) is distinct from (v_shape.relation::oid, v_shape.attnums[v_protected.places[1]])
+    union
+    select c.oid::regclass, a.attname
+    from rekey._column_relations r
+    join pg_class c on c.oid = r.relation
+    join pg_attribute a on a.attrelid = c.oid and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped
+    where r.column_id = v_protected.id and r.attnum = 0 and not r.settled and r.home = rekey._home()
+      and not exists (select from rekey._relations_here(v_shape.relation) as t(oid) where t.oid = r.relation);
+end
+$$;
+
+
+ALTER FUNCTION rekey._unsettled(id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _unsettled(id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._unsettled(id integer) IS 'The columns that may hold values of a protected column beside it: those that have its name, and those of relations that were parts of its table.';
+
+
+--
 -- Name: _unwrap(bytea, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7291,6 +8294,8 @@ declare
   v_completed bigint[] := '{}'::bigint[];
   v_blocked jsonb;
   v_adoptions jsonb;
+  v_seen jsonb;
+  v_emptied jsonb;
 begin
   -- Those that begin a verification together, else those of one whose chunks are done.
   select array_agg(r.id), array_agg(r.keyring_id), r.verification_id into v_ids, v_keyrings, v_verification
@@ -7304,17 +8309,16 @@ begin
     return;
   end if;
   rows := 0;
-  v_blocked := rekey._blocked_targets();
+  v_blocked := rekey._hold_blocked(v_ids);
   if v_blocked is not null then
-    -- What cannot be counted is not complete.
-    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
-    update rekey.rotations r
-    set blocked_by = v_blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
-    where r.id = any (v_ids) and r.state = 'verifying';
-    event := 'blocked';
-    keyring_count := cardinality(v_ids);
-    detail := jsonb_build_object('rotations', v_ids[1:20], 'targets', v_blocked);
-    return;
+    select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
+    from rekey.rotations r where r.id = any (v_ids) and r.state = 'verifying' and rekey._is_due(r.next_attempt_at);
+    if v_ids is null then
+      event := 'blocked';
+      keyring_count := 0;
+      detail := jsonb_build_object('targets', v_blocked);
+      return;
+    end if;
   end if;
   begin
     if v_verification is null then
@@ -7336,7 +8340,11 @@ begin
       join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
       group by c.keyring_id
     )
-    select jsonb_agg(to_jsonb(s)) into v_results from summed s;
+    select (select jsonb_agg(to_jsonb(s)) from summed s),
+      (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
+        select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c group by c.target, c.keyring_id) t)
+    into v_results, v_seen;
+    v_emptied := rekey._emptied(v_seen, v_keyrings);
     -- Of an adoption, what is no envelope yet is behind.
     select jsonb_agg(to_jsonb(a)) into v_adoptions
     from (
@@ -7360,6 +8368,13 @@ begin
       order by r.id
     loop
       rows := rows + v_found.rows;
+      if v_emptied ? v_found.keyring_id::text then
+        update rekey.rotations r
+        set blocked_by = v_emptied -> v_found.keyring_id::text, blocked_since = coalesce(r.blocked_since, now()),
+            next_attempt_at = clock_timestamp() + interval '10 seconds'
+        where r.id = v_found.id;
+        continue;
+      end if;
       for v_failure in
         select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
         from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
@@ -7399,6 +8414,7 @@ begin
       where r.id = v_found.id;
       v_completed := v_completed || v_found.id;
     end loop;
+    perform rekey._note_seen(v_seen, array(select r.keyring_id from rekey.rotations r where r.id = any (v_completed)));
     perform rekey._clear_chunks();
     perform rekey._audit_all(coalesce((
       select jsonb_agg(jsonb_build_object('event', 'rotation.completed', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
@@ -7655,13 +8671,15 @@ begin
     return 0;
   end if;
   perform set_config('rekey.sweeping', 'on', true);
+  insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
   v_count := rekey._call_write(target.function_name, relation, v_rows, v_ciphertexts);
+  delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
   if v_count is distinct from cardinality(v_rows)::bigint then
     raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(v_rows) - coalesce(v_count, 0),
       cardinality(v_rows), relation using errcode = 'RK005',
-      hint = 'Let the trigger pass by what pg_rekey does: WHEN (current_setting(''rekey.sweeping'', true) is distinct from ''on'').';
+      hint = format('Let the trigger pass by what pg_rekey does: WHEN (NOT rekey.is_sweeping(%L)).', relation);
   end if;
   if rekey._guarded_settings() <> v_settings then
     raise exception 'a trigger of % changed who acts in this session', relation using errcode = 'RK005',
@@ -7711,11 +8729,16 @@ declare
 begin
   perform rekey._refuse_other_table(%7$s, tg_relid);
   perform rekey._refuse_renamed(%7$s, %8$L);
+  perform rekey._refuse_later_trigger(tg_name, tg_relid);
   if new.%1$s is null then
     return new;
   end if;
   v_context := %2$s;
   v_envelope := rekey._envelope_of(new.%1$s);
+  -- What a subscription applies was sealed, and checked, where it was written.
+  if v_envelope is not null and current_setting('session_replication_role') = 'replica' and rekey._is_of_known_version(v_envelope) then
+    return new;
+  end if;
   if tg_op = 'UPDATE' and new.%1$s = old.%1$s%9$s then
     -- A value that is not adopted yet may be encrypted by other means: the trigger does not take it for plaintext.
     if v_envelope is null or v_context = %3$s then
@@ -7726,13 +8749,16 @@ begin
     v_plaintext := %4$s;
   else
     -- An envelope that comes in must be of this row. (What a sweep writes, the engine has made of the row itself.)
-    if current_setting('rekey.sweeping', true) is distinct from 'on' then
+    if not rekey.is_sweeping(tg_relid) then
       perform rekey._refuse_foreign(v_envelope, v_context);
     end if;
     return new;
   end if;
   v_length := octet_length(v_plaintext);
-  v_sealing := rekey._sealing(%5$s, v_length);
+  v_sealing := rekey._sealing_on_write(%5$s, v_length);
+  if v_sealing.key is null then
+    return new;
+  end if;
   v_iv := rekey._random_bytes(16);
   v_aad := v_sealing.header || v_context;
   v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_plaintext, v_aad);
@@ -8766,6 +9792,33 @@ COMMENT ON FUNCTION rekey.get_secret(name text, tenant_id uuid) IS 'The value of
 
 
 --
+-- Name: is_sweeping(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.is_sweeping(relation regclass) RETURNS boolean
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  -- The setting saves the look; it proves nothing, since anybody can make it.
+  return coalesce(current_setting('rekey.sweeping', true), '') = 'on' and exists (
+    select from rekey._sweeping s
+    where s.transaction = pg_current_xact_id_if_assigned()
+      and (s.relation = is_sweeping.relation or exists (select from pg_partition_ancestors(s.relation) a where a.relid = is_sweeping.relation)));
+end
+$$;
+
+
+ALTER FUNCTION rekey.is_sweeping(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION is_sweeping(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.is_sweeping(relation regclass) IS 'Whether it is a rotation that writes into this table now: for the triggers of a table that are to let it pass, WHEN (NOT rekey.is_sweeping(''schema.table'')). relation: the table; of a partition, the partitioned table will do. Nobody but a rotation can make it true. No errors.';
+
+
+--
 -- Name: key_usage(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -9273,6 +10326,65 @@ COMMENT ON FUNCTION rekey.read_secrets(names text[], tenant_id uuid) IS 'Many se
 
 
 --
+-- Name: rebind_column(regclass, name, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.rebind_column(target regclass, column_name name, label text DEFAULT NULL::text) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
+    AS $$
+declare
+  v_protected rekey.protected_columns := rekey._find_rebind(target, column_name, label);
+  v_old regclass := (select s.relation from rekey.column_status s where s.label = v_protected.label);
+  v_old_column name := (select s.column_name from rekey.column_status s where s.label = v_protected.label);
+  v_stays boolean := v_old = target and v_old_column = rebind_column.column_name;
+  v_statement text;
+  v_other record;
+  v_settled regclass[];
+  v_settled_columns name[];
+  v_view text;
+begin
+  execute format('lock table %s in share row exclusive mode', target);
+  if not v_stays then
+    if v_old is not null then
+      perform rekey._refuse_envelopes(v_old, v_old_column);
+      if v_old <> target then
+        perform rekey._drop_triggers(v_old, v_protected.id);
+      end if;
+    end if;
+    foreach v_statement in array rekey._move_column(v_protected.id, target, column_name) loop
+      execute v_statement;
+    end loop;
+  end if;
+  for v_other in select u.relation, u.column_name from rekey._unsettled(v_protected.id) u loop
+    perform rekey._refuse_envelopes(v_other.relation, v_other.column_name);
+    v_settled := v_settled || v_other.relation;
+    v_settled_columns := v_settled_columns || v_other.column_name;
+  end loop;
+  perform rekey._finish_rebind(v_protected.id, case when not v_stays then coalesce(v_old::text, v_protected.relation_name) end, v_settled, v_settled_columns);
+  select format('%I.%I', n.nspname, v.relname) into v_view
+  from pg_class c join pg_namespace n on n.oid = c.relnamespace
+  join pg_class v on v.relnamespace = c.relnamespace and v.relkind = 'v' and v.relname = c.relname || '_decrypted'
+  where c.oid = target and not v_stays;
+  if v_view is not null then
+    perform rekey.create_decrypted_view(target);
+  end if;
+  return v_protected.label;
+end
+$$;
+
+
+ALTER FUNCTION rekey.rebind_column(target regclass, column_name name, label text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION rebind_column(target regclass, column_name name, label text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.rebind_column(target regclass, column_name name, label text) IS 'Goes on after a table was rebuilt, or lost a partition: binds a protected column to the table and column that hold its values now, with its functions, triggers and decrypted view, and returns its label. Named as it is registered, it stays there: that confirms that what has its name, what was a part of it, or where its rows are gone, is as it should be. label: which protected column, where the names do not tell. The caller owns the old and the new table, as a member of rekey_admin; where the old one was dropped, the new one has the owner that it had; or is a superuser. Every value is opened, and the table is locked against writers meanwhile. 22023: type or context columns do not fit; 42501: not the owner; RK001: KEK; RK003: a value does not open under the label; RK005: the old table, or another that has its name, holds envelopes still; RK006: protected as another column; RK007: no such protected column.';
+
+
+--
 -- Name: register_kek(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -9425,6 +10537,7 @@ begin
     raise exception 'keyring % is in use by an open transaction', quote_literal(name) using errcode = 'RK005',
       hint = format('Waiting for %s', rekey._lock_holders(v_keyring.id, array[v_key.version]));
   end if;
+  perform rekey._refuse_blocked();
   select sum(c.rows) into v_rows from rekey._count(array[v_keyring.id], false) c;
   if v_rows > 0 then
     raise exception 'keyring % is in use: % rows', quote_literal(name), v_rows using errcode = 'RK005',
@@ -10180,6 +11293,7 @@ begin
     -- Waits for those who write, and looks again.
     execute format('lock table %s in share row exclusive mode', target);
     perform rekey._forget_column(v_released.id);
+    perform rekey._drop_triggers(target, v_released.id);
   end if;
   return v_decrypted;
 end
@@ -10559,6 +11673,25 @@ ALTER TABLE rekey._session_key OWNER TO rekey_owner;
 --
 
 COMMENT ON TABLE rekey._session_key IS 'One row: the key under which an unlocked session carries the KEK.';
+
+
+--
+-- Name: _sweeping; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._sweeping (
+    transaction xid8 NOT NULL,
+    relation regclass NOT NULL
+);
+
+
+ALTER TABLE rekey._sweeping OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _sweeping; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._sweeping IS 'What rekey.is_sweeping() goes by: into which relation this transaction writes a batch of a rotation now.';
 
 
 --
@@ -11259,11 +12392,27 @@ ALTER TABLE ONLY rekey._chunks
 
 
 --
+-- Name: _column_relations _column_relations_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._column_relations
+    ADD CONSTRAINT _column_relations_pkey PRIMARY KEY (column_id, relation, attnum);
+
+
+--
 -- Name: _session_key _session_key_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
 ALTER TABLE ONLY rekey._session_key
     ADD CONSTRAINT _session_key_pkey PRIMARY KEY (singleton);
+
+
+--
+-- Name: _sweeping _sweeping_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._sweeping
+    ADD CONSTRAINT _sweeping_pkey PRIMARY KEY (transaction, relation);
 
 
 --
@@ -11489,6 +12638,14 @@ CREATE TRIGGER encryption_keys_keep BEFORE DELETE OR TRUNCATE ON rekey.encryptio
 --
 
 CREATE TRIGGER encryption_keys_state BEFORE UPDATE ON rekey.encryption_keys FOR EACH ROW EXECUTE FUNCTION rekey._check_key_change();
+
+
+--
+-- Name: _column_relations _column_relations_column_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._column_relations
+    ADD CONSTRAINT _column_relations_column_fkey FOREIGN KEY (column_id) REFERENCES rekey.protected_columns(id) ON DELETE CASCADE;
 
 
 --
@@ -11762,6 +12919,13 @@ REVOKE ALL ON FUNCTION rekey._aead_encrypt(key bytea, iv bytea, plaintext bytea,
 
 
 --
+-- Name: FUNCTION _any_opens(label text, keyring_id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._any_opens(label text, keyring_id integer) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _as_text(bytes bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -11839,10 +13003,10 @@ REVOKE ALL ON FUNCTION rekey._block(pointer tid) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _blocked_targets(); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _blocked_targets(keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._blocked_targets() FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._blocked_targets(keyrings integer[]) FROM PUBLIC;
 
 
 --
@@ -11992,6 +13156,13 @@ REVOKE ALL ON FUNCTION rekey._column_findings(relation regclass, attnum smallint
 
 
 --
+-- Name: FUNCTION _column_shape(id integer, OUT relation regclass, OUT attnums smallint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _column_id(relation regclass, column_name name); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12006,10 +13177,10 @@ REVOKE ALL ON FUNCTION rekey._column_problem(protected rekey.protected_columns) 
 
 
 --
--- Name: FUNCTION _column_shape(id integer, OUT relation regclass, OUT attnums smallint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _column_statements(protected rekey.protected_columns, target regclass, attnums smallint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._column_statements(protected rekey.protected_columns, target regclass, attnums smallint[]) FROM PUBLIC;
 
 
 --
@@ -12101,6 +13272,21 @@ REVOKE ALL ON FUNCTION rekey._destroy_due(clock_jumped boolean) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _drop_triggers(target regclass, id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._drop_triggers(target regclass, id integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._drop_triggers(target regclass, id integer) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _emptied(counted jsonb, keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _ensure_rows(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12129,6 +13315,14 @@ REVOKE ALL ON FUNCTION rekey._envelope_of(value text) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _find_rebind(target regclass, column_name name, label text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._find_rebind(target regclass, column_name name, label text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._find_rebind(target regclass, column_name name, label text) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION _fingerprint(kek bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12141,6 +13335,14 @@ REVOKE ALL ON FUNCTION rekey._fingerprint(kek bytea) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION rekey._finish_column(id integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._finish_column(id integer) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]) TO rekey_admin;
 
 
 --
@@ -12194,6 +13396,20 @@ REVOKE ALL ON FUNCTION rekey._headers(ciphertexts bytea[]) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _hold_blocked(rotations bigint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._hold_blocked(rotations bigint[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _home(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._home() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _http_status(code text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12240,6 +13456,20 @@ REVOKE ALL ON FUNCTION rekey._is_due(next_attempt_at timestamp with time zone) F
 --
 
 REVOKE ALL ON FUNCTION rekey._is_envelope(value bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _is_of_citus(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_of_citus(relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _is_of_known_version(envelope bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_of_known_version(envelope bytea) FROM PUBLIC;
 
 
 --
@@ -12331,6 +13561,13 @@ REVOKE ALL ON FUNCTION rekey._keyring_name(id integer) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _later_trigger(name text, relation oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._later_trigger(name text, relation oid) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _legacy_bytes(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12373,6 +13610,20 @@ REVOKE ALL ON FUNCTION rekey._lock_targets() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _relations_here(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._relations_here(relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _lost_part(protected rekey.protected_columns, relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._lost_part(protected rekey.protected_columns, relation regclass) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _max_bytes(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12387,10 +13638,32 @@ REVOKE ALL ON FUNCTION rekey._may_administer() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _may_hold(protected rekey.protected_columns, keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._may_hold(protected rekey.protected_columns, keyrings integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _move_column(id integer, target regclass, column_name name); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._move_column(id integer, target regclass, column_name name) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._move_column(id integer, target regclass, column_name name) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION _move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
 REVOKE ALL ON FUNCTION rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamp with time zone) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _namesake(protected rekey.protected_columns, relation regclass, attnum smallint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) FROM PUBLIC;
 
 
 --
@@ -12437,10 +13710,10 @@ GRANT ALL ON FUNCTION rekey._note_denied(details jsonb) TO rekey_admin;
 
 
 --
--- Name: FUNCTION _note_names(); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _note_names(only_id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._note_names() FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._note_names(only_id integer) FROM PUBLIC;
 
 
 --
@@ -12455,6 +13728,13 @@ REVOKE ALL ON FUNCTION rekey._note_pace(begun timestamp with time zone, rows big
 --
 
 REVOKE ALL ON FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[], reason text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _note_seen(counted jsonb, keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) FROM PUBLIC;
 
 
 --
@@ -12476,6 +13756,13 @@ REVOKE ALL ON FUNCTION rekey._open_pgp(value bytea) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _open_target(label text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._open_target(label text) FROM PUBLIC;
 
 
 --
@@ -12586,10 +13873,10 @@ REVOKE ALL ON FUNCTION rekey._refuse_audit_change() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _refuse_blocked(); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _refuse_blocked(keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._refuse_blocked() FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._refuse_blocked(keyrings integer[]) FROM PUBLIC;
 
 
 --
@@ -12600,11 +13887,11 @@ REVOKE ALL ON FUNCTION rekey._refuse_change() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _refuse_changes(before bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _refuse_changes(before text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._refuse_changes(before bigint) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._refuse_changes(before bigint) TO rekey_sweeper;
+REVOKE ALL ON FUNCTION rekey._refuse_changes(before text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._refuse_changes(before text) TO rekey_sweeper;
 
 
 --
@@ -12612,6 +13899,14 @@ GRANT ALL ON FUNCTION rekey._refuse_changes(before bigint) TO rekey_sweeper;
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_envelopes(relation regclass, column_name name); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_envelopes(relation regclass, column_name name) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._refuse_envelopes(relation regclass, column_name name) TO rekey_admin;
 
 
 --
@@ -12626,6 +13921,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) FROM
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_later_trigger(name text, relation oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_later_trigger(name text, relation oid) FROM PUBLIC;
 
 
 --
@@ -12756,6 +14058,13 @@ GRANT ALL ON FUNCTION rekey._reveal(value text, context text[]) TO rekey_app;
 
 
 --
+-- Name: FUNCTION _rival(protected rekey.protected_columns, relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._rival(protected rekey.protected_columns, relation regclass) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _rotate(keyrings integer[], trigger text, reason text, supersede boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12805,6 +14114,13 @@ REVOKE ALL ON FUNCTION rekey._sealing(keyring_id integer, bytes integer) FROM PU
 
 
 --
+-- Name: FUNCTION _sealing_on_write(keyring_id integer, bytes integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._sealing_on_write(keyring_id integer, bytes integer) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _secret_context(tenant_id uuid, id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12845,6 +14161,13 @@ GRANT ALL ON FUNCTION rekey._session_state(search_path text) TO rekey_sweeper;
 --
 
 REVOKE ALL ON FUNCTION rekey._settings() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _storage_problem(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._storage_problem(relation regclass) FROM PUBLIC;
 
 
 --
@@ -12913,6 +14236,20 @@ REVOKE ALL ON FUNCTION rekey._to_text(envelope bytea) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _trigger_names(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trigger_names(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _trigger_problem(protected rekey.protected_columns, relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relation regclass) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12920,6 +14257,14 @@ REVOKE ALL ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text
 GRANT ALL ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) TO rekey_admin;
 GRANT ALL ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) TO rekey_operator;
 GRANT ALL ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) TO rekey_app;
+
+
+--
+-- Name: FUNCTION _unsettled(id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._unsettled(id integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._unsettled(id integer) TO rekey_admin;
 
 
 --
@@ -13267,6 +14612,14 @@ REVOKE ALL ON FUNCTION rekey.prune_audit_log(first bigint, last bigint, hash tex
 
 REVOKE ALL ON FUNCTION rekey.read_secrets(names text[], tenant_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.read_secrets(names text[], tenant_id uuid) TO rekey_app;
+
+
+--
+-- Name: FUNCTION rebind_column(target regclass, column_name name, label text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.rebind_column(target regclass, column_name name, label text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.rebind_column(target regclass, column_name name, label text) TO rekey_admin;
 
 
 --

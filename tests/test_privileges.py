@@ -31,7 +31,7 @@ def grants(connection: Connection, query: str) -> dict[str, list[str]]:
 
 def reach(role: str) -> set[str]:
     """Return a role and all that it is a member of."""
-    return {role}.union(*(reach(other) for other in TABLE["roles"].get(role, [])))
+    return {role, "PUBLIC"}.union(*(reach(other) for other in TABLE["roles"].get(role, [])))
 
 
 def executors(supabase: bool) -> dict[str, set[str]]:
@@ -114,8 +114,8 @@ def test_what_roles_may_in_effect(installed: Installed) -> None:
     installed.connection.execute(f"create role {login} login in role rekey_app".encode())
     try:
         roles = {role: reach(role) for role in installed.roles} | {
-            login: {login, "rekey_app"},
-            "public": set(),
+            login: {login, "rekey_app", "PUBLIC"},
+            "public": {"PUBLIC"},
         }
         for role, groups in roles.items():
             query = f"""
@@ -423,7 +423,7 @@ def test_an_application_calls_only_its_own_functions(
         asked = value(
             ready, "select has_function_privilege(%s, %s, 'execute')", login["rekey_app"], signature
         )
-        assert asked == ("rekey_app" in allowed), signature
+        assert asked == bool({"rekey_app", "PUBLIC"} & set(allowed)), signature
     calls: tuple[LiteralString, ...] = (
         "select * from rekey._kek()",
         "select * from rekey._keks()",
@@ -644,5 +644,7 @@ def test_the_sweeper_has_no_other_right(conn: Connection) -> None:
     may = "select has_function_privilege('rekey_sweeper', %s, 'execute')"
     for signature, allowed in TABLE["execute"].items():
         owned = signature in TABLE["definer"]["rekey_sweeper"]
-        assert value(conn, may, signature) == ("rekey_sweeper" in allowed or owned), signature
+        assert value(conn, may, signature) == (bool({"rekey_sweeper", "PUBLIC"} & set(allowed)) or owned), (
+            signature
+        )
     assert not any(value(conn, may, signature) for signature in TABLE["private"]["functions"])

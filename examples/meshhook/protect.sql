@@ -2,9 +2,9 @@
 
 -- A rotation updates rows as the owner of the table: nobody's change, and no user's.
 create or replace trigger secrets_updated_at before update on public.secrets for each row
-  when (current_setting('rekey.sweeping', true) is distinct from 'on') execute function public.set_updated_at();
+  when (not rekey.is_sweeping('public.secrets')) execute function public.set_updated_at();
 create or replace trigger secrets_log after insert or update on public.secrets for each row
-  when (current_setting('rekey.sweeping', true) is distinct from 'on') execute function public.log_secret_change();
+  when (not rekey.is_sweeping('public.secrets')) execute function public.log_secret_change();
 
 -- Tenants are projects, and their owner decides.
 create function public.is_project_owner(project_id uuid) returns boolean

@@ -32,6 +32,14 @@ class Words(NamedTuple):
 
 ACTIONS = {
     "anchor": Words("Give what `pg-rekey audit checkpoint` printed."),
+    "apply_plaintext": Words(
+        "Give the server a KEK (`pg-rekey settings set kek_provider file`), protect the column where the "
+        "value comes from, or let plain values pass: `pg-rekey settings set apply_plaintext pass`."
+    ),
+    "cancel_destruction": Words(
+        "Encrypt it anew. Who needs the old key cancels its destruction: `pg-rekey keys cancel-destruction "
+        "KEYRING VERSION`."
+    ),
     "columns": Words("`pg-rekey columns list` shows the protected columns, and what blocks them."),
     "context": Words("Name in --context what its rows are told apart by: columns that do not change."),
     "context_of_conflict": Words(
@@ -82,6 +90,10 @@ ACTIONS = {
         "failures` and `pg-rekey rotations resolve` are for those in quarantine."
     ),
     "rotations": Words("`pg-rekey rotations list` shows them.", "GET /api/rotations shows them."),
+    "rebind": Words(
+        "`pg-rekey columns rebind TABLE COLUMN` goes on with the table that has the values; "
+        "`pg-rekey columns list` says what is in the way."
+    ),
     "schedule_worker": Words(
         "`pg-rekey work --forever` does without pg_cron; `pg-rekey init` prints the statement for the "
         "database that cron.database_name names."

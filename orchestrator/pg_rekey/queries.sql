@@ -384,6 +384,10 @@ select * from rekey.column_status order by label
 -- description: Put a column under rotation.
 select rekey.protect_column(%s::regclass, %s, %s, %s::name[], %s)
 
+-- name: rebind column
+-- description: Binds a protected column to the table and column that hold its values now.
+select rekey.rebind_column(%s::regclass, %s::name, %s)
+
 -- name: unprotect column
 -- description: Take a column out of rotation; how many rows were decrypted this time.
 select rekey.unprotect_column(%s::regclass, %s, %s)
@@ -503,7 +507,7 @@ with ours (classid, objid) as (
   union all select 'pg_trigger'::regclass, t.oid from pg_trigger t join ours o on o.objid = t.tgrelid and o.classid = 'pg_class'::regclass
   -- Those that encrypt on write go with the protection of their column.
   union all select 'pg_trigger'::regclass, t.oid from pg_trigger t join ours o on o.objid = t.tgfoid and o.classid = 'pg_proc'::regclass
-    where t.tgname ~ '^zz_pg_rekey_\d+$'
+    where t.tgname ~ '^zz_pg_rekey_\d+(_insert|_update)?$'
 )
 select distinct coalesce(
   (select pg_describe_object('pg_class'::regclass, r.ev_class, 0) from pg_rewrite r where d.classid = 'pg_rewrite'::regclass and r.oid = d.objid),

@@ -141,7 +141,10 @@ begin
       select encode(sha256(convert_to(string_agg(s.name || '=' || s.setting, ',' order by s.name), 'UTF8')), 'hex')
       from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
-    (select string_agg(t.oid || ' ' || t.xmin, ',' order by t.oid) from pg_type t where pg_my_temp_schema() <> 0 and t.typnamespace = pg_my_temp_schema()),
+    -- (By the dependencies of the schema, which have an index: pg_type may be large.)
+    (select string_agg(t.oid || ' ' || t.xmin, ',' order by t.oid)
+     from pg_depend d join pg_class c on c.oid = d.objid join pg_type t on t.oid = c.reltype
+     where d.refclassid = 'pg_namespace'::regclass and d.refobjid = pg_my_temp_schema() and d.classid = 'pg_class'::regclass),
     array_to_string(rekey._prepared(), ',')];
 end
 $$;
@@ -192,16 +195,21 @@ comment on function rekey._forget_prepared is 'Drops the prepared statements tha
 
 -- Row triggers are queued by changes of rows, and by nothing else. So where firing all that is queued changes no row,
 -- nothing is queued any more, and nothing is left for COMMIT, where it would run as the worker.
-create or replace function rekey._changes() returns bigint
+-- Who changes a row of a relation holds such a lock on it until the transaction ends. The counts have a part of earlier
+-- transactions that was not reported yet: they tell by being compared.
+create or replace function rekey._changes() returns text
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select sum(pg_stat_get_xact_tuples_inserted(c.oid) + pg_stat_get_xact_tuples_updated(c.oid) + pg_stat_get_xact_tuples_deleted(c.oid))::bigint
-  from pg_class c where c.relkind = 'r';
+  select coalesce(string_agg(format('%s %s', c.oid,
+    pg_stat_get_xact_tuples_inserted(c.oid) + pg_stat_get_xact_tuples_updated(c.oid) + pg_stat_get_xact_tuples_deleted(c.oid)), ',' order by c.oid), '')
+  from (select distinct l.relation as oid from pg_locks l
+        where l.pid = pg_backend_pid() and l.locktype = 'relation'
+          and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')) c;
 end;
-comment on function rekey._changes is 'How many rows this transaction has changed.';
+comment on function rekey._changes is 'The relations that this transaction may have changed rows of, and of how many it has.';
 
-create or replace function rekey._refuse_changes(before bigint) returns void
+create or replace function rekey._refuse_changes(before text) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -209,7 +217,7 @@ begin
   if current_setting('track_counts') = 'off' then
     raise exception 'track_counts is off: what the triggers of a table do cannot be checked' using errcode = 'RK005',
       hint = 'Set track_counts to on.';
-  elsif rekey._changes() <> before then
+  elsif rekey._changes() is distinct from before then
     raise exception 'code of the table changed rows where it may not, or queued triggers for the end of the transaction' using errcode = 'RK005',
       hint = 'A trigger that is deferred may not defer others: at COMMIT they would run as whoever works on the rotation.';
   end if;
@@ -227,7 +235,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
@@ -259,7 +267,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_scan does not run as rekey_sweeper' using errcode = 'RK005',
@@ -289,7 +297,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_read does not run as rekey_sweeper' using errcode = 'RK005',
@@ -317,7 +325,7 @@ as $$
 declare
   v_count bigint;
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_write does not run as rekey_sweeper' using errcode = 'RK005',
@@ -483,24 +491,35 @@ $$;
 comment on function rekey._count_rows is
   'Counts every target that is not blocked by keyring and version, in the snapshot of the caller''s statement; keyring NULL: values that are no envelopes.';
 
-create or replace function rekey._blocked_targets() returns jsonb
+-- A blocked target may hold rows of the keyring that it is registered with, and of those that its last complete count saw.
+-- Only rows that opened were counted there: whoever owns a table can write any header into it, and would block others by it.
+create or replace function rekey._blocked_targets(keyrings integer[] = null) returns jsonb
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
     select jsonb_agg(jsonb_build_object('target', t.target, 'why', t.problem) order by t.target)
-    from rekey._targets() t where t.problem is not null);
+    from rekey._targets() t
+    left join rekey.protected_columns c on c.label = t.target
+    where t.problem is not null and (keyrings is null or c.id is null or rekey._may_hold(c, keyrings)));
 end
 $$;
-comment on function rekey._blocked_targets is 'The targets that cannot be read or counted now, and why; NULL: none.';
+comment on function rekey._blocked_targets is
+  'The targets that cannot be read or counted now, and why; NULL: none. keyrings: only those that may hold rows of one of these; NULL: all.';
 
-create or replace function rekey._refuse_blocked() returns void
+create or replace function rekey._may_hold(protected rekey.protected_columns, keyrings integer[]) returns boolean
+language sql stable
+return protected.seen is null or protected.keyring_id = any (keyrings)
+  or exists (select from jsonb_each_text(protected.seen) s where s.key::integer = any (keyrings) and s.value::bigint > 0);
+comment on function rekey._may_hold is 'Whether a protected column may hold rows of these keyrings: its own, and those that its last complete count saw.';
+
+create or replace function rekey._refuse_blocked(keyrings integer[] = null) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_blocked jsonb := rekey._blocked_targets();
+  v_blocked jsonb := rekey._blocked_targets(keyrings);
 begin
   if v_blocked is not null then
     raise exception '% is blocked: %', v_blocked -> 0 ->> 'target', v_blocked -> 0 ->> 'why' using errcode = 'RK005',
@@ -508,7 +527,8 @@ begin
   end if;
 end
 $$;
-comment on function rekey._refuse_blocked is 'RK005 where a target is blocked: what cannot be counted is never taken for empty.';
+comment on function rekey._refuse_blocked is
+  'RK005 where a target is blocked that may hold rows of these keyrings, NULL: of any: what cannot be counted is never taken for empty.';
 
 -- The functions of the targets are looked at before and after they are called, each time as they are at that moment: what
 -- an owner changes in between has no effect. After the call, its locks keep the tables from being changed.

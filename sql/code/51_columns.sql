@@ -156,7 +156,133 @@ begin atomic
 end;
 comment on function rekey._column_shape is 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
 
-create or replace function rekey._note_names() returns void
+create or replace function rekey._home() returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return format('%s/%s', coalesce(rekey._system_identifier(), 0), (select d.oid from pg_database d where d.datname = current_database()));
+end
+$$;
+comment on function rekey._home is 'In which cluster and database an oid is good.';
+
+create or replace function rekey._relations_here(relation regclass) returns setof regclass
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
+    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
+  elsif relation is not null then
+    return next relation;
+  end if;
+end
+$$;
+comment on function rekey._relations_here is 'The relations of a table that have rows in this database: itself, or the leaves of its partitions.';
+
+-- The usual rebuild of a table is a new one, a copy, and an exchange of names; that of a column too. The registration stays
+-- with the old one then, and every row of the new one would be passed by.
+create or replace function rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('%s.%I', c.oid::regclass, a.attname)
+  from (values (parse_ident(protected.relation_name) || protected.column_name::text), (parse_ident(protected.label))) as n(names)
+  join pg_class c on c.relname = n.names[2] and c.relkind in ('r', 'p', 'f', 'm')
+  join pg_namespace s on s.oid = c.relnamespace and s.nspname = n.names[1]
+  join pg_attribute a on a.attrelid = c.oid and a.attname = n.names[3] and a.attnum > 0 and not a.attisdropped
+  where (c.oid, a.attnum) is distinct from (_namesake.relation::oid, _namesake.attnum)
+    and not exists (select from rekey._column_relations r where r.column_id = protected.id and r.relation = c.oid and r.attnum = a.attnum and r.home = rekey._home() and r.settled)
+  limit 1;
+end;
+comment on function rekey._namesake is 'Another column than this one, of this table or another, that has the name noted of a protected column, or that of its label; NULL: there is none, or it is settled.';
+
+create or replace function rekey._lost_part(protected rekey.protected_columns, relation regclass) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select c.oid::regclass::text
+  from rekey._column_relations r
+  join pg_class c on c.oid = r.relation
+  where r.column_id = protected.id and r.attnum = 0 and not r.settled and r.home = rekey._home()
+    and not exists (select from rekey._relations_here(_lost_part.relation) as t(oid) where t.oid = r.relation)
+  limit 1;
+end;
+comment on function rekey._lost_part is 'A relation that held values of a protected column, is still there, and is no part of its table any more; NULL: there is none.';
+
+create or replace function rekey._rival(protected rekey.protected_columns, relation regclass) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select o.label
+  from (
+    select t.oid from rekey._relations_here(_rival.relation) as t(oid) where t.oid <> _rival.relation
+    union all
+    select a.relid from pg_partition_ancestors(_rival.relation) a where a.relid <> _rival.relation
+  ) as t
+  join pg_depend d on d.refclassid = 'pg_class'::regclass and d.refobjid = t.oid and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass
+  join pg_proc p on p.oid = d.objid and p.pronamespace = 'rekey_targets'::regnamespace
+  join rekey.protected_columns o on p.proname = 'column_' || o.id || '_guard' and o.id <> protected.id
+  limit 1;
+end;
+comment on function rekey._rival is 'Label of another protected column whose table is a partition of this one, or has it as a partition: their values would be bound to two labels. NULL: there is none.';
+
+create or replace function rekey._is_of_citus(relation regclass) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found boolean := false;
+begin
+  -- Where the library is not loaded, the shell of a distributed table counts 0: the catalog table still tells.
+  if exists (select from pg_class c where c.relname = 'pg_dist_partition' and c.relnamespace = 'pg_catalog'::regnamespace and c.relkind = 'r') then
+    if not has_table_privilege('pg_catalog.pg_dist_partition', 'select') then
+      return true;  -- unknown
+    end if;
+    execute format('select exists (select from pg_catalog.%I d where d.logicalrelid = $1)', 'pg_dist_partition') into v_found using relation;
+  end if;
+  return v_found;
+end
+$$;
+comment on function rekey._is_of_citus is 'Whether Citus distributes a table, also where it is not loaded.';
+
+create or replace function rekey._storage_problem(relation regclass) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if rekey._is_of_citus(relation) then
+    return format('%s is a table of Citus, whose rows are on other nodes: pg_rekey cannot sweep it', relation);
+  end if;
+  return (
+    select case
+      when c.relkind not in ('r', 'p') then format('%s is a foreign table: pg_rekey cannot sweep it', relation)
+      when c.relkind = 'r' and m.amname <> 'heap' then format('%s has the access method %I: pg_rekey can sweep a heap only', relation, m.amname) end
+    from pg_class c left join pg_am m on m.oid = c.relam where c.oid = relation);
+end
+$$;
+comment on function rekey._storage_problem is 'Why the rows of a table cannot be swept where they are: Citus, foreign, another access method than heap; NULL: they can.';
+
+create or replace function rekey._trigger_names(protected rekey.protected_columns) returns text[]
+language sql immutable
+return array[format('zz_pg_rekey_%s_insert', protected.id), format('zz_pg_rekey_%s_update', protected.id)]
+  || case when protected.encrypt_on_write then array[format('zz_pg_rekey_%s', protected.id)] else '{}'::text[] end;
+comment on function rekey._trigger_names is 'The triggers of a protected column: those that keep envelopes of versions out that are about to be destroyed, and the one that encrypts.';
+
+create or replace function rekey._trigger_problem(protected rekey.protected_columns, relation regclass) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('the trigger %I of %s is off, or was dropped', n.name, t.relation::regclass)
+  from (select relation as relation union select h from rekey._relations_here(_trigger_problem.relation) h) as t
+  cross join lateral unnest(rekey._trigger_names(protected)) as n(name)
+  where not exists (select from pg_trigger g where g.tgrelid = t.relation and g.tgname = n.name and g.tgenabled in ('A', 'O'))
+  limit 1;
+end;
+comment on function rekey._trigger_problem is 'Which trigger of a protected column does not fire, on which relation; NULL: all do.';
+
+-- A name is noted anew only where nothing else has taken it, so that a rebuilt table is not lost sight of.
+create or replace function rekey._note_names(only_id integer = null) returns void
 language sql volatile
 set search_path = pg_catalog, pg_temp
 set quote_all_identifiers = off  -- as rekey._register_column()
@@ -171,10 +297,20 @@ begin atomic
     join pg_namespace s on s.oid = r.relnamespace
     cross join lateral unnest(p.places) with ordinality as l(place, rank)
     join pg_attribute a on a.attrelid = h.relation and a.attnum = h.attnums[l.place]
+    where (only_id is null or p.id = only_id) and rekey._namesake(p, h.relation, h.attnums[p.places[1]]) is null
     group by p.id, s.nspname, r.relname) n
   where n.id = c.id and (c.relation_name, c.column_name, c.context_columns) is distinct from (n.relation_name, n.names[1], n.names[2:]);
+
+  insert into rekey._column_relations (column_id, relation, attnum, relation_name, home, settled)
+  select p.id, t.relation, 0, t.relation::regclass::text, rekey._home(), false
+  from rekey.protected_columns p
+  cross join lateral rekey._column_shape(p.id) h
+  cross join lateral rekey._relations_here(h.relation) as t(relation)
+  where (only_id is null or p.id = only_id)
+    and not exists (select from rekey._column_relations r where r.column_id = p.id and r.relation = t.relation and r.attnum = 0 and r.home = rekey._home() and not r.settled)
+  on conflict (column_id, relation, attnum) do update set relation_name = excluded.relation_name, home = excluded.home, settled = false;
 end;
-comment on function rekey._note_names is 'Notes what the protected columns are called now.';
+comment on function rekey._note_names is 'Notes what the protected columns, NULL: all, are called now, and which relations their tables consist of.';
 
 create or replace function rekey._column_problem(protected rekey.protected_columns) returns text
 language plpgsql stable
@@ -183,6 +319,7 @@ as $$
 declare
   v_shape record;
   v_table pg_class;
+  v_other text;
   v_part record;
   v_again text := format('repeat rekey.protect_column(%s) as the owner of the table',
     case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
@@ -194,6 +331,19 @@ begin
     return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
+  v_other := rekey._namesake(protected, v_shape.relation, v_shape.attnums[protected.places[1]]);
+  if v_other is not null then
+    return format('its name belongs to %s now, and the registration is with %s: rekey.rebind_column() with the one that holds its values, or pg-rekey columns rebind', v_other, v_shape.relation);
+  end if;
+  v_other := rekey._lost_part(protected, v_shape.relation);
+  if v_other is not null then
+    return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L)',
+      v_other, v_shape.relation, v_shape.relation, protected.column_name);
+  end if;
+  v_other := rekey._rival(protected, v_shape.relation);
+  if v_other is not null then
+    return format('its rows are those of %s too, by a partition: detach the partition, or rekey.unprotect_column() one of the two', v_other);
+  end if;
   if exists (select from pg_namespace n, aclexplode(n.nspacl) a
              where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
     return 'somebody may make functions in schema rekey_targets, where a call of rekey.protect_column() was not finished: ' || v_again;
@@ -217,8 +367,8 @@ begin
   loop
     if v_part.relforcerowsecurity then
       return format('FORCE ROW LEVEL SECURITY may hide rows of %s from its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', v_part.relation);
-    elsif v_part.relkind not in ('r', 'p') then
-      return format('%s is a foreign table: pg_rekey cannot sweep it', v_part.relation);
+    elsif rekey._storage_problem(v_part.relation) is not null then
+      return rekey._storage_problem(v_part.relation);
     elsif v_part.relowner <> v_table.relowner then
       return format('the partition %s has another owner than its table: ALTER TABLE %1$s OWNER TO %s', v_part.relation, v_table.relowner::regrole);
     end if;
@@ -234,7 +384,8 @@ begin
         and has_function_privilege('rekey_sweeper', p.oid, 'execute'))) then
     return format('its functions are not as they were made, or its table has another owner: %s', v_again);
   end if;
-  return null;
+  v_other := rekey._trigger_problem(protected, v_shape.relation);
+  return case when v_other is not null then format('%s: %s', v_other, v_again) end;
 end
 $$;
 comment on function rekey._column_problem is 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can.';
@@ -268,11 +419,11 @@ begin
     v_target := row(v_column.label, null, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
       rekey._column_problem(v_column));
     select s.relation into v_table from rekey._column_shape(v_column.id) s;
-    if v_target.problem is not null or (select c.relkind from pg_class c where c.oid = v_table) = 'r' then
+    if v_target.problem is not null then
       v_target.relation := v_table;
       return next v_target;
     else
-      for v_target.relation in select p.relid from pg_partition_tree(v_table) p where p.isleaf and p.relid <> v_table loop
+      for v_target.relation in select h from rekey._relations_here(v_table) h loop
         return next v_target;
       end loop;
     end if;

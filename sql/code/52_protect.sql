@@ -36,19 +36,22 @@ end
 $$;
 comment on function rekey._refuse_superuser is '42501 where a session of a superuser would run the code of another who owns a table.';
 
+-- (From the table to its guards: looking at every column's guard for its table takes long where there are many.)
 create or replace function rekey._column_id(relation regclass, column_name name) returns integer
-language plpgsql stable
+language sql stable
 set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return (
-    select c.id
-    from rekey.protected_columns c
-    cross join lateral rekey._column_shape(c.id) s
-    join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
-    where s.relation = _column_id.relation and a.attname = _column_id.column_name);
-end
-$$;
+begin atomic
+  select c.id
+  from (
+    select distinct substring(p.proname from '^column_(\d+)_guard$')::integer as id
+    from pg_depend d
+    join pg_proc p on p.oid = d.objid and p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ '^column_\d{1,9}_guard$'
+    where d.refclassid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass) g
+  join rekey.protected_columns c on c.id = g.id
+  cross join lateral rekey._column_shape(c.id) s
+  join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
+  where s.relation = _column_id.relation and a.attname = _column_id.column_name;
+end;
 comment on function rekey._column_id is 'The number of a protected column, by what it is called now; NULL where there is none.';
 
 create or replace function rekey._column_findings(relation regclass, attnum smallint)
@@ -80,7 +83,7 @@ begin atomic
     select from pg_depend d where d.objid = f.oid and d.classid = 'pg_attrdef'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum)
   union all
   select false, format('trigger %I fires for every row of a rotation', t.tgname),
-    'WHEN (current_setting(''rekey.sweeping'', true) is distinct from ''on'') lets it pass.'
+    format('WHEN (NOT rekey.is_sweeping(%L)) lets it pass.', relation)
   from pg_trigger t
   -- 16: for UPDATE
   where t.tgrelid = relation and not t.tgisinternal and t.tgtype::integer & 16 = 16 and t.tgqual is null
@@ -118,11 +121,16 @@ declare
 begin
   perform rekey._refuse_other_table(%7$s, tg_relid);
   perform rekey._refuse_renamed(%7$s, %8$L);
+  perform rekey._refuse_later_trigger(tg_name, tg_relid);
   if new.%1$s is null then
     return new;
   end if;
   v_context := %2$s;
   v_envelope := rekey._envelope_of(new.%1$s);
+  -- What a subscription applies was sealed, and checked, where it was written.
+  if v_envelope is not null and current_setting('session_replication_role') = 'replica' and rekey._is_of_known_version(v_envelope) then
+    return new;
+  end if;
   if tg_op = 'UPDATE' and new.%1$s = old.%1$s%9$s then
     -- A value that is not adopted yet may be encrypted by other means: the trigger does not take it for plaintext.
     if v_envelope is null or v_context = %3$s then
@@ -133,13 +141,16 @@ begin
     v_plaintext := %4$s;
   else
     -- An envelope that comes in must be of this row. (What a sweep writes, the engine has made of the row itself.)
-    if current_setting('rekey.sweeping', true) is distinct from 'on' then
+    if not rekey.is_sweeping(tg_relid) then
       perform rekey._refuse_foreign(v_envelope, v_context);
     end if;
     return new;
   end if;
   v_length := octet_length(v_plaintext);
-  v_sealing := rekey._sealing(%5$s, v_length);
+  v_sealing := rekey._sealing_on_write(%5$s, v_length);
+  if v_sealing.key is null then
+    return new;
+  end if;
   v_iv := rekey._random_bytes(16);
   v_aad := v_sealing.header || v_context;
   v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_plaintext, v_aad);
@@ -155,6 +166,132 @@ end
 $$;
 comment on function rekey._write_trigger_body is
   'Body of the trigger that encrypts a column on write. It calls the columns by name, since values must not be parameters of a statement.';
+
+-- Triggers fire in the order of their names: what changes the row after ours would have the value sealed for a row that never is.
+create or replace function rekey._later_trigger(name text, relation oid) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select t.tgname::text from pg_trigger t
+  -- 1: for each row, 2: before, 4 and 16: insert, update
+  where t.tgrelid = relation and t.tgname > _later_trigger.name::name and t.tgtype::integer & 3 = 3 and t.tgtype::integer & 20 <> 0 and t.tgenabled <> 'D'
+    and t.tgname !~ '^zz_pg_rekey_\d+(_insert|_update)?$'
+  order by t.tgname limit 1;
+end;
+comment on function rekey._later_trigger is 'A trigger of a relation that may change a row after the trigger of this name; NULL: there is none.';
+
+create or replace function rekey._refuse_later_trigger(name text, relation oid) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_later text := rekey._later_trigger(name, relation);
+begin
+  if v_later is not null then
+    raise exception 'trigger % of % may change a row after its value was sealed for it', quote_ident(v_later), relation::regclass using errcode = 'RK005',
+      hint = format('BEFORE triggers fire in the order of their names: ALTER TRIGGER %I ON %s RENAME TO a name that sorts before %s.', v_later, relation::regclass, name);
+  end if;
+end
+$$;
+comment on function rekey._refuse_later_trigger is 'RK005 where a trigger may change a row after the trigger of this name, which seals a value for it.';
+
+create or replace function rekey._is_of_known_version(envelope bytea) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return rekey._is_envelope(envelope) and exists (
+    select from rekey.encryption_keys k where k.keyring_id = rekey._int4(envelope, 3) and k.version = rekey._int4(envelope, 7) and k.state <> 'destroyed');
+end
+$$;
+comment on function rekey._is_of_known_version is 'Whether an envelope names a key version that there is.';
+
+create or replace function rekey._sealing_on_write(keyring_id integer, bytes integer) returns rekey._sealing
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_subscription text;
+begin
+  if current_setting('session_replication_role') <> 'replica' then
+    return rekey._sealing(keyring_id, bytes);
+  end if;
+  begin
+    return rekey._sealing(keyring_id, bytes);
+  exception when sqlstate 'RK001' then
+    select format('subscription %s', quote_ident(s.subname)) into v_subscription from pg_stat_subscription s where s.pid = pg_backend_pid();
+    v_subscription := coalesce(v_subscription, 'a session in the replica role');
+    if (rekey._settings()).apply_plaintext = 'pass' then
+      raise warning '% stores a plain value in a protected column: there is no KEK to seal it with', v_subscription;
+      return null;
+    end if;
+    raise exception '% brings a plain value for a protected column, and there is no KEK to seal it with', v_subscription using errcode = 'RK001',
+      hint = 'Give the server a KEK (provider file or vault), protect the column where the value comes from, or let plain values pass: rekey.set_setting(''apply_plaintext'', ''pass'').',
+      constraint = 'apply_plaintext';
+  end;
+end
+$$;
+comment on function rekey._sealing_on_write is
+  'rekey._sealing() for the trigger that encrypts. In the replica role, without the KEK: RK001 that names the subscription; or, where the setting apply_plaintext lets it pass, a warning and NULL.';
+
+-- Asked by WHEN conditions, with the rights of whoever writes. They follow a column that is renamed.
+create or replace function rekey._is_doomed(value bytea) returns boolean
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_header bytea;
+begin
+  -- An assignment: what is written may be plain, and must not become the parameter of a statement.
+  v_header := case when substr(value, 1, 3) = '\x524b01'::bytea and octet_length(value) >= 11 then substr(value, 1, 11) end;
+  if v_header is null then
+    return false;
+  end if;
+  return exists (
+    select from rekey.encryption_keys k
+    where k.state = 'destroy_scheduled' and k.keyring_id = rekey._int4(v_header, 3) and k.version = rekey._int4(v_header, 7));
+end
+$$;
+comment on function rekey._is_doomed(bytea) is 'Whether a value is an envelope of a version that is scheduled for destruction.';
+
+create or replace function rekey._is_doomed(value text) returns boolean
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_header bytea;
+begin
+  v_header := case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then decode(right(left(value, 20), -4), 'base64') end;
+  return rekey._is_doomed(v_header);
+end
+$$;
+comment on function rekey._is_doomed(text) is 'As for bytea, of the text form.';
+
+create or replace function rekey._refuse_doomed() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception 'the value stands on a key version that is scheduled for destruction' using errcode = 'RK006',
+    hint = 'Encrypt it anew. Who needs the old one cancels the destruction: rekey.cancel_key_destruction().', constraint = 'cancel_destruction';
+end
+$$;
+comment on function rekey._refuse_doomed is 'Trigger of every protected column, under the condition rekey._is_doomed(): RK006. So nothing comes to stand on a version whose destruction is scheduled.';
+
+create or replace function rekey.is_sweeping(relation regclass) returns boolean
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- The setting saves the look; it proves nothing, since anybody can make it.
+  return coalesce(current_setting('rekey.sweeping', true), '') = 'on' and exists (
+    select from rekey._sweeping s
+    where s.transaction = pg_current_xact_id_if_assigned()
+      and (s.relation = is_sweeping.relation or exists (select from pg_partition_ancestors(s.relation) a where a.relid = is_sweeping.relation)));
+end
+$$;
+comment on function rekey.is_sweeping is
+  'Whether it is a rotation that writes into this table now: for the triggers of a table that are to let it pass, WHEN (NOT rekey.is_sweeping(''schema.table'')). relation: the table; of a partition, the partitioned table will do. Nobody but a rotation can make it true. No errors.';
 
 -- The trigger runs as rekey_owner, and casts what it finds under the names of the context columns to text: on a table with a
 -- column of another type, that would be a function of whoever made the type.
@@ -223,6 +360,70 @@ end
 $$;
 comment on function rekey._refuse_foreign is 'RK003 where an envelope does not open in this context, RK006 where its key may not be used.';
 
+create or replace function rekey._column_statements(protected rekey.protected_columns, target regclass, attnums smallint[]) returns text[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- as rekey._register_column()
+as $$
+declare
+  v_owner name := (select pg_get_userbyid(c.relowner) from pg_class c where c.oid = target);
+  v_guard text := format('rekey_targets.column_%s_guard()', protected.id);
+  v_column text;
+  v_function regprocedure;
+  v_name name;
+  v_statements text[];
+begin
+  for v_function in
+    select p.oid::regprocedure from pg_proc p
+    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(guard|sql|count|scan|read|write)$', protected.id)
+  loop
+    execute format('drop function %s', v_function);
+  end loop;
+  -- To be given a function, a role needs CREATE on its schema, for that moment (rekey._finish_column).
+  execute format('grant usage on schema rekey_targets to %I', v_owner);
+  execute format('grant create on schema rekey_targets to %I, %I', v_owner, rekey._caller());
+  select format('%I', a.attname) into v_column from pg_attribute a where a.attrelid = target and a.attnum = attnums[protected.places[1]];
+  v_statements := array[
+    format('create function %s returns setof record language sql stable begin atomic select %s from only %s t; end', v_guard,
+      (select string_agg(format('t.%I', a.attname), ', ' order by p.rank) from unnest(protected.places) with ordinality as p(place, rank)
+       join pg_attribute a on a.attrelid = target and a.attnum = attnums[p.place]), target),
+    format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', protected.label)),
+    format('revoke all on function %s from public', v_guard),
+    format('alter function %s owner to %I', v_guard, v_owner)];
+  select v_statements || array_agg(s.statement order by b.name, s.place) into v_statements
+  from rekey._column_bodies(protected) b
+  cross join lateral (values
+    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
+          b.name, b.arguments, b.result, b.volatility, b.body)),
+    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
+    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
+    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
+  -- A sealed value goes through these too: they come after the one that seals.
+  v_statements := v_statements || array[
+    format('create or replace trigger zz_pg_rekey_%s_insert before insert on %s for each row when (rekey._is_doomed(new.%s)) execute function rekey._refuse_doomed()',
+      protected.id, target, v_column),
+    format('create or replace trigger zz_pg_rekey_%s_update before update on %s for each row when (new.%3$s is distinct from old.%3$s and rekey._is_doomed(new.%3$s)) execute function rekey._refuse_doomed()',
+      protected.id, target, v_column)];
+  if protected.encrypt_on_write then
+    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
+      protected.id, rekey._write_trigger_body(protected, target, attnums));
+    execute format('revoke all on function rekey_targets.column_%s_trigger from public', protected.id);
+    execute format('grant execute on function rekey_targets.column_%s_trigger to %I', protected.id, v_owner);
+    v_statements := v_statements || format(
+      'create or replace trigger zz_pg_rekey_%s before insert or update on %s for each row execute function rekey_targets.column_%1$s_trigger()', protected.id, target);
+  elsif exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', protected.id)) then
+    v_statements := v_statements || format('drop trigger zz_pg_rekey_%s on %s', protected.id, target);
+  end if;
+  -- In the replica role too, in which subscriptions apply what they get.
+  foreach v_name in array rekey._trigger_names(protected) loop
+    v_statements := v_statements || format('alter table %s enable always trigger %I', target, v_name);
+  end loop;
+  return v_statements;
+end
+$$;
+comment on function rekey._column_statements is
+  'Drops the functions of a protected column, and returns the statements with which the owner of the table makes them and the triggers, for this table.';
+
 -- Executable by administrators because rekey.protect_column() runs with its caller's rights.
 create or replace function rekey._register_column(
   target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, out id integer, out statements text[]
@@ -242,7 +443,7 @@ declare
   v_protected rekey.protected_columns;
   v_found record;
   v_name name;
-  v_guard text;
+  v_problem text;
 begin
   -- One at a time: what is lent to one caller, the end of another would take back.
   perform pg_advisory_xact_lock(0, 3);
@@ -255,6 +456,10 @@ begin
   if v_table.relkind not in ('r', 'p') or v_table.relpersistence = 't' or v_table.nspname ~ '^(pg_|rekey(_targets)?$|information_schema$)' then
     raise exception '% is no table whose columns can be protected', target using errcode = 'invalid_parameter_value',
       hint = 'An ordinary or partitioned table, neither temporary nor of the system.';
+  end if;
+  v_problem := (select min(rekey._storage_problem(r.relation)) from (select target as relation union select h from rekey._relations_here(target) h) r);
+  if v_problem is not null then
+    raise exception '%', v_problem using errcode = 'invalid_parameter_value', hint = 'Protect a column of a table whose rows are here.';
   end if;
   if exists (select from pg_inherits i join pg_class c on c.oid = i.inhparent where i.inhrelid = target and c.relkind = 'p') then
     raise exception '% is a partition', target using errcode = 'invalid_parameter_value', hint = 'Protect the column of the partitioned table.';
@@ -308,6 +513,15 @@ begin
     raise warning '%', v_found.finding using hint = v_found.advice;
   end loop;
 
+  if encrypt_on_write then
+    select rekey._later_trigger('zz_pg_rekey_', r.relation), r.relation into v_found
+    from (select target as relation union select h from rekey._relations_here(target) h) r
+    where rekey._later_trigger('zz_pg_rekey_', r.relation) is not null limit 1;
+    if found then
+      perform rekey._refuse_later_trigger('zz_pg_rekey_', v_found.relation);
+    end if;
+  end if;
+
   select array_agg(a.attnum order by a.attnum) into v_attnums
   from pg_attribute a where a.attrelid = target and a.attname = any (v_context || _register_column.column_name) and a.attnum > 0;
   -- Repeated, for the same column or after its functions were lost, it makes them anew.
@@ -320,6 +534,12 @@ begin
     from unnest(_register_column.column_name || v_context) with ordinality as c(name, rank)
     join pg_attribute a on a.attrelid = target and a.attname = c.name
     order by c.rank);
+  -- Whoever makes a table of that name anew must not get at the values of another.
+  if v_protected.id is not null and (rekey._column_shape(v_protected.id)).relation is null and v_protected.owner <> v_owner
+     and not (select r.rolsuper from pg_roles r where r.rolname = rekey._caller()) then
+    raise exception '%.% was protected as a column of %', target, column_name, v_protected.owner using errcode = 'insufficient_privilege',
+      hint = 'That role is to own it, or a superuser calls this.';
+  end if;
   if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id or v_protected.places <> v_places
       or (select s.attnums from rekey._column_shape(v_protected.id) s) <> v_attnums) then
     raise exception 'column %.% is protected already, in another way', target, column_name using errcode = 'RK006',
@@ -328,13 +548,13 @@ begin
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
     begin
-      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write)
+      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write, owner)
       values (v_protected.label, v_keyring.id, format('%I.%I', v_table.nspname, v_table.relname), _register_column.column_name, v_context, v_places,
-        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write)
+        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write, v_owner)
       returning * into v_protected;
     exception when unique_violation then
       raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
-        hint = 'See rekey.column_status.', constraint = 'columns';
+        hint = 'Where this table holds its values now: rekey.rebind_column(). See rekey.column_status.', constraint = 'rebind';
     end;
   else
     if v_protected.encrypt_on_write and not _register_column.encrypt_on_write then
@@ -342,45 +562,12 @@ begin
         using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.', constraint = 'encrypt_on_write';
     end if;
     update rekey.protected_columns c
-    set encrypt_on_write = _register_column.encrypt_on_write
+    set encrypt_on_write = _register_column.encrypt_on_write, owner = v_owner
     where c.id = v_protected.id returning * into v_protected;
   end if;
   id := v_protected.id;
 
-  for v_found in
-    select p.oid::regprocedure as name from pg_proc p
-    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(guard|sql|count|scan|read|write)$', id)
-  loop
-    execute format('drop function %s', v_found.name);
-  end loop;
-  -- To be given a function, a role needs CREATE on its schema, for that moment (rekey._finish_column).
-  execute format('grant usage on schema rekey_targets to %I', v_owner);
-  execute format('grant create on schema rekey_targets to %I, %I', v_owner, rekey._caller());
-  v_guard := format('rekey_targets.column_%s_guard()', id);
-  statements := array[
-    format('create function %s returns setof record language sql stable begin atomic select %s from only %s t; end', v_guard,
-      (select string_agg(format('t.%I', c.name), ', ') from unnest(_register_column.column_name || v_context) as c(name)), target),
-    format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', v_protected.label)),
-    format('revoke all on function %s from public', v_guard),
-    format('alter function %s owner to %I', v_guard, v_owner)];
-  select statements || array_agg(s.statement order by b.name, s.place) into statements
-  from rekey._column_bodies(v_protected) b
-  cross join lateral (values
-    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
-          b.name, b.arguments, b.result, b.volatility, b.body)),
-    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
-    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
-    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
-  if encrypt_on_write then
-    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
-      id, rekey._write_trigger_body(v_protected, target, v_attnums));
-    execute format('revoke all on function rekey_targets.column_%s_trigger from public', id);
-    execute format('grant execute on function rekey_targets.column_%s_trigger to %I', id, v_owner);
-    statements := statements || format(
-      'create or replace trigger zz_pg_rekey_%s before insert or update on %s for each row execute function rekey_targets.column_%1$s_trigger()', id, target);
-  elsif exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', id)) then
-    statements := statements || format('drop trigger zz_pg_rekey_%s on %s', id, target);
-  end if;
+  statements := rekey._column_statements(v_protected, target, v_attnums);
 end
 $$;
 comment on function rekey._register_column is 'What rekey.protect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
@@ -409,7 +596,13 @@ begin
   if v_problem is not null then
     raise exception '% cannot be protected: %', v_protected.label, v_problem using errcode = 'RK005';
   end if;
-  perform rekey._note_names();
+  perform rekey._note_names(id);
+  -- Small, and without an envelope: that is its first complete count. Else the first verification makes it.
+  if v_protected.seen is null
+     and (select coalesce(sum(pg_relation_size(t.relation)), 0) from rekey._targets(v_protected.label) t) < 33554432
+     and not exists (select from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c where c.keyring_id is not null) then
+    update rekey.protected_columns c set seen = '{}' where c.id = v_protected.id;
+  end if;
   if not v_protected.encrypt_on_write and to_regproc(format('rekey_targets.column_%s_trigger', id)) is not null then
     execute format('drop function rekey_targets.column_%s_trigger()', id);
   end if;
@@ -489,6 +682,7 @@ begin
     perform rekey._refuse_encrypted(v_protected);
   else
     perform rekey._refuse_superuser(target);
+    update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
@@ -552,6 +746,23 @@ $$;
 comment on function rekey._forget_column is 'Removes a column from the registry, with its functions. 25001: not in READ COMMITTED; RK005: envelopes are left, or it cannot be counted; RK007: there is none.';
 grant execute on function rekey._forget_column to rekey_admin;
 
+create or replace function rekey._drop_triggers(target regclass, id integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_name name;
+begin
+  for v_name in
+    select t.tgname from pg_trigger t where t.tgrelid = target and t.tgparentid = 0 and t.tgname ~ format('^zz_pg_rekey_%s(_insert|_update)?$', id)
+  loop
+    execute format('drop trigger %I on %s', v_name, target);
+  end loop;
+end
+$$;
+comment on function rekey._drop_triggers is 'Drops the triggers of a protected column, with the rights of the caller.';
+grant execute on function rekey._drop_triggers to rekey_admin;
+
 create or replace function rekey.unprotect_column(target regclass, column_name name, decrypt boolean = false) returns bigint
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -575,6 +786,7 @@ begin
     -- Waits for those who write, and looks again.
     execute format('lock table %s in share row exclusive mode', target);
     perform rekey._forget_column(v_released.id);
+    perform rekey._drop_triggers(target, v_released.id);
   end if;
   return v_decrypted;
 end

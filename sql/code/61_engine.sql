@@ -258,13 +258,15 @@ begin
     return 0;
   end if;
   perform set_config('rekey.sweeping', 'on', true);
+  insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
   v_count := rekey._call_write(target.function_name, relation, v_rows, v_ciphertexts);
+  delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
   if v_count is distinct from cardinality(v_rows)::bigint then
     raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(v_rows) - coalesce(v_count, 0),
       cardinality(v_rows), relation using errcode = 'RK005',
-      hint = 'Let the trigger pass by what pg_rekey does: WHEN (current_setting(''rekey.sweeping'', true) is distinct from ''on'').';
+      hint = format('Let the trigger pass by what pg_rekey does: WHEN (NOT rekey.is_sweeping(%L)).', relation);
   end if;
   if rekey._guarded_settings() <> v_settings then
     raise exception 'a trigger of % changed who acts in this session', relation using errcode = 'RK005',

@@ -143,7 +143,7 @@ declare
   v_state text;
   v_locked oid[];
 begin
-  perform rekey._refuse_blocked();
+  perform rekey._refuse_blocked(keyrings);
   v_state := rekey._target_state();
   v_locked := rekey._lock_targets();
   -- One statement, one snapshot: no row escapes by moving.
@@ -154,7 +154,7 @@ begin
       select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
       from rekey._count_rows(keyrings) c where c.keyring_id is not null;
   end if;
-  perform rekey._refuse_blocked();
+  perform rekey._refuse_blocked(keyrings);
   if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
     raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
@@ -296,6 +296,108 @@ $$;
 comment on function rekey._verify_batch is
   'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, or the relation is not as the verification found it, it leaves them to the last step.';
 
+-- To be taken for what it is, or for a table whose rows something hides: whoever emptied it says so.
+create or replace function rekey._emptied(counted jsonb, keyrings integer[]) returns jsonb
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select jsonb_object_agg(e.keyring_id, e.targets)
+  from (
+    select s.key as keyring_id, jsonb_agg(jsonb_build_object('target', c.label, 'why', format(
+      'it held %s rows of the keyring at the last complete count, and holds none now: rekey.rebind_column(%L, %L), or pg-rekey columns rebind, confirms that',
+      s.value, c.relation_name, c.column_name)) order by c.label) as targets
+    from rekey.protected_columns c
+    cross join lateral jsonb_each_text(c.seen) s
+    where s.value::bigint >= 1000 and s.key::integer = any (keyrings)
+      and not exists (select from jsonb_to_recordset(counted) as f(target text, keyring_id integer, rows bigint)
+                      where f.target = c.label and f.keyring_id = s.key::integer and f.rows > 0)
+    group by s.key) e;
+end;
+comment on function rekey._emptied is
+  'By keyring, the protected columns that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
+
+create or replace function rekey._note_seen(counted jsonb, keyrings integer[]) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_column rekey.protected_columns;
+  v_others integer[];
+begin
+  if keyrings = '{}' then
+    return;
+  end if;
+  for v_column in select c.* from rekey.protected_columns c where rekey._column_problem(c) is null order by c.id loop
+    -- The first complete count: of the other keyrings that stand there, those of which a row opens.
+    if v_column.seen is null then
+      select array_agg(distinct c.keyring_id) into v_others
+      from rekey._targets(v_column.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+      where c.keyring_id <> all (keyrings);
+      v_column.seen := coalesce((select jsonb_object_agg(o.id, 1) from unnest(v_others) as o(id) where rekey._any_opens(v_column.label, o.id)), '{}');
+    end if;
+    v_column.seen := v_column.seen || coalesce((
+      select jsonb_object_agg(k.id, coalesce(f.opened, 0))
+      from unnest(keyrings) as k(id)
+      left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = v_column.label and f.keyring_id = k.id
+      where f.opened > 0 or v_column.seen ? k.id::text), '{}');
+    update rekey.protected_columns c set seen = v_column.seen where c.id = v_column.id and c.seen is distinct from v_column.seen;
+  end loop;
+end
+$$;
+comment on function rekey._note_seen is
+  'Notes how many rows of these keyrings a complete count saw in each protected column. counted: objects with target, keyring_id, opened.';
+
+create or replace function rekey._any_opens(label text, keyring_id integer) returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_target rekey._target;
+  v_from tid;
+  v_found record;
+begin
+  for v_target in select t.* from rekey._targets(label) t loop
+    v_from := '(0,0)';
+    while v_from is not null loop
+      select s.* into v_found from rekey._call_scan(v_target.function_name, v_target.relation, v_from, '(4294967294,0)', array[keyring_id], null, 1000, 2097152) s;
+      if v_found.rows is not null and cardinality(v_found.rows) > (
+           select coalesce(sum(cardinality(c.failed_places)), 0) from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c) then
+        return true;
+      end if;
+      v_from := rekey._next_row(v_found.next);
+    end loop;
+  end loop;
+  return false;
+end
+$$;
+comment on function rekey._any_opens is 'Whether a protected column holds a value of this keyring that opens.';
+
+-- What cannot be counted is not complete. The rotations of other keyrings go on.
+create or replace function rekey._hold_blocked(rotations bigint[]) returns jsonb
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_blocked jsonb := rekey._blocked_targets((select array_agg(r.keyring_id) from rekey.rotations r where r.id = any (rotations)));
+begin
+  if v_blocked is null then
+    return null;
+  end if;
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  update rekey.rotations r
+  set blocked_by = b.blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
+  from (
+    select o.id, (
+      select jsonb_agg(t.value order by t.value ->> 'target') from jsonb_array_elements(v_blocked) t
+      left join rekey.protected_columns c on c.label = t.value ->> 'target'
+      where c.id is null or rekey._may_hold(c, array[o.keyring_id])) as blocked
+    from rekey.rotations o where o.id = any (rotations)) b
+  where r.id = b.id and b.blocked is not null and r.state = 'verifying';
+  return v_blocked;
+end
+$$;
+comment on function rekey._hold_blocked is 'Has the rotations wait that a blocked target may hold rows of; returns which targets these are, NULL: none.';
+
 create or replace function rekey._verify(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -313,6 +415,8 @@ declare
   v_completed bigint[] := '{}'::bigint[];
   v_blocked jsonb;
   v_adoptions jsonb;
+  v_seen jsonb;
+  v_emptied jsonb;
 begin
   -- Those that begin a verification together, else those of one whose chunks are done.
   select array_agg(r.id), array_agg(r.keyring_id), r.verification_id into v_ids, v_keyrings, v_verification
@@ -326,17 +430,16 @@ begin
     return;
   end if;
   rows := 0;
-  v_blocked := rekey._blocked_targets();
+  v_blocked := rekey._hold_blocked(v_ids);
   if v_blocked is not null then
-    -- What cannot be counted is not complete.
-    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
-    update rekey.rotations r
-    set blocked_by = v_blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
-    where r.id = any (v_ids) and r.state = 'verifying';
-    event := 'blocked';
-    keyring_count := cardinality(v_ids);
-    detail := jsonb_build_object('rotations', v_ids[1:20], 'targets', v_blocked);
-    return;
+    select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
+    from rekey.rotations r where r.id = any (v_ids) and r.state = 'verifying' and rekey._is_due(r.next_attempt_at);
+    if v_ids is null then
+      event := 'blocked';
+      keyring_count := 0;
+      detail := jsonb_build_object('targets', v_blocked);
+      return;
+    end if;
   end if;
   begin
     if v_verification is null then
@@ -358,7 +461,11 @@ begin
       join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
       group by c.keyring_id
     )
-    select jsonb_agg(to_jsonb(s)) into v_results from summed s;
+    select (select jsonb_agg(to_jsonb(s)) from summed s),
+      (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
+        select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c group by c.target, c.keyring_id) t)
+    into v_results, v_seen;
+    v_emptied := rekey._emptied(v_seen, v_keyrings);
     -- Of an adoption, what is no envelope yet is behind.
     select jsonb_agg(to_jsonb(a)) into v_adoptions
     from (
@@ -382,6 +489,13 @@ begin
       order by r.id
     loop
       rows := rows + v_found.rows;
+      if v_emptied ? v_found.keyring_id::text then
+        update rekey.rotations r
+        set blocked_by = v_emptied -> v_found.keyring_id::text, blocked_since = coalesce(r.blocked_since, now()),
+            next_attempt_at = clock_timestamp() + interval '10 seconds'
+        where r.id = v_found.id;
+        continue;
+      end if;
       for v_failure in
         select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
         from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
@@ -421,6 +535,7 @@ begin
       where r.id = v_found.id;
       v_completed := v_completed || v_found.id;
     end loop;
+    perform rekey._note_seen(v_seen, array(select r.keyring_id from rekey.rotations r where r.id = any (v_completed)));
     perform rekey._clear_chunks();
     perform rekey._audit_all(coalesce((
       select jsonb_agg(jsonb_build_object('event', 'rotation.completed', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,

@@ -39,6 +39,7 @@ declare
 begin
   perform rekey._refuse_snapshot();
   perform rekey._refuse_needed(keyring.id, version);
+  perform rekey._refuse_blocked();
   if not rekey._barrier(keyring.id, array[version]) then
     raise exception 'version % of keyring % is in use by an open transaction', version, quote_literal(keyring.name) using errcode = 'RK005',
       hint = format('Waiting for %s', rekey._lock_holders(keyring.id, array[version]));
@@ -180,6 +181,7 @@ begin
     raise exception 'keyring % is in use by an open transaction', quote_literal(name) using errcode = 'RK005',
       hint = format('Waiting for %s', rekey._lock_holders(v_keyring.id, array[v_key.version]));
   end if;
+  perform rekey._refuse_blocked();
   select sum(c.rows) into v_rows from rekey._count(array[v_keyring.id], false) c;
   if v_rows > 0 then
     raise exception 'keyring % is in use: % rows', quote_literal(name), v_rows using errcode = 'RK005',

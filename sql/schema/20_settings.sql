@@ -15,6 +15,8 @@ create table rekey.settings (
     constraint settings_max_rows_per_second_check check (max_rows_per_second > 0),
   max_attempts integer not null default 8
     constraint settings_max_attempts_check check (max_attempts between 1 and 1000),
+  apply_plaintext text not null default 'refuse'
+    constraint settings_apply_plaintext_check check (apply_plaintext in ('refuse', 'pass')),
   tenant_check text,
   jwt_admin_claim text constraint settings_jwt_admin_claim_check check (jwt_admin_claim <> ''),
   postgrest_login text not null default 'authenticator'
@@ -32,6 +34,7 @@ comment on column rekey.settings.destroy_wait is 'Time between the request to de
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
 comment on column rekey.settings.max_attempts is 'Failed batches in a row after which a rotation is failed.';
+comment on column rekey.settings.apply_plaintext is 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
 comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
 comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
 comment on column rekey.settings.postgrest_login is 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';

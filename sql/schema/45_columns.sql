@@ -9,6 +9,8 @@ create table rekey.protected_columns (
   places integer[] not null,
   is_text boolean not null,
   encrypt_on_write boolean not null,
+  owner name not null,
+  seen jsonb,
   created_at timestamptz not null default now(),
   constraint protected_columns_places_check check (cardinality(places) = cardinality(context_columns) + 1)
 );
@@ -23,4 +25,19 @@ comment on column rekey.protected_columns.context_columns is 'Names, as last see
 comment on column rekey.protected_columns.places is 'Ranks of the column and its context columns among them all in table order.';
 comment on column rekey.protected_columns.is_text is 'Whether it holds envelopes in text form; else in bytea.';
 comment on column rekey.protected_columns.encrypt_on_write is 'Whether a trigger encrypts what is written.';
+comment on column rekey.protected_columns.owner is 'Owner of the table when it was registered or rebound: who may register it again after it was dropped.';
+comment on column rekey.protected_columns.seen is 'How many rows of each keyring (by its id) opened at the last complete count; NULL: there was none. Where the column is blocked, those keyrings wait for it.';
 comment on column rekey.protected_columns.created_at is 'When it was registered.';
+
+-- An oid says which relation it is only in the database that noted it: a restored dump has others.
+create table rekey._column_relations (
+  column_id integer not null constraint _column_relations_column_fkey references rekey.protected_columns on delete cascade,
+  relation oid not null,
+  attnum smallint not null,
+  relation_name text not null,
+  home text not null,
+  settled boolean not null,
+  constraint _column_relations_pkey primary key (column_id, relation, attnum)
+);
+comment on table rekey._column_relations is
+  'Relations that were seen to hold values of a protected column (attnum 0); or, settled, that are known not to, though they were a part of it, or have a column of its name (attnum). home: cluster and database in which the oid is good.';

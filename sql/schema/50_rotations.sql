@@ -65,6 +65,14 @@ comment on column rekey.rotations.finished_at is 'When it ended.';
 
 create sequence rekey._pass_id;
 
+-- Its rows are never committed: they are there for the transaction that writes a batch, while it does.
+create table rekey._sweeping (
+  transaction xid8 not null,
+  relation regclass not null,
+  constraint _sweeping_pkey primary key (transaction, relation)
+);
+comment on table rekey._sweeping is 'What rekey.is_sweeping() goes by: into which relation this transaction writes a batch of a rotation now.';
+
 -- What is still to be swept or verified: a worker locks a row, moves first on, and deletes it at the end. What is doubtful
 -- stays until the end of the verification (61_verify.sql).
 create table rekey._chunks (

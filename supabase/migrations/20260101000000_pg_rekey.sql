@@ -111,6 +111,8 @@ create table rekey.settings (
     constraint settings_max_rows_per_second_check check (max_rows_per_second > 0),
   max_attempts integer not null default 8
     constraint settings_max_attempts_check check (max_attempts between 1 and 1000),
+  apply_plaintext text not null default 'refuse'
+    constraint settings_apply_plaintext_check check (apply_plaintext in ('refuse', 'pass')),
   tenant_check text,
   jwt_admin_claim text constraint settings_jwt_admin_claim_check check (jwt_admin_claim <> ''),
   postgrest_login text not null default 'authenticator'
@@ -128,6 +130,7 @@ comment on column rekey.settings.destroy_wait is 'Time between the request to de
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
 comment on column rekey.settings.max_attempts is 'Failed batches in a row after which a rotation is failed.';
+comment on column rekey.settings.apply_plaintext is 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
 comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
 comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
 comment on column rekey.settings.postgrest_login is 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
@@ -282,6 +285,8 @@ create table rekey.protected_columns (
   places integer[] not null,
   is_text boolean not null,
   encrypt_on_write boolean not null,
+  owner name not null,
+  seen jsonb,
   created_at timestamptz not null default now(),
   constraint protected_columns_places_check check (cardinality(places) = cardinality(context_columns) + 1)
 );
@@ -296,7 +301,22 @@ comment on column rekey.protected_columns.context_columns is 'Names, as last see
 comment on column rekey.protected_columns.places is 'Ranks of the column and its context columns among them all in table order.';
 comment on column rekey.protected_columns.is_text is 'Whether it holds envelopes in text form; else in bytea.';
 comment on column rekey.protected_columns.encrypt_on_write is 'Whether a trigger encrypts what is written.';
+comment on column rekey.protected_columns.owner is 'Owner of the table when it was registered or rebound: who may register it again after it was dropped.';
+comment on column rekey.protected_columns.seen is 'How many rows of each keyring (by its id) opened at the last complete count; NULL: there was none. Where the column is blocked, those keyrings wait for it.';
 comment on column rekey.protected_columns.created_at is 'When it was registered.';
+
+-- An oid says which relation it is only in the database that noted it: a restored dump has others.
+create table rekey._column_relations (
+  column_id integer not null constraint _column_relations_column_fkey references rekey.protected_columns on delete cascade,
+  relation oid not null,
+  attnum smallint not null,
+  relation_name text not null,
+  home text not null,
+  settled boolean not null,
+  constraint _column_relations_pkey primary key (column_id, relation, attnum)
+);
+comment on table rekey._column_relations is
+  'Relations that were seen to hold values of a protected column (attnum 0); or, settled, that are known not to, though they were a part of it, or have a column of its name (attnum). home: cluster and database in which the oid is good.';
 
 -- sql/schema/50_rotations.sql
 create table rekey.rotations (
@@ -365,6 +385,14 @@ comment on column rekey.rotations.started_at is 'When the first row was looked a
 comment on column rekey.rotations.finished_at is 'When it ended.';
 
 create sequence rekey._pass_id;
+
+-- Its rows are never committed: they are there for the transaction that writes a batch, while it does.
+create table rekey._sweeping (
+  transaction xid8 not null,
+  relation regclass not null,
+  constraint _sweeping_pkey primary key (transaction, relation)
+);
+comment on table rekey._sweeping is 'What rekey.is_sweeping() goes by: into which relation this transaction writes a batch of a rotation now.';
 
 -- What is still to be swept or verified: a worker locks a row, moves first on, and deletes it at the end. What is doubtful
 -- stays until the end of the verification (61_verify.sql).
@@ -443,7 +471,7 @@ create table rekey.audit_log (
     'key.destroy_scheduled', 'key.destroy_cancelled', 'key.destroyed',
     'rotation.requested', 'rotation.passed_by', 'rotation.started', 'rotation.error', 'rotation.row_failed', 'rotation.failure_resolved',
     'rotation.retried', 'rotation.paused', 'rotation.resumed', 'rotation.rolled_back', 'rotation.completed', 'rotation.failed',
-    'kek.registered', 'kek.rotated', 'kek.lost', 'column.protected', 'column.unprotected',
+    'kek.registered', 'kek.rotated', 'kek.lost', 'column.protected', 'column.rebound', 'column.unprotected',
     'schedule.changed', 'setting.changed', 'access.denied', 'audit.pruned')),
   keyring text,
   version integer,
@@ -2619,7 +2647,10 @@ begin
       select encode(sha256(convert_to(string_agg(s.name || '=' || s.setting, ',' order by s.name), 'UTF8')), 'hex')
       from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
-    (select string_agg(t.oid || ' ' || t.xmin, ',' order by t.oid) from pg_type t where pg_my_temp_schema() <> 0 and t.typnamespace = pg_my_temp_schema()),
+    -- (By the dependencies of the schema, which have an index: pg_type may be large.)
+    (select string_agg(t.oid || ' ' || t.xmin, ',' order by t.oid)
+     from pg_depend d join pg_class c on c.oid = d.objid join pg_type t on t.oid = c.reltype
+     where d.refclassid = 'pg_namespace'::regclass and d.refobjid = pg_my_temp_schema() and d.classid = 'pg_class'::regclass),
     array_to_string(rekey._prepared(), ',')];
 end
 $$;
@@ -2670,16 +2701,21 @@ comment on function rekey._forget_prepared is 'Drops the prepared statements tha
 
 -- Row triggers are queued by changes of rows, and by nothing else. So where firing all that is queued changes no row,
 -- nothing is queued any more, and nothing is left for COMMIT, where it would run as the worker.
-create or replace function rekey._changes() returns bigint
+-- Who changes a row of a relation holds such a lock on it until the transaction ends. The counts have a part of earlier
+-- transactions that was not reported yet: they tell by being compared.
+create or replace function rekey._changes() returns text
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select sum(pg_stat_get_xact_tuples_inserted(c.oid) + pg_stat_get_xact_tuples_updated(c.oid) + pg_stat_get_xact_tuples_deleted(c.oid))::bigint
-  from pg_class c where c.relkind = 'r';
+  select coalesce(string_agg(format('%s %s', c.oid,
+    pg_stat_get_xact_tuples_inserted(c.oid) + pg_stat_get_xact_tuples_updated(c.oid) + pg_stat_get_xact_tuples_deleted(c.oid)), ',' order by c.oid), '')
+  from (select distinct l.relation as oid from pg_locks l
+        where l.pid = pg_backend_pid() and l.locktype = 'relation'
+          and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')) c;
 end;
-comment on function rekey._changes is 'How many rows this transaction has changed.';
+comment on function rekey._changes is 'The relations that this transaction may have changed rows of, and of how many it has.';
 
-create or replace function rekey._refuse_changes(before bigint) returns void
+create or replace function rekey._refuse_changes(before text) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -2687,7 +2723,7 @@ begin
   if current_setting('track_counts') = 'off' then
     raise exception 'track_counts is off: what the triggers of a table do cannot be checked' using errcode = 'RK005',
       hint = 'Set track_counts to on.';
-  elsif rekey._changes() <> before then
+  elsif rekey._changes() is distinct from before then
     raise exception 'code of the table changed rows where it may not, or queued triggers for the end of the transaction' using errcode = 'RK005',
       hint = 'A trigger that is deferred may not defer others: at COMMIT they would run as whoever works on the rotation.';
   end if;
@@ -2705,7 +2741,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
@@ -2737,7 +2773,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_scan does not run as rekey_sweeper' using errcode = 'RK005',
@@ -2767,7 +2803,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_read does not run as rekey_sweeper' using errcode = 'RK005',
@@ -2795,7 +2831,7 @@ as $$
 declare
   v_count bigint;
   v_state text[];
-  v_changes bigint;
+  v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_write does not run as rekey_sweeper' using errcode = 'RK005',
@@ -2961,24 +2997,35 @@ $$;
 comment on function rekey._count_rows is
   'Counts every target that is not blocked by keyring and version, in the snapshot of the caller''s statement; keyring NULL: values that are no envelopes.';
 
-create or replace function rekey._blocked_targets() returns jsonb
+-- A blocked target may hold rows of the keyring that it is registered with, and of those that its last complete count saw.
+-- Only rows that opened were counted there: whoever owns a table can write any header into it, and would block others by it.
+create or replace function rekey._blocked_targets(keyrings integer[] = null) returns jsonb
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
     select jsonb_agg(jsonb_build_object('target', t.target, 'why', t.problem) order by t.target)
-    from rekey._targets() t where t.problem is not null);
+    from rekey._targets() t
+    left join rekey.protected_columns c on c.label = t.target
+    where t.problem is not null and (keyrings is null or c.id is null or rekey._may_hold(c, keyrings)));
 end
 $$;
-comment on function rekey._blocked_targets is 'The targets that cannot be read or counted now, and why; NULL: none.';
+comment on function rekey._blocked_targets is
+  'The targets that cannot be read or counted now, and why; NULL: none. keyrings: only those that may hold rows of one of these; NULL: all.';
 
-create or replace function rekey._refuse_blocked() returns void
+create or replace function rekey._may_hold(protected rekey.protected_columns, keyrings integer[]) returns boolean
+language sql stable
+return protected.seen is null or protected.keyring_id = any (keyrings)
+  or exists (select from jsonb_each_text(protected.seen) s where s.key::integer = any (keyrings) and s.value::bigint > 0);
+comment on function rekey._may_hold is 'Whether a protected column may hold rows of these keyrings: its own, and those that its last complete count saw.';
+
+create or replace function rekey._refuse_blocked(keyrings integer[] = null) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_blocked jsonb := rekey._blocked_targets();
+  v_blocked jsonb := rekey._blocked_targets(keyrings);
 begin
   if v_blocked is not null then
     raise exception '% is blocked: %', v_blocked -> 0 ->> 'target', v_blocked -> 0 ->> 'why' using errcode = 'RK005',
@@ -2986,7 +3033,8 @@ begin
   end if;
 end
 $$;
-comment on function rekey._refuse_blocked is 'RK005 where a target is blocked: what cannot be counted is never taken for empty.';
+comment on function rekey._refuse_blocked is
+  'RK005 where a target is blocked that may hold rows of these keyrings, NULL: of any: what cannot be counted is never taken for empty.';
 
 -- The functions of the targets are looked at before and after they are called, each time as they are at that moment: what
 -- an owner changes in between has no effect. After the call, its locks keep the tables from being changed.
@@ -3218,7 +3266,133 @@ begin atomic
 end;
 comment on function rekey._column_shape is 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
 
-create or replace function rekey._note_names() returns void
+create or replace function rekey._home() returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return format('%s/%s', coalesce(rekey._system_identifier(), 0), (select d.oid from pg_database d where d.datname = current_database()));
+end
+$$;
+comment on function rekey._home is 'In which cluster and database an oid is good.';
+
+create or replace function rekey._relations_here(relation regclass) returns setof regclass
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
+    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
+  elsif relation is not null then
+    return next relation;
+  end if;
+end
+$$;
+comment on function rekey._relations_here is 'The relations of a table that have rows in this database: itself, or the leaves of its partitions.';
+
+-- The usual rebuild of a table is a new one, a copy, and an exchange of names; that of a column too. The registration stays
+-- with the old one then, and every row of the new one would be passed by.
+create or replace function rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('%s.%I', c.oid::regclass, a.attname)
+  from (values (parse_ident(protected.relation_name) || protected.column_name::text), (parse_ident(protected.label))) as n(names)
+  join pg_class c on c.relname = n.names[2] and c.relkind in ('r', 'p', 'f', 'm')
+  join pg_namespace s on s.oid = c.relnamespace and s.nspname = n.names[1]
+  join pg_attribute a on a.attrelid = c.oid and a.attname = n.names[3] and a.attnum > 0 and not a.attisdropped
+  where (c.oid, a.attnum) is distinct from (_namesake.relation::oid, _namesake.attnum)
+    and not exists (select from rekey._column_relations r where r.column_id = protected.id and r.relation = c.oid and r.attnum = a.attnum and r.home = rekey._home() and r.settled)
+  limit 1;
+end;
+comment on function rekey._namesake is 'Another column than this one, of this table or another, that has the name noted of a protected column, or that of its label; NULL: there is none, or it is settled.';
+
+create or replace function rekey._lost_part(protected rekey.protected_columns, relation regclass) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select c.oid::regclass::text
+  from rekey._column_relations r
+  join pg_class c on c.oid = r.relation
+  where r.column_id = protected.id and r.attnum = 0 and not r.settled and r.home = rekey._home()
+    and not exists (select from rekey._relations_here(_lost_part.relation) as t(oid) where t.oid = r.relation)
+  limit 1;
+end;
+comment on function rekey._lost_part is 'A relation that held values of a protected column, is still there, and is no part of its table any more; NULL: there is none.';
+
+create or replace function rekey._rival(protected rekey.protected_columns, relation regclass) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select o.label
+  from (
+    select t.oid from rekey._relations_here(_rival.relation) as t(oid) where t.oid <> _rival.relation
+    union all
+    select a.relid from pg_partition_ancestors(_rival.relation) a where a.relid <> _rival.relation
+  ) as t
+  join pg_depend d on d.refclassid = 'pg_class'::regclass and d.refobjid = t.oid and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass
+  join pg_proc p on p.oid = d.objid and p.pronamespace = 'rekey_targets'::regnamespace
+  join rekey.protected_columns o on p.proname = 'column_' || o.id || '_guard' and o.id <> protected.id
+  limit 1;
+end;
+comment on function rekey._rival is 'Label of another protected column whose table is a partition of this one, or has it as a partition: their values would be bound to two labels. NULL: there is none.';
+
+create or replace function rekey._is_of_citus(relation regclass) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found boolean := false;
+begin
+  -- Where the library is not loaded, the shell of a distributed table counts 0: the catalog table still tells.
+  if exists (select from pg_class c where c.relname = 'pg_dist_partition' and c.relnamespace = 'pg_catalog'::regnamespace and c.relkind = 'r') then
+    if not has_table_privilege('pg_catalog.pg_dist_partition', 'select') then
+      return true;  -- unknown
+    end if;
+    execute format('select exists (select from pg_catalog.%I d where d.logicalrelid = $1)', 'pg_dist_partition') into v_found using relation;
+  end if;
+  return v_found;
+end
+$$;
+comment on function rekey._is_of_citus is 'Whether Citus distributes a table, also where it is not loaded.';
+
+create or replace function rekey._storage_problem(relation regclass) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if rekey._is_of_citus(relation) then
+    return format('%s is a table of Citus, whose rows are on other nodes: pg_rekey cannot sweep it', relation);
+  end if;
+  return (
+    select case
+      when c.relkind not in ('r', 'p') then format('%s is a foreign table: pg_rekey cannot sweep it', relation)
+      when c.relkind = 'r' and m.amname <> 'heap' then format('%s has the access method %I: pg_rekey can sweep a heap only', relation, m.amname) end
+    from pg_class c left join pg_am m on m.oid = c.relam where c.oid = relation);
+end
+$$;
+comment on function rekey._storage_problem is 'Why the rows of a table cannot be swept where they are: Citus, foreign, another access method than heap; NULL: they can.';
+
+create or replace function rekey._trigger_names(protected rekey.protected_columns) returns text[]
+language sql immutable
+return array[format('zz_pg_rekey_%s_insert', protected.id), format('zz_pg_rekey_%s_update', protected.id)]
+  || case when protected.encrypt_on_write then array[format('zz_pg_rekey_%s', protected.id)] else '{}'::text[] end;
+comment on function rekey._trigger_names is 'The triggers of a protected column: those that keep envelopes of versions out that are about to be destroyed, and the one that encrypts.';
+
+create or replace function rekey._trigger_problem(protected rekey.protected_columns, relation regclass) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('the trigger %I of %s is off, or was dropped', n.name, t.relation::regclass)
+  from (select relation as relation union select h from rekey._relations_here(_trigger_problem.relation) h) as t
+  cross join lateral unnest(rekey._trigger_names(protected)) as n(name)
+  where not exists (select from pg_trigger g where g.tgrelid = t.relation and g.tgname = n.name and g.tgenabled in ('A', 'O'))
+  limit 1;
+end;
+comment on function rekey._trigger_problem is 'Which trigger of a protected column does not fire, on which relation; NULL: all do.';
+
+-- A name is noted anew only where nothing else has taken it, so that a rebuilt table is not lost sight of.
+create or replace function rekey._note_names(only_id integer = null) returns void
 language sql volatile
 set search_path = pg_catalog, pg_temp
 set quote_all_identifiers = off  -- as rekey._register_column()
@@ -3233,10 +3407,20 @@ begin atomic
     join pg_namespace s on s.oid = r.relnamespace
     cross join lateral unnest(p.places) with ordinality as l(place, rank)
     join pg_attribute a on a.attrelid = h.relation and a.attnum = h.attnums[l.place]
+    where (only_id is null or p.id = only_id) and rekey._namesake(p, h.relation, h.attnums[p.places[1]]) is null
     group by p.id, s.nspname, r.relname) n
   where n.id = c.id and (c.relation_name, c.column_name, c.context_columns) is distinct from (n.relation_name, n.names[1], n.names[2:]);
+
+  insert into rekey._column_relations (column_id, relation, attnum, relation_name, home, settled)
+  select p.id, t.relation, 0, t.relation::regclass::text, rekey._home(), false
+  from rekey.protected_columns p
+  cross join lateral rekey._column_shape(p.id) h
+  cross join lateral rekey._relations_here(h.relation) as t(relation)
+  where (only_id is null or p.id = only_id)
+    and not exists (select from rekey._column_relations r where r.column_id = p.id and r.relation = t.relation and r.attnum = 0 and r.home = rekey._home() and not r.settled)
+  on conflict (column_id, relation, attnum) do update set relation_name = excluded.relation_name, home = excluded.home, settled = false;
 end;
-comment on function rekey._note_names is 'Notes what the protected columns are called now.';
+comment on function rekey._note_names is 'Notes what the protected columns, NULL: all, are called now, and which relations their tables consist of.';
 
 create or replace function rekey._column_problem(protected rekey.protected_columns) returns text
 language plpgsql stable
@@ -3245,6 +3429,7 @@ as $$
 declare
   v_shape record;
   v_table pg_class;
+  v_other text;
   v_part record;
   v_again text := format('repeat rekey.protect_column(%s) as the owner of the table',
     case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
@@ -3256,6 +3441,19 @@ begin
     return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
+  v_other := rekey._namesake(protected, v_shape.relation, v_shape.attnums[protected.places[1]]);
+  if v_other is not null then
+    return format('its name belongs to %s now, and the registration is with %s: rekey.rebind_column() with the one that holds its values, or pg-rekey columns rebind', v_other, v_shape.relation);
+  end if;
+  v_other := rekey._lost_part(protected, v_shape.relation);
+  if v_other is not null then
+    return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L)',
+      v_other, v_shape.relation, v_shape.relation, protected.column_name);
+  end if;
+  v_other := rekey._rival(protected, v_shape.relation);
+  if v_other is not null then
+    return format('its rows are those of %s too, by a partition: detach the partition, or rekey.unprotect_column() one of the two', v_other);
+  end if;
   if exists (select from pg_namespace n, aclexplode(n.nspacl) a
              where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
     return 'somebody may make functions in schema rekey_targets, where a call of rekey.protect_column() was not finished: ' || v_again;
@@ -3279,8 +3477,8 @@ begin
   loop
     if v_part.relforcerowsecurity then
       return format('FORCE ROW LEVEL SECURITY may hide rows of %s from its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', v_part.relation);
-    elsif v_part.relkind not in ('r', 'p') then
-      return format('%s is a foreign table: pg_rekey cannot sweep it', v_part.relation);
+    elsif rekey._storage_problem(v_part.relation) is not null then
+      return rekey._storage_problem(v_part.relation);
     elsif v_part.relowner <> v_table.relowner then
       return format('the partition %s has another owner than its table: ALTER TABLE %1$s OWNER TO %s', v_part.relation, v_table.relowner::regrole);
     end if;
@@ -3296,7 +3494,8 @@ begin
         and has_function_privilege('rekey_sweeper', p.oid, 'execute'))) then
     return format('its functions are not as they were made, or its table has another owner: %s', v_again);
   end if;
-  return null;
+  v_other := rekey._trigger_problem(protected, v_shape.relation);
+  return case when v_other is not null then format('%s: %s', v_other, v_again) end;
 end
 $$;
 comment on function rekey._column_problem is 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can.';
@@ -3330,11 +3529,11 @@ begin
     v_target := row(v_column.label, null, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
       rekey._column_problem(v_column));
     select s.relation into v_table from rekey._column_shape(v_column.id) s;
-    if v_target.problem is not null or (select c.relkind from pg_class c where c.oid = v_table) = 'r' then
+    if v_target.problem is not null then
       v_target.relation := v_table;
       return next v_target;
     else
-      for v_target.relation in select p.relid from pg_partition_tree(v_table) p where p.isleaf and p.relid <> v_table loop
+      for v_target.relation in select h from rekey._relations_here(v_table) h loop
         return next v_target;
       end loop;
     end if;
@@ -3399,19 +3598,22 @@ end
 $$;
 comment on function rekey._refuse_superuser is '42501 where a session of a superuser would run the code of another who owns a table.';
 
+-- (From the table to its guards: looking at every column's guard for its table takes long where there are many.)
 create or replace function rekey._column_id(relation regclass, column_name name) returns integer
-language plpgsql stable
+language sql stable
 set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return (
-    select c.id
-    from rekey.protected_columns c
-    cross join lateral rekey._column_shape(c.id) s
-    join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
-    where s.relation = _column_id.relation and a.attname = _column_id.column_name);
-end
-$$;
+begin atomic
+  select c.id
+  from (
+    select distinct substring(p.proname from '^column_(\d+)_guard$')::integer as id
+    from pg_depend d
+    join pg_proc p on p.oid = d.objid and p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ '^column_\d{1,9}_guard$'
+    where d.refclassid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass) g
+  join rekey.protected_columns c on c.id = g.id
+  cross join lateral rekey._column_shape(c.id) s
+  join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
+  where s.relation = _column_id.relation and a.attname = _column_id.column_name;
+end;
 comment on function rekey._column_id is 'The number of a protected column, by what it is called now; NULL where there is none.';
 
 create or replace function rekey._column_findings(relation regclass, attnum smallint)
@@ -3443,7 +3645,7 @@ begin atomic
     select from pg_depend d where d.objid = f.oid and d.classid = 'pg_attrdef'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum)
   union all
   select false, format('trigger %I fires for every row of a rotation', t.tgname),
-    'WHEN (current_setting(''rekey.sweeping'', true) is distinct from ''on'') lets it pass.'
+    format('WHEN (NOT rekey.is_sweeping(%L)) lets it pass.', relation)
   from pg_trigger t
   -- 16: for UPDATE
   where t.tgrelid = relation and not t.tgisinternal and t.tgtype::integer & 16 = 16 and t.tgqual is null
@@ -3481,11 +3683,16 @@ declare
 begin
   perform rekey._refuse_other_table(%7$s, tg_relid);
   perform rekey._refuse_renamed(%7$s, %8$L);
+  perform rekey._refuse_later_trigger(tg_name, tg_relid);
   if new.%1$s is null then
     return new;
   end if;
   v_context := %2$s;
   v_envelope := rekey._envelope_of(new.%1$s);
+  -- What a subscription applies was sealed, and checked, where it was written.
+  if v_envelope is not null and current_setting('session_replication_role') = 'replica' and rekey._is_of_known_version(v_envelope) then
+    return new;
+  end if;
   if tg_op = 'UPDATE' and new.%1$s = old.%1$s%9$s then
     -- A value that is not adopted yet may be encrypted by other means: the trigger does not take it for plaintext.
     if v_envelope is null or v_context = %3$s then
@@ -3496,13 +3703,16 @@ begin
     v_plaintext := %4$s;
   else
     -- An envelope that comes in must be of this row. (What a sweep writes, the engine has made of the row itself.)
-    if current_setting('rekey.sweeping', true) is distinct from 'on' then
+    if not rekey.is_sweeping(tg_relid) then
       perform rekey._refuse_foreign(v_envelope, v_context);
     end if;
     return new;
   end if;
   v_length := octet_length(v_plaintext);
-  v_sealing := rekey._sealing(%5$s, v_length);
+  v_sealing := rekey._sealing_on_write(%5$s, v_length);
+  if v_sealing.key is null then
+    return new;
+  end if;
   v_iv := rekey._random_bytes(16);
   v_aad := v_sealing.header || v_context;
   v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_plaintext, v_aad);
@@ -3518,6 +3728,132 @@ end
 $$;
 comment on function rekey._write_trigger_body is
   'Body of the trigger that encrypts a column on write. It calls the columns by name, since values must not be parameters of a statement.';
+
+-- Triggers fire in the order of their names: what changes the row after ours would have the value sealed for a row that never is.
+create or replace function rekey._later_trigger(name text, relation oid) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select t.tgname::text from pg_trigger t
+  -- 1: for each row, 2: before, 4 and 16: insert, update
+  where t.tgrelid = relation and t.tgname > _later_trigger.name::name and t.tgtype::integer & 3 = 3 and t.tgtype::integer & 20 <> 0 and t.tgenabled <> 'D'
+    and t.tgname !~ '^zz_pg_rekey_\d+(_insert|_update)?$'
+  order by t.tgname limit 1;
+end;
+comment on function rekey._later_trigger is 'A trigger of a relation that may change a row after the trigger of this name; NULL: there is none.';
+
+create or replace function rekey._refuse_later_trigger(name text, relation oid) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_later text := rekey._later_trigger(name, relation);
+begin
+  if v_later is not null then
+    raise exception 'trigger % of % may change a row after its value was sealed for it', quote_ident(v_later), relation::regclass using errcode = 'RK005',
+      hint = format('BEFORE triggers fire in the order of their names: ALTER TRIGGER %I ON %s RENAME TO a name that sorts before %s.', v_later, relation::regclass, name);
+  end if;
+end
+$$;
+comment on function rekey._refuse_later_trigger is 'RK005 where a trigger may change a row after the trigger of this name, which seals a value for it.';
+
+create or replace function rekey._is_of_known_version(envelope bytea) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return rekey._is_envelope(envelope) and exists (
+    select from rekey.encryption_keys k where k.keyring_id = rekey._int4(envelope, 3) and k.version = rekey._int4(envelope, 7) and k.state <> 'destroyed');
+end
+$$;
+comment on function rekey._is_of_known_version is 'Whether an envelope names a key version that there is.';
+
+create or replace function rekey._sealing_on_write(keyring_id integer, bytes integer) returns rekey._sealing
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_subscription text;
+begin
+  if current_setting('session_replication_role') <> 'replica' then
+    return rekey._sealing(keyring_id, bytes);
+  end if;
+  begin
+    return rekey._sealing(keyring_id, bytes);
+  exception when sqlstate 'RK001' then
+    select format('subscription %s', quote_ident(s.subname)) into v_subscription from pg_stat_subscription s where s.pid = pg_backend_pid();
+    v_subscription := coalesce(v_subscription, 'a session in the replica role');
+    if (rekey._settings()).apply_plaintext = 'pass' then
+      raise warning '% stores a plain value in a protected column: there is no KEK to seal it with', v_subscription;
+      return null;
+    end if;
+    raise exception '% brings a plain value for a protected column, and there is no KEK to seal it with', v_subscription using errcode = 'RK001',
+      hint = 'Give the server a KEK (provider file or vault), protect the column where the value comes from, or let plain values pass: rekey.set_setting(''apply_plaintext'', ''pass'').',
+      constraint = 'apply_plaintext';
+  end;
+end
+$$;
+comment on function rekey._sealing_on_write is
+  'rekey._sealing() for the trigger that encrypts. In the replica role, without the KEK: RK001 that names the subscription; or, where the setting apply_plaintext lets it pass, a warning and NULL.';
+
+-- Asked by WHEN conditions, with the rights of whoever writes. They follow a column that is renamed.
+create or replace function rekey._is_doomed(value bytea) returns boolean
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_header bytea;
+begin
+  -- An assignment: what is written may be plain, and must not become the parameter of a statement.
+  v_header := case when substr(value, 1, 3) = '\x524b01'::bytea and octet_length(value) >= 11 then substr(value, 1, 11) end;
+  if v_header is null then
+    return false;
+  end if;
+  return exists (
+    select from rekey.encryption_keys k
+    where k.state = 'destroy_scheduled' and k.keyring_id = rekey._int4(v_header, 3) and k.version = rekey._int4(v_header, 7));
+end
+$$;
+comment on function rekey._is_doomed(bytea) is 'Whether a value is an envelope of a version that is scheduled for destruction.';
+
+create or replace function rekey._is_doomed(value text) returns boolean
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_header bytea;
+begin
+  v_header := case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then decode(right(left(value, 20), -4), 'base64') end;
+  return rekey._is_doomed(v_header);
+end
+$$;
+comment on function rekey._is_doomed(text) is 'As for bytea, of the text form.';
+
+create or replace function rekey._refuse_doomed() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception 'the value stands on a key version that is scheduled for destruction' using errcode = 'RK006',
+    hint = 'Encrypt it anew. Who needs the old one cancels the destruction: rekey.cancel_key_destruction().', constraint = 'cancel_destruction';
+end
+$$;
+comment on function rekey._refuse_doomed is 'Trigger of every protected column, under the condition rekey._is_doomed(): RK006. So nothing comes to stand on a version whose destruction is scheduled.';
+
+create or replace function rekey.is_sweeping(relation regclass) returns boolean
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- The setting saves the look; it proves nothing, since anybody can make it.
+  return coalesce(current_setting('rekey.sweeping', true), '') = 'on' and exists (
+    select from rekey._sweeping s
+    where s.transaction = pg_current_xact_id_if_assigned()
+      and (s.relation = is_sweeping.relation or exists (select from pg_partition_ancestors(s.relation) a where a.relid = is_sweeping.relation)));
+end
+$$;
+comment on function rekey.is_sweeping is
+  'Whether it is a rotation that writes into this table now: for the triggers of a table that are to let it pass, WHEN (NOT rekey.is_sweeping(''schema.table'')). relation: the table; of a partition, the partitioned table will do. Nobody but a rotation can make it true. No errors.';
 
 -- The trigger runs as rekey_owner, and casts what it finds under the names of the context columns to text: on a table with a
 -- column of another type, that would be a function of whoever made the type.
@@ -3586,6 +3922,70 @@ end
 $$;
 comment on function rekey._refuse_foreign is 'RK003 where an envelope does not open in this context, RK006 where its key may not be used.';
 
+create or replace function rekey._column_statements(protected rekey.protected_columns, target regclass, attnums smallint[]) returns text[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- as rekey._register_column()
+as $$
+declare
+  v_owner name := (select pg_get_userbyid(c.relowner) from pg_class c where c.oid = target);
+  v_guard text := format('rekey_targets.column_%s_guard()', protected.id);
+  v_column text;
+  v_function regprocedure;
+  v_name name;
+  v_statements text[];
+begin
+  for v_function in
+    select p.oid::regprocedure from pg_proc p
+    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(guard|sql|count|scan|read|write)$', protected.id)
+  loop
+    execute format('drop function %s', v_function);
+  end loop;
+  -- To be given a function, a role needs CREATE on its schema, for that moment (rekey._finish_column).
+  execute format('grant usage on schema rekey_targets to %I', v_owner);
+  execute format('grant create on schema rekey_targets to %I, %I', v_owner, rekey._caller());
+  select format('%I', a.attname) into v_column from pg_attribute a where a.attrelid = target and a.attnum = attnums[protected.places[1]];
+  v_statements := array[
+    format('create function %s returns setof record language sql stable begin atomic select %s from only %s t; end', v_guard,
+      (select string_agg(format('t.%I', a.attname), ', ' order by p.rank) from unnest(protected.places) with ordinality as p(place, rank)
+       join pg_attribute a on a.attrelid = target and a.attnum = attnums[p.place]), target),
+    format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', protected.label)),
+    format('revoke all on function %s from public', v_guard),
+    format('alter function %s owner to %I', v_guard, v_owner)];
+  select v_statements || array_agg(s.statement order by b.name, s.place) into v_statements
+  from rekey._column_bodies(protected) b
+  cross join lateral (values
+    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
+          b.name, b.arguments, b.result, b.volatility, b.body)),
+    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
+    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
+    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
+  -- A sealed value goes through these too: they come after the one that seals.
+  v_statements := v_statements || array[
+    format('create or replace trigger zz_pg_rekey_%s_insert before insert on %s for each row when (rekey._is_doomed(new.%s)) execute function rekey._refuse_doomed()',
+      protected.id, target, v_column),
+    format('create or replace trigger zz_pg_rekey_%s_update before update on %s for each row when (new.%3$s is distinct from old.%3$s and rekey._is_doomed(new.%3$s)) execute function rekey._refuse_doomed()',
+      protected.id, target, v_column)];
+  if protected.encrypt_on_write then
+    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
+      protected.id, rekey._write_trigger_body(protected, target, attnums));
+    execute format('revoke all on function rekey_targets.column_%s_trigger from public', protected.id);
+    execute format('grant execute on function rekey_targets.column_%s_trigger to %I', protected.id, v_owner);
+    v_statements := v_statements || format(
+      'create or replace trigger zz_pg_rekey_%s before insert or update on %s for each row execute function rekey_targets.column_%1$s_trigger()', protected.id, target);
+  elsif exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', protected.id)) then
+    v_statements := v_statements || format('drop trigger zz_pg_rekey_%s on %s', protected.id, target);
+  end if;
+  -- In the replica role too, in which subscriptions apply what they get.
+  foreach v_name in array rekey._trigger_names(protected) loop
+    v_statements := v_statements || format('alter table %s enable always trigger %I', target, v_name);
+  end loop;
+  return v_statements;
+end
+$$;
+comment on function rekey._column_statements is
+  'Drops the functions of a protected column, and returns the statements with which the owner of the table makes them and the triggers, for this table.';
+
 -- Executable by administrators because rekey.protect_column() runs with its caller's rights.
 create or replace function rekey._register_column(
   target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, out id integer, out statements text[]
@@ -3605,7 +4005,7 @@ declare
   v_protected rekey.protected_columns;
   v_found record;
   v_name name;
-  v_guard text;
+  v_problem text;
 begin
   -- One at a time: what is lent to one caller, the end of another would take back.
   perform pg_advisory_xact_lock(0, 3);
@@ -3618,6 +4018,10 @@ begin
   if v_table.relkind not in ('r', 'p') or v_table.relpersistence = 't' or v_table.nspname ~ '^(pg_|rekey(_targets)?$|information_schema$)' then
     raise exception '% is no table whose columns can be protected', target using errcode = 'invalid_parameter_value',
       hint = 'An ordinary or partitioned table, neither temporary nor of the system.';
+  end if;
+  v_problem := (select min(rekey._storage_problem(r.relation)) from (select target as relation union select h from rekey._relations_here(target) h) r);
+  if v_problem is not null then
+    raise exception '%', v_problem using errcode = 'invalid_parameter_value', hint = 'Protect a column of a table whose rows are here.';
   end if;
   if exists (select from pg_inherits i join pg_class c on c.oid = i.inhparent where i.inhrelid = target and c.relkind = 'p') then
     raise exception '% is a partition', target using errcode = 'invalid_parameter_value', hint = 'Protect the column of the partitioned table.';
@@ -3671,6 +4075,15 @@ begin
     raise warning '%', v_found.finding using hint = v_found.advice;
   end loop;
 
+  if encrypt_on_write then
+    select rekey._later_trigger('zz_pg_rekey_', r.relation), r.relation into v_found
+    from (select target as relation union select h from rekey._relations_here(target) h) r
+    where rekey._later_trigger('zz_pg_rekey_', r.relation) is not null limit 1;
+    if found then
+      perform rekey._refuse_later_trigger('zz_pg_rekey_', v_found.relation);
+    end if;
+  end if;
+
   select array_agg(a.attnum order by a.attnum) into v_attnums
   from pg_attribute a where a.attrelid = target and a.attname = any (v_context || _register_column.column_name) and a.attnum > 0;
   -- Repeated, for the same column or after its functions were lost, it makes them anew.
@@ -3683,6 +4096,12 @@ begin
     from unnest(_register_column.column_name || v_context) with ordinality as c(name, rank)
     join pg_attribute a on a.attrelid = target and a.attname = c.name
     order by c.rank);
+  -- Whoever makes a table of that name anew must not get at the values of another.
+  if v_protected.id is not null and (rekey._column_shape(v_protected.id)).relation is null and v_protected.owner <> v_owner
+     and not (select r.rolsuper from pg_roles r where r.rolname = rekey._caller()) then
+    raise exception '%.% was protected as a column of %', target, column_name, v_protected.owner using errcode = 'insufficient_privilege',
+      hint = 'That role is to own it, or a superuser calls this.';
+  end if;
   if v_protected.id is not null and (v_protected.keyring_id <> v_keyring.id or v_protected.places <> v_places
       or (select s.attnums from rekey._column_shape(v_protected.id) s) <> v_attnums) then
     raise exception 'column %.% is protected already, in another way', target, column_name using errcode = 'RK006',
@@ -3691,13 +4110,13 @@ begin
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
     begin
-      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write)
+      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write, owner)
       values (v_protected.label, v_keyring.id, format('%I.%I', v_table.nspname, v_table.relname), _register_column.column_name, v_context, v_places,
-        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write)
+        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write, v_owner)
       returning * into v_protected;
     exception when unique_violation then
       raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
-        hint = 'See rekey.column_status.', constraint = 'columns';
+        hint = 'Where this table holds its values now: rekey.rebind_column(). See rekey.column_status.', constraint = 'rebind';
     end;
   else
     if v_protected.encrypt_on_write and not _register_column.encrypt_on_write then
@@ -3705,45 +4124,12 @@ begin
         using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.', constraint = 'encrypt_on_write';
     end if;
     update rekey.protected_columns c
-    set encrypt_on_write = _register_column.encrypt_on_write
+    set encrypt_on_write = _register_column.encrypt_on_write, owner = v_owner
     where c.id = v_protected.id returning * into v_protected;
   end if;
   id := v_protected.id;
 
-  for v_found in
-    select p.oid::regprocedure as name from pg_proc p
-    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(guard|sql|count|scan|read|write)$', id)
-  loop
-    execute format('drop function %s', v_found.name);
-  end loop;
-  -- To be given a function, a role needs CREATE on its schema, for that moment (rekey._finish_column).
-  execute format('grant usage on schema rekey_targets to %I', v_owner);
-  execute format('grant create on schema rekey_targets to %I, %I', v_owner, rekey._caller());
-  v_guard := format('rekey_targets.column_%s_guard()', id);
-  statements := array[
-    format('create function %s returns setof record language sql stable begin atomic select %s from only %s t; end', v_guard,
-      (select string_agg(format('t.%I', c.name), ', ') from unnest(_register_column.column_name || v_context) as c(name)), target),
-    format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', v_protected.label)),
-    format('revoke all on function %s from public', v_guard),
-    format('alter function %s owner to %I', v_guard, v_owner)];
-  select statements || array_agg(s.statement order by b.name, s.place) into statements
-  from rekey._column_bodies(v_protected) b
-  cross join lateral (values
-    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
-          b.name, b.arguments, b.result, b.volatility, b.body)),
-    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
-    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
-    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
-  if encrypt_on_write then
-    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
-      id, rekey._write_trigger_body(v_protected, target, v_attnums));
-    execute format('revoke all on function rekey_targets.column_%s_trigger from public', id);
-    execute format('grant execute on function rekey_targets.column_%s_trigger to %I', id, v_owner);
-    statements := statements || format(
-      'create or replace trigger zz_pg_rekey_%s before insert or update on %s for each row execute function rekey_targets.column_%1$s_trigger()', id, target);
-  elsif exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', id)) then
-    statements := statements || format('drop trigger zz_pg_rekey_%s on %s', id, target);
-  end if;
+  statements := rekey._column_statements(v_protected, target, v_attnums);
 end
 $$;
 comment on function rekey._register_column is 'What rekey.protect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
@@ -3772,7 +4158,13 @@ begin
   if v_problem is not null then
     raise exception '% cannot be protected: %', v_protected.label, v_problem using errcode = 'RK005';
   end if;
-  perform rekey._note_names();
+  perform rekey._note_names(id);
+  -- Small, and without an envelope: that is its first complete count. Else the first verification makes it.
+  if v_protected.seen is null
+     and (select coalesce(sum(pg_relation_size(t.relation)), 0) from rekey._targets(v_protected.label) t) < 33554432
+     and not exists (select from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c where c.keyring_id is not null) then
+    update rekey.protected_columns c set seen = '{}' where c.id = v_protected.id;
+  end if;
   if not v_protected.encrypt_on_write and to_regproc(format('rekey_targets.column_%s_trigger', id)) is not null then
     execute format('drop function rekey_targets.column_%s_trigger()', id);
   end if;
@@ -3852,6 +4244,7 @@ begin
     perform rekey._refuse_encrypted(v_protected);
   else
     perform rekey._refuse_superuser(target);
+    update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
@@ -3915,6 +4308,23 @@ $$;
 comment on function rekey._forget_column is 'Removes a column from the registry, with its functions. 25001: not in READ COMMITTED; RK005: envelopes are left, or it cannot be counted; RK007: there is none.';
 grant execute on function rekey._forget_column to rekey_admin;
 
+create or replace function rekey._drop_triggers(target regclass, id integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_name name;
+begin
+  for v_name in
+    select t.tgname from pg_trigger t where t.tgrelid = target and t.tgparentid = 0 and t.tgname ~ format('^zz_pg_rekey_%s(_insert|_update)?$', id)
+  loop
+    execute format('drop trigger %I on %s', v_name, target);
+  end loop;
+end
+$$;
+comment on function rekey._drop_triggers is 'Drops the triggers of a protected column, with the rights of the caller.';
+grant execute on function rekey._drop_triggers to rekey_admin;
+
 create or replace function rekey.unprotect_column(target regclass, column_name name, decrypt boolean = false) returns bigint
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -3938,6 +4348,7 @@ begin
     -- Waits for those who write, and looks again.
     execute format('lock table %s in share row exclusive mode', target);
     perform rekey._forget_column(v_released.id);
+    perform rekey._drop_triggers(target, v_released.id);
   end if;
   return v_decrypted;
 end
@@ -4064,6 +4475,270 @@ $$;
 comment on function rekey.create_decrypted_view is
   'Makes the view <table>_decrypted beside a table, or makes it anew, and returns its name: as the table, with its protected columns opened, under the rights and policies of whoever reads it (security_invoker). A value that is no envelope is shown as it is. Its readers need SELECT on view and table, and rekey_app. Each row is opened by itself: select few. RK007: the table has no protected column.';
 grant execute on function rekey.create_decrypted_view to rekey_admin;
+
+-- sql/code/53_rebind.sql
+-- A table is its name and its identity. Where the two part (a rebuild that exchanges names, a partition that is detached), the
+-- column is blocked, and this is how it goes on: the registration moves to the table that has the values now, or stays.
+
+-- What holds values of another relation's column is looked at with the rights of the caller.
+create or replace function rekey._refuse_envelopes(relation regclass, column_name name) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set row_security = off  -- an error, where a policy would hide rows
+set bytea_output = hex
+as $$
+declare
+  v_count bigint;
+begin
+  if (select c.relkind from pg_class c where c.oid = relation) in ('r', 'p', 'm') then
+    execute format('lock table %s in share row exclusive mode', relation);
+  end if;
+  -- (A cast to text may be anybody's function; an output function may not.)
+  execute format($q$select count(*) from %s t where left(format('%%s', t.%I), 12) collate "C" ~ '^(rk1:UksB|\\x524b01)'$q$, relation, column_name) into v_count;
+  if v_count > 0 then
+    raise exception '% holds % envelopes in %', relation, v_count, quote_ident(column_name) using errcode = 'RK005',
+      hint = 'They would be passed by from now on. Empty it, drop it, or attach it again; then repeat this.', constraint = 'rebind';
+  end if;
+end
+$$;
+comment on function rekey._refuse_envelopes is 'RK005 where a column of this relation holds envelopes; 42501 where the caller may not read it whole.';
+grant execute on function rekey._refuse_envelopes to rekey_admin;
+
+create or replace function rekey._find_rebind(target regclass, column_name name, label text) returns rekey.protected_columns
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off
+as $$
+declare
+  v_id integer := rekey._column_id(target, column_name);
+  v_name text := (select format('%I.%I', n.nspname, c.relname) from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target);
+  v_protected rekey.protected_columns;
+  v_old regclass;
+begin
+  perform rekey._refuse_stranger(target);
+  select * into v_protected from rekey.protected_columns c
+  where case when _find_rebind.label is not null then c.label = _find_rebind.label
+             when v_id is not null then c.id = v_id
+             else c.relation_name = v_name and c.column_name = _find_rebind.column_name or c.label = format('%s.%I', v_name, _find_rebind.column_name) end
+  order by c.relation_name = v_name desc limit 1;
+  if not found then
+    raise exception 'no protected column was called %.%', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007',
+      hint = 'Name it: rekey.rebind_column(target, column_name, label). See rekey.column_status.', constraint = 'columns';
+  end if;
+  if v_id is not null and v_id <> v_protected.id then
+    raise exception 'column %.% is protected already, as %', target, quote_ident(column_name), v_protected.label using errcode = 'RK006',
+      hint = 'See rekey.column_status.', constraint = 'columns';
+  end if;
+  v_old := (rekey._column_shape(v_protected.id)).relation;
+  -- Values that open prove no right to them: they may have been copied.
+  if v_old is not null then
+    perform rekey._refuse_stranger(v_old);
+  elsif v_protected.owner <> (select pg_get_userbyid(c.relowner) from pg_class c where c.oid = target)
+        and not (select r.rolsuper from pg_roles r where r.rolname = rekey._caller()) then
+    raise exception '% was a column of %', v_protected.label, v_protected.owner using errcode = 'insufficient_privilege',
+      hint = 'That role is to own the table, or a superuser calls this.';
+  end if;
+  return v_protected;
+end
+$$;
+comment on function rekey._find_rebind is
+  'The protected column that rekey.rebind_column() is about. 42501: the caller owns not both tables; RK006: the column is registered as another; RK007: there is none.';
+grant execute on function rekey._find_rebind to rekey_admin;
+
+create or replace function rekey._unsettled(id integer) returns table (relation regclass, column_name name)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_protected rekey.protected_columns := (select c from rekey.protected_columns c where c.id = _unsettled.id);
+  v_shape record;
+begin
+  select s.* into v_shape from rekey._column_shape(id) s;
+  return query
+    select c.oid::regclass, a.attname
+    from (values (parse_ident(v_protected.relation_name) || v_protected.column_name::text), (parse_ident(v_protected.label))) as n(names)
+    join pg_class c on c.relname = n.names[2] and c.relkind in ('r', 'p', 'f', 'm')
+    join pg_namespace s on s.oid = c.relnamespace and s.nspname = n.names[1]
+    join pg_attribute a on a.attrelid = c.oid and a.attname = n.names[3] and a.attnum > 0 and not a.attisdropped
+    where (c.oid, a.attnum) is distinct from (v_shape.relation::oid, v_shape.attnums[v_protected.places[1]])
+    union
+    select c.oid::regclass, a.attname
+    from rekey._column_relations r
+    join pg_class c on c.oid = r.relation
+    join pg_attribute a on a.attrelid = c.oid and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped
+    where r.column_id = v_protected.id and r.attnum = 0 and not r.settled and r.home = rekey._home()
+      and not exists (select from rekey._relations_here(v_shape.relation) as t(oid) where t.oid = r.relation);
+end
+$$;
+comment on function rekey._unsettled is 'The columns that may hold values of a protected column beside it: those that have its name, and those of relations that were parts of its table.';
+grant execute on function rekey._unsettled to rekey_admin;
+
+create or replace function rekey._move_column(id integer, target regclass, column_name name) returns text[]
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off
+as $$
+declare
+  v_protected rekey.protected_columns;
+  v_column pg_attribute;
+  v_attnums smallint[];
+  v_places integer[];
+begin
+  perform pg_advisory_xact_lock(0, 3);  -- as rekey._register_column()
+  perform rekey._refuse_stranger(target);
+  select * into v_protected from rekey.protected_columns c where c.id = _move_column.id for update;
+  perform rekey._find_rebind(target, column_name, v_protected.label);
+  if (select c.relkind from pg_class c where c.oid = target) not in ('r', 'p') or (select c.relispartition from pg_class c where c.oid = target) then
+    raise exception '% is no table whose columns can be protected', target using errcode = 'invalid_parameter_value',
+      hint = 'An ordinary or partitioned table, not a partition.';
+  end if;
+  select * into v_column from pg_attribute a where a.attrelid = target and a.attname = _move_column.column_name and a.attnum > 0 and not a.attisdropped;
+  if not coalesce(v_column.atttypid = any (case when v_protected.is_text then '{text,varchar}' else '{bytea}' end::regtype[]) and v_column.attgenerated = '', false) then
+    raise exception 'column %.% has not the type of %', target, quote_ident(column_name), v_protected.label using errcode = 'invalid_parameter_value',
+      hint = case when v_protected.is_text then 'It is to be text.' else 'It is to be bytea.' end;
+  end if;
+  if exists (
+       select from unnest(v_protected.context_columns) as n(name)
+       where not exists (
+         select from pg_attribute a
+         where a.attrelid = target and a.attname = n.name and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+           and a.atttypid in ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype, 'uuid'::regtype, 'text'::regtype, 'varchar'::regtype, 'boolean'::regtype))) then
+    raise exception '% lacks a context column of %: %', target, v_protected.label, array_to_string(v_protected.context_columns, ', ')
+      using errcode = 'invalid_parameter_value', hint = 'The values are bound to these columns.';
+  end if;
+  select array_agg(a.attnum order by a.attnum) into v_attnums
+  from pg_attribute a where a.attrelid = target and a.attname = any (v_protected.context_columns || _move_column.column_name) and a.attnum > 0;
+  v_places := array(
+    select array_position(v_attnums, a.attnum)
+    from unnest(_move_column.column_name || v_protected.context_columns) with ordinality as c(name, rank)
+    join pg_attribute a on a.attrelid = target and a.attname = c.name
+    order by c.rank);
+  update rekey.protected_columns c
+  set places = v_places, column_name = _move_column.column_name, owner = (select pg_get_userbyid(r.relowner) from pg_class r where r.oid = target),
+    relation_name = (select format('%I.%I', n.nspname, r.relname) from pg_class r join pg_namespace n on n.oid = r.relnamespace where r.oid = target)
+  where c.id = v_protected.id returning * into v_protected;
+  return rekey._column_statements(v_protected, target, v_attnums);
+end
+$$;
+comment on function rekey._move_column is
+  'Moves the registration of a protected column to another table, as far as rekey_owner does it; returns what the owner of the table has to run. 22023: type or context columns do not fit; 42501, RK006: as rekey._find_rebind().';
+grant execute on function rekey._move_column to rekey_admin;
+
+create or replace function rekey._finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]) returns text
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_protected rekey.protected_columns;
+  v_relation regclass := (rekey._column_shape(id)).relation;
+  v_failed bigint;
+begin
+  perform rekey._refuse_stranger(v_relation);
+  select * into v_protected from rekey.protected_columns c where c.id = _finish_rebind.id for update;
+  -- Settled here, and not where it was found: what is in use elsewhere stays so.
+  insert into rekey._column_relations (column_id, relation, attnum, relation_name, home, settled)
+  select v_protected.id, s.relation, k.attnum, s.relation::text, rekey._home(), true
+  from unnest(settled, settled_columns) as s(relation, column_name)
+  join pg_attribute a on a.attrelid = s.relation and a.attname = s.column_name
+  cross join lateral (values (0::smallint), (a.attnum)) as k(attnum)
+  where k.attnum > 0 or not exists (select from rekey._relations_here(v_relation) h where h = s.relation)
+  on conflict (column_id, relation, attnum) do update set relation_name = excluded.relation_name, home = excluded.home, settled = true;
+  perform rekey._finish_column(id);
+  select sum(o.failed) into v_failed from rekey._open_target(v_protected.label) o;
+  if v_failed > 0 then
+    raise exception '% rows of % do not open under the label %', v_failed, v_relation, v_protected.label using errcode = 'RK003',
+      hint = 'They belong to other rows, or to another column: copy the values with the columns that they are bound to.';
+  end if;
+  -- Whoever rebinds a column that was emptied says that it was to be.
+  update rekey.protected_columns c
+  set seen = coalesce((
+    select jsonb_object_agg(s.key, coalesce(o.rows, 0))
+    from jsonb_object_keys(c.seen) as s(key)
+    left join (select n.keyring_id, sum(n.rows) as rows from rekey._open_target(v_protected.label) n group by n.keyring_id) o on o.keyring_id = s.key::integer), '{}')
+  where c.id = v_protected.id and c.seen is not null;
+  perform rekey._audit('column.rebound', rekey._keyring_name(v_protected.keyring_id), details => jsonb_strip_nulls(jsonb_build_object(
+    'column', v_protected.label, 'from', from_relation, 'to', v_relation::text, 'settled', (select jsonb_agg(s.relation::text) from unnest(settled) as s(relation)))));
+  return v_protected.label;
+end
+$$;
+comment on function rekey._finish_rebind is
+  'Checks that every value of a rebound column opens, and notes what was settled. RK003: one does not open; RK005: the column is blocked still.';
+grant execute on function rekey._finish_rebind to rekey_admin;
+
+create or replace function rekey._open_target(label text) returns table (keyring_id integer, version integer, rows bigint, failed bigint)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_target rekey._target;
+  v_from tid;
+  v_found record;
+begin
+  for v_target in select t.* from rekey._targets(label) t loop
+    perform rekey._refuse_problem(label, v_target.problem);
+    v_from := '(0,0)';
+    while v_from is not null loop
+      select s.* into v_found from rekey._call_scan(v_target.function_name, v_target.relation, v_from, '(4294967294,0)', null, null, 4000, 2097152) s;
+      if v_found.rows is not null then
+        return query
+          select rekey._int4(h.header, 3), rekey._int4(h.header, 7), h.rows, coalesce(cardinality(c.failed_places), 0)::bigint
+          from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_found.ciphertexts) as u(ciphertext) group by 1) h
+          left join rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c on c.header = h.header;
+      end if;
+      v_from := rekey._next_row(v_found.next);
+    end loop;
+  end loop;
+end
+$$;
+comment on function rekey._open_target is 'Opens every envelope of a protected column, in batches: how many there are of each version, and how many do not open. A version may come in several rows.';
+
+create or replace function rekey.rebind_column(target regclass, column_name name, label text = null) returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off
+as $$
+declare
+  v_protected rekey.protected_columns := rekey._find_rebind(target, column_name, label);
+  v_old regclass := (select s.relation from rekey.column_status s where s.label = v_protected.label);
+  v_old_column name := (select s.column_name from rekey.column_status s where s.label = v_protected.label);
+  v_stays boolean := v_old = target and v_old_column = rebind_column.column_name;
+  v_statement text;
+  v_other record;
+  v_settled regclass[];
+  v_settled_columns name[];
+  v_view text;
+begin
+  execute format('lock table %s in share row exclusive mode', target);
+  if not v_stays then
+    if v_old is not null then
+      perform rekey._refuse_envelopes(v_old, v_old_column);
+      if v_old <> target then
+        perform rekey._drop_triggers(v_old, v_protected.id);
+      end if;
+    end if;
+    foreach v_statement in array rekey._move_column(v_protected.id, target, column_name) loop
+      execute v_statement;
+    end loop;
+  end if;
+  for v_other in select u.relation, u.column_name from rekey._unsettled(v_protected.id) u loop
+    perform rekey._refuse_envelopes(v_other.relation, v_other.column_name);
+    v_settled := v_settled || v_other.relation;
+    v_settled_columns := v_settled_columns || v_other.column_name;
+  end loop;
+  perform rekey._finish_rebind(v_protected.id, case when not v_stays then coalesce(v_old::text, v_protected.relation_name) end, v_settled, v_settled_columns);
+  select format('%I.%I', n.nspname, v.relname) into v_view
+  from pg_class c join pg_namespace n on n.oid = c.relnamespace
+  join pg_class v on v.relnamespace = c.relnamespace and v.relkind = 'v' and v.relname = c.relname || '_decrypted'
+  where c.oid = target and not v_stays;
+  if v_view is not null then
+    perform rekey.create_decrypted_view(target);
+  end if;
+  return v_protected.label;
+end
+$$;
+comment on function rekey.rebind_column is
+  'Goes on after a table was rebuilt, or lost a partition: binds a protected column to the table and column that hold its values now, with its functions, triggers and decrypted view, and returns its label. Named as it is registered, it stays there: that confirms that what has its name, what was a part of it, or where its rows are gone, is as it should be. label: which protected column, where the names do not tell. The caller owns the old and the new table, as a member of rekey_admin; where the old one was dropped, the new one has the owner that it had; or is a superuser. Every value is opened, and the table is locked against writers meanwhile. 22023: type or context columns do not fit; 42501: not the owner; RK001: KEK; RK003: a value does not open under the label; RK005: the old table, or another that has its name, holds envelopes still; RK006: protected as another column; RK007: no such protected column.';
+grant execute on function rekey.rebind_column to rekey_admin;
 
 -- sql/code/54_find.sql
 -- Where envelopes are, and what was forgotten: envelopes in columns that are not protected, and columns that sound like
@@ -4895,13 +5570,15 @@ begin
     return 0;
   end if;
   perform set_config('rekey.sweeping', 'on', true);
+  insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
   v_count := rekey._call_write(target.function_name, relation, v_rows, v_ciphertexts);
+  delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
   if v_count is distinct from cardinality(v_rows)::bigint then
     raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(v_rows) - coalesce(v_count, 0),
       cardinality(v_rows), relation using errcode = 'RK005',
-      hint = 'Let the trigger pass by what pg_rekey does: WHEN (current_setting(''rekey.sweeping'', true) is distinct from ''on'').';
+      hint = format('Let the trigger pass by what pg_rekey does: WHEN (NOT rekey.is_sweeping(%L)).', relation);
   end if;
   if rekey._guarded_settings() <> v_settings then
     raise exception 'a trigger of % changed who acts in this session', relation using errcode = 'RK005',
@@ -5477,7 +6154,7 @@ declare
   v_state text;
   v_locked oid[];
 begin
-  perform rekey._refuse_blocked();
+  perform rekey._refuse_blocked(keyrings);
   v_state := rekey._target_state();
   v_locked := rekey._lock_targets();
   -- One statement, one snapshot: no row escapes by moving.
@@ -5488,7 +6165,7 @@ begin
       select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
       from rekey._count_rows(keyrings) c where c.keyring_id is not null;
   end if;
-  perform rekey._refuse_blocked();
+  perform rekey._refuse_blocked(keyrings);
   if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
     raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
@@ -5630,6 +6307,108 @@ $$;
 comment on function rekey._verify_batch is
   'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, or the relation is not as the verification found it, it leaves them to the last step.';
 
+-- To be taken for what it is, or for a table whose rows something hides: whoever emptied it says so.
+create or replace function rekey._emptied(counted jsonb, keyrings integer[]) returns jsonb
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select jsonb_object_agg(e.keyring_id, e.targets)
+  from (
+    select s.key as keyring_id, jsonb_agg(jsonb_build_object('target', c.label, 'why', format(
+      'it held %s rows of the keyring at the last complete count, and holds none now: rekey.rebind_column(%L, %L), or pg-rekey columns rebind, confirms that',
+      s.value, c.relation_name, c.column_name)) order by c.label) as targets
+    from rekey.protected_columns c
+    cross join lateral jsonb_each_text(c.seen) s
+    where s.value::bigint >= 1000 and s.key::integer = any (keyrings)
+      and not exists (select from jsonb_to_recordset(counted) as f(target text, keyring_id integer, rows bigint)
+                      where f.target = c.label and f.keyring_id = s.key::integer and f.rows > 0)
+    group by s.key) e;
+end;
+comment on function rekey._emptied is
+  'By keyring, the protected columns that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
+
+create or replace function rekey._note_seen(counted jsonb, keyrings integer[]) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_column rekey.protected_columns;
+  v_others integer[];
+begin
+  if keyrings = '{}' then
+    return;
+  end if;
+  for v_column in select c.* from rekey.protected_columns c where rekey._column_problem(c) is null order by c.id loop
+    -- The first complete count: of the other keyrings that stand there, those of which a row opens.
+    if v_column.seen is null then
+      select array_agg(distinct c.keyring_id) into v_others
+      from rekey._targets(v_column.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+      where c.keyring_id <> all (keyrings);
+      v_column.seen := coalesce((select jsonb_object_agg(o.id, 1) from unnest(v_others) as o(id) where rekey._any_opens(v_column.label, o.id)), '{}');
+    end if;
+    v_column.seen := v_column.seen || coalesce((
+      select jsonb_object_agg(k.id, coalesce(f.opened, 0))
+      from unnest(keyrings) as k(id)
+      left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = v_column.label and f.keyring_id = k.id
+      where f.opened > 0 or v_column.seen ? k.id::text), '{}');
+    update rekey.protected_columns c set seen = v_column.seen where c.id = v_column.id and c.seen is distinct from v_column.seen;
+  end loop;
+end
+$$;
+comment on function rekey._note_seen is
+  'Notes how many rows of these keyrings a complete count saw in each protected column. counted: objects with target, keyring_id, opened.';
+
+create or replace function rekey._any_opens(label text, keyring_id integer) returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_target rekey._target;
+  v_from tid;
+  v_found record;
+begin
+  for v_target in select t.* from rekey._targets(label) t loop
+    v_from := '(0,0)';
+    while v_from is not null loop
+      select s.* into v_found from rekey._call_scan(v_target.function_name, v_target.relation, v_from, '(4294967294,0)', array[keyring_id], null, 1000, 2097152) s;
+      if v_found.rows is not null and cardinality(v_found.rows) > (
+           select coalesce(sum(cardinality(c.failed_places)), 0) from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c) then
+        return true;
+      end if;
+      v_from := rekey._next_row(v_found.next);
+    end loop;
+  end loop;
+  return false;
+end
+$$;
+comment on function rekey._any_opens is 'Whether a protected column holds a value of this keyring that opens.';
+
+-- What cannot be counted is not complete. The rotations of other keyrings go on.
+create or replace function rekey._hold_blocked(rotations bigint[]) returns jsonb
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_blocked jsonb := rekey._blocked_targets((select array_agg(r.keyring_id) from rekey.rotations r where r.id = any (rotations)));
+begin
+  if v_blocked is null then
+    return null;
+  end if;
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  update rekey.rotations r
+  set blocked_by = b.blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
+  from (
+    select o.id, (
+      select jsonb_agg(t.value order by t.value ->> 'target') from jsonb_array_elements(v_blocked) t
+      left join rekey.protected_columns c on c.label = t.value ->> 'target'
+      where c.id is null or rekey._may_hold(c, array[o.keyring_id])) as blocked
+    from rekey.rotations o where o.id = any (rotations)) b
+  where r.id = b.id and b.blocked is not null and r.state = 'verifying';
+  return v_blocked;
+end
+$$;
+comment on function rekey._hold_blocked is 'Has the rotations wait that a blocked target may hold rows of; returns which targets these are, NULL: none.';
+
 create or replace function rekey._verify(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -5647,6 +6426,8 @@ declare
   v_completed bigint[] := '{}'::bigint[];
   v_blocked jsonb;
   v_adoptions jsonb;
+  v_seen jsonb;
+  v_emptied jsonb;
 begin
   -- Those that begin a verification together, else those of one whose chunks are done.
   select array_agg(r.id), array_agg(r.keyring_id), r.verification_id into v_ids, v_keyrings, v_verification
@@ -5660,17 +6441,16 @@ begin
     return;
   end if;
   rows := 0;
-  v_blocked := rekey._blocked_targets();
+  v_blocked := rekey._hold_blocked(v_ids);
   if v_blocked is not null then
-    -- What cannot be counted is not complete.
-    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
-    update rekey.rotations r
-    set blocked_by = v_blocked, blocked_since = coalesce(r.blocked_since, now()), next_attempt_at = clock_timestamp() + interval '10 seconds'
-    where r.id = any (v_ids) and r.state = 'verifying';
-    event := 'blocked';
-    keyring_count := cardinality(v_ids);
-    detail := jsonb_build_object('rotations', v_ids[1:20], 'targets', v_blocked);
-    return;
+    select array_agg(r.id), array_agg(r.keyring_id) into v_ids, v_keyrings
+    from rekey.rotations r where r.id = any (v_ids) and r.state = 'verifying' and rekey._is_due(r.next_attempt_at);
+    if v_ids is null then
+      event := 'blocked';
+      keyring_count := 0;
+      detail := jsonb_build_object('targets', v_blocked);
+      return;
+    end if;
   end if;
   begin
     if v_verification is null then
@@ -5692,7 +6472,11 @@ begin
       join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
       group by c.keyring_id
     )
-    select jsonb_agg(to_jsonb(s)) into v_results from summed s;
+    select (select jsonb_agg(to_jsonb(s)) from summed s),
+      (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
+        select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c group by c.target, c.keyring_id) t)
+    into v_results, v_seen;
+    v_emptied := rekey._emptied(v_seen, v_keyrings);
     -- Of an adoption, what is no envelope yet is behind.
     select jsonb_agg(to_jsonb(a)) into v_adoptions
     from (
@@ -5716,6 +6500,13 @@ begin
       order by r.id
     loop
       rows := rows + v_found.rows;
+      if v_emptied ? v_found.keyring_id::text then
+        update rekey.rotations r
+        set blocked_by = v_emptied -> v_found.keyring_id::text, blocked_since = coalesce(r.blocked_since, now()),
+            next_attempt_at = clock_timestamp() + interval '10 seconds'
+        where r.id = v_found.id;
+        continue;
+      end if;
       for v_failure in
         select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
         from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
@@ -5755,6 +6546,7 @@ begin
       where r.id = v_found.id;
       v_completed := v_completed || v_found.id;
     end loop;
+    perform rekey._note_seen(v_seen, array(select r.keyring_id from rekey.rotations r where r.id = any (v_completed)));
     perform rekey._clear_chunks();
     perform rekey._audit_all(coalesce((
       select jsonb_agg(jsonb_build_object('event', 'rotation.completed', 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
@@ -5823,6 +6615,7 @@ declare
 begin
   perform rekey._refuse_snapshot();
   perform rekey._refuse_needed(keyring.id, version);
+  perform rekey._refuse_blocked();
   if not rekey._barrier(keyring.id, array[version]) then
     raise exception 'version % of keyring % is in use by an open transaction', version, quote_literal(keyring.name) using errcode = 'RK005',
       hint = format('Waiting for %s', rekey._lock_holders(keyring.id, array[version]));
@@ -5964,6 +6757,7 @@ begin
     raise exception 'keyring % is in use by an open transaction', quote_literal(name) using errcode = 'RK005',
       hint = format('Waiting for %s', rekey._lock_holders(v_keyring.id, array[v_key.version]));
   end if;
+  perform rekey._refuse_blocked();
   select sum(c.rows) into v_rows from rekey._count(array[v_keyring.id], false) c;
   if v_rows > 0 then
     raise exception 'keyring % is in use: % rows', quote_literal(name), v_rows using errcode = 'RK005',
@@ -7163,6 +7957,8 @@ end
 $$;
 grant execute on function rekey._call_count, rekey._call_scan, rekey._call_read, rekey._call_write, rekey._call_tenant_check to rekey_owner;
 grant execute on function rekey._session_state, rekey._refuse_traces, rekey._prepared, rekey._changes, rekey._refuse_changes to rekey_sweeper;
+-- Conditions of triggers on users' tables, evaluated with the rights of whoever writes; what they tell is no secret.
+grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey.is_sweeping(regclass), rekey._refuse_doomed() to public;
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;

@@ -175,6 +175,26 @@ def release(connection: db.Connection, table: str, column: str, decrypt: bool) -
 
 @columns.command()
 @click.argument("table")
+@click.argument("column")
+@click.option("--label", metavar="LABEL", help="Which protected column, where the names do not tell.")
+@yes_option
+@database(unlocked=True)
+def rebind(
+    connection: db.Connection, out: Output, table: str, column: str, label: str | None, yes: bool
+) -> None:
+    """Go on after a table was rebuilt under its name, lost a partition, or was emptied.
+
+    Binds a protected column to the table that has its values now, after every one of them was opened. Named
+    as it is registered, it stays: that confirms what blocks it. Example: pg-rekey columns rebind
+    public.accounts api_key
+    """
+    confirm(connection, f"Bind the protected column to {table}.{column}?", yes)
+    name = scalar(connection, db.query("rebind column"), table, column, label)
+    out.done(f"{name} is bound to {table}.{column}", label=name, table=table, column=column)
+
+
+@columns.command()
+@click.argument("table")
 @database()
 def view(connection: db.Connection, out: Output, table: str) -> None:
     """Make the view TABLE_decrypted, which shows the rows opened, under the rights of whoever reads it."""
