@@ -620,6 +620,34 @@ class Walk(RuleBasedStateMachine):
         if code is None:
             self.store(place, text)
 
+    @move(place=nth, number=ids, plain=st.booleans(), locked=st.booleans())
+    def a_subscription_applies(self, place: int, number: str, plain: bool, locked: bool) -> None:
+        """In the replica role an envelope is taken as it comes, without KEK, and plaintext never."""
+        letters = [held for held in self.held if held.context[0] == "app.letters.v"]
+        text = said = self.text()
+        if not plain:
+            if not letters:
+                return
+            held = letters[place % len(letters)]
+            number, text, said = held.context[1], held.value, as_text(held.envelope)
+        if locked:
+            self.call(self.admin, None, "select rekey.lock()")
+            self.admin.keks = set()
+        target: Place = ("letters", "", number)
+        if not plain and self.now.state_of(held.envelope) != "destroyed":
+            code = "RK006" if self.now.state_of(held.envelope) == "destroy_scheduled" else None
+        elif plain:
+            code = "RK006" if self.now.rings["default"].retired else self.without_kek(self.admin)
+        else:
+            code = self.letter_refuses(self.admin, held, number)
+        code = code or ("55P03" if self.holder(target) else None)
+        self.call(self.admin, None, "set session_replication_role = replica")
+        self.call(self.admin, code, PUT_LETTER, number, said)
+        self.call(self.admin, None, "reset session_replication_role")
+        if code is None:
+            self.store(target, text)
+        self.admin.unlock(self.now.kek)
+
     @move(number=ids, kind=st.sampled_from(["notes", "letters"]))
     def delete_row(self, number: str, kind: str) -> None:
         place: Place = (kind, "", number)
