@@ -3937,6 +3937,40 @@ COMMENT ON FUNCTION rekey._is_service_role(caller name) IS 'Whether the caller i
 
 
 --
+-- Name: _is_trusted(name, regclass, oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_trusted(extension name, class regclass, object oid) RETURNS boolean
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_super boolean := (select r.rolsuper from pg_roles r where r.rolname = current_user);
+begin
+  return exists (
+    select from pg_extension e
+    join pg_depend d on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
+    cross join lateral (
+      select c.relowner as owner from pg_class c where d.classid = 'pg_class'::regclass and c.oid = d.objid
+      union all
+      select p.proowner from pg_proc p where d.classid = 'pg_proc'::regclass and p.oid = d.objid) o
+    where e.extname = extension and d.classid = class and d.objid = object
+      -- Who owns it can replace it. A superuser runs what superusers own; others, what belongs to who made the extension too.
+      and (o.owner = e.extowner and not v_super or (select r.rolsuper from pg_roles r where r.oid = o.owner)));
+end
+$$;
+
+
+ALTER FUNCTION rekey._is_trusted(extension name, class regclass, object oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_trusted(extension name, class regclass, object oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) IS 'Whether an extension owns a relation or function, and nobody but superusers, or who made the extension, can replace it.';
+
+
+--
 -- Name: _is_under_way(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5641,6 +5675,9 @@ declare
   v_next bytea;
 begin
   if v_settings.kek_provider = 'vault' then
+    if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
+      raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
+    end if;
     execute 'select (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1),
                     (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1 || ''_new'')'
       into v_text, v_next_text using v_settings.kek_secret_name;
@@ -5678,7 +5715,7 @@ CREATE FUNCTION rekey._prune_run_details() RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 begin
-  if to_regclass('cron.job_run_details') is not null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
       where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$, 'cron');
@@ -5695,7 +5732,7 @@ ALTER FUNCTION rekey._prune_run_details() OWNER TO rekey_owner;
 -- Name: FUNCTION _prune_run_details(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._prune_run_details() IS 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller.';
+COMMENT ON FUNCTION rekey._prune_run_details() IS 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller. Where cron.job_run_details is not pg_cron''s, or a trigger of others would fire: nothing.';
 
 
 --
@@ -8160,6 +8197,71 @@ COMMENT ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, re
 
 
 --
+-- Name: _trusted_function(name, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trusted_function(extension name, signature text) RETURNS regprocedure
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_function regprocedure := to_regprocedure(signature);
+begin
+  return case when rekey._is_trusted(extension, 'pg_proc', v_function) then v_function end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._trusted_function(extension name, signature text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trusted_function(extension name, signature text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trusted_function(extension name, signature text) IS 'The function of this signature, where it is the extension''s; NULL: there is none.';
+
+
+--
+-- Name: _trusted_relation(name, name, name, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer DEFAULT 0) RETURNS regclass
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_relation regclass;
+  v_locked regclass;
+begin
+  -- Its lock keeps the extension, and so every name of it, as it is until the transaction ends: looked at, locked, looked at again.
+  loop
+    select c.oid into v_relation
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where n.nspname = schema and c.relname = name and c.relkind in ('r', 'v') and rekey._is_trusted(extension, 'pg_class', c.oid)
+      -- Whoever has the privilege TRIGGER on a table can have his code run by who writes into it.
+      and not exists (
+        select from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+        where t.tgrelid = c.oid and not t.tgisinternal and t.tgtype::integer & events <> 0
+          and not rekey._is_trusted(extension, 'pg_proc', p.oid) and not (select r.rolsuper from pg_roles r where r.oid = p.proowner));
+    exit when v_relation is null or v_relation = v_locked;
+    execute format('lock table %s in access share mode', v_relation);
+    v_locked := v_relation;
+  end loop;
+  return v_relation;
+end
+$$;
+
+
+ALTER FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trusted_relation(extension name, schema name, name name, events integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) IS 'A table or view, locked until the transaction ends, where it is the extension''s; NULL: there is none. events: no trigger of others may fire on these (4 INSERT, 8 DELETE, 16 UPDATE; bits of pg_trigger.tgtype). 42501: the caller may not read it.';
+
+
+--
 -- Name: _unlock(bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -9020,7 +9122,7 @@ declare
   v_names text[];
   v_count bigint;
 begin
-  if to_regclass('vault.decrypted_secrets') is null then
+  if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
     raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
   end if;
   select array_agg(s.value || n.suffix) into v_names
@@ -9042,7 +9144,7 @@ ALTER FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) OWNER TO rekey_ow
 -- Name: FUNCTION adopt_vault(keyring text, tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault; and the errors of rekey.set_secret().';
+COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
 
 
 --
@@ -10962,6 +11064,11 @@ begin
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
       hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
                     current_database()), constraint = 'schedule_worker';
+  elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
+     or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
+     or rekey._trusted_function('pg_cron', 'cron.alter_job(bigint,text,text,text,text,boolean)') is null then
+    raise exception 'cron.job or its functions are not pg_cron''s, or have a trigger of somebody else''s' using errcode = 'undefined_object',
+      hint = 'Before pg_cron 1.4 there is no cron.alter_job(): update the extension. Else drop those triggers.';
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
   -- (Formatted, so that whoever checks all functions does not stumble where pg_cron is missing.)
@@ -10969,9 +11076,9 @@ begin
   execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') into v_job;
   begin
     if v_job is null then
-      execute format('select %I.schedule($1, $2, $3)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+      execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
     else
-      execute format('select %I.alter_job($1, schedule => $2, active => true)', 'cron') using v_job, v_schedule;
+      execute format('select %I.alter_job($1::bigint, $2::text, null::text, null::text, null::text, true)', 'cron') using v_job, v_schedule;
     end if;
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
@@ -10979,7 +11086,7 @@ begin
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job($1, username => $2)', 'cron') using v_job, 'rekey_worker';
+    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_job, 'rekey_worker';
   end if;
   return v_job;
 end
@@ -10992,7 +11099,7 @@ ALTER FUNCTION rekey.schedule_worker(schedule text) OWNER TO rekey_owner;
 -- Name: FUNCTION schedule_worker(schedule text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database; 22023: it does not take the schedule.';
+COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
 
 
 --
@@ -11116,14 +11223,14 @@ CREATE FUNCTION rekey.set_setting(name text, value text) RETURNS void
     AS $$
 begin
   perform rekey._store_setting(name, value);
-  if name = 'kek_provider' and value = 'vault' and to_regclass('vault.decrypted_secrets') is not null then
+  if name = 'kek_provider' and value = 'vault' and rekey._is_trusted('supabase_vault', 'pg_class', to_regclass('vault.decrypted_secrets')) then
     if not (has_schema_privilege('rekey_owner', 'vault', 'usage')
             and has_table_privilege('rekey_owner', 'vault.decrypted_secrets', 'select')) then
       grant usage on schema vault to rekey_owner;
       grant select on vault.decrypted_secrets to rekey_owner;
     end if;
     -- Supabase's view decrypts with its reader's rights.
-    if to_regprocedure('vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
+    if rekey._trusted_function('supabase_vault', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
        and not has_function_privilege('rekey_owner', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)', 'execute') then
       execute 'grant execute on function vault._crypto_aead_det_decrypt(bytea, bytea, bigint, bytea, bytea) to rekey_owner';
     end if;
@@ -11321,11 +11428,11 @@ declare
   v_count integer := 0;
   v_job bigint;
 begin
-  if to_regclass('cron.job') is null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
   for v_job in execute format($sql$ select j.jobid from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') loop
-    execute format('select %I.unschedule($1)', 'cron') using v_job;
+    execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
   return v_count > 0;
@@ -13487,6 +13594,15 @@ REVOKE ALL ON FUNCTION rekey._is_service_role(caller name) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _is_trusted(extension name, class regclass, object oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _is_under_way(state text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14247,6 +14363,24 @@ REVOKE ALL ON FUNCTION rekey._trigger_names(protected rekey.protected_columns) F
 --
 
 REVOKE ALL ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _trusted_function(extension name, signature text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trusted_function(extension name, signature text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._trusted_function(extension name, signature text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._trusted_function(extension name, signature text) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _trusted_relation(extension name, schema name, name name, events integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) TO rekey_operator;
 
 
 --

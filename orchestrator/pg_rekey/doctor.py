@@ -17,6 +17,7 @@ CHECKS = (
     "logging",
     "definer functions",
     "grants",
+    "names",
     "server version",
     "KEK",
     "worker",
@@ -104,18 +105,14 @@ def _pooler(connection: db.Connection) -> Iterator[Finding]:
         )
 
 
-def _jobs(connection: db.Connection, database: str) -> list[dict[str, Any]]:
-    return connection.execute(db.query("cron jobs"), [database]).fetchall()
-
-
 def _cron(connection: db.Connection) -> Iterator[Finding]:
     [here] = connection.execute(db.query("init")).fetchall()
     if here["pg_cron"]:
-        jobs = _jobs(connection, here["database"])
+        jobs = db.worker_jobs(connection, here["database"])
     elif here["cron_database"] not in (None, here["database"]):
         try:
             with db.connect(database=here["cron_database"]) as other:
-                jobs = _jobs(other, here["database"])
+                jobs = db.worker_jobs(other, here["database"])
         except (psycopg.OperationalError, psycopg.errors.UndefinedTable):
             return
     else:

@@ -3,8 +3,7 @@
 
 -- sql/header.sql
 -- pg_rekey 0.1.0: key rotation and online re-encryption on pgcrypto and pg_cron.
--- The whole script runs in one transaction. Early-bound function bodies find pgcrypto through the search_path
--- pinned here, wherever it is installed.
+-- The whole script runs in one transaction.
 set local search_path = pg_catalog, pg_temp;
 
 do $$
@@ -19,11 +18,6 @@ begin
   end if;
 end
 $$;
-
-select pg_catalog.set_config('search_path', pg_catalog.format('pg_catalog, %I, pg_temp', n.nspname), true)
-from pg_catalog.pg_extension e
-join pg_catalog.pg_namespace n on n.oid operator(pg_catalog.=) e.extnamespace
-where e.extname operator(pg_catalog.=) 'pgcrypto';
 
 -- sql/schema/10_roles.sql
 -- Roles belong to the whole cluster: a second database uses the ones that are there, if they are what they should be.
@@ -544,8 +538,15 @@ end
 $$;
 
 -- sql/code/10_aead.sql
--- The cipher: AEAD_AES_256_CBC_HMAC_SHA_512 of RFC 7518, 5.2.5, on pgcrypto. Nothing else calls pgcrypto's ciphers.
+-- The cipher: AEAD_AES_256_CBC_HMAC_SHA_512 of RFC 7518, 5.2.5, on pgcrypto; and all else that is pgcrypto's. Nothing else calls it.
 -- These functions are written so that the planner inlines them: key bytes then never are parameters of a statement.
+
+-- pgcrypto is found by the search path, wherever it is, here only: others may make functions in its schema. What the bodies
+-- below were bound to is looked at in the end.
+select pg_catalog.set_config('search_path', pg_catalog.format('pg_catalog, %I, pg_temp', n.nspname), true)
+from pg_catalog.pg_extension e
+join pg_catalog.pg_namespace n on n.oid operator(pg_catalog.=) e.extnamespace
+where e.extname operator(pg_catalog.=) 'pgcrypto';
 
 create or replace function rekey._refuse_lengths(key integer, iv integer, message integer) returns bytea
 language plpgsql immutable parallel safe
@@ -617,6 +618,48 @@ return case
 comment on function rekey._aead_decrypt is
   'Plaintext of what rekey._aead_encrypt sealed; NULL where the tag is wrong. 22023 for lengths that cannot be and NULL.';
 
+create or replace function rekey._fingerprint(kek bytea) returns text
+language sql immutable parallel safe
+return encode(substr(hmac('pg_rekey/v1/fingerprint'::bytea, kek, 'sha256'), 1, 16), 'hex');
+comment on function rekey._fingerprint is 'By which a KEK is recognised; tells nothing of it.';
+
+create or replace function rekey._wrapping_key(kek bytea) returns bytea
+language sql immutable parallel safe
+return hmac('pg_rekey/v1/wrap'::bytea, kek, 'sha512');
+comment on function rekey._wrapping_key is 'The 64-byte AEAD key that wraps DEKs, derived from a KEK.';
+
+create or replace function rekey._dearmor(armored text) returns bytea
+language sql immutable parallel safe
+return dearmor(armored);
+comment on function rekey._dearmor is 'pgcrypto''s dearmor(), wherever it is.';
+
+create or replace function rekey._pgp_decrypt(message bytea, passphrase text) returns bytea
+language sql immutable parallel safe
+return pgp_sym_decrypt_bytea(message, passphrase);
+comment on function rekey._pgp_decrypt is 'pgcrypto''s pgp_sym_decrypt_bytea(), wherever it is.';
+
+set local search_path = pg_catalog, pg_temp;
+do $$
+declare
+  v_stranger text;
+begin
+  select pg_describe_object(d.refclassid, d.refobjid, 0) into v_stranger
+  from pg_proc p
+  join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid <> 'pg_namespace'::regclass and d.deptype = 'n'
+  cross join lateral pg_identify_object(d.refclassid, d.refobjid, 0) o
+  where p.pronamespace = 'rekey'::regnamespace and coalesce(o.schema, '') not in ('pg_catalog', 'rekey')
+    and d.refclassid <> 'pg_language'::regclass
+    and not exists (
+      select from pg_depend m join pg_extension e on m.refclassid = 'pg_extension'::regclass and e.oid = m.refobjid and e.extname = 'pgcrypto'
+      where m.classid = d.refclassid and m.objid = d.refobjid and m.deptype = 'e')
+  limit 1;
+  if found then
+    raise exception '% is taken for one of pgcrypto', v_stranger using errcode = 'ambiguous_function',
+      hint = 'Drop it, or move pgcrypto into a schema in which nobody else may create: ALTER EXTENSION pgcrypto SET SCHEMA extensions.';
+  end if;
+end
+$$;
+
 -- sql/code/11_envelope.sql
 -- Format 1 (docs/format.md): 52 4B 01 | keyring, int4 | version, int4 | IV, 16 bytes | ciphertext | tag, 32 bytes.
 
@@ -658,6 +701,76 @@ create or replace function rekey._to_text(envelope bytea) returns text
 language sql immutable parallel safe
 return 'rk1:' || replace(encode(envelope, 'base64'), E'\n', '');
 comment on function rekey._to_text is 'The text form of an envelope.';
+
+-- sql/code/12_trusted.sql
+-- Objects of other extensions: pg_cron and the Supabase Vault. A name proves nothing, since whoever may CREATE on the database
+-- can make a schema cron or vault where they are not: what we touch there belongs to the extension, by pg_depend. And what runs
+-- is what was looked at: a function is called with the exact types of its signature, so that no overload takes its place.
+
+create or replace function rekey._is_trusted(extension name, class regclass, object oid) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_super boolean := (select r.rolsuper from pg_roles r where r.rolname = current_user);
+begin
+  return exists (
+    select from pg_extension e
+    join pg_depend d on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
+    cross join lateral (
+      select c.relowner as owner from pg_class c where d.classid = 'pg_class'::regclass and c.oid = d.objid
+      union all
+      select p.proowner from pg_proc p where d.classid = 'pg_proc'::regclass and p.oid = d.objid) o
+    where e.extname = extension and d.classid = class and d.objid = object
+      -- Who owns it can replace it. A superuser runs what superusers own; others, what belongs to who made the extension too.
+      and (o.owner = e.extowner and not v_super or (select r.rolsuper from pg_roles r where r.oid = o.owner)));
+end
+$$;
+comment on function rekey._is_trusted is 'Whether an extension owns a relation or function, and nobody but superusers, or who made the extension, can replace it.';
+-- These three say what the catalog says, and are called by functions that run with their caller's rights.
+grant execute on function rekey._is_trusted to rekey_admin, rekey_operator;
+
+create or replace function rekey._trusted_function(extension name, signature text) returns regprocedure
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_function regprocedure := to_regprocedure(signature);
+begin
+  return case when rekey._is_trusted(extension, 'pg_proc', v_function) then v_function end;
+end
+$$;
+comment on function rekey._trusted_function is 'The function of this signature, where it is the extension''s; NULL: there is none.';
+grant execute on function rekey._trusted_function to rekey_admin, rekey_operator;
+
+create or replace function rekey._trusted_relation(extension name, schema name, name name, events integer = 0) returns regclass
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_relation regclass;
+  v_locked regclass;
+begin
+  -- Its lock keeps the extension, and so every name of it, as it is until the transaction ends: looked at, locked, looked at again.
+  loop
+    select c.oid into v_relation
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where n.nspname = schema and c.relname = name and c.relkind in ('r', 'v') and rekey._is_trusted(extension, 'pg_class', c.oid)
+      -- Whoever has the privilege TRIGGER on a table can have his code run by who writes into it.
+      and not exists (
+        select from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+        where t.tgrelid = c.oid and not t.tgisinternal and t.tgtype::integer & events <> 0
+          and not rekey._is_trusted(extension, 'pg_proc', p.oid) and not (select r.rolsuper from pg_roles r where r.oid = p.proowner));
+    exit when v_relation is null or v_relation = v_locked;
+    execute format('lock table %s in access share mode', v_relation);
+    v_locked := v_relation;
+  end loop;
+  return v_relation;
+end
+$$;
+comment on function rekey._trusted_relation is
+  'A table or view, locked until the transaction ends, where it is the extension''s; NULL: there is none. events: no trigger of others may fire on these (4 INSERT, 8 DELETE, 16 UPDATE; bits of pg_trigger.tgtype). 42501: the caller may not read it.';
+grant execute on function rekey._trusted_relation to rekey_admin, rekey_operator;
 
 -- sql/code/20_audit.sql
 -- The audit log: a hash chain. Its head is locked last in a transaction, and briefly.
@@ -1170,14 +1283,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform rekey._store_setting(name, value);
-  if name = 'kek_provider' and value = 'vault' and to_regclass('vault.decrypted_secrets') is not null then
+  if name = 'kek_provider' and value = 'vault' and rekey._is_trusted('supabase_vault', 'pg_class', to_regclass('vault.decrypted_secrets')) then
     if not (has_schema_privilege('rekey_owner', 'vault', 'usage')
             and has_table_privilege('rekey_owner', 'vault.decrypted_secrets', 'select')) then
       grant usage on schema vault to rekey_owner;
       grant select on vault.decrypted_secrets to rekey_owner;
     end if;
     -- Supabase's view decrypts with its reader's rights.
-    if to_regprocedure('vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
+    if rekey._trusted_function('supabase_vault', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
        and not has_function_privilege('rekey_owner', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)', 'execute') then
       execute 'grant execute on function vault._crypto_aead_det_decrypt(bytea, bytea, bigint, bytea, bytea) to rekey_owner';
     end if;
@@ -1206,16 +1319,6 @@ grant select on rekey.setting_status to rekey_admin, rekey_operator, rekey_audit
 -- Key bytes go through plain assignments of expressions that the planner can inline, with variables as arguments: a
 -- statement's parameters, and those of a function that is not inlined, can be logged.
 -- The key-encryption key: how a session brings it, where else it may be read, and what it derives.
-
-create or replace function rekey._fingerprint(kek bytea) returns text
-language sql immutable parallel safe
-return encode(substr(hmac('pg_rekey/v1/fingerprint'::bytea, kek, 'sha256'), 1, 16), 'hex');
-comment on function rekey._fingerprint is 'By which a KEK is recognised; tells nothing of it.';
-
-create or replace function rekey._wrapping_key(kek bytea) returns bytea
-language sql immutable parallel safe
-return hmac('pg_rekey/v1/wrap'::bytea, kek, 'sha512');
-comment on function rekey._wrapping_key is 'The 64-byte AEAD key that wraps DEKs, derived from a KEK.';
 
 -- backend_start would say more than the postmaster's start, but is hidden from a role that may not see other sessions.
 create or replace function rekey._session_aad(scope text) returns bytea
@@ -1402,6 +1505,9 @@ declare
   v_next bytea;
 begin
   if v_settings.kek_provider = 'vault' then
+    if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
+      raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
+    end if;
     execute 'select (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1),
                     (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1 || ''_new'')'
       into v_text, v_next_text using v_settings.kek_secret_name;
@@ -6900,16 +7006,6 @@ end
 $$;
 comment on function rekey._open_pgp is 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
 
-create or replace function rekey._dearmor(armored text) returns bytea
-language sql immutable parallel safe
-return dearmor(armored);
-comment on function rekey._dearmor is 'pgcrypto''s dearmor(), wherever it is.';
-
-create or replace function rekey._pgp_decrypt(message bytea, passphrase text) returns bytea
-language sql immutable parallel safe
-return pgp_sym_decrypt_bytea(message, passphrase);
-comment on function rekey._pgp_decrypt is 'pgcrypto''s pgp_sym_decrypt_bytea(), wherever it is.';
-
 create or replace function rekey._adopt(
   "values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean
 ) returns rekey._sealed
@@ -7318,7 +7414,7 @@ declare
   v_names text[];
   v_count bigint;
 begin
-  if to_regclass('vault.decrypted_secrets') is null then
+  if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
     raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
   end if;
   select array_agg(s.value || n.suffix) into v_names
@@ -7333,7 +7429,7 @@ begin
 end
 $$;
 comment on function rekey.adopt_vault is
-  'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault; and the errors of rekey.set_secret().';
+  'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
 grant execute on function rekey.adopt_vault to rekey_admin;
 
 -- sql/code/70_schedule.sql
@@ -7548,7 +7644,7 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if to_regclass('cron.job_run_details') is not null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
       where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$, 'cron');
@@ -7557,7 +7653,7 @@ exception when insufficient_privilege then
   null;  -- somebody else's job
 end
 $$;
-comment on function rekey._prune_run_details is 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller.';
+comment on function rekey._prune_run_details is 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller. Where cron.job_run_details is not pg_cron''s, or a trigger of others would fire: nothing.';
 grant execute on function rekey._prune_run_details to rekey_operator;
 
 create or replace procedure rekey.tick()
@@ -7597,6 +7693,11 @@ begin
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
       hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
                     current_database()), constraint = 'schedule_worker';
+  elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
+     or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
+     or rekey._trusted_function('pg_cron', 'cron.alter_job(bigint,text,text,text,text,boolean)') is null then
+    raise exception 'cron.job or its functions are not pg_cron''s, or have a trigger of somebody else''s' using errcode = 'undefined_object',
+      hint = 'Before pg_cron 1.4 there is no cron.alter_job(): update the extension. Else drop those triggers.';
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
   -- (Formatted, so that whoever checks all functions does not stumble where pg_cron is missing.)
@@ -7604,9 +7705,9 @@ begin
   execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') into v_job;
   begin
     if v_job is null then
-      execute format('select %I.schedule($1, $2, $3)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+      execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
     else
-      execute format('select %I.alter_job($1, schedule => $2, active => true)', 'cron') using v_job, v_schedule;
+      execute format('select %I.alter_job($1::bigint, $2::text, null::text, null::text, null::text, true)', 'cron') using v_job, v_schedule;
     end if;
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
@@ -7614,13 +7715,13 @@ begin
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job($1, username => $2)', 'cron') using v_job, 'rekey_worker';
+    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_job, 'rekey_worker';
   end if;
   return v_job;
 end
 $$;
 comment on function rekey.schedule_worker is
-  'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database; 22023: it does not take the schedule.';
+  'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
 grant execute on function rekey.schedule_worker to rekey_admin;
 
 create or replace function rekey.unschedule_worker() returns boolean
@@ -7631,11 +7732,11 @@ declare
   v_count integer := 0;
   v_job bigint;
 begin
-  if to_regclass('cron.job') is null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
   for v_job in execute format($sql$ select j.jobid from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') loop
-    execute format('select %I.unschedule($1)', 'cron') using v_job;
+    execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
   return v_count > 0;
