@@ -14,10 +14,11 @@ from pg_rekey import kek as keks
 
 Severity = Literal["critical", "warning", "info"]
 CHECKS = (
+    "findings",
+    "row security",
     "logging",
     "definer functions",
     "grants",
-    "names",
     "server version",
     "KEK",
     "worker",
@@ -73,7 +74,12 @@ def _guarded(connection: db.Connection, name: str, check: Callable[[], list[Find
         with connection.transaction():
             return check()
     except psycopg.errors.InsufficientPrivilege:
-        return [Finding("info", f"this role may not examine: {name}", "Run it as a member of rekey_admin.")]
+        # What nobody looked at is not in order: a monitor with the wrong role must not be green.
+        who = connection.info.user
+        advice = {"pg_cron": f"GRANT USAGE ON SCHEMA cron TO {who}, or run it as a superuser."}.get(
+            name, f"Run it as a member of rekey_auditor or rekey_admin: GRANT rekey_auditor TO {who}."
+        )
+        return [Finding("warning", f"this role may not examine: {name}", advice)]
 
 
 def _environment() -> Iterator[Finding]:

@@ -211,31 +211,16 @@ where to_regclass('rekey.settings') is null
 select pg_catalog.pg_get_userbyid(n.nspowner)::pg_catalog.text as owner from pg_catalog.pg_namespace n
 where n.nspname operator(pg_catalog.=) 'rekey'
 
--- name: doctor: names
--- description: Schemas and relations that are called as those of pg_cron and the Vault, and are not theirs.
-select 'warning' as severity, format('schema %I belongs to %s, and not to the extension %s', n.nspname, pg_get_userbyid(n.nspowner), s.extension) as finding,
-  'pg_rekey passes it by. Whoever reads or calls what is in it runs the code of that role: DROP SCHEMA, or REVOKE CREATE ON DATABASE.' as advice
-from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s (schema, extension)
-join pg_namespace n on n.nspname = s.schema
-where not exists (
-  select from pg_extension e
-  where e.extname = s.extension and (e.extnamespace = n.oid or exists (
-    select from pg_depend d
-    where d.classid = 'pg_namespace'::regclass and d.objid = n.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')))
-union all
-select 'warning', format('%s of %s is in a schema of the extension %s, and not of the extension', o.name, pg_get_userbyid(o.owner), s.extension),
-  'pg_rekey passes it by. Look at what it is for, and who may CREATE in that schema.'
-from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s (schema, extension)
-join pg_namespace n on n.nspname = s.schema
-join pg_extension e on e.extname = s.extension
-join (
-  select c.relnamespace, c.oid, c.relowner, 'pg_class'::regclass, c.oid::regclass::text from pg_class c where c.relkind in ('r', 'p', 'v', 'm', 'f')
-  union all
-  select p.pronamespace, p.oid, p.proowner, 'pg_proc'::regclass, p.oid::regprocedure::text from pg_proc p
-) as o (namespace, oid, owner, class, name) on o.namespace = n.oid
-where not exists (
-  select from pg_depend d
-  where d.classid = o.class and d.objid = o.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')
+-- name: doctor: findings
+-- description: Tables, columns, sequences and rows that are not as they should be.
+select f.severity, f.finding, f.advice from rekey.findings() f
+
+-- name: doctor: row security
+-- description: Tables whose policies do not apply.
+select 'critical' as severity, format('row security of %s is off: every application reads the ciphertexts of all tenants', c.oid::regclass) as finding,
+  format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', c.oid::regclass) as advice
+from pg_class c
+where c.oid in (to_regclass('rekey.secrets'), to_regclass('rekey.keyrings')) and not c.relrowsecurity
 
 -- name: doctor: logging
 -- description: Server settings that write values of statements or parameters to a log.
@@ -337,7 +322,7 @@ from rekey.rotation_status r where r.state = 'failed'
 union all
 select 'critical', format('%s rows did not open in rotation %s of keyring %s', count(*), f.rotation_id, f.keyring),
   format('pg-rekey rotations failures %s', f.rotation_id)
-from rekey.failure_status f where f.resolved_at is null
+from rekey.failure_status f where f.resolved_at is null and f.rotation_id is not null
 group by f.rotation_id, f.keyring
 
 -- name: doctor: KEK
@@ -444,7 +429,8 @@ from rekey.adoption_preview(%s::regclass, %s, %s, %s, %s::oid::regclass, %s::tid
 
 -- name: columns
 -- description: Protected columns, and whether each can be swept.
-select * from rekey.column_status order by label
+select s.*, array(select format('%s (%s)', f.finding, f.advice) from rekey.protection_findings() f where f.label = s.label and f.kind <> 'blocked') as findings
+from rekey.column_status s order by s.label
 
 -- name: protect column
 -- description: Put a column under rotation.

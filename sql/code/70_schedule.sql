@@ -94,51 +94,6 @@ end
 $$;
 comment on function rekey._rotate_due is 'Begins the rotations whose time has come; the next one is due a cryptoperiod from now.';
 
-create or replace function rekey._census() returns void
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_keyrings integer[];
-  v_stale record;
-  v_id bigint;
-  v_events jsonb := '[]'::jsonb;
-begin
-  perform rekey._refuse_snapshot();
-  perform rekey._note_names();
-  select array_agg(distinct c.keyring_id) into v_keyrings
-  from rekey._count(null, false) c
-  join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
-  where k.state <> 'active'
-    and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
-  if v_keyrings is null then
-    update rekey._worker w set last_census_at = now() where w.singleton;
-    return;  -- and the KEK was not needed
-  end if;
-  for v_stale in
-    -- Rows that do not open are known, from the quarantine.
-    select c.keyring_id, r.name, sum(c.rows - c.failed) as rows, a.version
-    from rekey._count(v_keyrings, true) c
-    join rekey.keyrings r on r.id = c.keyring_id
-    join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
-    where c.version <> a.version
-    group by c.keyring_id, r.name, a.version
-    having sum(c.rows - c.failed) > 0
-    order by c.keyring_id
-  loop
-    perform rekey._keyring(v_stale.name, lock => true);
-    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state));
-    v_id := rekey._queue_sweep(v_stale.keyring_id, 'schedule', 'rows on an older version, found by the census');
-    v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
-      'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
-  end loop;
-  update rekey._worker w set last_census_at = now() where w.singleton;
-  perform rekey._audit_all(v_events);
-end
-$$;
-comment on function rekey._census is
-  'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep.';
-
 -- Executable by operators because rekey.tick(), which commits, runs with its caller's rights.
 create or replace function rekey._tick_duty(duty text, begun timestamptz) returns void
 language plpgsql volatile security definer
@@ -155,6 +110,7 @@ begin
     raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
   end if;
   perform rekey._refuse_snapshot();
+  perform rekey._refuse_hidden();
   select * into v_worker from rekey._worker;
   if not found then
     return;  -- not set up yet
@@ -201,7 +157,7 @@ begin
   end;
 end
 $$;
-comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been.';
+comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
 grant execute on function rekey._tick_duty to rekey_operator;
 
 create or replace function rekey._prune_run_details() returns void
