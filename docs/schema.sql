@@ -201,6 +201,7 @@ COMMENT ON TYPE rekey.verified_rows IS 'Result of rekey.verify_ciphertexts(): ro
 CREATE FUNCTION rekey._rpc_key_rotation_status() RETURNS jsonb
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_status jsonb;
@@ -266,6 +267,7 @@ COMMENT ON FUNCTION public.key_rotation_status() IS 'How rotation stands, for Po
 CREATE FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) RETURNS jsonb
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_answer jsonb;
@@ -435,6 +437,7 @@ COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rek
 CREATE FUNCTION rekey._adoption_batch(rotation_id bigint) RETURNS rekey._adoption
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation record;
@@ -500,6 +503,7 @@ COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint) IS 'One batch of a
 CREATE FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean) RETURNS rekey._adoption
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_column rekey.protected_columns;
@@ -602,6 +606,7 @@ COMMENT ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass
 CREATE FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation record;
@@ -1059,7 +1064,7 @@ CREATE TABLE rekey.audit_log (
     details jsonb DEFAULT '{}'::jsonb NOT NULL,
     prev_hash bytea NOT NULL,
     hash bytea NOT NULL,
-    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text, 'audit.pruned'::text])))
+    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'keyring.emptied'::text, 'census.found'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text, 'audit.pruned'::text])))
 );
 
 
@@ -1366,6 +1371,7 @@ COMMENT ON FUNCTION rekey._blocked_targets(keyrings integer[]) IS 'The targets t
 CREATE FUNCTION rekey._call_count(function_name name, relation regclass, keyrings integer[]) RETURNS TABLE(keyring_id integer, version integer, rows bigint)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_state text[];
@@ -1408,6 +1414,7 @@ COMMENT ON FUNCTION rekey._call_count(function_name name, relation regclass, key
 CREATE FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_state text[];
@@ -1448,6 +1455,7 @@ COMMENT ON FUNCTION rekey._call_read(function_name name, relation regclass, firs
 CREATE FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_state text[];
@@ -1488,6 +1496,7 @@ COMMENT ON FUNCTION rekey._call_scan(function_name name, relation regclass, firs
 CREATE FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_answer boolean;
@@ -1523,6 +1532,7 @@ COMMENT ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid)
 CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_count bigint;
@@ -1594,31 +1604,80 @@ CREATE FUNCTION rekey._census() RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+  v_target rekey._target;
   v_keyrings integer[];
+  v_active bytea[];
+  v_state text := rekey._target_state();
+  v_found jsonb := '[]'::jsonb;
+  v_rows jsonb := '[]'::jsonb;
   v_stale record;
   v_id bigint;
   v_events jsonb := '[]'::jsonb;
 begin
   perform rekey._refuse_snapshot();
   perform rekey._note_names();
-  select array_agg(distinct c.keyring_id) into v_keyrings
-  from rekey._count(null, false) c
-  join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
-  where k.state <> 'active'
-    and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
-  if v_keyrings is null then
-    update rekey._worker w set last_census_at = now() where w.singleton;
-    return;  -- and the KEK was not needed
+  select array_agg(rekey._header(k.keyring_id, k.version)) into v_active from rekey.encryption_keys k where k.state = 'active';
+  -- A target that cannot be counted is told of, and keeps nobody from looking at the others.
+  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
+    begin
+      -- Locked first, counted by the next statement: as rekey._lock_targets().
+      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      select array_agg(distinct c.keyring_id) into v_keyrings
+      from rekey._call_count(v_target.function_name, v_target.relation, null) c
+      where c.keyring_id is not null and not coalesce(rekey._header(c.keyring_id, c.version) = any (v_active), false)
+        and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
+      -- The few that do not open among those on an active version: where the quarantine of the census has them.
+      v_keyrings := array(
+        select unnest(v_keyrings) union
+        select q.keyring_id from rekey.rotation_failures q where q.target = v_target.target and q.rotation_id is null and q.resolved_at is null);
+      if v_keyrings <> '{}' then
+        v_rows := v_rows || coalesce((
+          select jsonb_agg(to_jsonb(c) || jsonb_build_object('target', v_target.target))
+          from rekey._census_target(v_target, v_keyrings, v_active) c), '[]');
+      end if;
+    exception
+      when sqlstate 'RK001' or sqlstate 'RK002' or sqlstate 'RK005' then
+        raise;
+      when others then
+        v_found := v_found || jsonb_build_object('kind', 'uncounted', 'severity', 'critical', 'target', v_target.target,
+          'finding', format('%s cannot be counted: %s', v_target.target, sqlerrm), 'advice', 'Read it as its owner: an index, a function or a policy of the table may be the reason.');
+    end;
+  end loop;
+  if rekey._target_state() is distinct from v_state then
+    raise exception 'a protected column was changed while its rows were counted' using errcode = 'RK005', hint = 'Try again.';
   end if;
+
+  -- What does not open, by keyring; a keyring that does not exist was made up, or is that of another database.
+  v_found := v_found || coalesce((
+    select jsonb_agg(jsonb_build_object('kind', f.kind, 'severity', 'critical', 'target', f.target, 'keyring', f.keyring, 'version', f.version, 'rows', f.rows,
+      'finding', case f.kind
+        when 'destroyed' then format('%s rows of %s stand on version %s of keyring %s, which is destroyed', f.rows, f.target, f.version, f.keyring)
+        when 'unknown' then format('%s rows of %s stand on version %s of keyring %s, which there is not', f.rows, f.target, f.version, f.keyring)
+        else format('%s rows of %s do not open: version %s of keyring %s', f.rows, f.target, f.version, f.keyring) end,
+      'advice', case f.kind
+        when 'unopenable' then '`pg-rekey rotations failures` names them. Restore them, or give them up: `pg-rekey rotations resolve`.'
+        else 'Nothing in this database opens them: restore them, or the key, from a backup. `pg-rekey rotations failures` names them.' end))
+    from (
+      select c.target, coalesce(r.name, format('no. %s', c.keyring_id)) as keyring, c.version, sum(c.failed) as rows,
+        case when k.state = 'destroyed' then 'destroyed' when k.state is null then 'unknown' else 'unopenable' end as kind
+      from jsonb_to_recordset(v_rows) as c(target text, keyring_id integer, version integer, failed bigint)
+      left join rekey.keyrings r on r.id = c.keyring_id
+      left join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
+      where c.failed > 0
+      group by 1, 2, 3, k.state) f), '[]');
+  v_found := v_found || coalesce((
+    select jsonb_agg(jsonb_build_object('kind', f.kind, 'severity', f.severity, 'target', f.target, 'keyring', f.keyring, 'version', f.version,
+      'finding', f.finding, 'advice', f.advice))
+    from rekey.findings() f where f.rows is null), '[]');
+  perform rekey._note_findings(v_found);
+
   for v_stale in
-    -- Rows that do not open are known, from the quarantine.
-    select c.keyring_id, r.name, sum(c.rows - c.failed) as rows, a.version
-    from rekey._count(v_keyrings, true) c
+    select c.keyring_id, r.name, sum(c.stale) as rows, a.version
+    from jsonb_to_recordset(v_rows) as c(keyring_id integer, stale bigint)
     join rekey.keyrings r on r.id = c.keyring_id
     join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
-    where c.version <> a.version
     group by c.keyring_id, r.name, a.version
-    having sum(c.rows - c.failed) > 0
+    having sum(c.stale) > 0
     order by c.keyring_id
   loop
     perform rekey._keyring(v_stale.name, lock => true);
@@ -1639,7 +1698,107 @@ ALTER FUNCTION rekey._census() OWNER TO rekey_owner;
 -- Name: FUNCTION _census(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep.';
+COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep; puts rows that do not open into the quarantine; and notes what else is not as it should be. The KEK is needed only where a row is not on an active version.';
+
+
+--
+-- Name: _census_target(rekey._target, integer[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[]) RETURNS TABLE(keyring_id integer, version integer, problem text, failed bigint, stale bigint)
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_from tid := '(0,0)'::tid;
+  v_found record;
+  v_batch record;
+  v_still bigint[] := '{}'::bigint[];
+  v_added jsonb := '[]'::jsonb;
+  v_counted jsonb := '[]'::jsonb;
+begin
+  while v_from is not null loop
+    select s.* into v_found from rekey._call_scan(target.function_name, target.relation, v_from, '(4294967294,0)', keyrings, null, 4000, 2097152) s;
+    if v_found.rows is not null then
+      with rows as materialized (
+        select u.place::integer as place, rekey._int4(u.header, 3) as keyring_id, rekey._int4(u.header, 7) as version, u.header = any (active) as active, u.row_key
+        from (select o.place, substr(o.ciphertext, 1, 11) as header, o.row_key
+              from unnest(v_found.ciphertexts, v_found.keys) with ordinality as o(ciphertext, row_key, place)) u
+      ), failing as materialized (
+        select f.place, f.problem
+        from rekey._check(v_found.ciphertexts, target.prefix, v_found.contexts) c
+        cross join lateral unnest(c.failed_places, c.problems) as f(place, problem)
+      ), noted as materialized (
+        -- Discarded by somebody who has seen it, or in quarantine.
+        select r.place, q.id, q.resolution
+        from rows r
+        join rekey.rotation_failures q on q.keyring_id = r.keyring_id and q.target = _census_target.target.target and q.row_key = r.row_key
+          and (q.resolved_at is null or q.resolution = 'discard' and q.version = r.version)
+      ), added as (
+        insert into rekey.rotation_failures (keyring_id, target, relation, row_key, version, reason)
+        select r.keyring_id, _census_target.target.target, _census_target.target.relation::text, r.row_key, r.version, f.problem
+        from failing f
+        join rows r on r.place = f.place
+        join rekey.keyrings k on k.id = r.keyring_id
+        where not exists (select from noted n where n.place = f.place)
+        on conflict do nothing
+        returning id, rotation_failures.keyring_id, rotation_failures.version, row_key, reason
+      )
+      select
+        (select array_agg(n.id) from noted n join failing f on f.place = n.place where n.resolution is null) as still,
+        (select jsonb_agg(to_jsonb(a)) from added a) as added,
+        (select jsonb_agg(to_jsonb(t)) from (
+          select r.keyring_id, r.version, f.problem, count(f.place) as failed, count(*) - count(f.place) as stale
+          from rows r left join failing f on f.place = r.place
+          -- What is in quarantine and opens is refused by its table; what was discarded is known.
+          where not exists (select from noted n where n.place = r.place and (n.resolution = 'discard' or f.place is null))
+            and (f.place is not null or not r.active)
+          group by r.keyring_id, r.version, f.problem) t) as counted
+      into v_batch;
+      v_still := v_still || coalesce(v_batch.still, '{}')
+        || array(select (a.value ->> 'id')::bigint from jsonb_array_elements(coalesce(v_batch.added, '[]')) a);
+      -- Five of each keyring and version are enough for the audit log.
+      v_added := (
+        select coalesce(jsonb_agg(jsonb_build_object('keyring_id', n.keyring_id, 'version', n.version, 'rows', n.rows, 'first', n.first, 'reason', n.reason)), '[]')
+        from (
+          select a.keyring_id, a.version, sum(a.rows) as rows, (jsonb_agg(a.first order by a.place) -> 0) as first, (array_agg(a.reason order by a.place))[1] as reason
+          from (
+            select (o.value ->> 'keyring_id')::integer as keyring_id, (o.value ->> 'version')::integer as version, (o.value ->> 'rows')::bigint as rows,
+              o.value -> 'first' as first, o.value ->> 'reason' as reason, 0 as place
+            from jsonb_array_elements(v_added) o
+            union all
+            select b.keyring_id, b.version, count(*), to_jsonb((array_agg(left(b.row_key, 100) order by b.id))[1:5]), (array_agg(b.reason order by b.id))[1], 1
+            from jsonb_to_recordset(coalesce(v_batch.added, '[]')) as b(id bigint, keyring_id integer, version integer, row_key text, reason text)
+            group by b.keyring_id, b.version) a
+          group by a.keyring_id, a.version) n);
+      v_counted := v_counted || coalesce(v_batch.counted, '[]');
+    end if;
+    v_from := rekey._next_row(v_found.next);
+  end loop;
+  update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
+  where q.rotation_id is null and q.resolved_at is null and q.target = _census_target.target.target
+    and q.relation = _census_target.target.relation::text and q.keyring_id = any (keyrings) and not q.id = any (v_still);
+  perform rekey._audit_all((
+    select coalesce(jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', k.name, 'version', a.version,
+      'details', jsonb_build_object('found_by', 'census', 'target', target.target, 'relation', target.relation::text, 'rows', a.rows,
+        'first', a.first, 'problem', a.reason)) order by k.name, a.version), '[]')
+    from jsonb_to_recordset(v_added) as a(keyring_id integer, version integer, rows bigint, first jsonb, reason text)
+    join rekey.keyrings k on k.id = a.keyring_id));
+  return query
+    select c.keyring_id, c.version, min(c.problem), sum(c.failed)::bigint, sum(c.stale)::bigint
+    from jsonb_to_recordset(v_counted) as c(keyring_id integer, version integer, problem text, failed bigint, stale bigint)
+    group by c.keyring_id, c.version;
+end
+$$;
+
+
+ALTER FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _census_target(target rekey._target, keyrings integer[], active bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[]) IS 'Opens the rows of these keyrings in one target. What does not open enters the quarantine, with one audit entry for each keyring and version; what the census had put there and opens again leaves it. failed: rows that do not open and that nobody has discarded; stale: rows that open and are not on an active version (headers in active). Takes the KEK.';
 
 
 --
@@ -2281,10 +2440,37 @@ COMMENT ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) IS '
 
 
 --
+-- Name: _relations_here(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._relations_here(relation regclass) RETURNS SETOF regclass
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
+    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
+  elsif relation is not null then
+    return next relation;
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._relations_here(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _relations_here(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._relations_here(relation regclass) IS 'The relations of a table that have rows in this database: itself, or the leaves of its partitions.';
+
+
+--
 -- Name: _column_findings(regclass, smallint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint) RETURNS TABLE(fatal boolean, finding text, advice text)
+CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint) RETURNS TABLE(kind text, fatal boolean, finding text, advice text)
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     -- in sql/code
@@ -2514,6 +2700,7 @@ COMMENT ON FUNCTION rekey._column_statements(protected rekey.protected_columns, 
 CREATE FUNCTION rekey._column_status() RETURNS TABLE(label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, problem text)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   return query
@@ -2951,6 +3138,112 @@ COMMENT ON FUNCTION rekey._drop_triggers(target regclass, id integer) IS 'Drops 
 
 
 --
+-- Name: _secrets_seen; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._secrets_seen (
+    keyring_id integer NOT NULL,
+    rows bigint NOT NULL
+);
+
+
+ALTER TABLE rekey._secrets_seen OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _secrets_seen; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._secrets_seen IS 'How many secrets of a keyring the last complete count saw: where there are none any more, a rotation asks whether that is meant.';
+
+
+--
+-- Name: keyrings; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.keyrings (
+    id integer NOT NULL,
+    name text NOT NULL,
+    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
+    rotate_every interval,
+    next_rotation_at timestamp with time zone,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    rotated_at timestamp with time zone DEFAULT now() NOT NULL,
+    retired_at timestamp with time zone,
+    CONSTRAINT keyrings_id_check CHECK ((id > 0)),
+    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[\u0001-\u001F\u007F]'::text))),
+    CONSTRAINT keyrings_next_rotation_at_check CHECK (isfinite(next_rotation_at)),
+    CONSTRAINT keyrings_retired_check CHECK (((retired_at IS NULL) OR (rotate_every IS NULL))),
+    CONSTRAINT keyrings_rotate_every_check CHECK (((rotate_every >= '00:01:00'::interval) AND (rotate_every <= '36500 days'::interval))),
+    CONSTRAINT keyrings_schedule_check CHECK (((rotate_every IS NULL) = (next_rotation_at IS NULL)))
+);
+
+
+ALTER TABLE rekey.keyrings OWNER TO rekey_owner;
+
+--
+-- Name: TABLE keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.keyrings IS 'Named lines of DEK versions: one a tenant, one an application, or just default.';
+
+
+--
+-- Name: COLUMN keyrings.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.id IS 'Random positive number; part of every ciphertext.';
+
+
+--
+-- Name: COLUMN keyrings.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.name IS 'Unique name, 1 to 63 bytes without control characters.';
+
+
+--
+-- Name: COLUMN keyrings.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.tenant_id IS 'Tenant the keyring belongs to; the nil UUID: all of them.';
+
+
+--
+-- Name: COLUMN keyrings.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.rotate_every IS 'Cryptoperiod (SP 800-57): time between scheduled rotations, one minute or more; NULL: none.';
+
+
+--
+-- Name: COLUMN keyrings.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.next_rotation_at IS 'When the next scheduled rotation is due.';
+
+
+--
+-- Name: COLUMN keyrings.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.created_at IS 'When it was created.';
+
+
+--
+-- Name: COLUMN keyrings.rotated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.rotated_at IS 'When its active version was made.';
+
+
+--
+-- Name: COLUMN keyrings.retired_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.retired_at IS 'When it was retired: it takes no new values.';
+
+
+--
 -- Name: _emptied(jsonb, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2967,7 +3260,7 @@ ALTER FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) OWNER TO rekey_
 -- Name: FUNCTION _emptied(counted jsonb, keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) IS 'By keyring, the protected columns that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
+COMMENT ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) IS 'By keyring, the protected columns, and rekey.secrets, that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
 
 
 --
@@ -3215,6 +3508,7 @@ CREATE FUNCTION rekey._find_rebind(target regclass, column_name name, label text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_id integer := rekey._column_id(target, column_name);
@@ -3285,6 +3579,7 @@ COMMENT ON FUNCTION rekey._fingerprint(kek bytea) IS 'By which a KEK is recognis
 CREATE FUNCTION rekey._finish_column(id integer) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -3341,6 +3636,7 @@ COMMENT ON FUNCTION rekey._finish_column(id integer) IS 'Takes back what rekey._
 CREATE FUNCTION rekey._finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -3434,6 +3730,7 @@ CREATE FUNCTION rekey._forget_column(id integer) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -3754,6 +4051,7 @@ COMMENT ON FUNCTION rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad b
 CREATE FUNCTION rekey._is_doomed(value bytea) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_header bytea;
@@ -3786,6 +4084,7 @@ COMMENT ON FUNCTION rekey._is_doomed(value bytea) IS 'Whether a value is an enve
 CREATE FUNCTION rekey._is_doomed(value text) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_header bytea;
@@ -3944,6 +4243,40 @@ COMMENT ON FUNCTION rekey._is_service_role(caller name) IS 'Whether the caller i
 
 
 --
+-- Name: _is_trusted(name, regclass, oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_trusted(extension name, class regclass, object oid) RETURNS boolean
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_super boolean := (select r.rolsuper from pg_roles r where r.rolname = current_user);
+begin
+  return exists (
+    select from pg_extension e
+    join pg_depend d on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
+    cross join lateral (
+      select c.relowner as owner from pg_class c where d.classid = 'pg_class'::regclass and c.oid = d.objid
+      union all
+      select p.proowner from pg_proc p where d.classid = 'pg_proc'::regclass and p.oid = d.objid) o
+    where e.extname = extension and d.classid = class and d.objid = object
+      -- Who owns it can replace it. A superuser runs what superusers own; others, what belongs to who made the extension too.
+      and (o.owner = e.extowner and not v_super or (select r.rolsuper from pg_roles r where r.oid = o.owner)));
+end
+$$;
+
+
+ALTER FUNCTION rekey._is_trusted(extension name, class regclass, object oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_trusted(extension name, class regclass, object oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) IS 'Whether an extension owns a relation or function, and nobody but superusers, or who made the extension, can replace it.';
+
+
+--
 -- Name: _is_under_way(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3969,6 +4302,7 @@ COMMENT ON FUNCTION rekey._is_under_way(state text) IS 'Whether a rotation in th
 CREATE FUNCTION rekey._keep_passphrases(passphrases bytea[]) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_seal bytea := rekey._session_seal();
@@ -4274,93 +4608,6 @@ COMMENT ON FUNCTION rekey._key_problem(version integer, state text, kek_id integ
 
 
 --
--- Name: keyrings; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.keyrings (
-    id integer NOT NULL,
-    name text NOT NULL,
-    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
-    rotate_every interval,
-    next_rotation_at timestamp with time zone,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    rotated_at timestamp with time zone DEFAULT now() NOT NULL,
-    retired_at timestamp with time zone,
-    CONSTRAINT keyrings_id_check CHECK ((id > 0)),
-    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[\u0001-\u001F\u007F]'::text))),
-    CONSTRAINT keyrings_next_rotation_at_check CHECK (isfinite(next_rotation_at)),
-    CONSTRAINT keyrings_retired_check CHECK (((retired_at IS NULL) OR (rotate_every IS NULL))),
-    CONSTRAINT keyrings_rotate_every_check CHECK (((rotate_every >= '00:01:00'::interval) AND (rotate_every <= '36500 days'::interval))),
-    CONSTRAINT keyrings_schedule_check CHECK (((rotate_every IS NULL) = (next_rotation_at IS NULL)))
-);
-
-
-ALTER TABLE rekey.keyrings OWNER TO rekey_owner;
-
---
--- Name: TABLE keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.keyrings IS 'Named lines of DEK versions: one a tenant, one an application, or just default.';
-
-
---
--- Name: COLUMN keyrings.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.id IS 'Random positive number; part of every ciphertext.';
-
-
---
--- Name: COLUMN keyrings.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.name IS 'Unique name, 1 to 63 bytes without control characters.';
-
-
---
--- Name: COLUMN keyrings.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.tenant_id IS 'Tenant the keyring belongs to; the nil UUID: all of them.';
-
-
---
--- Name: COLUMN keyrings.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.rotate_every IS 'Cryptoperiod (SP 800-57): time between scheduled rotations, one minute or more; NULL: none.';
-
-
---
--- Name: COLUMN keyrings.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.next_rotation_at IS 'When the next scheduled rotation is due.';
-
-
---
--- Name: COLUMN keyrings.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.created_at IS 'When it was created.';
-
-
---
--- Name: COLUMN keyrings.rotated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.rotated_at IS 'When its active version was made.';
-
-
---
--- Name: COLUMN keyrings.retired_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.retired_at IS 'When it was retired: it takes no new values.';
-
-
---
 -- Name: _keyring(text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4632,33 +4879,6 @@ COMMENT ON FUNCTION rekey._relation_named(name text) IS 'The relation that has t
 
 
 --
--- Name: _relations_here(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._relations_here(relation regclass) RETURNS SETOF regclass
-    LANGUAGE plpgsql STABLE
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
-begin
-  if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
-    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
-  elsif relation is not null then
-    return next relation;
-  end if;
-end
-$$;
-
-
-ALTER FUNCTION rekey._relations_here(relation regclass) OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _relations_here(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._relations_here(relation regclass) IS 'The relations of a table that have rows in this database: itself, or the leaves of its partitions.';
-
-
---
 -- Name: _column_relations; Type: TABLE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4781,6 +5001,7 @@ CREATE FUNCTION rekey._move_column(id integer, target regclass, column_name name
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -4961,6 +5182,43 @@ COMMENT ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) IS '
 
 
 --
+-- Name: _newest_problem(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._newest_problem(protected rekey.protected_columns) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_shape record;
+  v_relation regclass;
+begin
+  select s.* into v_shape from rekey._column_shape(protected.id) s;
+  if protected.encrypt_on_write and not exists (
+       select from pg_proc p
+       where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = format('column_%s_trigger', protected.id)
+         and p.prosrc = rekey._write_trigger_body(protected, v_shape.relation, v_shape.attnums)) then
+    return 'the trigger that encrypts on write is not as this version of pg_rekey makes it, or a column was renamed';
+  end if;
+  select g.tgrelid into v_relation
+  from (select v_shape.relation as relation union select h from rekey._relations_here(v_shape.relation) h) t
+  join pg_trigger g on g.tgrelid = t.relation and g.tgname = any (rekey._trigger_names(protected)) and g.tgenabled <> 'A'
+  limit 1;
+  return case when v_relation is not null then format('the triggers of %s do not fire in the replica role', v_relation) end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._newest_problem(protected rekey.protected_columns) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _newest_problem(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._newest_problem(protected rekey.protected_columns) IS 'In what the triggers of a protected column that is not blocked are behind; NULL: in nothing.';
+
+
+--
 -- Name: _next_row(tid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5049,6 +5307,7 @@ CREATE FUNCTION rekey._note_denied(details jsonb) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET lock_timeout TO '1s'
+    SET row_security TO 'off'
     AS $$
 declare
   v_subject text := rekey._subject();
@@ -5084,6 +5343,52 @@ ALTER FUNCTION rekey._note_denied(details jsonb) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._note_denied(details jsonb) IS 'Notes in the audit log that the caller was refused, at most once a minute for each (role, subject of the JWT, and client where details name one) and 60 times for all. Not in a read-only transaction, nor where somebody holds the end of the log for more than a second.';
+
+
+--
+-- Name: _note_findings(jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_findings(findings jsonb) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_new jsonb;
+begin
+  with now as (
+    -- (How many rows there are changes, and is no new finding.)
+    select distinct on (f.kind, f.target, 3, 4, 5)
+      f.kind, f.target, coalesce(f.keyring, '') as keyring, coalesce(f.version, 0) as version, case when f.rows is null then f.finding else '' end as item, f.severity, f.rows, f.finding, f.advice
+    from jsonb_to_recordset(findings) as f(kind text, target text, keyring text, version integer, severity text, rows bigint, finding text, advice text)
+    order by f.kind, f.target, 3, 4, 5
+  ), gone as (
+    delete from rekey._census_findings o
+    where not exists (select from now n where (n.kind, n.target, n.keyring, n.version, n.item) = (o.kind, o.target, o.keyring, o.version, o.item))
+  ), kept as (
+    insert into rekey._census_findings as o (kind, target, keyring, version, item, severity, rows, finding, advice)
+    select n.kind, n.target, n.keyring, n.version, n.item, n.severity, n.rows, n.finding, n.advice from now n
+    on conflict (kind, target, keyring, version, item) do update
+    set severity = excluded.severity, rows = excluded.rows, finding = excluded.finding, advice = excluded.advice
+    returning o.kind, o.target, o.finding, o.since
+  )
+  select jsonb_agg(jsonb_build_object('event', 'census.found', 'details', jsonb_build_object('kind', k.kind, 'count', k.count, 'first', k.first)) order by k.kind)
+  into v_new
+  from (
+    select k.kind, count(*) as count, to_jsonb((array_agg(left(k.finding, 200) order by k.target))[1:5]) as first
+    from kept k where k.since = now() group by k.kind) k;
+  perform rekey._audit_all(coalesce(v_new, '[]'));
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_findings(findings jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_findings(findings jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_findings(findings jsonb) IS 'Makes these the findings of the census, and notes in the audit log what is new among them, one entry for each kind.';
 
 
 --
@@ -5191,6 +5496,11 @@ begin
   if keyrings = '{}' then
     return;
   end if;
+  insert into rekey._secrets_seen (keyring_id, rows)
+  select k.id, coalesce(f.opened, 0)
+  from unnest(keyrings) as k(id)
+  left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = 'rekey.secrets' and f.keyring_id = k.id
+  on conflict (keyring_id) do update set rows = excluded.rows where _secrets_seen.rows <> excluded.rows;
   for v_column in select c.* from rekey.protected_columns c where rekey._column_problem(c) is null order by c.id loop
     -- The first complete count: of the other keyrings that stand there, those of which a row opens.
     if v_column.seen is null then
@@ -5216,7 +5526,7 @@ ALTER FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) OWNER TO reke
 -- Name: FUNCTION _note_seen(counted jsonb, keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) IS 'Notes how many rows of these keyrings a complete count saw in each protected column. counted: objects with target, keyring_id, opened.';
+COMMENT ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) IS 'Notes how many rows of these keyrings a complete count saw in each protected column, and in rekey.secrets. counted: objects with target, keyring_id, opened.';
 
 
 --
@@ -5463,6 +5773,46 @@ COMMENT ON FUNCTION rekey._open_writers() IS 'Waits 2 seconds for the transactio
 
 
 --
+-- Name: _table_problem(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._table_problem(relation regclass) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._table_problem(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _table_problem(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._table_problem(relation regclass) IS 'What hides or changes rows of a table of ours, and what to do about it; NULL: nothing.';
+
+
+--
+-- Name: _own_problem(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._own_problem() RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._own_problem() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _own_problem(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._own_problem() IS 'As rekey._table_problem(), of the first of our tables that has one.';
+
+
+--
 -- Name: _parse_kek(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5668,6 +6018,9 @@ declare
   v_next bytea;
 begin
   if v_settings.kek_provider = 'vault' then
+    if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
+      raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
+    end if;
     execute 'select (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1),
                     (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1 || ''_new'')'
       into v_text, v_next_text using v_settings.kek_secret_name;
@@ -5705,7 +6058,7 @@ CREATE FUNCTION rekey._prune_run_details() RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 begin
-  if to_regclass('cron.job_run_details') is not null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
       where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$, 'cron');
@@ -5722,7 +6075,7 @@ ALTER FUNCTION rekey._prune_run_details() OWNER TO rekey_owner;
 -- Name: FUNCTION _prune_run_details(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._prune_run_details() IS 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller.';
+COMMENT ON FUNCTION rekey._prune_run_details() IS 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller. Where cron.job_run_details is not pg_cron''s, or a trigger of others would fire: nothing.';
 
 
 --
@@ -6195,6 +6548,33 @@ ALTER FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) OWNER TO rek
 --
 
 COMMENT ON FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) IS 'RK003 where an envelope does not open in this context, RK006 where its key may not be used.';
+
+
+--
+-- Name: _refuse_hidden(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_hidden() RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_problem text := rekey._own_problem();
+begin
+  if v_problem is not null then
+    raise exception '%', v_problem using errcode = 'RK005', hint = 'What is hidden would count as absent: nothing goes on until that is done.', constraint = 'own_tables';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_hidden() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_hidden(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_hidden() IS 'RK005 where a table of ours is not as we made it, so that rows may be hidden.';
 
 
 --
@@ -6888,6 +7268,7 @@ CREATE FUNCTION rekey._register_column(target regclass, column_name name, keyrin
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_owner name := rekey._refuse_stranger(target);
@@ -7045,6 +7426,7 @@ COMMENT ON FUNCTION rekey._register_column(target regclass, column_name name, ke
 CREATE FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_protected rekey.protected_columns;
@@ -7512,6 +7894,47 @@ COMMENT ON FUNCTION rekey._secret_context(tenant_id uuid, id uuid) IS 'What the 
 
 
 --
+-- Name: _sequences_behind(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._sequences_behind() RETURNS TABLE(sequence regclass, at bigint, needed bigint)
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_column record;
+begin
+  for v_column in
+    select a.attrelid::regclass as relation, a.attname, pg_get_serial_sequence(a.attrelid::regclass::text, a.attname)::regclass as sequence
+    from pg_class c
+    join pg_attribute a on a.attrelid = c.oid and a.attidentity <> '' and not a.attisdropped
+    where c.relnamespace = 'rekey'::regnamespace and c.relkind = 'r'
+    union all
+    select r.relation, r.attname, 'rekey._pass_id'::regclass
+    from (values ('rekey.rotations'::regclass, 'pass_id'), ('rekey.rotations', 'verification_id'), ('rekey._chunks', 'pass_id'), ('rekey._verified', 'verification_id'))
+      as r(relation, attname)
+  loop
+    sequence := v_column.sequence;
+    execute format('select max(t.%I) from %s t', v_column.attname, v_column.relation) into needed;
+    execute format('select case when s.is_called then s.last_value else s.last_value - 1 end from %s s', sequence) into at;
+    if needed > at then
+      return next;
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._sequences_behind() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _sequences_behind(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._sequences_behind() IS 'Sequences of our tables whose next number is taken: where they are, and where they would have to be.';
+
+
+--
 -- Name: _session_aad(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7702,6 +8125,7 @@ COMMENT ON FUNCTION rekey._storage_problem(relation regclass) IS 'Why the rows o
 CREATE FUNCTION rekey._store_setting(name text, value text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_type regtype;
@@ -7965,7 +8389,7 @@ declare
   v_table regclass;
 begin
   if only_target is null or only_target = 'rekey.secrets' then
-    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, null);
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
     return next v_target;
   end if;
   for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop
@@ -8059,6 +8483,7 @@ COMMENT ON FUNCTION rekey._through_postgrest() IS 'Whether PostgREST calls: it s
 CREATE FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_worker rekey._worker;
@@ -8071,6 +8496,7 @@ begin
     raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
   end if;
   perform rekey._refuse_snapshot();
+  perform rekey._refuse_hidden();
   select * into v_worker from rekey._worker;
   if not found then
     return;  -- not set up yet
@@ -8125,7 +8551,7 @@ ALTER FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) OWNER
 -- Name: FUNCTION _tick_duty(duty text, begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been.';
+COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
 
 
 --
@@ -8187,12 +8613,78 @@ COMMENT ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, re
 
 
 --
+-- Name: _trusted_function(name, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trusted_function(extension name, signature text) RETURNS regprocedure
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_function regprocedure := to_regprocedure(signature);
+begin
+  return case when rekey._is_trusted(extension, 'pg_proc', v_function) then v_function end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._trusted_function(extension name, signature text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trusted_function(extension name, signature text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trusted_function(extension name, signature text) IS 'The function of this signature, where it is the extension''s; NULL: there is none.';
+
+
+--
+-- Name: _trusted_relation(name, name, name, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer DEFAULT 0) RETURNS regclass
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_relation regclass;
+  v_locked regclass;
+begin
+  -- Its lock keeps the extension, and so every name of it, as it is until the transaction ends: looked at, locked, looked at again.
+  loop
+    select c.oid into v_relation
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where n.nspname = schema and c.relname = name and c.relkind in ('r', 'v') and rekey._is_trusted(extension, 'pg_class', c.oid)
+      -- Whoever has the privilege TRIGGER on a table can have his code run by who writes into it.
+      and not exists (
+        select from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+        where t.tgrelid = c.oid and not t.tgisinternal and t.tgtype::integer & events <> 0
+          and not rekey._is_trusted(extension, 'pg_proc', p.oid) and not (select r.rolsuper from pg_roles r where r.oid = p.proowner));
+    exit when v_relation is null or v_relation = v_locked;
+    execute format('lock table %s in access share mode', v_relation);
+    v_locked := v_relation;
+  end loop;
+  return v_relation;
+end
+$$;
+
+
+ALTER FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trusted_relation(extension name, schema name, name name, events integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) IS 'A table or view, locked until the transaction ends, where it is the extension''s; NULL: there is none. events: no trigger of others may fire on these (4 INSERT, 8 DELETE, 16 UPDATE; bits of pg_trigger.tgtype). 42501: the caller may not read it.';
+
+
+--
 -- Name: _unlock(bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_first text;
@@ -8248,6 +8740,7 @@ COMMENT ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, O
 CREATE FUNCTION rekey._unsettled(id integer) RETURNS TABLE(relation regclass, column_name name)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns := (select c from rekey.protected_columns c where c.id = _unsettled.id);
@@ -8593,6 +9086,7 @@ COMMENT ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count intege
 CREATE FUNCTION rekey._view_columns(target regclass) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 begin
   return (
@@ -8989,6 +9483,7 @@ COMMENT ON COLUMN rekey.rotation_status.forced IS 'Whether values that look like
 CREATE FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[] DEFAULT '{plaintext}'::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_column rekey.protected_columns;
@@ -9047,7 +9542,7 @@ declare
   v_names text[];
   v_count bigint;
 begin
-  if to_regclass('vault.decrypted_secrets') is null then
+  if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
     raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
   end if;
   select array_agg(s.value || n.suffix) into v_names
@@ -9069,7 +9564,7 @@ ALTER FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) OWNER TO rekey_ow
 -- Name: FUNCTION adopt_vault(keyring text, tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault; and the errors of rekey.set_secret().';
+COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
 
 
 --
@@ -9187,6 +9682,7 @@ COMMENT ON TABLE rekey._audit_head IS 'One row: number and hash of the last entr
 CREATE FUNCTION rekey.audit_checkpoint() RETURNS jsonb
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     -- in sql/code
 ;
 
@@ -9207,6 +9703,7 @@ COMMENT ON FUNCTION rekey.audit_checkpoint() IS 'The end of the audit log now: n
 CREATE FUNCTION rekey.can_access_tenant(tenant_id uuid) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_caller name := rekey._caller();
@@ -9252,6 +9749,7 @@ COMMENT ON FUNCTION rekey.can_access_tenant(tenant_id uuid) IS 'Whether the call
 CREATE FUNCTION rekey.cancel_key_destruction(keyring text, version integer) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -9281,6 +9779,7 @@ COMMENT ON FUNCTION rekey.cancel_key_destruction(keyring text, version integer) 
 CREATE FUNCTION rekey.clear_schedule(keyring text DEFAULT 'default'::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -9300,6 +9799,38 @@ ALTER FUNCTION rekey.clear_schedule(keyring text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.clear_schedule(keyring text) IS 'Ends the schedule of a keyring. RK007: there is none.';
+
+
+--
+-- Name: confirm_emptied(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.confirm_emptied(keyring text) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring);
+  v_rows bigint;
+begin
+  select s.rows into v_rows from rekey._secrets_seen s where s.keyring_id = v_keyring.id for update;
+  if v_rows > 0 then
+    update rekey._secrets_seen s set rows = 0 where s.keyring_id = v_keyring.id;
+    perform rekey._audit('keyring.emptied', keyring, details => jsonb_build_object('seen', v_rows));
+  end if;
+  return coalesce(v_rows, 0);
+end
+$$;
+
+
+ALTER FUNCTION rekey.confirm_emptied(keyring text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION confirm_emptied(keyring text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.confirm_emptied(keyring text) IS 'Confirms that the secrets of a keyring are gone, all of them, because they were deleted: its rotation, which held 1,000 or more at its last complete count, then completes without them. Returns how many there were. RK007: no such keyring.';
 
 
 --
@@ -9341,6 +9872,7 @@ COMMENT ON FUNCTION rekey.create_decrypted_view(target regclass) IS 'Makes the v
 CREATE FUNCTION rekey.create_keyring(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, rotate_every interval DEFAULT NULL::interval) RETURNS rekey.keyrings
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -9395,6 +9927,7 @@ COMMENT ON FUNCTION rekey.create_keyring(name text, tenant_id uuid, rotate_every
 CREATE FUNCTION rekey.decrypt(ciphertext bytea, context text[] DEFAULT '{}'::text[]) RETURNS bytea
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_tenant uuid;
@@ -9430,6 +9963,7 @@ COMMENT ON FUNCTION rekey.decrypt(ciphertext bytea, context text[]) IS 'Opens wh
 CREATE FUNCTION rekey.decrypt(ciphertext text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_plaintext bytea;
@@ -9459,6 +9993,7 @@ COMMENT ON FUNCTION rekey.decrypt(ciphertext text, context text[]) IS 'As rekey.
 CREATE FUNCTION rekey.decrypt_text(ciphertext bytea, context text[] DEFAULT '{}'::text[]) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
@@ -9489,6 +10024,7 @@ COMMENT ON FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) IS 'As 
 CREATE FUNCTION rekey.decrypt_text(ciphertext text, context text[] DEFAULT '{}'::text[]) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   return rekey.decrypt_text(case when ciphertext is not null then coalesce(rekey._from_text(ciphertext), ''::bytea) end, context);
@@ -9512,6 +10048,7 @@ COMMENT ON FUNCTION rekey.decrypt_text(ciphertext text, context text[]) IS 'As r
 CREATE FUNCTION rekey.delete_secret(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   perform rekey._check_tenant(tenant_id);
@@ -9537,6 +10074,7 @@ COMMENT ON FUNCTION rekey.delete_secret(name text, tenant_id uuid) IS 'Deletes a
 CREATE FUNCTION rekey.disable_key(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -9567,6 +10105,7 @@ COMMENT ON FUNCTION rekey.disable_key(keyring text, version integer, reason text
 CREATE FUNCTION rekey.enable_key(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -9596,6 +10135,7 @@ COMMENT ON FUNCTION rekey.enable_key(keyring text, version integer, reason text)
 CREATE FUNCTION rekey.encrypt(plaintext bytea, keyring text DEFAULT 'default'::text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -9783,12 +10323,83 @@ COMMENT ON FUNCTION rekey.find_unprotected() IS 'Columns that were forgotten: th
 
 
 --
+-- Name: findings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.findings() RETURNS TABLE(kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+begin
+  return query
+    select 'own tables', 'critical', 'rekey', null::text, null::integer, null::bigint, o.problem, 'Nothing completes and no key is destroyed until that is done.'
+    from rekey._own_problem() as o(problem) where o.problem is not null
+    union all
+    -- 1: for each row, 2: before. Whoever made it may want it; it could also keep rows as they are, and say nothing.
+    select 'own tables', 'warning', t.tgrelid::regclass::text, null, null, null,
+      format('trigger %I of %s may change what pg_rekey writes', t.tgname, t.tgrelid::regclass), format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass)
+    from pg_depend d
+    join pg_trigger t on d.classid = 'pg_class'::regclass and t.tgrelid = d.objid and not t.tgisinternal and t.tgtype::integer & 3 = 3
+    join pg_proc p on p.oid = t.tgfoid and p.pronamespace <> 'rekey'::regnamespace
+    where d.refclassid = 'pg_namespace'::regclass and d.refobjid = 'rekey'::regnamespace
+    union all
+    select c.kind, c.severity, c.label, null, null, null, format('%s: %s', c.label, c.finding), c.advice from rekey.protection_findings() c
+    union all
+    select 'sequence', 'critical', s.sequence::text, null, null, null,
+      format('the sequence %s is at %s, and its table at %s: rotations will fail with 23505', s.sequence, s.at, s.needed),
+      format('select rekey.resync_sequences(), or: select setval(%L, %s)', s.sequence::text, s.needed)
+    from rekey._sequences_behind() s
+    union all
+    select 'name', 'warning', n.nspname::text, null, null, null,
+      format('schema %I belongs to %s, and not to the extension %s', n.nspname, pg_get_userbyid(n.nspowner), s.extension),
+      'pg_rekey passes it by. Whoever reads or calls what is in it runs the code of that role: DROP SCHEMA, or REVOKE CREATE ON DATABASE.'
+    from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
+    join pg_namespace n on n.nspname = s.schema
+    where not exists (
+      select from pg_extension e
+      where e.extname = s.extension and (e.extnamespace = n.oid or exists (
+        select from pg_depend d
+        where d.classid = 'pg_namespace'::regclass and d.objid = n.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')))
+    union all
+    select 'name', 'warning', o.name, null, null, null,
+      format('%s of %s is in a schema of the extension %s, and not of the extension', o.name, pg_get_userbyid(o.owner), s.extension),
+      'pg_rekey passes it by. Look at what it is for, and who may CREATE in that schema.'
+    from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
+    join pg_namespace n on n.nspname = s.schema
+    join pg_extension e on e.extname = s.extension
+    join (
+      select c.relnamespace, c.oid, c.relowner, 'pg_class'::regclass, c.oid::regclass::text from pg_class c where c.relkind in ('r', 'p', 'v', 'm', 'f')
+      union all
+      select p.pronamespace, p.oid, p.proowner, 'pg_proc'::regclass, p.oid::regprocedure::text from pg_proc p
+    ) as o(namespace, oid, owner, class, name) on o.namespace = n.oid
+    where not exists (
+      select from pg_depend d
+      where d.classid = o.class and d.objid = o.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')
+    union all
+    select f.kind, f.severity, f.target, nullif(f.keyring, ''), nullif(f.version, 0), f.rows, f.finding, f.advice
+    from rekey._census_findings f where f.rows is not null;
+end
+$$;
+
+
+ALTER FUNCTION rekey.findings() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION findings(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.findings() IS 'What is not as it should be: tables of ours that hide rows, protected columns (rekey.protection_findings()), sequences that are behind, schemas and objects that only have the names of pg_cron or the Vault, and rows that the last census found not to open, or on versions that are destroyed or unknown. severity: critical or warning. pg-rekey doctor shows it.';
+
+
+--
 -- Name: get_secret(text, uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.get_secret(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_id uuid;
@@ -9825,6 +10436,7 @@ COMMENT ON FUNCTION rekey.get_secret(name text, tenant_id uuid) IS 'The value of
 CREATE FUNCTION rekey.is_sweeping(relation regclass) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   -- The setting saves the look; it proves nothing, since anybody can make it.
@@ -9852,6 +10464,7 @@ COMMENT ON FUNCTION rekey.is_sweeping(relation regclass) IS 'Whether it is a rot
 CREATE FUNCTION rekey.key_usage(keyring text DEFAULT NULL::text) RETURNS SETOF rekey.key_rows
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_ids integer[] := case when key_usage.keyring is not null then array[(rekey._keyring(key_usage.keyring)).id] end;
@@ -9911,6 +10524,7 @@ COMMENT ON FUNCTION rekey.lock() IS 'Forgets the KEK of this session and transac
 CREATE FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -9969,6 +10583,33 @@ ALTER FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason 
 --
 
 COMMENT ON FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text) IS 'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+
+
+--
+-- Name: _census_findings; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._census_findings (
+    kind text NOT NULL,
+    target text NOT NULL,
+    keyring text DEFAULT ''::text NOT NULL,
+    version integer DEFAULT 0 NOT NULL,
+    item text NOT NULL,
+    severity text NOT NULL,
+    rows bigint,
+    finding text NOT NULL,
+    advice text NOT NULL,
+    since timestamp with time zone DEFAULT now() NOT NULL
+);
+
+
+ALTER TABLE rekey._census_findings OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _census_findings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._census_findings IS 'What the last census found, and since when; what it does not find any more is not here.';
 
 
 --
@@ -10037,7 +10678,7 @@ COMMENT ON COLUMN rekey.keks.retired_at IS 'When it was replaced or declared los
 
 CREATE TABLE rekey.rotation_failures (
     id bigint NOT NULL,
-    rotation_id bigint NOT NULL,
+    rotation_id bigint,
     keyring_id integer NOT NULL,
     target text NOT NULL,
     relation text NOT NULL,
@@ -10074,7 +10715,7 @@ COMMENT ON COLUMN rekey.rotation_failures.id IS 'Number of the entry.';
 -- Name: COLUMN rotation_failures.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_failures.rotation_id IS 'Rotation in which the row did not open, the last one.';
+COMMENT ON COLUMN rekey.rotation_failures.rotation_id IS 'Rotation in which the row did not open, the last one; NULL: the census found it, and no rotation has met it.';
 
 
 --
@@ -10161,6 +10802,7 @@ COMMENT ON COLUMN rekey.rotation_failures.resolve_reason IS 'What whoever closed
 CREATE FUNCTION rekey.metrics() RETURNS TABLE(name text, labels jsonb, value double precision)
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     -- in sql/code
 ;
 
@@ -10181,6 +10823,7 @@ COMMENT ON FUNCTION rekey.metrics() IS 'Figures for monitoring (docs/operations.
 CREATE FUNCTION rekey.pause_rotation(id bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -10237,12 +10880,65 @@ COMMENT ON FUNCTION rekey.protect_column(target regclass, column_name name, keyr
 
 
 --
+-- Name: protection_findings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.protection_findings() RETURNS TABLE(label text, kind text, severity text, finding text, advice text)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_column rekey.protected_columns;
+  v_shape record;
+begin
+  for v_column in select * from rekey.protected_columns c order by c.label loop
+    label := v_column.label;
+    select s.* into v_shape from rekey._column_shape(v_column.id) s;
+    finding := rekey._column_problem(v_column);
+    if finding is not null then
+      kind := 'blocked';
+      severity := 'critical';
+      advice := 'As long as it cannot be counted, rotations of keyrings that it may hold do not complete, and no key is destroyed.';
+      return next;
+    else
+      finding := rekey._newest_problem(v_column);
+      if finding is not null then
+        kind := 'write trigger';
+        severity := 'warning';
+        advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name,
+          case when v_column.encrypt_on_write then ', encrypt_on_write => true' end);
+        return next;
+      end if;
+    end if;
+    if v_shape.relation is not null then
+      return query
+        select v_column.label, f.kind, 'warning', f.finding, f.advice
+        from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]]) f
+        order by f.kind, f.finding;
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey.protection_findings() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION protection_findings(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.protection_findings() IS 'What blocks protected columns, and what rekey.protect_column() warned of or would warn of now: triggers, rules and publications that came later too. severity: critical (blocked) or warning.';
+
+
+--
 -- Name: prune_audit_log(bigint, bigint, text, text, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_start bigint := (rekey._audit_start()).last;
@@ -10298,6 +10994,7 @@ CREATE FUNCTION rekey.read_secrets(names text[] DEFAULT NULL::text[], tenant_id 
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '2000000kB'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 declare
   v_unreadable text;
@@ -10418,6 +11115,7 @@ COMMENT ON FUNCTION rekey.rebind_column(target regclass, column_name name, label
 CREATE FUNCTION rekey.register_kek(replace_lost boolean DEFAULT false) RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_active rekey.keks;
@@ -10464,6 +11162,7 @@ COMMENT ON FUNCTION rekey.register_kek(replace_lost boolean) IS 'Registers the K
 CREATE FUNCTION rekey.resolve_failure(id bigint, action text, reason text DEFAULT NULL::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_failure rekey.rotation_failures;
@@ -10476,7 +11175,10 @@ begin
   if not found then
     raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.', constraint = 'failures';
   end if;
-  v_rotation := rekey._rotation(v_failure.rotation_id);
+  -- What the census found is of no rotation.
+  if v_failure.rotation_id is not null then
+    v_rotation := rekey._rotation(v_failure.rotation_id);
+  end if;
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
   where f.id = resolve_failure.id and f.resolved_at is null;
@@ -10484,14 +11186,14 @@ begin
     raise exception 'failure % is resolved already', id using errcode = 'RK006';
   end if;
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
-  if action = 'retry' and not exists (
+  if action = 'retry' and v_failure.rotation_id is not null and not exists (
        select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
     perform rekey._refuse_over(v_rotation);
     update rekey.rotations r
     set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
     where r.id = v_failure.rotation_id;
   end if;
-  perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_rotation.keyring_id), v_failure.version, v_failure.rotation_id,
+  perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_failure.keyring_id), v_failure.version, v_failure.rotation_id,
     jsonb_build_object('target', v_failure.target, 'row', v_failure.row_key, 'action', action, 'reason', reason));
 end
 $$;
@@ -10503,7 +11205,7 @@ ALTER FUNCTION rekey.resolve_failure(id bigint, action text, reason text) OWNER 
 -- Name: FUNCTION resolve_failure(id bigint, action text, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) IS 'Closes an entry of the quarantine. action: retry (the row is tried again) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
+COMMENT ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) IS 'Closes an entry of the quarantine. action: retry (the row is tried again; one that the census found, by the next one) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
 
 
 --
@@ -10513,6 +11215,7 @@ COMMENT ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) I
 CREATE FUNCTION rekey.resume_rotation(id bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -10537,12 +11240,44 @@ COMMENT ON FUNCTION rekey.resume_rotation(id bigint) IS 'Lets a paused rotation 
 
 
 --
+-- Name: resync_sequences(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.resync_sequences() RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_behind record;
+  v_count bigint := 0;
+begin
+  for v_behind in select s.sequence, max(s.needed) as needed from rekey._sequences_behind() s group by s.sequence loop
+    perform setval(v_behind.sequence, v_behind.needed);
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end
+$$;
+
+
+ALTER FUNCTION rekey.resync_sequences() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION resync_sequences(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.resync_sequences() IS 'Moves the sequences of pg_rekey on to where their tables are, and returns how many were behind. After a switch-over by logical replication, which brings rows and no sequences: without it, rotations fail with 23505.';
+
+
+--
 -- Name: retire_keyring(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.retire_keyring(name text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(name, lock => true);
@@ -10595,6 +11330,7 @@ COMMENT ON FUNCTION rekey.retire_keyring(name text) IS 'Retires a keyring that n
 CREATE FUNCTION rekey.retry_rotation(id bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -10631,6 +11367,7 @@ COMMENT ON FUNCTION rekey.retry_rotation(id bigint) IS 'Lets a failed rotation g
 CREATE FUNCTION rekey.rollback_rotation(id bigint, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -10687,6 +11424,7 @@ COMMENT ON FUNCTION rekey.rollback_rotation(id bigint, reason text) IS 'Makes th
 CREATE FUNCTION rekey.rotate_kek() RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_old_id integer;
@@ -10754,6 +11492,7 @@ COMMENT ON FUNCTION rekey.rotate_kek() IS 'Wraps every DEK anew under the next K
 CREATE FUNCTION rekey.rotate_keys(keyring text DEFAULT NULL::text, reason text DEFAULT NULL::text, supersede boolean DEFAULT false) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -10761,6 +11500,7 @@ declare
   v_new bigint[];
   v_rotation bigint;
 begin
+  perform rekey._refuse_hidden();
   if keyring is not null then
     v_keyring := rekey._keyring(keyring);
     if v_keyring.retired_at is not null then
@@ -10793,7 +11533,7 @@ ALTER FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) O
 -- Name: FUNCTION rotate_keys(keyring text, reason text, supersede boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
+COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
 
 
 --
@@ -10804,6 +11544,7 @@ CREATE FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, O
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_next timestamptz;
@@ -10936,6 +11677,7 @@ COMMENT ON PROCEDURE rekey.run_rotations(IN max_duration interval) IS 'Works on 
 CREATE FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval DEFAULT NULL::interval) RETURNS timestamp with time zone
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_wait interval := coalesce(wait, (rekey._settings()).destroy_wait);
@@ -10989,6 +11731,11 @@ begin
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
       hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
                     current_database()), constraint = 'schedule_worker';
+  elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
+     or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
+     or rekey._trusted_function('pg_cron', 'cron.alter_job(bigint,text,text,text,text,boolean)') is null then
+    raise exception 'cron.job or its functions are not pg_cron''s, or have a trigger of somebody else''s' using errcode = 'undefined_object',
+      hint = 'Before pg_cron 1.4 there is no cron.alter_job(): update the extension. Else drop those triggers.';
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
   -- (Formatted, so that whoever checks all functions does not stumble where pg_cron is missing.)
@@ -10996,9 +11743,9 @@ begin
   execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') into v_job;
   begin
     if v_job is null then
-      execute format('select %I.schedule($1, $2, $3)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+      execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
     else
-      execute format('select %I.alter_job($1, schedule => $2, active => true)', 'cron') using v_job, v_schedule;
+      execute format('select %I.alter_job($1::bigint, $2::text, null::text, null::text, null::text, true)', 'cron') using v_job, v_schedule;
     end if;
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
@@ -11006,7 +11753,7 @@ begin
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job($1, username => $2)', 'cron') using v_job, 'rekey_worker';
+    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_job, 'rekey_worker';
   end if;
   return v_job;
 end
@@ -11019,7 +11766,7 @@ ALTER FUNCTION rekey.schedule_worker(schedule text) OWNER TO rekey_owner;
 -- Name: FUNCTION schedule_worker(schedule text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database; 22023: it does not take the schedule.';
+COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
 
 
 --
@@ -11029,6 +11776,7 @@ COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call re
 CREATE FUNCTION rekey.set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS timestamp with time zone
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -11070,6 +11818,7 @@ COMMENT ON FUNCTION rekey.set_schedule(keyring text, rotate_every interval, firs
 CREATE FUNCTION rekey.set_secret(name text, value text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, keyring text DEFAULT 'default'::text, description text DEFAULT NULL::text) RETURNS uuid
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -11143,14 +11892,14 @@ CREATE FUNCTION rekey.set_setting(name text, value text) RETURNS void
     AS $$
 begin
   perform rekey._store_setting(name, value);
-  if name = 'kek_provider' and value = 'vault' and to_regclass('vault.decrypted_secrets') is not null then
+  if name = 'kek_provider' and value = 'vault' and rekey._is_trusted('supabase_vault', 'pg_class', to_regclass('vault.decrypted_secrets')) then
     if not (has_schema_privilege('rekey_owner', 'vault', 'usage')
             and has_table_privilege('rekey_owner', 'vault.decrypted_secrets', 'select')) then
       grant usage on schema vault to rekey_owner;
       grant select on vault.decrypted_secrets to rekey_owner;
     end if;
     -- Supabase's view decrypts with its reader's rights.
-    if to_regprocedure('vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
+    if rekey._trusted_function('supabase_vault', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
        and not has_function_privilege('rekey_owner', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)', 'execute') then
       execute 'grant execute on function vault._crypto_aead_det_decrypt(bytea, bytea, bigint, bytea, bytea) to rekey_owner';
     end if;
@@ -11269,6 +12018,7 @@ COMMENT ON FUNCTION rekey.unlock_copied(scope text) IS 'As rekey.unlock(), with 
 CREATE FUNCTION rekey.unprotect_column(label text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_id integer := (select c.id from rekey.protected_columns c where c.label = unprotect_column.label);
@@ -11348,11 +12098,11 @@ declare
   v_count integer := 0;
   v_job bigint;
 begin
-  if to_regclass('cron.job') is null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
   for v_job in execute format($sql$ select j.jobid from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') loop
-    execute format('select %I.unschedule($1)', 'cron') using v_job;
+    execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
   return v_count > 0;
@@ -11376,6 +12126,7 @@ COMMENT ON FUNCTION rekey.unschedule_worker() IS 'Ends the pg_cron job of rekey.
 CREATE FUNCTION rekey.verify_audit_log(anchor jsonb DEFAULT NULL::jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_head record;
@@ -11445,6 +12196,7 @@ COMMENT ON FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT 
 CREATE FUNCTION rekey.verify_ciphertexts(keyring text DEFAULT NULL::text) RETURNS SETOF rekey.verified_rows
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_ids integer[] := case when verify_ciphertexts.keyring is not null then array[(rekey._keyring(verify_ciphertexts.keyring)).id] end;
@@ -11496,6 +12248,7 @@ CREATE FUNCTION rekey_targets.secrets_count(relation regclass, keyrings integer[
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then
@@ -11527,6 +12280,7 @@ CREATE FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until t
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then
@@ -11578,6 +12332,7 @@ CREATE FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until t
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then
@@ -11627,6 +12382,7 @@ COMMENT ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, unt
 CREATE FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_count bigint;
@@ -11719,6 +12475,87 @@ ALTER TABLE rekey._sweeping OWNER TO rekey_owner;
 --
 
 COMMENT ON TABLE rekey._sweeping IS 'What rekey.is_sweeping() goes by: into which relation this transaction writes a batch of a rotation now.';
+
+
+--
+-- Name: census_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.census_status AS
+ -- in sql/code
+;
+
+
+ALTER TABLE rekey.census_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW census_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.census_status IS 'What the last census (rekey.worker_status.last_census_at) found not to be as it should be. rekey.findings() looks now, but does not count rows.';
+
+
+--
+-- Name: COLUMN census_status.kind; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.kind IS 'unopenable, destroyed, unknown (rows that do not open: damaged, on a version that is destroyed, or that there is not), uncounted, or as rekey.findings().';
+
+
+--
+-- Name: COLUMN census_status.severity; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.severity IS 'critical or warning.';
+
+
+--
+-- Name: COLUMN census_status.target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.target IS 'Protected column, table or sequence.';
+
+
+--
+-- Name: COLUMN census_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.keyring IS 'Keyring of the rows.';
+
+
+--
+-- Name: COLUMN census_status.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.version IS 'Their key version.';
+
+
+--
+-- Name: COLUMN census_status.rows; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.rows IS 'How many rows; NULL: it is not about rows.';
+
+
+--
+-- Name: COLUMN census_status.finding; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.finding IS 'What was found.';
+
+
+--
+-- Name: COLUMN census_status.advice; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.advice IS 'What to do about it.';
+
+
+--
+-- Name: COLUMN census_status.since; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.since IS 'Which census found it first.';
 
 
 --
@@ -11998,7 +12835,7 @@ COMMENT ON COLUMN rekey.failure_status.id IS 'Number of the entry.';
 -- Name: COLUMN failure_status.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.failure_status.rotation_id IS 'Last rotation in which the row did not open.';
+COMMENT ON COLUMN rekey.failure_status.rotation_id IS 'Last rotation in which the row did not open; NULL: the census found it, and no rotation has met it.';
 
 
 --
@@ -12411,6 +13248,14 @@ ALTER TABLE ONLY rekey._audit_head
 
 
 --
+-- Name: _census_findings _census_findings_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._census_findings
+    ADD CONSTRAINT _census_findings_pkey PRIMARY KEY (kind, target, keyring, version, item);
+
+
+--
 -- Name: _chunks _chunks_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12424,6 +13269,14 @@ ALTER TABLE ONLY rekey._chunks
 
 ALTER TABLE ONLY rekey._column_relations
     ADD CONSTRAINT _column_relations_pkey PRIMARY KEY (column_id, relation, attnum);
+
+
+--
+-- Name: _secrets_seen _secrets_seen_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._secrets_seen
+    ADD CONSTRAINT _secrets_seen_pkey PRIMARY KEY (keyring_id);
 
 
 --
@@ -12673,6 +13526,14 @@ CREATE TRIGGER encryption_keys_state BEFORE UPDATE ON rekey.encryption_keys FOR 
 
 ALTER TABLE ONLY rekey._column_relations
     ADD CONSTRAINT _column_relations_column_fkey FOREIGN KEY (column_id) REFERENCES rekey.protected_columns(id) ON DELETE CASCADE;
+
+
+--
+-- Name: _secrets_seen _secrets_seen_keyring_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._secrets_seen
+    ADD CONSTRAINT _secrets_seen_keyring_fkey FOREIGN KEY (keyring_id) REFERENCES rekey.keyrings(id);
 
 
 --
@@ -13091,6 +13952,13 @@ REVOKE ALL ON FUNCTION rekey._census() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _census_target(target rekey._target, keyrings integer[], active bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _changes(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13173,6 +14041,13 @@ REVOKE ALL ON FUNCTION rekey._clear_chunks() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _relations_here(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._relations_here(relation regclass) FROM PUBLIC;
 
 
 --
@@ -13304,6 +14179,16 @@ REVOKE ALL ON FUNCTION rekey._destroy_due(clock_jumped boolean) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION rekey._drop_triggers(target regclass, id integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._drop_triggers(target regclass, id integer) TO rekey_admin;
+
+
+--
+-- Name: TABLE keyrings; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_admin;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_operator;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_auditor;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_app;
 
 
 --
@@ -13514,6 +14399,15 @@ REVOKE ALL ON FUNCTION rekey._is_service_role(caller name) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _is_trusted(extension name, class regclass, object oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _is_under_way(state text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13561,16 +14455,6 @@ REVOKE ALL ON FUNCTION rekey._key(keyring_id integer, version integer) FROM PUBL
 --
 
 REVOKE ALL ON FUNCTION rekey._key_problem(version integer, state text, kek_id integer, kek_state text, sweeping boolean) FROM PUBLIC;
-
-
---
--- Name: TABLE keyrings; Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_admin;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_operator;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_auditor;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_app;
 
 
 --
@@ -13644,13 +14528,6 @@ REVOKE ALL ON FUNCTION rekey._relation_named(name text) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _relations_here(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey._relations_here(relation regclass) FROM PUBLIC;
-
-
---
 -- Name: FUNCTION _lost_part(protected rekey.protected_columns, relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13715,6 +14592,13 @@ REVOKE ALL ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) F
 
 
 --
+-- Name: FUNCTION _newest_problem(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._newest_problem(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _next_row(pointer tid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13741,6 +14625,13 @@ REVOKE ALL ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integ
 
 REVOKE ALL ON FUNCTION rekey._note_denied(details jsonb) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._note_denied(details jsonb) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _note_findings(findings jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_findings(findings jsonb) FROM PUBLIC;
 
 
 --
@@ -13804,6 +14695,20 @@ REVOKE ALL ON FUNCTION rekey._open_target(label text) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._open_writers() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _table_problem(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._table_problem(relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _own_problem(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._own_problem() FROM PUBLIC;
 
 
 --
@@ -13948,6 +14853,13 @@ GRANT ALL ON FUNCTION rekey._refuse_envelopes(relation regclass, column_name nam
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_hidden(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_hidden() FROM PUBLIC;
 
 
 --
@@ -14162,6 +15074,13 @@ REVOKE ALL ON FUNCTION rekey._secret_context(tenant_id uuid, id uuid) FROM PUBLI
 
 
 --
+-- Name: FUNCTION _sequences_behind(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._sequences_behind() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _session_aad(scope text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14281,6 +15200,24 @@ REVOKE ALL ON FUNCTION rekey._trigger_names(protected rekey.protected_columns) F
 --
 
 REVOKE ALL ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _trusted_function(extension name, signature text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trusted_function(extension name, signature text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._trusted_function(extension name, signature text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._trusted_function(extension name, signature text) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _trusted_relation(extension name, schema name, name name, events integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) TO rekey_operator;
 
 
 --
@@ -14448,6 +15385,14 @@ GRANT ALL ON FUNCTION rekey.clear_schedule(keyring text) TO rekey_admin;
 
 
 --
+-- Name: FUNCTION confirm_emptied(keyring text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.confirm_emptied(keyring text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.confirm_emptied(keyring text) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION create_decrypted_view(target regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14564,6 +15509,16 @@ GRANT ALL ON FUNCTION rekey.find_unprotected() TO rekey_auditor;
 
 
 --
+-- Name: FUNCTION findings(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.findings() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.findings() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.findings() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.findings() TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION get_secret(name text, tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14634,6 +15589,16 @@ GRANT ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, ke
 
 
 --
+-- Name: FUNCTION protection_findings(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.protection_findings() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.protection_findings() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.protection_findings() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.protection_findings() TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14678,6 +15643,14 @@ GRANT ALL ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text)
 
 REVOKE ALL ON FUNCTION rekey.resume_rotation(id bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.resume_rotation(id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION resync_sequences(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.resync_sequences() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.resync_sequences() TO rekey_admin;
 
 
 --
@@ -14889,6 +15862,15 @@ GRANT ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, u
 
 REVOKE ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) TO rekey_sweeper;
+
+
+--
+-- Name: TABLE census_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.census_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.census_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.census_status TO rekey_auditor;
 
 
 --

@@ -34,6 +34,7 @@ from driving import refused
 from helpers import (
     Connection,
     all_functions,
+    belong,
     called_functions,
     connect,
     create_database,
@@ -106,14 +107,16 @@ create table vault.secrets (
   id uuid default gen_random_uuid(), name text unique, description text, secret text);
 create view vault.decrypted_secrets as
 select id, name, description, secret as decrypted_secret from vault.secrets;
-create function vault.create_secret(new_secret text, new_name text, new_description text) returns uuid
+create function vault.create_secret(
+  new_secret text, new_name text, new_description text, new_key_id uuid) returns uuid
 language plpgsql set auto_explain.log_min_duration = -1 {quiet} as $$
 begin
   insert into vault.secrets (name, description, secret) values (new_name, new_description, new_secret);
   return null;
 end
 $$;
-create function vault.update_secret(secret_id uuid, new_secret text) returns void
+create function vault.update_secret(
+  secret_id uuid, new_secret text, new_name text, new_description text, new_key_id uuid) returns void
 language plpgsql set auto_explain.log_min_duration = -1 {quiet} as $$
 begin
   update vault.secrets set secret = new_secret where id = secret_id;
@@ -634,6 +637,7 @@ def move_the_kek(scenario: Scenario) -> None:
     move("of the Vault", "open key")
     with scenario.quiet() as quiet:
         quiet.execute(VAULT.format(quiet=scenario.vault_quiet).encode())
+        belong(quiet, "supabase_vault", "vault")
         row = (scenario.text("in the Vault", "open"),)
         quiet.execute("insert into vault.secrets (name, secret) values ('adopted', %s)", row)
     for _ in range(2):  # stored, then replaced

@@ -283,10 +283,14 @@ create or replace function rekey._trigger_problem(protected rekey.protected_colu
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select format('the trigger %I of %s is off, or was dropped', n.name, t.relation::regclass)
+  select format('the trigger %I of %s is off, or was dropped or replaced', n.name, t.relation::regclass)
   from (select relation as relation union select h from rekey._relations_here(_trigger_problem.relation) h) as t
   cross join lateral unnest(rekey._trigger_names(protected)) as n(name)
-  where not exists (select from pg_trigger g where g.tgrelid = t.relation and g.tgname = n.name and g.tgenabled in ('A', 'O'))
+  where not exists (
+    select from pg_trigger g join pg_proc p on p.oid = g.tgfoid join pg_namespace s on s.oid = p.pronamespace
+    where g.tgrelid = t.relation and g.tgname = n.name and g.tgenabled in ('A', 'O')
+      and format('%s.%s', s.nspname, p.proname) = case when n.name ~ '_(insert|update)$' then 'rekey._refuse_doomed'
+        else format('rekey_targets.column_%s_trigger', protected.id) end)
   limit 1;
 end;
 comment on function rekey._trigger_problem is 'Which trigger of a protected column does not fire, on which relation; NULL: all do.';
@@ -431,7 +435,7 @@ declare
   v_table regclass;
 begin
   if only_target is null or only_target = 'rekey.secrets' then
-    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, null);
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
     return next v_target;
   end if;
   for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop
