@@ -3906,7 +3906,7 @@ begin
     v_name := relation::regclass::text;
   end if;
   v_code := rekey._code_of_others(relation, v_reader);
-  return v_code || ', who can have the table read by connecting as that role';
+  return v_code || ': it can have the table read by connecting itself; or, if you trust that code, give the function to a superuser';
 end
 $$;
 
@@ -5053,6 +5053,7 @@ CREATE FUNCTION rekey._look_ahead(header bytea) RETURNS void
     SET bytea_output TO 'hex'
     SET quote_all_identifiers TO 'off'
     SET constraint_exclusion TO 'off'
+    SET lock_timeout TO '3 s'
     AS $$
 declare
   v_until timestamptz := clock_timestamp() + interval '2 s';
@@ -8453,8 +8454,9 @@ begin
     event := 'idle';
     return;
   elsif v_search.begun_in = pg_current_xact_id_if_assigned() then
-    event := 'waiting';  -- for COMMIT: until then nobody else knows that the versions are to be destroyed
+    event := 'waiting';  -- until then nobody else knows that the versions are to be destroyed
     wait := '0 s';
+    detail := jsonb_build_object('for', 'COMMIT of this transaction');
     return;
   end if;
   search_id := v_search.id;
@@ -8463,7 +8465,7 @@ begin
   where r.search_id = v_search.id and r.state = 'pending' and r.tried_by @> array[reader] is false
   order by r.next_block > 0 desc, r.bytes, r.relation limit 1;
   if found then
-    select t.* into v_found from rekey._searchable() t where t.relation = v_relation.relation;
+    select t.* into v_found from rekey._searchable(v_relation.relation) t;
     if not found then
       delete from rekey._search_relations r where (r.search_id, r.relation) = (v_search.id, v_relation.relation);
       event := 'begun';
@@ -8533,10 +8535,10 @@ COMMENT ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_i
 
 
 --
--- Name: _searchable(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _searchable(oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._searchable() RETURNS TABLE(relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, problem text)
+CREATE FUNCTION rekey._searchable(only_one oid DEFAULT NULL::oid) RETURNS TABLE(relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, problem text)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
@@ -8550,8 +8552,13 @@ begin
       join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.places[1]]
       cross join lateral rekey._relations_here(s.relation) as h(oid)
       where not p.is_text
+    ), altered as materialized (
+      -- Asked for the size of these, we would wait.
+      select l.relation from pg_locks l where l.locktype = 'relation' and l.mode = 'AccessExclusiveLock' and l.granted and l.pid is distinct from pg_backend_pid()
     )
-    select c.oid, c.oid::regclass::text, pg_table_size(c.oid), c.relfilenode, m.amname = 'heap',
+    select c.oid, c.oid::regclass::text,
+      case when c.oid in (select a.relation from altered a) then greatest(c.relpages, 0)::bigint * current_setting('block_size')::integer else pg_table_size(c.oid) end,
+      c.relfilenode, m.amname = 'heap',
       format('select count(*) as rows, bool_and(t.tableoid = %s) as same, string_agg(f.hits, '' '') as hits from only %s t
         cross join lateral (select nullif(array_to_string(array[%s], '' ''), '''') as hits offset 0) f%s',
         c.oid, c.oid::regclass, k.hits,
@@ -8577,20 +8584,20 @@ begin
         and coalesce(e.typlen, y.typlen) not between 1 and 74 and coalesce(e.typcategory, y.typcategory) not in ('N', 'B', 'D', 'T', 'E', 'G', 'I', 'V')
         and not exists (select from counted p where p.relation = c.oid and p.attname = a.attname)
     ) k
-    where c.relkind in ('r', 'm') and c.relpersistence <> 't' and c.relispopulated and c.oid >= 16384 and k.hits is not null
+    where (only_one is null or c.oid = only_one) and c.relkind in ('r', 'm') and c.relpersistence <> 't' and c.relispopulated and c.oid >= 16384 and k.hits is not null
       and not (n.nspname in ('rekey', 'rekey_targets') and c.relowner = 'rekey_owner'::regrole)
       and not rekey._is_extension_table(c.oid);
 end
 $_$;
 
 
-ALTER FUNCTION rekey._searchable() OWNER TO rekey_owner;
+ALTER FUNCTION rekey._searchable(only_one oid) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _searchable(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _searchable(only_one oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._searchable() IS 'The relations of this database that have room for an envelope where no target counts it, and the statement that reads one: $1 the headers wanted, of a heap $2 and $3 a range of row pointers, $4 the transaction from which on rows are read, NULL: all. problem: why it cannot be read.';
+COMMENT ON FUNCTION rekey._searchable(only_one oid) IS 'The relations of this database, or only one, that have room for an envelope where no target counts it, and the statement that reads one: $1 the headers wanted, of a heap $2 and $3 a range of row pointers, $4 the transaction from which on rows are read, NULL: all. problem: why it cannot be read.';
 
 
 --
@@ -12209,6 +12216,7 @@ CREATE FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail 
     SET bytea_output TO 'hex'
     SET quote_all_identifiers TO 'off'
     SET constraint_exclusion TO 'off'
+    SET lock_timeout TO '3 s'
     AS $$
 declare
   v_begun timestamptz := clock_timestamp();
@@ -15874,11 +15882,11 @@ GRANT ALL ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search
 
 
 --
--- Name: FUNCTION _searchable(); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _searchable(only_one oid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._searchable() FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._searchable() TO rekey_operator;
+REVOKE ALL ON FUNCTION rekey._searchable(only_one oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._searchable(only_one oid) TO rekey_operator;
 
 
 --

@@ -7149,7 +7149,7 @@ begin
     v_name := relation::regclass::text;
   end if;
   v_code := rekey._code_of_others(relation, v_reader);
-  return v_code || ', who can have the table read by connecting as that role';
+  return v_code || ': it can have the table read by connecting itself; or, if you trust that code, give the function to a superuser';
 end
 $$;
 comment on function rekey._hold is 'Keeps a relation from being given code until the subtransaction of the caller ends, which he undoes, and says why he is not to read it; NULL: nothing.';
@@ -7158,7 +7158,7 @@ grant execute on function rekey._hold to rekey_operator, rekey_auditor;
 
 -- What holds no rows here is left out: views, partitioned and foreign tables. So is what belongs to PostgreSQL itself, to
 -- pg_rekey, pg_cron and Supabase Vault: by owner or extension, since a name proves nothing.
-create or replace function rekey._searchable()
+create or replace function rekey._searchable(only_one oid = null)
 returns table (relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, problem text)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -7173,8 +7173,13 @@ begin
       join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.places[1]]
       cross join lateral rekey._relations_here(s.relation) as h(oid)
       where not p.is_text
+    ), altered as materialized (
+      -- Asked for the size of these, we would wait.
+      select l.relation from pg_locks l where l.locktype = 'relation' and l.mode = 'AccessExclusiveLock' and l.granted and l.pid is distinct from pg_backend_pid()
     )
-    select c.oid, c.oid::regclass::text, pg_table_size(c.oid), c.relfilenode, m.amname = 'heap',
+    select c.oid, c.oid::regclass::text,
+      case when c.oid in (select a.relation from altered a) then greatest(c.relpages, 0)::bigint * current_setting('block_size')::integer else pg_table_size(c.oid) end,
+      c.relfilenode, m.amname = 'heap',
       format('select count(*) as rows, bool_and(t.tableoid = %s) as same, string_agg(f.hits, '' '') as hits from only %s t
         cross join lateral (select nullif(array_to_string(array[%s], '' ''), '''') as hits offset 0) f%s',
         c.oid, c.oid::regclass, k.hits,
@@ -7200,13 +7205,13 @@ begin
         and coalesce(e.typlen, y.typlen) not between 1 and 74 and coalesce(e.typcategory, y.typcategory) not in ('N', 'B', 'D', 'T', 'E', 'G', 'I', 'V')
         and not exists (select from counted p where p.relation = c.oid and p.attname = a.attname)
     ) k
-    where c.relkind in ('r', 'm') and c.relpersistence <> 't' and c.relispopulated and c.oid >= 16384 and k.hits is not null
+    where (only_one is null or c.oid = only_one) and c.relkind in ('r', 'm') and c.relpersistence <> 't' and c.relispopulated and c.oid >= 16384 and k.hits is not null
       and not (n.nspname in ('rekey', 'rekey_targets') and c.relowner = 'rekey_owner'::regrole)
       and not rekey._is_extension_table(c.oid);
 end
 $$;
 comment on function rekey._searchable is
-  'The relations of this database that have room for an envelope where no target counts it, and the statement that reads one: $1 the headers wanted, of a heap $2 and $3 a range of row pointers, $4 the transaction from which on rows are read, NULL: all. problem: why it cannot be read.';
+  'The relations of this database, or only one, that have room for an envelope where no target counts it, and the statement that reads one: $1 the headers wanted, of a heap $2 and $3 a range of row pointers, $4 the transaction from which on rows are read, NULL: all. problem: why it cannot be read.';
 grant execute on function rekey._searchable to rekey_operator;
 
 -- Whom to believe. The call stack says who calls, in whatever language: its second line begins as the first one does.
@@ -7339,8 +7344,9 @@ begin
     event := 'idle';
     return;
   elsif v_search.begun_in = pg_current_xact_id_if_assigned() then
-    event := 'waiting';  -- for COMMIT: until then nobody else knows that the versions are to be destroyed
+    event := 'waiting';  -- until then nobody else knows that the versions are to be destroyed
     wait := '0 s';
+    detail := jsonb_build_object('for', 'COMMIT of this transaction');
     return;
   end if;
   search_id := v_search.id;
@@ -7349,7 +7355,7 @@ begin
   where r.search_id = v_search.id and r.state = 'pending' and r.tried_by @> array[reader] is false
   order by r.next_block > 0 desc, r.bytes, r.relation limit 1;
   if found then
-    select t.* into v_found from rekey._searchable() t where t.relation = v_relation.relation;
+    select t.* into v_found from rekey._searchable(v_relation.relation) t;
     if not found then
       delete from rekey._search_relations r where (r.search_id, r.relation) = (v_search.id, v_relation.relation);
       event := 'begun';
@@ -7594,6 +7600,7 @@ set bytea_output = hex
 set quote_all_identifiers = off
 -- CHECK constraints would be computed too: _code_of_others().
 set constraint_exclusion = off
+set lock_timeout = '3 s'
 as $$
 declare
   v_begun timestamptz := clock_timestamp();
@@ -7760,6 +7767,7 @@ set standard_conforming_strings = on
 set bytea_output = hex
 set quote_all_identifiers = off
 set constraint_exclusion = off
+set lock_timeout = '3 s'
 as $$
 declare
   v_until timestamptz := clock_timestamp() + interval '2 s';
