@@ -1809,8 +1809,15 @@ begin
   perform rekey._check_tenant(keyring_tenant);
   -- The label of a protected column: who may not read the column may not open its values either.
   for v_shape in
-    select s.relation, s.attnums[c.places[1]] as attnum
-    from rekey.protected_columns c cross join lateral rekey._column_shape(c.id) s
+    select coalesce(s.relation, n.relation) as relation, coalesce(s.attnums[c.places[1]], n.attnum) as attnum
+    from rekey.protected_columns c
+    cross join lateral rekey._column_shape(c.id) s
+    -- Where its owner dropped the table and made it anew, the new one goes on being read until it is bound.
+    left join lateral (
+      select r.oid::regclass as relation, a.attnum
+      from pg_class r
+      join pg_attribute a on a.attrelid = r.oid and a.attname = c.column_name and a.attnum > 0 and not a.attisdropped
+      where r.oid = rekey._relation_named(c.relation_name) and pg_get_userbyid(r.relowner) = c.owner) n on s.relation is null
     where c.label = context[array_lower(context, 1)]
   loop
     if not coalesce(has_column_privilege(rekey._caller(), v_shape.relation, v_shape.attnum, 'select'), false) then
@@ -5119,6 +5126,26 @@ ALTER FUNCTION rekey._look_ahead(header bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._look_ahead(header bytea) IS 'Says in warnings where envelopes of this header are outside of protected columns, as far as 2 seconds and the rights of the caller go.';
+
+
+--
+-- Name: _relation_named(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._relation_named(name text) RETURNS oid
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._relation_named(name text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _relation_named(name text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._relation_named(name text) IS 'The relation that has this name, with its schema, now; NULL: none.';
 
 
 --
@@ -11560,7 +11587,7 @@ declare
   v_protected rekey.protected_columns := rekey._find_rebind(target, column_name, label);
   v_old regclass := (select s.relation from rekey.column_status s where s.label = v_protected.label);
   v_old_column name := (select s.column_name from rekey.column_status s where s.label = v_protected.label);
-  v_stays boolean := v_old = target and v_old_column = rebind_column.column_name;
+  v_stays boolean := coalesce(v_old = target and v_old_column = rebind_column.column_name, false);
   v_statement text;
   v_other record;
   v_settled regclass[];
@@ -15276,6 +15303,13 @@ GRANT ALL ON FUNCTION rekey._look(search_id bigint, wanted bytea[]) TO rekey_ope
 
 REVOKE ALL ON FUNCTION rekey._look_ahead(header bytea) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._look_ahead(header bytea) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _relation_named(name text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._relation_named(name text) FROM PUBLIC;
 
 
 --

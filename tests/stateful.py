@@ -65,7 +65,18 @@ SETUP: LiteralString = """
     create table app.notes (id integer primary key, v bytea);      -- the application encrypts
     create table app.letters (id integer primary key, v text);     -- a trigger does
     grant select on app.notes to stateful_app;
+    create table app.parts (id integer primary key, v bytea) partition by list (id);
+    create table app.parts_1 partition of app.parts for values in (1);
+    create table app.parts_2 partition of app.parts for values in (2);
+    create table app.parts_3 partition of app.parts for values in (3);
+    grant select on app.parts to stateful_app;
+    create function app.put_part(id integer, v bytea) returns void language plpgsql as $$
+    begin
+      execute format('insert into app.parts_%s values ($1, $2)
+        on conflict (id) do update set v = excluded.v', id) using id, v;
+    end $$;
     select rekey.protect_column('app.notes', 'v');
+    select rekey.protect_column('app.parts', 'v');
     select rekey.protect_column('app.letters', 'v', encrypt_on_write => true);
     create table app.broken (reason text);
     create function app.break_down() returns trigger language plpgsql as $$
@@ -82,6 +93,8 @@ SETUP: LiteralString = """
 ROWS: LiteralString = """
     select 'secret', tenant_id::text, name, tenant_id || '/' || id, ciphertext from rekey.secrets
     union all select 'notes', '', id::text, id::text, v from app.notes
+    union all select 'parts', '', id::text, id::text, v from (
+      table app.parts_1 union all table app.parts_2 union all table app.parts_3) p
     union all select 'letters', '', id::text, id::text, convert_to(v, 'UTF8') from app.letters"""
 KEYS: LiteralString = """
     select k.name, k.id, k.tenant_id::text, k.retired_at is not null, e.version, e.state,
@@ -96,7 +109,44 @@ FAILURES: LiteralString = """
     from rekey.rotation_failures f join rekey.keyrings k on k.id = f.keyring_id"""
 AUDIT: LiteralString = """
     select event, keyring, version, rotation_id, id from rekey.audit_log where id > %s order by id"""
-TARGETS = {"rekey.secrets": "secret", "app.notes.v": "notes", "app.letters.v": "letters"}
+TARGETS = {
+    "rekey.secrets": "secret",
+    "app.notes.v": "notes",
+    "app.letters.v": "letters",
+    "app.parts.v": "parts",
+}
+
+# What people do to tables, without a word to pg_rekey.
+REBUILD: LiteralString = """
+    create table app.notes_new (like app.notes including all);
+    grant select on app.notes_new to stateful_app;
+    insert into app.notes_new select * from app.notes;"""
+SWAP: LiteralString = f"""{REBUILD}
+    alter table app.notes rename to notes_old;
+    alter table app.notes_new rename to notes;"""
+ASTRAY: dict[str, LiteralString] = {
+    "swapped": SWAP,
+    "emptied": f"{SWAP} truncate app.notes_old",
+    "recreated": f"{REBUILD} drop table app.notes cascade; alter table app.notes_new rename to notes",
+    "forced": "alter table app.notes force row level security",
+    "detached": "alter table app.parts detach partition app.parts_2",
+}
+BREAK_DOWN: LiteralString = (
+    "create trigger break_down before update on app.notes for each row execute function app.break_down()"
+)
+REBIND: LiteralString = f"select rekey.rebind_column('app.notes', 'v'); {BREAK_DOWN}"
+MENDED: dict[str, LiteralString] = {
+    "swapped": """
+        truncate app.notes_old;
+        insert into app.notes_old select * from app.notes;
+        drop table app.notes;
+        alter table app.notes_old rename to notes""",
+    "emptied": f"{REBIND}; drop table app.notes_old",
+    "recreated": REBIND,
+    "forced": "alter table app.notes no force row level security",
+    "detached": "alter table app.parts attach partition app.parts_2 for values in (2)",
+}
+REBOUND = {"emptied", "recreated"}
 
 Place = tuple[str, str, str]  # kind, tenant, name
 
@@ -324,6 +374,8 @@ class Walk(RuleBasedStateMachine):
         self.written: set[Place] = set()  # and written
         self.expected: list[tuple[str, str | None, int | None, Rotation | None]] = []
         self.broken = self.noted = False
+        self.astray = ""  # what became of a table
+        self.may_note = False  # whether a duty that failed may have left an entry
         self.claims = "none"
         self.open_sessions()
         self.audited = value(self.eye, "select max(id) from rekey.audit_log")
@@ -424,7 +476,8 @@ class Walk(RuleBasedStateMachine):
         """Whether a rotation, an open transaction, a row or the quarantine needs a version."""
         it = self.current(ring.name)
         return bool(
-            (it and version in (*it.sources, it.target))
+            self.astray
+            or (it and version in (*it.sources, it.target))
             or any((ring.name, version) in writer.locks for writer in self.writers)
             or any(row.version == version for row in self.now.on(ring).values())
             or any(f[:1] == (ring.name,) and f[3] == version and f[5] is None for f in self.failures.values())
@@ -534,10 +587,11 @@ class Walk(RuleBasedStateMachine):
         """As a client does that encrypted before a rotation, and stores after it."""
         held = self.held[place % len(self.held)]
         kind = TARGETS.get(held.context[0])
-        if kind == "notes":
-            target = ("notes", "", held.context[1])
-            code = "55P03" if self.holder(target) else None
-            self.call(self.admin, code, PUT_NOTE, held.context[1], held.envelope.raw)
+        if kind in ("notes", "parts"):
+            target = (kind, "", held.context[1])
+            doomed = self.now.state_of(held.envelope) == "destroy_scheduled"
+            code = "RK006" if doomed and self.is_guarded(target) else None
+            self.call(self.admin, code, PUT[kind], held.context[1], held.envelope.raw)
         else:
             target = ("letters", "", number)
             code = self.letter_refuses(self.admin, held, number) or ("55P03" if self.holder(target) else None)
@@ -545,18 +599,54 @@ class Walk(RuleBasedStateMachine):
         if code is None:
             self.store(target, held.value)
 
-    @move(number=ids, trigger=st.booleans())
-    def write_row(self, number: str, trigger: bool) -> None:
-        place: Place = ("letters" if trigger else "notes", "", number)
+    def is_guarded(self, place: Place) -> bool:
+        """Whether the triggers of its column are on the table of a row."""
+        kind, _, number = place
+        without = {"swapped": "notes", "emptied": "notes", "recreated": "notes"}
+        return without.get(self.astray) != kind and (self.astray, number) != ("detached", "2")
+
+    @move(number=ids, kind=st.sampled_from(["notes", "letters", "letters", "parts"]))
+    def write_row(self, number: str, kind: str) -> None:
+        place: Place = (kind, "", number)
         text = self.text()
         code = "RK006" if self.now.rings["default"].retired else self.without_kek(self.admin)
         code = code or ("55P03" if self.holder(place) else None)
-        if trigger:
+        if kind == "letters":
             self.call(self.admin, code, PUT_LETTER, number, text)
-        else:
+        elif kind == "notes":
             self.call(self.admin, code, ENCRYPT_NOTE, number, text, number)
+        else:
+            self.call(self.admin, code, ENCRYPT_PART, number, text, number)
         if code is None:
             self.store(place, text)
+
+    @move(place=nth, number=ids, plain=st.booleans(), locked=st.booleans())
+    def a_subscription_applies(self, place: int, number: str, plain: bool, locked: bool) -> None:
+        """In the replica role an envelope is taken as it comes, without KEK, and plaintext never."""
+        letters = [held for held in self.held if held.context[0] == "app.letters.v"]
+        text = said = self.text()
+        if not plain:
+            if not letters:
+                return
+            held = letters[place % len(letters)]
+            number, text, said = held.context[1], held.value, as_text(held.envelope)
+        if locked:
+            self.call(self.admin, None, "select rekey.lock()")
+            self.admin.keks = set()
+        target: Place = ("letters", "", number)
+        if not plain and self.now.state_of(held.envelope) != "destroyed":
+            code = "RK006" if self.now.state_of(held.envelope) == "destroy_scheduled" else None
+        elif plain:
+            code = "RK006" if self.now.rings["default"].retired else self.without_kek(self.admin)
+        else:
+            code = self.letter_refuses(self.admin, held, number)
+        code = code or ("55P03" if self.holder(target) else None)
+        self.call(self.admin, None, "set session_replication_role = replica")
+        self.call(self.admin, code, PUT_LETTER, number, said)
+        self.call(self.admin, None, "reset session_replication_role")
+        if code is None:
+            self.store(target, text)
+        self.admin.unlock(self.now.kek)
 
     @move(number=ids, kind=st.sampled_from(["notes", "letters"]))
     def delete_row(self, number: str, kind: str) -> None:
@@ -660,7 +750,9 @@ class Walk(RuleBasedStateMachine):
             else "RK004"
             if self.current(ring)
             else "RK005"
-            if any((ring, it.active) in writer.locks for writer in self.writers) or self.now.on(it)
+            if self.astray
+            or any((ring, it.active) in writer.locks for writer in self.writers)
+            or self.now.on(it)
             else None
         )
         if code is None and ring == "default" and self.now.step % 3:
@@ -903,7 +995,7 @@ class Walk(RuleBasedStateMachine):
         raise AssertionError(f"the rotation does not end: {self.rotations}")
 
     def disturbed(self) -> bool:
-        return any(writer.locks or writer.wrote for writer in self.writers)
+        return bool(self.astray) or any(writer.locks or writer.wrote for writer in self.writers)
 
     @move(
         lambda self: not self.broken and not any(writer.open for writer in self.writers),
@@ -946,12 +1038,18 @@ class Walk(RuleBasedStateMachine):
         self.eye.execute(
             "update rekey.rotations set next_attempt_at = null where next_attempt_at is not null"
         )
-        self.call(self.admin, None, "call rekey.tick()")
+        if self.astray:  # a whole tick waits for it to be mended
+            self.may_note = True
+            for duty in ("schedules", "destructions", "census", "end"):
+                self.call(self.admin, None, "select rekey._tick_duty(%s, now())", duty)
+            self.call(self.admin, None, "call rekey.run_rotations('0 s')")
+        else:
+            self.call(self.admin, None, "call rekey.tick()")
         reached = {state for states in EDGES.values() for state in states}
         self.edges = dict.fromkeys(EDGES, reached)
         if not locked:
             for it in self.rotations:  # what could be done is done
-                if it.state in EDGES:
+                if it.state in EDGES and not self.astray:
                     self.edges[it.state] = {"completed", "completed_with_failures"}
 
     def destroy(self, ring: Ring, jumped: bool) -> None:
@@ -991,7 +1089,7 @@ class Walk(RuleBasedStateMachine):
 
     # Faults
 
-    @move(place=nth, kind=st.sampled_from(["secret", "secret", "notes", "letters"]))
+    @move(place=nth, kind=st.sampled_from(["secret", "secret", "notes", "parts", "letters"]))
     def corrupt_or_repair(self, place: int, kind: str) -> None:
         """Flip a bit in a row; the second time, flip it back."""
         there = sorted(p for p in self.now.rows if p[0] == kind and not self.holder(p))
@@ -1008,8 +1106,8 @@ class Walk(RuleBasedStateMachine):
                     "update rekey.secrets set ciphertext = %s where tenant_id = %s and name = %s"
                 )
                 self.eye.execute(store, (bytes(raw), it[1], it[2]))
-            elif kind == "notes":
-                self.eye.execute("update app.notes set v = %s where id = %s", (bytes(raw), it[2]))
+            elif kind in PUT:
+                self.eye.execute(PUT[kind], (it[2], bytes(raw)))
             else:
                 text = as_text(self.now.rows[it])
                 self.eye.execute("update app.letters set v = %s where id = %s", (text, it[2]))
@@ -1023,6 +1121,60 @@ class Walk(RuleBasedStateMachine):
         self.eye.execute("delete from app.broken where true")
         if broken:
             self.eye.execute("insert into app.broken values ('it fails')")
+
+    @move(lambda self: not self.astray, how=st.sampled_from(sorted(ASTRAY)))
+    def a_table_goes_astray(self, how: str) -> None:
+        """Until it is mended, no rotation completes that it may hold rows of, and no key is destroyed."""
+        with self.eye.transaction():
+            self.eye.execute("set local role stateful_owner")
+            self.eye.execute(ASTRAY[how])
+        self.astray = how
+
+    @move(
+        lambda self: not self.astray,
+        how=st.sampled_from(sorted(ASTRAY)),
+        number=ids,
+        destroys=st.booleans(),
+        mended=st.booleans(),
+    )
+    def a_rotation_meets_what_went_astray(self, how: str, number: str, destroys: bool, mended: bool) -> None:
+        """Values stand in a table that is not there for the rotation, nor for the destruction after it."""
+        ring = self.now.rings["default"]
+        self.write_row(
+            number="2" if how == "detached" else number, kind="parts" if how == "detached" else "notes"
+        )
+        self.holds()
+        self.a_table_goes_astray(how=how)
+        before = ring.active
+        self.rotate(ring="default", supersede=False)
+        self.holds()
+        self.run()
+        if destroys and not any(writer.open for writer in self.writers) and not self.broken:
+            self.schedule_destruction(ring="default", version=before, wait="0 s")
+            self.holds()
+            self.tick(days=True, jumped=False)
+            self.holds()
+        if mended:
+            self.it_is_mended()
+
+    @move(lambda self: self.astray)
+    def it_is_mended(self) -> None:
+        """As its owner does; a column is bound anew only where every value opens under its label."""
+        notes = {place: row for place, row in self.now.rows.items() if place[0] == "notes"}
+        code = None
+        if self.astray in REBOUND and not all(map(self.now.sweepable, notes)):
+            code = "RK003"
+        elif self.astray == "swapped" and any(
+            self.now.state_of(row) == "destroy_scheduled" for row in notes.values()
+        ):
+            code = "RK006"
+        with self.lab.connect(self.database, "stateful_owner") as owner:
+            unlock(owner, kek(self.now.kek))
+            self.call(Session(owner), code, MENDED[self.astray])
+        if code is None:
+            if self.astray in REBOUND:
+                self.expect("column.rebound", "default", None)
+            self.astray = ""
 
     @move(how=st.sampled_from(["terminate"] * 5 + ["kill"]))
     def a_worker_dies_mid_step(self, how: str) -> None:
@@ -1239,7 +1391,7 @@ class Walk(RuleBasedStateMachine):
         self.look_at_failures(finished)
         self.look_at_audit()
         self.look_at_values()
-        self.edges, self.written, self.expected = {}, set(), []
+        self.edges, self.written, self.expected, self.may_note = {}, set(), [], False
 
     def look_at_keys(self) -> None:
         found: dict[str, Ring] = {}
@@ -1344,6 +1496,8 @@ class Walk(RuleBasedStateMachine):
         self.audited = found[-1][4] if found else self.audited
         said = Counter((e, ring, v, it.number if it else None) for e, ring, v, it in self.expected)
         there = Counter(row[:4] for row in found)
+        if self.may_note:
+            said["rotation.error", None, None, None] = there["rotation.error", None, None, None]
         assert there == said, f"audited but not done: {there - said}, done but not audited: {said - there}"
         assert self.eye.execute("select valid, reason from rekey.verify_audit_log()").fetchone() == (
             True,
@@ -1357,7 +1511,7 @@ class Walk(RuleBasedStateMachine):
             there = {place[2]: text for place, text in opens.items() if place[1] == tenant}
             read: LiteralString = "select * from rekey.read_secrets(%s, %s)"
             assert not there or dict(self.eye.execute(read, (list(there), tenant))) == there
-        for kind, query in (("notes", READ_NOTES), ("letters", READ_LETTERS)):
+        for kind, query in (("notes", READ_NOTES), ("parts", READ_PARTS), ("letters", READ_LETTERS)):
             there = {place[2]: text for place, text in opens.items() if place[0] == kind}
             assert not there or dict(self.eye.execute(query, (list(there),))) == there
         reached = {place[1] for place in self.now.values if place[0] == "secret"} & (
@@ -1392,8 +1546,16 @@ PUT_LETTER: LiteralString = (
 ENCRYPT_NOTE: LiteralString = """
     insert into app.notes values (%s, rekey.encrypt(%s::text, 'default', array['app.notes.v', %s]))
     on conflict (id) do update set v = excluded.v"""
+PUT: dict[str, LiteralString] = {"notes": PUT_NOTE, "parts": "select app.put_part(%s, %s)"}
+ENCRYPT_PART: LiteralString = (
+    "select app.put_part(%s, rekey.encrypt(%s::text, 'default', array['app.parts.v', %s]))"
+)
 READ_NOTES: LiteralString = """
     select id::text, rekey.decrypt_text(v, array['app.notes.v', id::text]) from app.notes
+    where id::text = any (%s)"""
+READ_PARTS: LiteralString = """
+    select id::text, rekey.decrypt_text(v, array['app.parts.v', id::text])
+    from (table app.parts_1 union all table app.parts_2 union all table app.parts_3) p
     where id::text = any (%s)"""
 READ_LETTERS: LiteralString = """
     select id::text, rekey.decrypt_text(v, array['app.letters.v', id::text]) from app.letters

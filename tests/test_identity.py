@@ -80,6 +80,28 @@ def other(db: str, ready: Connection, kek: bytes) -> Iterator[Connection]:
     ready.execute(f"drop role {name}".encode())
 
 
+def test_a_table_that_its_owner_made_anew_goes_on_being_read(
+    ready: Connection, app: Connection, other: Connection
+) -> None:
+    label = fill(app, "accounts")
+    app.execute("create table app.anew (like app.accounts including all)")
+    app.execute("insert into app.anew select * from app.accounts; drop table app.accounts cascade")
+    envelope = value(app, "select v from app.anew where id = 1")
+    opens = "select rekey.decrypt_text(%s, array['app.accounts.v', '1'])"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        app.execute(opens, [envelope])
+    app.execute("alter table app.anew rename to accounts")
+    assert plain(app, "accounts")[0] == "sk_live_1"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        other.execute(opens, [envelope])
+    assert value(app, "select rekey.rebind_column('app.accounts', 'v')") == label
+    # Another's table of that name is not the one.
+    app.execute("drop table app.accounts cascade; create table app.accounts (id int primary key, v text)")
+    ready.execute(f"alter table app.accounts owner to {other.info.user}".encode())
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        other.execute(opens, [envelope])
+
+
 @pytest.mark.parametrize("emptied", [False, True])
 def test_a_rebuilt_table_blocks_until_it_is_rebound(
     ready: Connection, app: Connection, emptied: bool

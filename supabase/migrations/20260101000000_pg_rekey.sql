@@ -2242,8 +2242,15 @@ begin
   perform rekey._check_tenant(keyring_tenant);
   -- The label of a protected column: who may not read the column may not open its values either.
   for v_shape in
-    select s.relation, s.attnums[c.places[1]] as attnum
-    from rekey.protected_columns c cross join lateral rekey._column_shape(c.id) s
+    select coalesce(s.relation, n.relation) as relation, coalesce(s.attnums[c.places[1]], n.attnum) as attnum
+    from rekey.protected_columns c
+    cross join lateral rekey._column_shape(c.id) s
+    -- Where its owner dropped the table and made it anew, the new one goes on being read until it is bound.
+    left join lateral (
+      select r.oid::regclass as relation, a.attnum
+      from pg_class r
+      join pg_attribute a on a.attrelid = r.oid and a.attname = c.column_name and a.attnum > 0 and not a.attisdropped
+      where r.oid = rekey._relation_named(c.relation_name) and pg_get_userbyid(r.relowner) = c.owner) n on s.relation is null
     where c.label = context[array_lower(context, 1)]
   loop
     if not coalesce(has_column_privilege(rekey._caller(), v_shape.relation, v_shape.attnum, 'select'), false) then
@@ -3374,15 +3381,25 @@ begin atomic
 end;
 comment on function rekey._namesake is 'Another column than this one, of this table or another, that has the name noted of a protected column, or that of its label; NULL: there is none, or it is settled.';
 
+-- (to_regclass() takes USAGE of the schema, which rekey_owner need not have.)
+create or replace function rekey._relation_named(name text) returns oid
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
+  where array[n.nspname, c.relname]::text[] = parse_ident(name);
+end;
+comment on function rekey._relation_named is 'The relation that has this name, with its schema, now; NULL: none.';
+
 create or replace function rekey._lost_part(protected rekey.protected_columns, relation regclass) returns text
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select c.oid::regclass::text
   from rekey._column_relations r
-  join pg_class c on c.oid = r.relation
-  where r.column_id = protected.id and r.attnum = 0 and not r.settled and r.home = rekey._home()
-    and not exists (select from rekey._relations_here(_lost_part.relation) as t(oid) where t.oid = r.relation)
+  join pg_class c on c.oid = case when r.home = rekey._home() then r.relation else rekey._relation_named(r.relation_name) end
+  where r.column_id = protected.id and r.attnum = 0 and not r.settled
+    and not exists (select from rekey._relations_here(_lost_part.relation) as t(oid) where t.oid = c.oid)
   limit 1;
 end;
 comment on function rekey._lost_part is 'A relation that held values of a protected column, is still there, and is no part of its table any more; NULL: there is none.';
@@ -3477,6 +3494,15 @@ begin atomic
     where (only_id is null or p.id = only_id) and rekey._namesake(p, h.relation, h.attnums[p.places[1]]) is null
     group by p.id, s.nspname, r.relname) n
   where n.id = c.id and (c.relation_name, c.column_name, c.context_columns) is distinct from (n.relation_name, n.names[1], n.names[2:]);
+
+  -- After a restore into another database the names still say which relations these are.
+  with noted as (
+    delete from rekey._column_relations r
+    where r.home <> rekey._home() and (only_id is null or r.column_id = only_id)
+    returning r.column_id, rekey._relation_named(r.relation_name) as relation, r.attnum, r.relation_name, r.settled)
+  insert into rekey._column_relations (column_id, relation, attnum, relation_name, home, settled)
+  select n.column_id, n.relation, n.attnum, n.relation_name, rekey._home(), n.settled from noted n where n.relation is not null
+  on conflict (column_id, relation, attnum) do nothing;
 
   insert into rekey._column_relations (column_id, relation, attnum, relation_name, home, settled)
   select p.id, t.relation, 0, t.relation::regclass::text, rekey._home(), false
@@ -4768,7 +4794,7 @@ declare
   v_protected rekey.protected_columns := rekey._find_rebind(target, column_name, label);
   v_old regclass := (select s.relation from rekey.column_status s where s.label = v_protected.label);
   v_old_column name := (select s.column_name from rekey.column_status s where s.label = v_protected.label);
-  v_stays boolean := v_old = target and v_old_column = rebind_column.column_name;
+  v_stays boolean := coalesce(v_old = target and v_old_column = rebind_column.column_name, false);
   v_statement text;
   v_other record;
   v_settled regclass[];
