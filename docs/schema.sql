@@ -1272,6 +1272,77 @@ COMMENT ON FUNCTION rekey._batch_size(keyrings integer) IS 'By how much a batch 
 
 
 --
+-- Name: _searches; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._searches (
+    id bigint NOT NULL,
+    home text NOT NULL,
+    scope text NOT NULL,
+    state text DEFAULT 'reading'::text NOT NULL,
+    begun_in xid8 NOT NULL,
+    begun_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    older xid8,
+    blocked_by jsonb,
+    blocked_since timestamp with time zone,
+    looks integer DEFAULT 0 NOT NULL,
+    incomplete_since timestamp with time zone,
+    postponed boolean DEFAULT false NOT NULL,
+    completed_at timestamp with time zone,
+    counted_at timestamp with time zone,
+    counted_as text,
+    CONSTRAINT _searches_scope_check CHECK ((scope = ANY (ARRAY['database'::text, 'columns'::text]))),
+    CONSTRAINT _searches_state_check CHECK ((state = ANY (ARRAY['reading'::text, 'looking'::text, 'complete'::text])))
+);
+
+
+ALTER TABLE rekey._searches OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _searches; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._searches IS 'Searches of the database: how far the last one is. older: transactions before this one are waited for.';
+
+
+--
+-- Name: _begin_search(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._begin_search() RETURNS rekey._searches
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_search rekey._searches;
+begin
+  delete from rekey._searches s where s.id is not null;
+  insert into rekey._searches (home, scope, begun_in)
+  values (rekey._home(), (rekey._settings()).destroy_search, pg_current_xact_id()) returning * into v_search;
+  insert into rekey._search_versions (search_id, keyring_id, version)
+  select v_search.id, k.keyring_id, k.version from rekey.encryption_keys k where k.state = 'destroy_scheduled';
+  if v_search.scope = 'database' then
+    -- Small relations are left to the look, up to 32 MB of them.
+    insert into rekey._search_relations (search_id, relation, name, bytes)
+    select v_search.id, r.relation, r.name, r.bytes
+    from (select t.*, sum(t.bytes) over (order by t.bytes, t.relation rows unbounded preceding) as total from rekey._searchable() t) r
+    where (r.bytes > 1048576 or r.total > 33554432) and r.problem is null and r.is_heap;
+  end if;
+  return v_search;
+end
+$$;
+
+
+ALTER FUNCTION rekey._begin_search() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _begin_search(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._begin_search() IS 'Begins a search for every version that is scheduled for destruction, in place of the last one.';
+
+
+--
 -- Name: _begin_verification(bigint[], integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2173,6 +2244,26 @@ COMMENT ON FUNCTION rekey._clear_chunks() IS 'Deletes what passes and verificati
 
 
 --
+-- Name: _code_of_others(oid, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._code_of_others(relation oid, reader name) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._code_of_others(relation oid, reader name) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _code_of_others(relation oid, reader name); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._code_of_others(relation oid, reader name) IS 'A function of neither a superuser nor the reader that reading a relation may run; NULL: there is none.';
+
+
+--
 -- Name: protected_columns; Type: TABLE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3045,67 +3136,173 @@ COMMENT ON FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping
 
 
 --
--- Name: _destroy_due(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _destroy(integer, integer, bigint, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._destroy_due(clock_jumped boolean) RETURNS void
+CREATE FUNCTION rekey._destroy(keyring_id integer, version integer, rows bigint, elsewhere text) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_due record;
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
-  v_writing text;
-  v_postponed text;
-  -- After a jump of the clock, what is due within the day may only seem so too.
-  v_until timestamptz := now() + case when clock_jumped then interval '1 day' else interval '0' end;
-  v_events jsonb := '[]'::jsonb;
+  v_postponed text := elsewhere;
 begin
-  if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled' and k.destroy_after <= v_until) then
+  perform rekey._lock_kek();  -- first, as everywhere: a KEK rotation holds every key
+  v_keyring := rekey._keyring(rekey._keyring_name(keyring_id), lock => true);
+  v_key := rekey._key(keyring_id, version);
+  if v_key.state <> 'destroy_scheduled' or v_key.destroy_after > now() then
     return;
   end if;
-  v_writing := rekey._open_writers();
-  perform rekey._lock_kek();  -- first, as everywhere: a KEK rotation holds every key
-  for v_due in
-    select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
-    where k.state = 'destroy_scheduled' and k.destroy_after <= v_until
-    order by k.keyring_id, k.version
-  loop
-    v_keyring := rekey._keyring(v_due.name, lock => true);
-    v_key := rekey._key(v_keyring.id, v_due.version);
-    continue when v_key.state <> 'destroy_scheduled' or v_key.destroy_after > v_until;
-    v_postponed := case when clock_jumped then 'more than a day since the last tick: the clock may be wrong' else v_writing end;
-    if v_postponed is null then
-      begin
-        perform rekey._refuse_in_use(v_keyring, v_due.version);
-      exception when sqlstate 'RK005' then
-        v_postponed := sqlerrm;
-      end;
-    end if;
-    if v_postponed is not null then
-      update rekey.encryption_keys k set destroy_after = now() + interval '1 day' where k.id = v_key.id;
-      v_events := v_events || jsonb_build_object('event', 'key.destroy_scheduled', 'keyring', v_due.name, 'version', v_due.version,
-        'details', jsonb_build_object('postponed', v_postponed, 'destroy_after', now() + interval '1 day'));
-      continue;
-    end if;
-    update rekey.encryption_keys k
-    set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
-    where k.id = v_key.id;
-    v_events := v_events || jsonb_build_object('event', 'key.destroyed', 'keyring', v_due.name, 'version', v_due.version);
-  end loop;
-  perform rekey._audit_all(v_events);
+  if v_postponed is null then
+    begin
+      perform rekey._refuse_in_use(v_keyring, version, rows);
+    exception when sqlstate 'RK005' then
+      v_postponed := sqlerrm;
+    end;
+  end if;
+  if v_postponed is not null then
+    -- The next attempt looks anew.
+    delete from rekey._search_versions v where (v.keyring_id, v.version) = (_destroy.keyring_id, _destroy.version);
+    perform rekey._postpone(array[keyring_id], array[version], v_postponed);
+    return;
+  end if;
+  update rekey.encryption_keys k
+  set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
+  where k.id = v_key.id;
+  perform rekey._audit('key.destroyed', v_keyring.name, version);
 end
 $$;
 
 
-ALTER FUNCTION rekey._destroy_due(clock_jumped boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._destroy(keyring_id integer, version integer, rows bigint, elsewhere text) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _destroy_due(clock_jumped boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _destroy(keyring_id integer, version integer, rows bigint, elsewhere text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._destroy_due(clock_jumped boolean) IS 'Destroys the versions whose time has come and that nothing needs; the others wait one more day, as all do after a jump of the clock.';
+COMMENT ON FUNCTION rekey._destroy(keyring_id integer, version integer, rows bigint, elsewhere text) IS 'Destroys a version that is due, or postpones it where something needs it. rows: as counted; elsewhere: where the search found it, NULL: nowhere.';
+
+
+--
+-- Name: _destroyable_header(text, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._destroyable_header(keyring text, version integer) RETURNS bytea
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+begin
+  return (
+    select rekey._header(k.keyring_id, k.version)
+    from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
+    where r.name = keyring and k.version = _destroyable_header.version and k.state in ('decrypt_only', 'disabled', 'compromised')
+      and (rekey._settings()).destroy_search = 'database');
+end
+$$;
+
+
+ALTER FUNCTION rekey._destroyable_header(keyring text, version integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _destroyable_header(keyring text, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._destroyable_header(keyring text, version integer) IS 'What the envelopes of a version begin with; NULL where it cannot be destroyed, or is not looked for outside of protected columns.';
+
+
+--
+-- Name: _destruction_step(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._destruction_step(clock_jumped boolean) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_search rekey._searches;
+  v_keyrings integer[];
+  v_versions integer[];
+  v_covered integer;
+  v_next record;
+  v_problem text;
+begin
+  -- After a jump of the clock, what is due within the day may only seem so too.
+  select array_agg(k.keyring_id order by k.id), array_agg(k.version order by k.id) into v_keyrings, v_versions
+  from rekey.encryption_keys k
+  where k.state = 'destroy_scheduled' and k.destroy_after <= now() + case when clock_jumped then interval '1 day' else interval '0' end;
+  if v_keyrings is null then
+    return null;
+  elsif clock_jumped then
+    perform rekey._postpone(v_keyrings, v_versions, 'more than a day since the last tick: the clock may be wrong');
+    return null;
+  elsif not pg_try_advisory_xact_lock(0, 5) then
+    return null;  -- another worker is at it
+  end if;
+  v_search := rekey._open_search();
+  select count(*) into v_covered from unnest(v_keyrings, v_versions) as u(keyring_id, version)
+  join rekey._search_versions v on v.search_id = v_search.id and v.keyring_id = u.keyring_id and v.version = u.version;
+  if v_search.id is null or v_search.scope <> (rekey._settings()).destroy_search or v_covered = 0
+     or v_search.state = 'complete' and v_search.completed_at not between now() - interval '36 hours' and clock_timestamp()
+     or v_search.state <> 'complete' and v_search.postponed and v_covered < cardinality(v_keyrings) then
+    perform rekey._begin_search();
+    return 'search';
+  elsif v_search.state <> 'complete' and v_search.incomplete_since is null then
+    return 'search';
+  elsif v_search.state <> 'complete' and v_search.postponed then
+    -- The day after: somebody may have granted what was missing.
+    update rekey._search_relations r set tried_by = '{}', problem = null where r.search_id = v_search.id and r.problem is not null;
+    update rekey._searches s set incomplete_since = null, postponed = false where s.id = v_search.id;
+    return 'search';
+  elsif v_search.state <> 'complete' then
+    update rekey._searches s set postponed = true where s.id = v_search.id;
+    perform rekey._postpone(v_keyrings, v_versions, coalesce(rekey._search_problem(v_search.id), 'the search of the database is not complete'));
+    return null;
+  end if;
+
+  if v_search.counted_as is distinct from rekey._target_state() or v_search.counted_at not between now() - interval '1 hour' and clock_timestamp()
+     or exists (select from unnest(v_keyrings, v_versions) as u(keyring_id, version)
+                join rekey._search_versions v on v.search_id = v_search.id and v.keyring_id = u.keyring_id and v.version = u.version and v.rows is null) then
+    -- Once for all that are due; nobody is kept waiting by it.
+    begin
+      with counted as materialized (
+        select c.keyring_id, c.version, sum(c.rows) as rows from rekey._count(v_keyrings, false) c group by c.keyring_id, c.version
+      )
+      update rekey._search_versions v
+      set rows = coalesce((select c.rows from counted c where c.keyring_id = v.keyring_id and c.version = v.version), 0)
+      where v.search_id = v_search.id and v.keyring_id = any (v_keyrings);
+      update rekey._searches s set counted_at = now(), counted_as = rekey._target_state() where s.id = v_search.id;
+    exception when sqlstate 'RK005' then
+      v_problem := sqlerrm;
+    end;
+    if v_problem is not null then
+      perform rekey._postpone(v_keyrings, v_versions, v_problem);
+      return null;
+    end if;
+    return 'more';
+  end if;
+
+  select v.keyring_id, v.version, v.rows,
+    (select string_agg(format('%s.%I', f.relation_name, f.column_name), ', ' order by f.relation_name, f.column_name) || format(' holds envelopes of the version, in %s rows: see rekey.search_findings', sum(f.rows))
+     from rekey._search_finds f where f.search_id = v.search_id and f.keyring_id = v.keyring_id and f.version = v.version) as elsewhere
+  into v_next
+  from unnest(v_keyrings, v_versions) with ordinality as u(keyring_id, version, place)
+  join rekey._search_versions v on v.search_id = v_search.id and v.keyring_id = u.keyring_id and v.version = u.version
+  order by u.place limit 1;
+  perform rekey._destroy(v_next.keyring_id, v_next.version, v_next.rows, v_next.elsewhere);
+  return 'more';
+end
+$$;
+
+
+ALTER FUNCTION rekey._destruction_step(clock_jumped boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _destruction_step(clock_jumped boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._destruction_step(clock_jumped boolean) IS 'Destroys one version that is due, or does what has to be done before. search: it takes steps of the search, which read with the rights of who calls them; more: call again; NULL: there is nothing left to do now.';
 
 
 --
@@ -3300,6 +3497,7 @@ CREATE TABLE rekey.settings (
     kek_secret_name text DEFAULT 'pg_rekey_kek'::text NOT NULL,
     kek_file text DEFAULT 'pg_rekey.kek'::text NOT NULL,
     destroy_wait interval DEFAULT '45 days'::interval NOT NULL,
+    destroy_search text DEFAULT 'database'::text NOT NULL,
     batch_target interval DEFAULT '00:00:00.2'::interval NOT NULL,
     max_rows_per_second integer,
     max_attempts integer DEFAULT 8 NOT NULL,
@@ -3311,6 +3509,7 @@ CREATE TABLE rekey.settings (
     CONSTRAINT settings_apply_plaintext_check CHECK ((apply_plaintext = ANY (ARRAY['refuse'::text, 'pass'::text]))),
     CONSTRAINT settings_audit_keep_check CHECK (((('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) >= '2002-01-01 00:00:00'::timestamp without time zone) AND (('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) <= '2101-01-01 00:00:00'::timestamp without time zone))),
     CONSTRAINT settings_batch_target_check CHECK (((batch_target >= '00:00:00.01'::interval) AND (batch_target <= '00:01:00'::interval))),
+    CONSTRAINT settings_destroy_search_check CHECK ((destroy_search = ANY (ARRAY['database'::text, 'columns'::text]))),
     CONSTRAINT settings_destroy_wait_check CHECK (((destroy_wait >= '00:00:00'::interval) AND (destroy_wait <= '3650 days'::interval))),
     CONSTRAINT settings_jwt_admin_claim_check CHECK ((jwt_admin_claim <> ''::text)),
     CONSTRAINT settings_kek_file_check CHECK (((kek_file <> ''::text) AND (kek_file !~ '^/|^[A-Za-z]:|(^|/)\.\.(/|$)'::text))),
@@ -3365,6 +3564,13 @@ COMMENT ON COLUMN rekey.settings.kek_file IS 'File of the KEK, relative to the d
 --
 
 COMMENT ON COLUMN rekey.settings.destroy_wait IS 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
+
+
+--
+-- Name: COLUMN settings.destroy_search; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.destroy_search IS 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
 
 
 --
@@ -3870,6 +4076,156 @@ COMMENT ON FUNCTION rekey._headers(ciphertexts bytea[]) IS 'The different header
 
 
 --
+-- Name: _hits(integer, bytea, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rest bytea := value;
+  v_first bytea := decode('524b01', 'hex');
+  v_at integer;
+  v_text text;
+  v_header bytea;
+  v_found bytea[] := '{}'::bytea[];
+begin
+  loop
+    v_at := position(v_first in v_rest);
+    exit when v_at = 0;
+    v_header := substr(v_rest, v_at, 11);
+    if v_header = any (wanted) and v_header <> all (v_found) and octet_length(v_rest) >= v_at + 74 then
+      v_found := v_found || v_header;
+    end if;
+    -- (What it found does not bring it further: an envelope has hardly another one within.)
+    v_rest := substr(v_rest, v_at + 3);
+  end loop;
+  v_text := null;
+  foreach v_header in array v_found loop
+    v_text := concat_ws(' ', v_text, place || ':' || encode(v_header, 'hex'));
+  end loop;
+  if position(convert_to('rk1:UksB', 'UTF8') in value) > 0 then
+    v_text := concat_ws(' ', v_text, rekey._hits(place, replace(encode(value, 'escape'), repeat(chr(92), 2), chr(92)), wanted));
+  end if;
+  return nullif(v_text, '');
+end
+$$;
+
+
+ALTER FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _hits(place integer, value bytea, wanted bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) IS 'As for text, of bytes: envelopes at their beginning or within, and their text form.';
+
+
+--
+-- Name: _hits(integer, text, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._hits(place integer, value text, wanted bytea[]) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_backslash text := chr(92);  -- a literal depends on the settings of the session in which it is read first
+  v_pieces text[];
+  v_piece text;
+  v_header bytea;
+  v_found bytea[] := '{}'::bytea[];
+begin
+  -- Assignments: a value may be plain, and must not become the parameter of a statement.
+  if strpos(value collate "C", 'rk1:UksB') > 0 then
+    v_pieces := string_to_array(value, 'rk1:UksB');
+    foreach v_piece in array v_pieces[2:] loop
+      v_piece := replace(left(v_piece, 200), v_backslash || '/', '/');
+      if v_piece collate "C" ~ '^[A-Za-z0-9+/]{96}' then
+        v_header := substr(decode('UksB' || left(v_piece, 12), 'base64'), 1, 11);
+        if v_header = any (wanted) and v_header <> all (v_found) then
+          v_found := v_found || v_header;
+        end if;
+      end if;
+    end loop;
+  end if;
+  if strpos(value collate "C", v_backslash || 'x524b01') > 0 then
+    v_pieces := string_to_array(value, v_backslash || 'x524b01');
+    foreach v_piece in array v_pieces[2:] loop
+      if left(v_piece, 144) collate "C" ~ '^[0-9a-f]{144}' then
+        v_header := decode('524b01' || left(v_piece, 16), 'hex');
+        if v_header = any (wanted) and v_header <> all (v_found) then
+          v_found := v_found || v_header;
+        end if;
+      end if;
+    end loop;
+  end if;
+  v_piece := null;
+  foreach v_header in array v_found loop
+    v_piece := concat_ws(' ', v_piece, place || ':' || encode(v_header, 'hex'));
+  end loop;
+  return v_piece;
+end
+$$;
+
+
+ALTER FUNCTION rekey._hits(place integer, value text, wanted bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _hits(place integer, value text, wanted bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._hits(place integer, value text, wanted bytea[]) IS 'The wanted headers of envelopes that stand within a text, as place:hex, separated by spaces; NULL: none.';
+
+
+--
+-- Name: _hold(oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._hold(relation oid) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET lock_timeout TO '3 s'
+    AS $$
+declare
+  v_name text := relation::regclass::text;
+  v_reader name;
+  v_owner record;
+  v_code text;
+begin
+  -- Whom a function runs as is not all: it can RESET ROLE to the one who logged in.
+  select case when a.usename = session_user and session_user = current_user then current_user end into v_reader
+  from pg_stat_activity a where a.pid = pg_backend_pid();
+  select c.relkind, r.rolname, r.rolsuper into v_owner from pg_class c join pg_roles r on r.oid = c.relowner where c.oid = relation;
+  if not found then
+    return 'it was dropped';
+  end if;
+  if not v_owner.rolsuper and v_owner.rolname is distinct from v_reader then
+    -- From here on nobody makes an index on it. (Who may only SELECT may not lock it so.)
+    if v_owner.relkind = 'r' and has_table_privilege(relation, 'update, delete, truncate') then
+      execute format('lock table only %s in share update exclusive mode', v_name);
+    elsif v_owner.relkind = 'm' and (select u.rolsuper from pg_roles u where u.rolname = current_user) then
+      execute format('comment on materialized view %s is null', v_name);  -- the only lock there is; the caller takes it back
+    end if;
+    v_name := relation::regclass::text;
+  end if;
+  v_code := rekey._code_of_others(relation, v_reader);
+  return v_code || ': it can have the table read by connecting itself; or, if you trust that code, give the function to a superuser';
+end
+$$;
+
+
+ALTER FUNCTION rekey._hold(relation oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _hold(relation oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._hold(relation oid) IS 'Keeps a relation from being given code until the subtransaction of the caller ends, which he undoes, and says why he is not to read it; NULL: nothing.';
+
+
+--
 -- Name: _hold_blocked(bigint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3966,7 +4322,7 @@ begin
       hint = 'Set standard_conforming_strings to on.';
   end if;
   get diagnostics v_stack = pg_context;
-  return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(' or rekey._in_maintenance();
+  return v_stack ~ '\mrekey"?\."?(_call_(count|scan|read|write|tenant_check)|search_step|_look|_look_ahead|find_envelopes)"?\(' or rekey._in_maintenance();
 end
 $$;
 
@@ -4140,6 +4496,26 @@ ALTER FUNCTION rekey._is_envelope(value bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._is_envelope(value bytea) IS 'Whether value has the shape of an envelope. Says nothing of its tag.';
+
+
+--
+-- Name: _is_extension_table(oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_extension_table(relation oid) RETURNS boolean
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._is_extension_table(relation oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_extension_table(relation oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_extension_table(relation oid) IS 'Whether a table belongs to pg_cron or Supabase Vault, which hold no envelopes.';
 
 
 --
@@ -4859,6 +5235,148 @@ COMMENT ON FUNCTION rekey._lock_targets() IS 'Reads nothing of every target that
 
 
 --
+-- Name: _look(bigint, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._look(search_id bigint, wanted bytea[]) RETURNS TABLE(relation oid, name text, problem text, again boolean, hits text)
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_to_look record;
+  v_first bigint;
+  v_blocks bigint;
+  v_step bigint;
+  v_same boolean;
+  v_hits text;
+begin
+  for v_to_look in select t.* from rekey._to_look(search_id) t loop
+    relation := v_to_look.relation;
+    name := v_to_look.name;
+    problem := v_to_look.problem;
+    again := v_to_look.is_heap and v_to_look.since is null and v_to_look.bytes > 8388608;
+    hits := null;
+    if pg_relation_filenode(relation) is null then
+      again := true;  -- dropped since the snapshot: its rows may have gone elsewhere
+    elsif problem is null and not again then
+      begin
+        problem := rekey._hold(relation);
+        v_blocks := case when v_to_look.is_heap then pg_relation_size(relation) / current_setting('block_size')::integer else 1 end;
+        v_step := case when v_to_look.since is null then 512 else 8192 end;
+        v_first := 0;
+        while problem is null and v_first < v_blocks loop
+          execute format('select r.same, r.hits from (%s) r', v_to_look.statement) into v_same, v_hits
+          using wanted, format('(%s,0)', v_first)::tid, format('(%s,0)', v_first + v_step)::tid, v_to_look.since;
+          again := again or v_same is false;
+          hits := concat_ws(' ', hits, v_hits);
+          v_first := v_first + v_step;
+        end loop;
+        -- A table that was rewritten since the snapshot may seem empty to it. Its lock keeps it now, where it is not empty.
+        again := again or problem is null and (pg_relation_filenode(relation) is distinct from v_to_look.filenode
+          or v_blocks > 0 and to_regclass(v_to_look.name) is distinct from relation::regclass);
+        raise exception using errcode = 'RKEND';
+      exception
+        when sqlstate 'RKEND' then null;  -- gives the locks back
+        when undefined_table then again := true;
+        when others then problem := sqlerrm;
+      end;
+    end if;
+    return next;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._look(search_id bigint, wanted bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _look(search_id bigint, wanted bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._look(search_id bigint, wanted bytea[]) IS 'Looks, in the snapshot of the statement that calls it and with the rights of who does, at all that the turns of a search have not read. again: it has to be read by turns, since it is large, or was rewritten.';
+
+
+--
+-- Name: _look_ahead(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._look_ahead(header bytea) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    SET standard_conforming_strings TO 'on'
+    SET bytea_output TO 'hex'
+    SET quote_all_identifiers TO 'off'
+    SET constraint_exclusion TO 'off'
+    SET lock_timeout TO '3 s'
+    AS $$
+declare
+  v_until timestamptz := clock_timestamp() + interval '2 s';
+  v_to_look record;
+  v_first bigint;
+  v_blocks bigint;
+  v_hits text;
+  v_found boolean;
+  v_problem text;
+  v_unread text[] := '{}'::text[];
+  v_left bigint := 0;
+  v_bytes bigint := 0;
+begin
+  for v_to_look in select t.* from rekey._searchable() t order by t.bytes, t.relation loop
+    if clock_timestamp() > v_until then
+      v_left := v_left + 1;
+      v_bytes := v_bytes + v_to_look.bytes;
+      continue;
+    end if;
+    v_problem := v_to_look.problem;
+    v_found := false;
+    begin
+      v_problem := coalesce(v_problem, rekey._hold(v_to_look.relation));
+      v_blocks := case when v_to_look.is_heap then pg_relation_size(v_to_look.relation) / current_setting('block_size')::integer else 1 end;
+      v_first := 0;
+      while v_problem is null and v_first < v_blocks and not v_found and clock_timestamp() < v_until loop
+        execute format('select r.hits from (%s) r', v_to_look.statement) into v_hits
+        using array[header], format('(%s,0)', v_first)::tid, format('(%s,0)', v_first + 1024)::tid, null::xid;
+        v_found := v_hits is not null;
+        v_first := v_first + 1024;
+      end loop;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;
+      when others then v_problem := sqlerrm;
+    end;
+    if v_found then
+      raise warning '% holds envelopes of the version: while it does, the version is not destroyed', v_to_look.name
+        using hint = 'Protect the column and rotate the keyring, or delete these copies: rekey.protect_column().', constraint = 'protect_copies';
+    elsif v_problem is not null then
+      v_unread := v_unread || format('%s (%s)', v_to_look.name, v_problem);
+    elsif v_first < v_blocks then
+      v_left := v_left + 1;
+      v_bytes := v_bytes + v_to_look.bytes;
+    end if;
+  end loop;
+  if v_unread <> '{}' then
+    raise warning '% cannot read % relations: while no role can that runs the worker, the version is not destroyed: %', current_user, cardinality(v_unread),
+      array_to_string(v_unread[1:5], ', ') || case when cardinality(v_unread) > 5 then ', ...' else '' end;
+  end if;
+  if v_left > 0 then
+    raise notice '% relations (%) are looked at when the time comes', v_left, pg_size_pretty(v_bytes)
+      using hint = 'rekey.begin_search(), and rekey.search_step() until it says complete, look now.', constraint = 'search_now';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._look_ahead(header bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _look_ahead(header bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._look_ahead(header bytea) IS 'Says in warnings where envelopes of this header are outside of protected columns, as far as 2 seconds and the rights of the caller go.';
+
+
+--
 -- Name: _relation_named(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5392,6 +5910,99 @@ COMMENT ON FUNCTION rekey._note_findings(findings jsonb) IS 'Makes these the fin
 
 
 --
+-- Name: _note_finds(bigint, oid, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_finds(search_id bigint, relation oid, hits text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  insert into rekey._search_finds as f (search_id, relation, attnum, keyring_id, version, relation_name, column_name, rows)
+  select _note_finds.search_id, _note_finds.relation, h.attnum, rekey._int4(h.header, 3), rekey._int4(h.header, 7),
+    _note_finds.relation::regclass::text, a.attname, count(*)
+  from (select split_part(x.hit, ':', 1)::smallint as attnum, decode(split_part(x.hit, ':', 2), 'hex') as header
+        from string_to_table(hits, ' ') as x(hit) where x.hit <> '') h
+  join pg_attribute a on a.attrelid = _note_finds.relation and a.attnum = h.attnum
+  group by h.attnum, h.header, a.attname
+  on conflict on constraint _search_finds_pkey do update set rows = f.rows + excluded.rows;
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_finds(search_id bigint, relation oid, hits text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_finds(search_id bigint, relation oid, hits text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_finds(search_id bigint, relation oid, hits text) IS 'Notes where the search found envelopes. hits: of rekey._hits().';
+
+
+--
+-- Name: _note_look(bigint, text, oid[], text[], text[], boolean[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_stack text;
+  v_found record;
+  v_looks integer;
+begin
+  get diagnostics v_stack = pg_context;
+  perform rekey._refuse_forger(v_stack, 'rekey._note_look(', 'rekey.search_step()');
+  for v_found in
+    select u.relation, u.hits from unnest(relations, hits) as u(relation, hits) where u.hits is not null
+  loop
+    perform rekey._note_finds(search_id, v_found.relation, v_found.hits);
+  end loop;
+  delete from rekey._search_relations r where r.search_id = _note_look.search_id and not r.relation = any (coalesce(relations, '{}'));
+  update rekey._searches s set looks = s.looks + 1 where s.id = _note_look.search_id returning s.looks into v_looks;
+  if true = any (again) and v_looks < 20 then
+    insert into rekey._search_relations as r (search_id, relation, name, bytes)
+    select _note_look.search_id, u.relation, u.name, pg_table_size(u.relation)
+    from unnest(relations, names, again) as u(relation, name, again)
+    where u.again and exists (select from pg_class c where c.oid = u.relation)
+    on conflict on constraint _search_relations_pkey do update set state = 'pending', since = null, filenode = null, bytes = excluded.bytes, tried_by = '{}', problem = null;
+    update rekey._search_relations r set state = 'read' where r.search_id = _note_look.search_id and r.state = 'looked';
+    update rekey._searches s set state = 'reading', older = null where s.id = _note_look.search_id;
+    return 'again';
+  end if;
+  -- What another role has looked at since the same time counts; what this one could not, another may.
+  insert into rekey._search_relations as r (search_id, relation, name, bytes, state, problem, role, read_at, tried_by)
+  select _note_look.search_id, u.relation, u.name, pg_table_size(u.relation), case when l.problem is null then 'looked' else 'read' end, l.problem, reader,
+    clock_timestamp(), case when l.problem is null then '{}' else array[reader] end
+  from unnest(relations, names, problems, again) as u(relation, name, problem, again)
+  cross join lateral (select case when u.again then 'it is changed again and again' else u.problem end as problem) l
+  on conflict on constraint _search_relations_pkey do update
+  set state = case when r.state = 'looked' then r.state else excluded.state end,
+      problem = case when r.state = 'looked' then null else excluded.problem end,
+      role = case when r.state = 'looked' then r.role else excluded.role end,
+      read_at = case when r.state = 'looked' then r.read_at else excluded.read_at end,
+      tried_by = case when excluded.problem is null then r.tried_by else array_append(r.tried_by, reader) end;
+  if exists (select from rekey._search_relations r where r.search_id = _note_look.search_id and r.state <> 'looked') then
+    return 'looked';
+  end if;
+  update rekey._searches s set state = 'complete', completed_at = clock_timestamp() where s.id = _note_look.search_id;
+  return 'complete';
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) IS 'Notes what a look found: complete; looked, where something is left that another role may read; again, where something is to be read by turns. 42501: it is not the step that calls.';
+
+
+--
 -- Name: _note_names(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5482,6 +6093,56 @@ COMMENT ON FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[], re
 
 
 --
+-- Name: _note_read(bigint, oid, text, bigint, bigint, text, oid, text, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_stack text;
+  v_relation rekey._search_relations;
+  v_pace double precision;
+begin
+  get diagnostics v_stack = pg_context;
+  perform rekey._refuse_forger(v_stack, 'rekey._note_read(', 'rekey.search_step()');
+  select r.* into strict v_relation from rekey._search_relations r where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+  if problem is not null then
+    update rekey._search_relations r
+    set problem = _note_read.problem, role = reader, read_at = clock_timestamp(), tried_by = array_append(r.tried_by, reader)
+    where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+    return 'unread';
+  elsif _note_read.filenode = 0 or v_relation.filenode <> _note_read.filenode then
+    -- From the beginning: what has another file has other row pointers.
+    update rekey._search_relations r set since = null, filenode = null
+    where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+    return 'rewritten';
+  end if;
+  perform rekey._note_finds(search_id, relation, hits);
+  v_pace := extract(epoch from (rekey._settings()).batch_target) / greatest(extract(epoch from clock_timestamp() - begun), 0.001);
+  update rekey._search_relations r
+  set next_block = until, filenode = _note_read.filenode, rows = r.rows + _note_read.rows, role = reader, read_at = clock_timestamp(), problem = null,
+      state = case when until >= r.blocks then 'read' else 'pending' end,
+      batch_blocks = greatest(16, least(65536, r.batch_blocks * least(v_pace, 4)))::integer
+  where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+  perform rekey._note_pace(begun, rows / 4);
+  return 'read';
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) IS 'Notes what a step of the search read. 42501: it is not the step that calls.';
+
+
+--
 -- Name: _note_seen(jsonb, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5527,6 +6188,43 @@ ALTER FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) OWNER TO reke
 --
 
 COMMENT ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) IS 'Notes how many rows of these keyrings a complete count saw in each protected column, and in rekey.secrets. counted: objects with target, keyring_id, opened.';
+
+
+--
+-- Name: _older_transactions(xid8, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._older_transactions(older xid8, since timestamp with time zone) RETURNS jsonb
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform pg_stat_clear_snapshot();
+  -- Who sends WAL or vacuums writes nothing into a table, and may have a snapshot for ever.
+  return (
+    select jsonb_agg(jsonb_strip_nulls(jsonb_build_object('pid', o.pid, 'role', o.role, 'prepared', o.gid,
+      'age_seconds', extract(epoch from clock_timestamp() - coalesce(o.begun, since))::bigint)))
+    from (
+      select a.pid, a.usename as role, null as gid, a.xact_start as begun
+      from pg_stat_activity a
+      where a.datname = current_database() and a.pid <> pg_backend_pid()
+        and (age(a.backend_xid) > age(older::xid) or age(a.backend_xmin) > age(older::xid))
+        and not exists (select from pg_stat_get_wal_senders() w where w.pid = a.pid)
+        and not exists (select from pg_stat_progress_vacuum v where v.pid = a.pid)
+      union all
+      select null, p.owner, p.gid, p.prepared from pg_prepared_xacts p
+      where p.database = current_database() and age(p.transaction) > age(older::xid)) o);
+end
+$$;
+
+
+ALTER FUNCTION rekey._older_transactions(older xid8, since timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _older_transactions(older xid8, since timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._older_transactions(older xid8, since timestamp with time zone) IS 'Who in this database has a transaction older than this one, or a snapshot from before it; NULL: nobody. since: what counts as the beginning of a transaction whose own is hidden from us.';
 
 
 --
@@ -5690,6 +6388,36 @@ ALTER FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) OWNE
 --
 
 COMMENT ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) IS 'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open. A combination may come in several rows.';
+
+
+--
+-- Name: _open_search(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._open_search() RETURNS rekey._searches
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_search rekey._searches;
+begin
+  -- (Restored from a dump, or made by the clock of another time, it says nothing.)
+  select s.* into v_search from rekey._searches s
+  where s.home = rekey._home() and s.begun_at <= clock_timestamp()
+    and coalesce(pg_snapshot_xmax(pg_current_snapshot())::text::bigint - s.begun_in::text::bigint, 0) between 0 and 1000000000
+  order by s.id desc limit 1;
+  return v_search;
+end
+$$;
+
+
+ALTER FUNCTION rekey._open_search() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _open_search(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._open_search() IS 'The last search of this database, whatever its state; no row: NULL.';
 
 
 --
@@ -5977,6 +6705,49 @@ ALTER FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail
 --
 
 COMMENT ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail jsonb) IS 'Begins a pass for every rotation that waits for one: counts what there is to do and splits it into chunks.';
+
+
+--
+-- Name: _postpone(integer[], integer[], text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._postpone(keyrings integer[], versions integer[], reason text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_events jsonb;
+begin
+  perform from rekey.keyrings r where r.id = any (keyrings) order by r.id for no key update;
+  with postponed as (
+    update rekey.encryption_keys k set destroy_after = now() + interval '1 day'
+    from unnest(keyrings, versions) as u(keyring_id, version)
+    where k.keyring_id = u.keyring_id and k.version = u.version and k.state = 'destroy_scheduled'
+    returning k.keyring_id, k.version
+  )
+  select jsonb_agg(jsonb_build_object('event', 'key.destroy_scheduled', 'keyring', r.name, 'version', p.version,
+    'details', jsonb_build_object('postponed', reason, 'destroy_after', now() + interval '1 day')) order by r.name, p.version)
+  into v_events
+  from postponed p join rekey.keyrings r on r.id = p.keyring_id;
+  if v_events is not null then
+    update rekey._worker w
+    set last_error = format('destructions: version %s of keyring %s%s waits another day: %s', v_events -> 0 ->> 'version', v_events -> 0 ->> 'keyring',
+          case when jsonb_array_length(v_events) > 1 then format(', and %s more,', jsonb_array_length(v_events) - 1) else '' end, reason),
+        last_error_at = clock_timestamp()
+    where w.singleton;
+    perform rekey._audit_all(v_events);
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._postpone(keyrings integer[], versions integer[], reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _postpone(keyrings integer[], versions integer[], reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._postpone(keyrings integer[], versions integer[], reason text) IS 'Has versions wait one more day for their destruction, and says why: in the audit log and rekey.worker_status.';
 
 
 --
@@ -6551,6 +7322,31 @@ COMMENT ON FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) IS 'RK0
 
 
 --
+-- Name: _refuse_forger(text, text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_forger(stack text, callee text, caller text) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if not starts_with(split_part(stack, E'\n', 2), split_part(stack, callee, 1) || caller || ' ') then
+    raise exception 'only a step of the search may say what it found' using errcode = 'insufficient_privilege';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_forger(stack text, callee text, caller text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_forger(stack text, callee text, caller text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_forger(stack text, callee text, caller text) IS '42501 where a function was not called by the one that may, directly and in an assignment. stack: PG_CONTEXT of the function.';
+
+
+--
 -- Name: _refuse_hidden(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6578,15 +7374,15 @@ COMMENT ON FUNCTION rekey._refuse_hidden() IS 'RK005 where a table of ours is no
 
 
 --
--- Name: _refuse_in_use(rekey.keyrings, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _refuse_in_use(rekey.keyrings, integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) RETURNS void
+CREATE FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint DEFAULT NULL::bigint) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_rows bigint;
+  v_rows bigint := counted;
   v_failures bigint;
 begin
   perform rekey._refuse_snapshot();
@@ -6597,7 +7393,9 @@ begin
       hint = format('Waiting for %s', rekey._lock_holders(keyring.id, array[version]));
   end if;
   -- After the barrier, and in a statement of its own: it sees every row that was ever written with this version.
-  select sum(c.rows) into v_rows from rekey._count(array[keyring.id], false) c where c.version = _refuse_in_use.version;
+  if counted is null then
+    select sum(c.rows) into v_rows from rekey._count(array[keyring.id], false) c where c.version = _refuse_in_use.version;
+  end if;
   select count(*) into v_failures from rekey.rotation_failures f
   where f.keyring_id = keyring.id and f.version = _refuse_in_use.version and f.resolved_at is null;
   if v_rows > 0 or v_failures > 0 then
@@ -6609,13 +7407,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _refuse_in_use(keyring rekey.keyrings, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _refuse_in_use(keyring rekey.keyrings, version integer, counted bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) IS 'RK005 where a rotation, an open transaction, a row or a row in quarantine still needs the version.';
+COMMENT ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint) IS 'RK005 where a rotation, an open transaction, a row or a row in quarantine still needs the version. counted: its rows, where they were counted after the last transaction had ended that could write one; NULL: count them.';
 
 
 --
@@ -7796,6 +8594,49 @@ COMMENT ON FUNCTION rekey._rpc_refusal() IS 'The answer to whoever may not: 403 
 
 
 --
+-- Name: _schedule_destruction(text, integer, interval); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) RETURNS timestamp with time zone
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_wait interval := coalesce(wait, (rekey._settings()).destroy_wait);
+  v_writing text;
+  v_keyring rekey.keyrings;
+  v_key rekey.encryption_keys;
+begin
+  if v_wait not between '0 s' and '3650 days' then
+    raise exception 'wait is between 0 and 3650 days' using errcode = 'invalid_parameter_value';
+  end if;
+  v_writing := rekey._open_writers();  -- before anything is locked
+  v_keyring := rekey._keyring(keyring, lock => true);
+  v_key := rekey._key(v_keyring.id, version);
+  if v_key.state not in ('decrypt_only', 'disabled', 'compromised') then
+    raise exception 'version % is %: it cannot be scheduled for destruction', version, v_key.state using errcode = 'RK006';
+  end if;
+  if v_writing is not null then
+    raise exception '%: what it stores may need version %', v_writing, version using errcode = 'RK005', hint = 'Try again when it has ended.';
+  end if;
+  perform rekey._refuse_in_use(v_keyring, version);
+  perform rekey._move_key(v_key, 'destroy_scheduled', 'key.destroy_scheduled', null, now() + v_wait);
+  return now() + v_wait;
+end
+$$;
+
+
+ALTER FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _schedule_destruction(keyring text, version integer, wait interval); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) IS 'What rekey.schedule_key_destruction() does with the rights of rekey_owner.';
+
+
+--
 -- Name: _sealing(integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7872,6 +8713,306 @@ ALTER FUNCTION rekey._sealing_on_write(keyring_id integer, bytes integer) OWNER 
 --
 
 COMMENT ON FUNCTION rekey._sealing_on_write(keyring_id integer, bytes integer) IS 'rekey._sealing() for the trigger that encrypts. In the replica role, without the KEK: RK001 that names the subscription; or, where the setting apply_plaintext lets it pass, a warning and NULL.';
+
+
+--
+-- Name: _search_advice(oid, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._search_advice(relation oid, role text) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_table record;
+begin
+  select n.nspname, c.relrowsecurity, pg_get_userbyid(c.relowner) as owner into v_table
+  from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = relation;
+  if not found or not exists (select from pg_roles r where r.rolname = role) then
+    return null;
+  elsif not has_schema_privilege(role, v_table.nspname, 'usage') then
+    return format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %s TO %2$I', v_table.nspname, role, relation::regclass);
+  elsif not has_table_privilege(role, relation, 'select') then
+    return format('GRANT SELECT ON %s TO %I', relation::regclass, role);
+  elsif v_table.relrowsecurity and not (select r.rolbypassrls or r.rolsuper from pg_roles r where r.rolname = role) then
+    return format('ALTER ROLE %I BYPASSRLS', role);
+  end if;
+  return null;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._search_advice(relation oid, role text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _search_advice(relation oid, role text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._search_advice(relation oid, role text) IS 'What lets a role read a relation; NULL: nothing that could be granted.';
+
+
+--
+-- Name: _search_on(timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._search_on(begun timestamp with time zone) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_step record;
+begin
+  begin
+    select s.* into v_step from rekey.search_step() s;
+  exception when others then
+    raise warning 'the search of the database: %', sqlerrm;
+    return null;  -- the other duties are not to wait for it
+  end;
+  if v_step.event in ('complete', 'incomplete', 'idle') then
+    return 'more';
+  elsif v_step.event = 'waiting' and v_step.detail is not null and clock_timestamp() > begun + interval '2 s' or clock_timestamp() > begun + interval '20 s' then
+    return null;
+  end if;
+  perform pg_sleep(extract(epoch from least(v_step.wait, interval '200 ms')));
+  return 'search';
+end
+$$;
+
+
+ALTER FUNCTION rekey._search_on(begun timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _search_on(begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._search_on(begun timestamp with time zone) IS 'A step of the search as a part of rekey.tick(), for 20 seconds of it; where transactions have to end, 2. What comes next: search, more (the duty goes on), NULL (the next tick does).';
+
+
+--
+-- Name: _search_relations; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._search_relations (
+    search_id bigint NOT NULL,
+    relation oid NOT NULL,
+    name text NOT NULL,
+    bytes bigint NOT NULL,
+    state text DEFAULT 'pending'::text NOT NULL,
+    statement text,
+    filenode oid,
+    since xid8,
+    next_block bigint DEFAULT 0 NOT NULL,
+    blocks bigint DEFAULT 0 NOT NULL,
+    batch_blocks integer DEFAULT 256 NOT NULL,
+    rows bigint DEFAULT 0 NOT NULL,
+    role text,
+    read_at timestamp with time zone,
+    problem text,
+    tried_by text[] DEFAULT '{}'::text[] NOT NULL,
+    CONSTRAINT _search_relations_state_check CHECK ((state = ANY (ARRAY['pending'::text, 'read'::text, 'looked'::text])))
+);
+
+
+ALTER TABLE rekey._search_relations OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _search_relations; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._search_relations IS 'Relations of a search: what is read of each by its turns, by which role, as what it was found (filenode, statement), and why it was not read.';
+
+
+--
+-- Name: _search_problem(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._search_problem(search_id bigint) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._search_problem(search_id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _search_problem(search_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._search_problem(search_id bigint) IS 'What a search could not read, by which role, and what lets it; NULL: it could read everything so far.';
+
+
+--
+-- Name: _search_turn(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_search rekey._searches;
+  v_relation rekey._search_relations;
+  v_found record;
+  v_rows integer;
+begin
+  perform rekey._refuse_snapshot();
+  if not pg_try_advisory_xact_lock(0, 5) then
+    event := 'waiting';
+    wait := '1 s';
+    return;
+  end if;
+  v_search := rekey._open_search();
+  if v_search.id is null or v_search.state = 'complete' then
+    event := 'idle';
+    return;
+  elsif v_search.begun_in = pg_current_xact_id_if_assigned() then
+    event := 'waiting';  -- until then nobody else knows that the versions are to be destroyed
+    wait := '0 s';
+    detail := jsonb_build_object('for', 'COMMIT of this transaction');
+    return;
+  end if;
+  search_id := v_search.id;
+  wanted := array(select rekey._header(v.keyring_id, v.version) from rekey._search_versions v where v.search_id = v_search.id);
+  select r.* into v_relation from rekey._search_relations r
+  where r.search_id = v_search.id and r.state = 'pending' and r.tried_by @> array[reader] is false
+  order by r.next_block > 0 desc, r.bytes, r.relation limit 1;
+  if found then
+    select t.* into v_found from rekey._searchable(v_relation.relation) t;
+    if not found then
+      delete from rekey._search_relations r where (r.search_id, r.relation) = (v_search.id, v_relation.relation);
+      event := 'begun';
+      return;
+    end if;
+    if v_relation.since is null or v_relation.statement is distinct from v_found.statement then
+      delete from rekey._search_finds f where (f.search_id, f.relation) = (v_search.id, v_relation.relation);
+      v_relation.next_block := 0;
+      v_relation.since := pg_snapshot_xmin(pg_current_snapshot());
+      -- (Of rows that come later, the look sees all.)
+      update rekey._search_relations r
+      set since = v_relation.since, statement = v_found.statement, name = v_found.name, next_block = 0, rows = 0, filenode = null,
+          blocks = pg_relation_size(v_relation.relation) / current_setting('block_size')::integer
+      where (r.search_id, r.relation) = (v_search.id, v_relation.relation);
+    end if;
+    -- Four rows that are read cost about what it costs to re-encrypt one.
+    select w.rows, w.wait into v_rows, wait from rekey._throttle(100000) w;
+    if v_rows is null then
+      event := 'waiting';
+      return;
+    end if;
+    event := 'read';
+    relation := v_relation.relation;
+    name := v_found.name;
+    statement := v_found.statement;
+    first := v_relation.next_block;
+    until := first + case when v_rows = 100000 then v_relation.batch_blocks else least(v_relation.batch_blocks, greatest(v_rows / 8, 1)) end;
+    return;
+  end if;
+  if exists (select from rekey._search_relations r where r.search_id = v_search.id and r.state = 'pending')
+     or exists (select from rekey._search_relations r where r.search_id = v_search.id and r.problem is not null and r.tried_by @> array[reader]) then
+    update rekey._searches s set incomplete_since = coalesce(s.incomplete_since, now()) where s.id = v_search.id;
+    event := 'incomplete';
+    return;
+  end if;
+  -- What these store, or show to a snapshot of theirs, the look is to see: so it comes after their end.
+  if v_search.older is null then
+    v_search.older := pg_snapshot_xmax(pg_current_snapshot());
+    update rekey._searches s set older = v_search.older, state = 'looking', blocked_since = null where s.id = v_search.id;
+  end if;
+  v_search.blocked_by := rekey._older_transactions(v_search.older, coalesce(v_search.blocked_since, now()));
+  update rekey._searches s
+  set blocked_by = v_search.blocked_by, blocked_since = case when v_search.blocked_by is not null then coalesce(s.blocked_since, now()) end
+  where s.id = v_search.id and s.blocked_by is distinct from v_search.blocked_by;
+  if v_search.blocked_by is not null then
+    event := 'waiting';
+    wait := '500 ms';
+    detail := jsonb_build_object('blocked_by', v_search.blocked_by);
+    return;
+  end if;
+  event := 'look';
+  if v_search.scope = 'columns' then
+    update rekey._searches s set state = 'complete', completed_at = clock_timestamp() where s.id = v_search.id;
+    event := 'complete';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) IS 'What the search has to do next, as the role that reads can: read some blocks of a relation, look at everything, wait, or nothing (idle; incomplete: this role can do no more).';
+
+
+--
+-- Name: _searchable(oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._searchable(only_one oid DEFAULT NULL::oid) RETURNS TABLE(relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, problem text)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $_$
+begin
+  return query
+    with counted as materialized (
+      -- Values of these are counted by their own functions. (In a text column, an envelope may stand within another text.)
+      select h.oid as relation, a.attname
+      from rekey.protected_columns p
+      cross join lateral rekey._column_shape(p.id) s
+      join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.places[1]]
+      cross join lateral rekey._relations_here(s.relation) as h(oid)
+      where not p.is_text
+    ), altered as materialized (
+      -- Asked for the size of these, we would wait.
+      select l.relation from pg_locks l where l.locktype = 'relation' and l.mode = 'AccessExclusiveLock' and l.granted and l.pid is distinct from pg_backend_pid()
+    )
+    select c.oid, c.oid::regclass::text,
+      case when c.oid in (select a.relation from altered a) then greatest(c.relpages, 0)::bigint * current_setting('block_size')::integer else pg_table_size(c.oid) end,
+      c.relfilenode, m.amname = 'heap',
+      format('select count(*) as rows, bool_and(t.tableoid = %s) as same, string_agg(f.hits, '' '') as hits from only %s t
+        cross join lateral (select nullif(array_to_string(array[%s], '' ''), '''') as hits offset 0) f%s',
+        c.oid, c.oid::regclass, k.hits,
+        case when m.amname = 'heap' then ' where t.ctid >= $2 and t.ctid < $3 and ($4 is null or age(t.xmin) <= age($4))' end),
+      case when rekey._is_of_citus(c.oid) then 'its rows are on other nodes of Citus' end
+    from pg_class c
+    join pg_namespace n on n.oid = c.relnamespace
+    left join pg_am m on m.oid = c.relam
+    cross join lateral (
+      select string_agg(format(case
+          when v.base = 'bytea'::regtype then
+            $q$case when position('\x524b01'::bytea in %1$s) > 0 or position('\x726b313a556b7342'::bytea in %1$s) > 0 then rekey._hits(%2$s, %1$s::bytea, $1) end$q$
+          when v.base in ('text'::regtype, 'varchar'::regtype) then
+            $q$case when strpos(%1$s collate "C", 'rk1:UksB') > 0 or strpos(%1$s collate "C", '\x524b01') > 0 then rekey._hits(%2$s, %1$s::text, $1) end$q$
+          else $q$case when format('%%s', %1$s) collate "C" ~ 'rk1:UksB|\\x524b01' then rekey._hits(%2$s, format('%%s', %1$s), $1) end$q$ end,
+        format('t.%I', a.attname), a.attnum), ', ' order by a.attnum) as hits
+      from pg_attribute a
+      join pg_type y on y.oid = a.atttypid
+      left join pg_type e on e.oid = y.typelem and y.typcategory = 'A'
+      cross join lateral (select case when y.typtype = 'd' and y.typnamespace = 'pg_catalog'::regnamespace then y.typbasetype else y.oid end as base) v
+      where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated <> 'v'
+        -- As in rekey.find_envelopes().
+        and coalesce(e.typlen, y.typlen) not between 1 and 74 and coalesce(e.typcategory, y.typcategory) not in ('N', 'B', 'D', 'T', 'E', 'G', 'I', 'V')
+        and not exists (select from counted p where p.relation = c.oid and p.attname = a.attname)
+    ) k
+    where (only_one is null or c.oid = only_one) and c.relkind in ('r', 'm') and c.relpersistence <> 't' and c.relispopulated and c.oid >= 16384 and k.hits is not null
+      and not (n.nspname in ('rekey', 'rekey_targets') and c.relowner = 'rekey_owner'::regrole)
+      and not rekey._is_extension_table(c.oid);
+end
+$_$;
+
+
+ALTER FUNCTION rekey._searchable(only_one oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _searchable(only_one oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._searchable(only_one oid) IS 'The relations of this database, or only one, that have room for an envelope where no target counts it, and the statement that reads one: $1 the headers wanted, of a heap $2 and $3 a range of row pointers, $4 the transaction from which on rows are read, NULL: all. problem: why it cannot be read.';
 
 
 --
@@ -8480,13 +9621,14 @@ COMMENT ON FUNCTION rekey._through_postgrest() IS 'Whether PostgREST calls: it s
 -- Name: _tick_duty(text, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) RETURNS void
+CREATE FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
     AS $$
 declare
   v_worker rekey._worker;
+  v_next text;
 begin
   -- Before the block that notes errors: what is made up here is nobody's entry.
   if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
@@ -8499,12 +9641,12 @@ begin
   perform rekey._refuse_hidden();
   select * into v_worker from rekey._worker;
   if not found then
-    return;  -- not set up yet
+    return null;  -- not set up yet
   end if;
   begin
     case duty
       when 'schedules' then perform rekey._rotate_due();
-      when 'destructions' then perform rekey._destroy_due(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
+      when 'destructions' then v_next := rekey._destruction_step(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
       when 'census' then
         if coalesce(v_worker.last_census_at not between now() - interval '1 day' and now(), true) then
           perform rekey._census();
@@ -8540,7 +9682,9 @@ begin
             and a.details ->> 'duty' = _tick_duty.duty and a.details ->> 'sqlstate' = sqlstate) then
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
+      v_next := null;
   end;
+  return v_next;
 end
 $$;
 
@@ -8551,7 +9695,36 @@ ALTER FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) OWNER
 -- Name: FUNCTION _tick_duty(duty text, begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
+COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
+
+
+--
+-- Name: _to_look(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._to_look(search_id bigint) RETURNS TABLE(relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, since xid, problem text)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+begin
+  return query
+    select t.relation, t.name, t.bytes, t.filenode, t.is_heap, t.statement, case when r.filenode = t.filenode and r.statement = t.statement
+      and pg_snapshot_xmax(pg_current_snapshot())::text::bigint - r.since::text::bigint < 1000000000 then r.since::xid end, t.problem
+    from rekey._searchable() t
+    left join rekey._search_relations r on r.search_id = _to_look.search_id and r.relation = t.relation and r.state <> 'pending'
+    order by t.relation;
+end
+$$;
+
+
+ALTER FUNCTION rekey._to_look(search_id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _to_look(search_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._to_look(search_id bigint) IS 'What the look of a search has to read: the rows that this transaction or a later one wrote; NULL: all.';
 
 
 --
@@ -9697,6 +10870,47 @@ COMMENT ON FUNCTION rekey.audit_checkpoint() IS 'The end of the audit log now: n
 
 
 --
+-- Name: begin_search(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.begin_search() RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_search rekey._searches;
+begin
+  perform rekey._refuse_snapshot();
+  if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled') then
+    raise exception 'no version is scheduled for destruction' using errcode = 'RK006', hint = 'rekey.schedule_key_destruction() schedules one.',
+      constraint = 'schedule_destruction';
+  end if;
+  perform pg_advisory_xact_lock(0, 5);
+  v_search := rekey._open_search();
+  if v_search.id is null or v_search.state = 'complete' or v_search.scope <> (rekey._settings()).destroy_search or exists (
+       select from rekey.encryption_keys k where k.state = 'destroy_scheduled'
+         and not exists (select from rekey._search_versions v where v.search_id = v_search.id and (v.keyring_id, v.version) = (k.keyring_id, k.version))) then
+    v_search := rekey._begin_search();
+  else
+    update rekey._search_relations r set tried_by = '{}', problem = null where r.search_id = v_search.id and r.problem is not null;
+    update rekey._searches s set incomplete_since = null where s.id = v_search.id;
+  end if;
+  return v_search.id;
+end
+$$;
+
+
+ALTER FUNCTION rekey.begin_search() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION begin_search(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.begin_search() IS 'Begins a search of the database for envelopes of every version that is scheduled for destruction; or has the one under way try again what it could not read. Returns its number. rekey.search_step(), repeated, does the work, with the rights of its caller. 25001: not in READ COMMITTED; RK006: none is scheduled.';
+
+
+--
 -- Name: can_access_tenant(uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -9759,6 +10973,8 @@ begin
     raise exception 'version % is %, not scheduled for destruction', version, v_key.state using errcode = 'RK006';
   end if;
   perform rekey._move_key(v_key, v_key.scheduled_from, 'key.destroy_cancelled', null);
+  -- Scheduled again, it is looked for again.
+  delete from rekey._search_versions v where (v.keyring_id, v.version) = (v_keyring.id, cancel_key_destruction.version);
 end
 $$;
 
@@ -10214,6 +11430,7 @@ CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE(relation regclass, column_n
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
     SET bytea_output TO 'hex'
+    SET constraint_exclusion TO 'off'
     AS $_$
 declare
   -- Conditions on a value.
@@ -10223,10 +11440,11 @@ declare
   v_within text := $q$(strpos(%1$s collate "C", 'rk1:UksB') > 0 and %1$s collate "C" ~ 'rk1:UksB[A-Za-z0-9+/]{96}'
     or strpos(%1$s collate "C", '\x524b01') > 0 and %1$s collate "C" ~ '\\x524b01[0-9a-f]{144}')$q$;
   v_table record;
+  v_part oid;
   v_counts bigint[];
 begin
   for v_table in
-    select c.oid::regclass as relation, array_agg(a.attname order by a.attnum) as names,
+    select c.oid, c.oid::regclass as relation, array_agg(a.attname order by a.attnum) as names,
       string_agg(case
         when a.atttypid = 'bytea'::regtype then
           format($q$count(*) filter (where %2$s), 0, count(*) filter (where substr(%1$s, 1, 3) <> '\x524b01')$q$, v.value, format(v_of_bytes, v.value))
@@ -10242,29 +11460,39 @@ begin
     join pg_type y on y.oid = a.atttypid
     left join pg_type e on e.oid = y.typelem and y.typcategory = 'A'
     where c.relkind in ('r', 'p', 'm') and not c.relispartition and c.relpersistence <> 't' and c.relispopulated
-      and n.nspname !~ '^(pg_|information_schema$|rekey(_targets)?$|vault$|cron$)' and n.nspowner::regrole::text !~ '^"?supabase'
+      and c.oid >= 16384 and not (n.nspname in ('rekey', 'rekey_targets') and c.relowner = 'rekey_owner'::regrole) and rekey._is_extension_table(c.oid) is false
       -- Numbers, times, network addresses and the like have no room for one.
       and coalesce(e.typlen, y.typlen) not between 1 and 74 and coalesce(e.typcategory, y.typcategory) not in ('N', 'B', 'D', 'T', 'E', 'G', 'I', 'V')
     group by c.oid
     order by c.oid::regclass::text
   loop
     relation := v_table.relation;
+    v_counts := null;
     begin
-      execute format('select array[%s] from %s t', v_table.counts, relation) into v_counts;
-      for v_place in 1 .. cardinality(v_table.names) loop
-        column_name := v_table.names[v_place];
-        envelopes := v_counts[3 * v_place - 2];
-        embedded := v_counts[3 * v_place - 1];
-        others := v_counts[3 * v_place];
-        return next;
+      for v_part in
+        with recursive parts as (
+          select v_table.oid as oid
+          union select i.inhrelid from pg_inherits i join parts p on p.oid = i.inhparent
+        )
+        select p.oid from parts p
+      loop
+        if rekey._hold(v_part) is not null then
+          raise exception using errcode = 'RKEND';
+        end if;
       end loop;
-    exception when insufficient_privilege then
-      column_name := null;
-      envelopes := null;
-      embedded := null;
-      others := null;
-      return next;
+      execute format('select array[%s] from %s t', v_table.counts, relation) into v_counts;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;  -- gives the locks back
+      when others then null;  -- nothing is known of it
     end;
+    for v_place in 1 .. case when v_counts is null then 1 else cardinality(v_table.names) end loop
+      column_name := case when v_counts is not null then v_table.names[v_place] end;
+      envelopes := v_counts[3 * v_place - 2];
+      embedded := v_counts[3 * v_place - 1];
+      others := v_counts[3 * v_place];
+      return next;
+    end loop;
   end loop;
 end
 $_$;
@@ -10276,7 +11504,7 @@ ALTER FUNCTION rekey.find_envelopes() OWNER TO rekey_owner;
 -- Name: FUNCTION find_envelopes(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.find_envelopes() IS 'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); and, of text and bytea columns, others. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole there is a row without a column. Left out are system schemas, those of Supabase, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
+COMMENT ON FUNCTION rekey.find_envelopes() IS 'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); and, of text and bytea columns, others. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole, or that has an index or statistics over a function that is neither a superuser''s nor his, which reading it may run, there is a row without a column. Left out are tables of PostgreSQL, pg_rekey, pg_cron and Supabase Vault, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
 
 
 --
@@ -10293,7 +11521,9 @@ begin
     from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, place)
     left join rekey.column_status s on s.relation = f.relation and s.column_name = f.column_name
     cross join lateral (
-      select f.column_name ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)' as telling,
+      select f.column_name ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)'
+          -- Those of Supabase's own schemas are its own affair.
+          and (select s.nspowner::regrole::text !~ '^"?supabase' from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = f.relation) as telling,
         format('%L, %L', f.relation, f.column_name) as names) n
     cross join lateral (values
       (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.'),
@@ -11675,31 +12905,17 @@ COMMENT ON PROCEDURE rekey.run_rotations(IN max_duration interval) IS 'Works on 
 --
 
 CREATE FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval DEFAULT NULL::interval) RETURNS timestamp with time zone
-    LANGUAGE plpgsql SECURITY DEFINER
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    SET row_security TO 'off'
     AS $$
 declare
-  v_wait interval := coalesce(wait, (rekey._settings()).destroy_wait);
-  v_writing text;
-  v_keyring rekey.keyrings;
-  v_key rekey.encryption_keys;
+  v_header bytea := rekey._destroyable_header(keyring, version);
 begin
-  if v_wait not between '0 s' and '3650 days' then
-    raise exception 'wait is between 0 and 3650 days' using errcode = 'invalid_parameter_value';
+  -- Before anything is locked.
+  if v_header is not null then
+    perform rekey._look_ahead(v_header);
   end if;
-  v_keyring := rekey._keyring(keyring, lock => true);
-  v_key := rekey._key(v_keyring.id, version);
-  if v_key.state not in ('decrypt_only', 'disabled', 'compromised') then
-    raise exception 'version % is %: it cannot be scheduled for destruction', version, v_key.state using errcode = 'RK006';
-  end if;
-  v_writing := rekey._open_writers();
-  if v_writing is not null then
-    raise exception '%: what it stores may need version %', v_writing, version using errcode = 'RK005', hint = 'Try again when it has ended.';
-  end if;
-  perform rekey._refuse_in_use(v_keyring, version);
-  perform rekey._move_key(v_key, 'destroy_scheduled', 'key.destroy_scheduled', null, now() + v_wait);
-  return now() + v_wait;
+  return rekey._schedule_destruction(keyring, version, wait);
 end
 $$;
 
@@ -11710,7 +12926,7 @@ ALTER FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wai
 -- Name: FUNCTION schedule_key_destruction(keyring text, version integer, wait interval); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval) IS 'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, and can be cancelled. What rekey.encrypt() made, and an application keeps in a table of its own, is not counted. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
+COMMENT ON FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval) IS 'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, nothing that stands on it can be stored in a protected column, and it can be cancelled. When the time has come, rekey.tick() looks for it in the whole database (rekey.search_status), and destroys it where nothing was found and everything could be read. Warnings tell where this call finds it already, with the rights of the caller, in 2 seconds at most. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
 
 
 --
@@ -11767,6 +12983,76 @@ ALTER FUNCTION rekey.schedule_worker(schedule text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
+
+
+--
+-- Name: search_step(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail jsonb) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    SET standard_conforming_strings TO 'on'
+    SET bytea_output TO 'hex'
+    SET quote_all_identifiers TO 'off'
+    SET constraint_exclusion TO 'off'
+    SET lock_timeout TO '3 s'
+    AS $$
+declare
+  v_begun timestamptz := clock_timestamp();
+  v_turn record;
+  v_reader text := current_user;
+  v_relations oid[];
+  v_names text[];
+  v_problems text[];
+  v_again boolean[];
+  v_all_hits text[];
+  v_rows bigint;
+  v_same boolean;
+  v_hits text;
+  v_filenode oid;
+  v_problem text;
+begin
+  select t.* into v_turn from rekey._search_turn(v_reader) t;
+  event := v_turn.event;
+  wait := v_turn.wait;
+  detail := v_turn.detail;
+  if event = 'read' then
+    begin
+      v_problem := rekey._hold(v_turn.relation);
+      if v_problem is null then
+        execute v_turn.statement into v_rows, v_same, v_hits
+        using v_turn.wanted, format('(%s,0)', v_turn.first)::tid, format('(%s,0)', v_turn.until)::tid, null::xid;
+        -- The statement goes by the name, which may have become another relation's. Now its lock keeps it.
+        v_filenode := case when v_same is not false and to_regclass(v_turn.name) = v_turn.relation then pg_relation_filenode(v_turn.relation) else 0 end;
+      end if;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;  -- gives the locks back
+      when undefined_table then v_filenode := 0;
+      when others then v_problem := sqlerrm;
+    end;
+    event := rekey._note_read(v_turn.search_id, v_turn.relation, v_reader, v_turn.until, v_rows, v_hits, v_filenode, v_problem, v_begun);
+    detail := jsonb_strip_nulls(jsonb_build_object('relation', v_turn.relation::regclass::text, 'rows', v_rows, 'problem', v_problem));
+  elsif event = 'look' then
+    -- One statement, one snapshot: no row escapes by moving.
+    select array_agg(l.relation), array_agg(l.name), array_agg(l.problem), array_agg(l.again), array_agg(l.hits)
+    into v_relations, v_names, v_problems, v_again, v_all_hits
+    from rekey._look(v_turn.search_id, v_turn.wanted) l;
+    event := rekey._note_look(v_turn.search_id, v_reader, v_relations, v_names, v_problems, v_again, v_all_hits);
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION search_step(OUT event text, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail jsonb) IS 'One step of the search that rekey.begin_search() or rekey.tick() began, in a transaction of its own, with the rights of whoever calls it: reads some blocks of a relation, or looks at everything in the end. event: read, unread (it may not read a relation), rewritten, again, looked, complete; waiting (for wait: detail says for whom); incomplete (what is left takes another role: rekey.search_findings); idle (there is nothing to do). 25001: not in READ COMMITTED.';
 
 
 --
@@ -11930,6 +13216,7 @@ CREATE PROCEDURE rekey.tick()
 declare
   v_begun timestamptz := pg_catalog.clock_timestamp();
   v_duty text;
+  v_next text;
 begin
   foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end'] loop
     commit;
@@ -11938,7 +13225,16 @@ begin
       call rekey.run_rotations('50 s');
       perform rekey._prune_run_details();
     else
-      perform rekey._tick_duty(v_duty, v_begun);
+      v_next := rekey._tick_duty(v_duty, v_begun);
+      while v_next is not null and pg_catalog.clock_timestamp() operator(pg_catalog.<) (v_begun operator(pg_catalog.+) interval '50 s') loop
+        commit;
+        set transaction isolation level read committed;
+        if v_next operator(pg_catalog.=) 'search' then
+          v_next := rekey._search_on(v_begun);
+        else
+          v_next := rekey._tick_duty(v_duty, v_begun);
+        end if;
+      end loop;
     end if;
   end loop;
 end
@@ -12436,6 +13732,66 @@ CREATE SEQUENCE rekey._pass_id
 
 
 ALTER TABLE rekey._pass_id OWNER TO rekey_owner;
+
+--
+-- Name: _search_finds; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._search_finds (
+    search_id bigint NOT NULL,
+    relation oid NOT NULL,
+    attnum smallint NOT NULL,
+    keyring_id integer NOT NULL,
+    version integer NOT NULL,
+    relation_name text NOT NULL,
+    column_name name NOT NULL,
+    rows bigint NOT NULL
+);
+
+
+ALTER TABLE rekey._search_finds OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _search_finds; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._search_finds IS 'Columns in which a search found envelopes of the versions that it looks for.';
+
+
+--
+-- Name: _search_versions; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._search_versions (
+    search_id bigint NOT NULL,
+    keyring_id integer NOT NULL,
+    version integer NOT NULL,
+    rows bigint
+);
+
+
+ALTER TABLE rekey._search_versions OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _search_versions; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._search_versions IS 'Versions that a search looks for: they were scheduled for destruction before it began, and are since. rows: those of protected columns and secrets, once they are counted.';
+
+
+--
+-- Name: _searches_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey._searches ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME rekey._searches_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
 
 --
 -- Name: _session_key; Type: TABLE; Schema: rekey; Owner: rekey_owner
@@ -13120,6 +14476,189 @@ COMMENT ON COLUMN rekey.schedule_status.overdue IS 'Whether that was more than 1
 
 
 --
+-- Name: search_findings; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.search_findings AS
+ -- in sql/code
+;
+
+
+ALTER TABLE rekey.search_findings OWNER TO rekey_owner;
+
+--
+-- Name: VIEW search_findings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.search_findings IS 'What keeps versions from being destroyed: relations that the last search could not read, and where it found envelopes.';
+
+
+--
+-- Name: COLUMN search_findings.relation; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.relation IS 'The table or materialized view.';
+
+
+--
+-- Name: COLUMN search_findings.column_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.column_name IS 'The column that holds envelopes; NULL: the relation was not read.';
+
+
+--
+-- Name: COLUMN search_findings.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.keyring IS 'Keyring of the version that was found.';
+
+
+--
+-- Name: COLUMN search_findings.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.version IS 'The version.';
+
+
+--
+-- Name: COLUMN search_findings.rows; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.rows IS 'Rows in which it was found.';
+
+
+--
+-- Name: COLUMN search_findings.problem; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.problem IS 'What is wrong.';
+
+
+--
+-- Name: COLUMN search_findings.role; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.role IS 'Role that could not read it.';
+
+
+--
+-- Name: COLUMN search_findings.advice; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.advice IS 'What to do.';
+
+
+--
+-- Name: search_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.search_status AS
+ -- in sql/code
+;
+
+
+ALTER TABLE rekey.search_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW search_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.search_status IS 'The last search of the database for envelopes of versions that are to be destroyed, and how far it is. No row: there was none.';
+
+
+--
+-- Name: COLUMN search_status.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.state IS 'reading (relations of some size, by turns), looking (waits for older transactions, then looks at everything in one snapshot), incomplete (what is left takes another role: rekey.search_findings), complete.';
+
+
+--
+-- Name: COLUMN search_status.scope; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.scope IS 'Where it looks: the setting destroy_search when it began.';
+
+
+--
+-- Name: COLUMN search_status.begun_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.begun_at IS 'When it began.';
+
+
+--
+-- Name: COLUMN search_status.completed_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.completed_at IS 'When it ended; NULL: it is under way.';
+
+
+--
+-- Name: COLUMN search_status.versions; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.versions IS 'Key versions that it looks for.';
+
+
+--
+-- Name: COLUMN search_status.relations_read; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.relations_read IS 'Relations that are read by turns, those that have been. (Small ones are left to the look.)';
+
+
+--
+-- Name: COLUMN search_status.relations; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.relations IS 'Relations that are read by turns, all.';
+
+
+--
+-- Name: COLUMN search_status.bytes_read; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.bytes_read IS 'Their size, as far as they have been read.';
+
+
+--
+-- Name: COLUMN search_status.bytes; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.bytes IS 'Their size.';
+
+
+--
+-- Name: COLUMN search_status.not_read; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.not_read IS 'Relations that could not be read: rekey.search_findings.';
+
+
+--
+-- Name: COLUMN search_status.versions_found; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.versions_found IS 'Of the versions, those that it found.';
+
+
+--
+-- Name: COLUMN search_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.blocked_by IS 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds.';
+
+
+--
+-- Name: COLUMN search_status.blocked_since; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.blocked_since IS 'Since when it waits for them.';
+
+
+--
 -- Name: setting_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13269,6 +14808,38 @@ ALTER TABLE ONLY rekey._chunks
 
 ALTER TABLE ONLY rekey._column_relations
     ADD CONSTRAINT _column_relations_pkey PRIMARY KEY (column_id, relation, attnum);
+
+
+--
+-- Name: _search_finds _search_finds_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_finds
+    ADD CONSTRAINT _search_finds_pkey PRIMARY KEY (search_id, relation, attnum, keyring_id, version);
+
+
+--
+-- Name: _search_relations _search_relations_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_relations
+    ADD CONSTRAINT _search_relations_pkey PRIMARY KEY (search_id, relation);
+
+
+--
+-- Name: _search_versions _search_versions_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_versions
+    ADD CONSTRAINT _search_versions_pkey PRIMARY KEY (search_id, keyring_id, version);
+
+
+--
+-- Name: _searches _searches_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._searches
+    ADD CONSTRAINT _searches_pkey PRIMARY KEY (id);
 
 
 --
@@ -13526,6 +15097,30 @@ CREATE TRIGGER encryption_keys_state BEFORE UPDATE ON rekey.encryption_keys FOR 
 
 ALTER TABLE ONLY rekey._column_relations
     ADD CONSTRAINT _column_relations_column_fkey FOREIGN KEY (column_id) REFERENCES rekey.protected_columns(id) ON DELETE CASCADE;
+
+
+--
+-- Name: _search_finds _search_finds_search_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_finds
+    ADD CONSTRAINT _search_finds_search_fkey FOREIGN KEY (search_id) REFERENCES rekey._searches(id) ON DELETE CASCADE;
+
+
+--
+-- Name: _search_relations _search_relations_search_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_relations
+    ADD CONSTRAINT _search_relations_search_fkey FOREIGN KEY (search_id) REFERENCES rekey._searches(id) ON DELETE CASCADE;
+
+
+--
+-- Name: _search_versions _search_versions_search_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_versions
+    ADD CONSTRAINT _search_versions_search_fkey FOREIGN KEY (search_id) REFERENCES rekey._searches(id) ON DELETE CASCADE;
 
 
 --
@@ -13877,6 +15472,13 @@ REVOKE ALL ON FUNCTION rekey._batch_size(keyrings integer) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _begin_search(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._begin_search() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _begin_verification(rotations bigint[], keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14037,6 +15639,15 @@ REVOKE ALL ON FUNCTION rekey._clear_chunks() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _code_of_others(relation oid, reader name); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._code_of_others(relation oid, reader name) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._code_of_others(relation oid, reader name) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._code_of_others(relation oid, reader name) TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION _column_bodies(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14167,10 +15778,25 @@ REVOKE ALL ON FUNCTION rekey._deks(keyrings integer[], versions integer[], sweep
 
 
 --
--- Name: FUNCTION _destroy_due(clock_jumped boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _destroy(keyring_id integer, version integer, rows bigint, elsewhere text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._destroy_due(clock_jumped boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._destroy(keyring_id integer, version integer, rows bigint, elsewhere text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _destroyable_header(keyring text, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._destroyable_header(keyring text, version integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._destroyable_header(keyring text, version integer) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _destruction_step(clock_jumped boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._destruction_step(clock_jumped boolean) FROM PUBLIC;
 
 
 --
@@ -14308,6 +15934,31 @@ REVOKE ALL ON FUNCTION rekey._headers(ciphertexts bytea[]) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _hits(place integer, value bytea, wanted bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _hits(place integer, value text, wanted bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._hits(place integer, value text, wanted bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._hits(place integer, value text, wanted bytea[]) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _hold(relation oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._hold(relation oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._hold(relation oid) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._hold(relation oid) TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION _hold_blocked(rotations bigint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14368,6 +16019,15 @@ REVOKE ALL ON FUNCTION rekey._is_due(next_attempt_at timestamp with time zone) F
 --
 
 REVOKE ALL ON FUNCTION rekey._is_envelope(value bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _is_extension_table(relation oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_extension_table(relation oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._is_extension_table(relation oid) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._is_extension_table(relation oid) TO rekey_auditor;
 
 
 --
@@ -14521,6 +16181,22 @@ REVOKE ALL ON FUNCTION rekey._lock_targets() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _look(search_id bigint, wanted bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._look(search_id bigint, wanted bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._look(search_id bigint, wanted bytea[]) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _look_ahead(header bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._look_ahead(header bytea) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._look_ahead(header bytea) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION _relation_named(name text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14635,6 +16311,21 @@ REVOKE ALL ON FUNCTION rekey._note_findings(findings jsonb) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _note_finds(search_id bigint, relation oid, hits text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_finds(search_id bigint, relation oid, hits text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _note_names(only_id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14656,10 +16347,25 @@ REVOKE ALL ON FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[],
 
 
 --
+-- Name: FUNCTION _note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _note_seen(counted jsonb, keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
 REVOKE ALL ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _older_transactions(older xid8, since timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._older_transactions(older xid8, since timestamp with time zone) FROM PUBLIC;
 
 
 --
@@ -14681,6 +16387,13 @@ REVOKE ALL ON FUNCTION rekey._open_pgp(value bytea) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _open_search(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._open_search() FROM PUBLIC;
 
 
 --
@@ -14737,6 +16450,13 @@ REVOKE ALL ON FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) FROM P
 --
 
 REVOKE ALL ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _postpone(keyrings integer[], versions integer[], reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._postpone(keyrings integer[], versions integer[], reason text) FROM PUBLIC;
 
 
 --
@@ -14856,6 +16576,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) FROM
 
 
 --
+-- Name: FUNCTION _refuse_forger(stack text, callee text, caller text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_forger(stack text, callee text, caller text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _refuse_hidden(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14863,10 +16590,10 @@ REVOKE ALL ON FUNCTION rekey._refuse_hidden() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _refuse_in_use(keyring rekey.keyrings, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _refuse_in_use(keyring rekey.keyrings, version integer, counted bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint) FROM PUBLIC;
 
 
 --
@@ -15053,6 +16780,14 @@ REVOKE ALL ON FUNCTION rekey._rpc_refusal() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _schedule_destruction(keyring text, version integer, wait interval); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION _sealing(keyring_id integer, bytes integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15064,6 +16799,47 @@ REVOKE ALL ON FUNCTION rekey._sealing(keyring_id integer, bytes integer) FROM PU
 --
 
 REVOKE ALL ON FUNCTION rekey._sealing_on_write(keyring_id integer, bytes integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _search_advice(relation oid, role text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._search_advice(relation oid, role text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._search_advice(relation oid, role text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._search_advice(relation oid, role text) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._search_advice(relation oid, role text) TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _search_on(begun timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._search_on(begun timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._search_on(begun timestamp with time zone) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _search_problem(search_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._search_problem(search_id bigint) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _searchable(only_one oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._searchable(only_one oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._searchable(only_one oid) TO rekey_operator;
 
 
 --
@@ -15179,6 +16955,14 @@ REVOKE ALL ON FUNCTION rekey._through_postgrest() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _to_look(search_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._to_look(search_id bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._to_look(search_id bigint) TO rekey_operator;
 
 
 --
@@ -15358,6 +17142,15 @@ GRANT ALL ON FUNCTION rekey.adoption_store(rotation_id bigint, relation regclass
 REVOKE ALL ON FUNCTION rekey.audit_checkpoint() FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.audit_checkpoint() TO rekey_auditor;
 GRANT ALL ON FUNCTION rekey.audit_checkpoint() TO rekey_operator;
+
+
+--
+-- Name: FUNCTION begin_search(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.begin_search() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.begin_search() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.begin_search() TO rekey_operator;
 
 
 --
@@ -15728,6 +17521,14 @@ GRANT ALL ON FUNCTION rekey.schedule_worker(schedule text) TO rekey_admin;
 
 
 --
+-- Name: FUNCTION search_step(OUT event text, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail jsonb) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15921,6 +17722,24 @@ GRANT SELECT ON TABLE rekey.key_status TO rekey_auditor;
 GRANT SELECT ON TABLE rekey.schedule_status TO rekey_admin;
 GRANT SELECT ON TABLE rekey.schedule_status TO rekey_operator;
 GRANT SELECT ON TABLE rekey.schedule_status TO rekey_auditor;
+
+
+--
+-- Name: TABLE search_findings; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.search_findings TO rekey_admin;
+GRANT SELECT ON TABLE rekey.search_findings TO rekey_operator;
+GRANT SELECT ON TABLE rekey.search_findings TO rekey_auditor;
+
+
+--
+-- Name: TABLE search_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.search_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.search_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.search_status TO rekey_auditor;
 
 
 --
