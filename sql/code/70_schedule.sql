@@ -116,14 +116,14 @@ begin
     return;  -- and the KEK was not needed
   end if;
   for v_stale in
-    -- Rows that do not open are known, from the quarantine.
-    select c.keyring_id, r.name, sum(c.rows - c.failed) as rows, a.version
+    -- Rows that do not open, or that their table refuses, are known, from the quarantine.
+    select c.keyring_id, r.name, sum(c.rows - c.failed - c.refused) as rows, a.version
     from rekey._count(v_keyrings, true) c
     join rekey.keyrings r on r.id = c.keyring_id
     join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
     where c.version <> a.version
     group by c.keyring_id, r.name, a.version
-    having sum(c.rows - c.failed) > 0
+    having sum(c.rows - c.failed - c.refused) > 0
     order by c.keyring_id
   loop
     perform rekey._keyring(v_stale.name, lock => true);
