@@ -380,7 +380,7 @@ begin
     v_place := v_place + 1;
     v_plaintext := null;
     v_problem := null;
-    v_bytes := rekey._legacy_bytes(v_value);
+    v_bytes := rekey._legacy_bytes(v_value);  -- NULL: too large to be read
     v_format := rekey._legacy_format(v_bytes);
     if v_format = 'plaintext' and 'aes_gcm' = any (formats) and octet_length(v_bytes) >= 28 and not is_text then
       v_format := 'aes_gcm';
@@ -388,7 +388,9 @@ begin
       v_format := 'plaintext';
       v_bytes := v_value;
     end if;
-    if v_format = 'envelope' then
+    if v_value is null then
+      v_problem := 'has more than 64 MiB, and was not read';
+    elsif v_format = 'envelope' then
       v_problem := 'is a damaged envelope';
     elsif not v_format = any (formats) then
       v_problem := case v_format when 'plaintext' then 'is in none of the formats' else format('looks like %s, which is not among the formats', v_format) end;
@@ -444,7 +446,7 @@ declare
   v_until_block bigint;
   v_max_rows integer;
   v_adoption rekey._adoption;
-  v_done bigint;
+  v_apart record;
   v_failed record;
   v_begin timestamptz := clock_timestamp();
 begin
@@ -470,15 +472,23 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
-  select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
-  from unnest(v_adoption.problems) with ordinality as u(problem, place) where u.problem is not null;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts, true) a;
+  select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
+  from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
+  left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+  where u.problem is not null or a.row is not null;
   if rekey._target_state() <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_chunk.target, v_chunk.relation, v_failed.keys, v_failed.problems);
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_apart.written, v_chunk.target, v_chunk.relation,
+    v_failed.keys, v_failed.problems, v_failed.codes);
+  perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
   perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
-  perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  if v_apart.undone is null then
+    perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  else
+    update rekey._chunks c set first = v_apart.undone, batch_rows = 32 where c.id = v_chunk.id;
+  end if;
   return v_adoption;
 end
 $$;
@@ -614,8 +624,10 @@ declare
   v_contexts bytea[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_failed_codes text[];
   v_sealing rekey._sealing;
   v_made rekey._sealed;
+  v_apart record;
   v_done bigint := 0;
 begin
   select r.*, p.label into v_rotation from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
@@ -651,12 +663,19 @@ begin
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
       end if;
     end loop;
-    v_done := rekey._write_rows(v_target, relation, v_rows, v_made.ciphertexts);
+    -- (What it does not come to, the next pass does.)
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, v_made.ciphertexts, true) a;
+    v_done := v_apart.written;
+    v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
+    v_failed_keys := v_failed_keys || array(
+      select v_batch.keys[array_position(v_batch.rows, u.row)] from unnest(v_apart.refused) with ordinality as u(row, place) order by u.place);
+    v_failed_problems := v_failed_problems || v_apart.problems;
   end if;
   if rekey._target_state() <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_rotation.label using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation, v_failed_keys, v_failed_problems);
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation,
+    nullif(v_failed_keys, '{}'), v_failed_problems, v_failed_codes);
   return v_done;
 end
 $$;
@@ -1694,7 +1713,7 @@ begin
         select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key,
           substr(c.ciphertext, 12, 16) as iv, substr(c.ciphertext, 28) as sealed, k.header || prefix || c.context as aad,
           case when k.header is not null then k.problem
-               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as problem
         from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
         left join (
@@ -2147,8 +2166,8 @@ declare
   v_select text;
   v_page text;
 begin
-  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, and all
-  -- columns that these take (%5$s).
+  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, all
+  -- columns that these take (%5$s), and the bytes of context and key (%6$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
     v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
@@ -2167,19 +2186,23 @@ begin
       offset 0) e$sql$;
   -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
   -- (What is added to the columns of the table has names of system columns, which none of them can have.)
+  -- More bytes than any envelope can have (cmax is NULL then) are not read: a GB that was compressed, or stored out of line, has
+  -- no room in the arrays. octet_length() asks only for the length that is stored.
   v_select := 'with page as materialized (
-    select t.ctid, %5$s' || v_from;
+    select t.ctid, %5$s, case when z.bytes <= 67108864 then z.bytes end as cmax,
+      case when z.bytes > 67108864 and e.keyring_id is not null then h.header || ''\x6c61726765'' end as xmin' || v_from || '
+    cross join lateral (select octet_length(t.%1$s)::bigint%6$s as bytes offset 0) z';
   v_page := '), total as (
-    select sum(octet_length(t.%1$s)) as bytes from page t
+    select sum(coalesce(t.cmax, 100)) as bytes from page t
   ), sized as (
     select t.*, 0 as cmin from page t where (select a.bytes from total a) <= $5
     union all
-    select t.*, sum(octet_length(t.%1$s)) over (order by t.ctid rows unbounded preceding) - octet_length(t.%1$s)
+    select t.*, sum(coalesce(t.cmax, 100)) over (order by t.ctid rows unbounded preceding) - coalesce(t.cmax, 100)
     from page t where (select a.bytes from total a) > $5
   )
   select case when count(*) filter (where t.cmin < $5) < count(*) or count(*) = $4 then max(t.ctid) filter (where t.cmin < $5) end,
-    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(' || v_bytes || ') filter (where t.cmin < $5),
-    array_agg(%3$s) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
+    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(case when t.cmax is null then t.xmin else ' || v_bytes || ' end) filter (where t.cmin < $5),
+    array_agg(case when t.cmax is null then '''' else %3$s end) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
   from sized t';
 
   return query
@@ -2192,6 +2215,7 @@ declare
   v_context text;
   v_key text;
   v_key_names text[];
+  v_lengths text;
 begin
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
@@ -2216,8 +2240,14 @@ begin
   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
   where i.indrelid = v_table and i.indisprimary;
+  select string_agg(format(case when a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'bytea'::regtype)
+      then ' + coalesce(octet_length(t.%1$I), 0)' else ' + coalesce(pg_column_size(t.%1$I), 0)' end, a.attname), '')
+  into v_lengths
+  from pg_attribute a
+  where a.attrelid = v_table and a.attlen = -1 and not a.attisdropped
+    and quote_ident(a.attname) = any (array_remove(v_names, v_names[$body$ || protected.places[1] || $body$]) || v_key_names);
   return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'),
-    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)));
+    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)), coalesce(v_lengths, ''));
 end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
@@ -5142,28 +5172,28 @@ COMMENT ON FUNCTION rekey._next_row(pointer tid) IS 'The row pointer after this 
 
 
 --
--- Name: _note_adopted(bigint, integer, bigint, text, regclass, text[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _note_adopted(bigint, integer, bigint, text, regclass, text[], text[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) RETURNS void
+CREATE FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
   perform rekey._note_batch(array[rotation_id], case when rows_done > 0 then array[keyring_id] end, array[rows_done], target, relation,
     case when failed_keys is not null then array_fill(keyring_id, array[cardinality(failed_keys)]) end,
-    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems);
+    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems, failed_codes);
 end
 $$;
 
 
-ALTER FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) IS 'rekey._note_batch() for an adoption.';
+COMMENT ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]) IS 'rekey._note_batch() for an adoption.';
 
 
 --
@@ -6043,43 +6073,45 @@ COMMENT ON FUNCTION rekey._prune_run_details() IS 'Deletes what pg_cron noted of
 CREATE FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[], codes text[] DEFAULT NULL::text[], verification_id bigint DEFAULT NULL::bigint) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
     AS $$
 declare
+  v_relation text := relation::text;
   v_events jsonb;
 begin
   with found as materialized (
-    select distinct on (f.keyring_id, h.hash) f.keyring_id, f.version, f.row_key, h.hash, f.problem, f.code, r.id as rotation_id, k.name as keyring
+    select distinct on (f.keyring_id, h.hash) f.keyring_id, f.version, f.row_key, h.hash, f.problem, f.code, r.id as rotation_id,
+      q.id, q.rotation_id as before
     from unnest(keyrings, versions, row_keys, problems, codes) as f(keyring_id, version, row_key, problem, code)
-    cross join lateral (select rekey._row_hash(f.row_key) as hash) h
+    cross join lateral (select rekey._row_hash(f.row_key) as hash offset 0) h
     join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
-    join rekey.keyrings k on k.id = f.keyring_id
-  ), known as materialized (
-    -- From an earlier rotation or pass.
-    select q.id, q.rotation_id as before, f.*
-    from found f
-    join rekey.rotation_failures q on q.keyring_id = f.keyring_id and q.target = _quarantine.target
-      and q.relation = _quarantine.relation::text and q.row_hash = f.hash and q.resolved_at is null
+    -- Known from an earlier rotation or pass.
+    left join lateral (
+      select q.id, q.rotation_id from rekey.rotation_failures q
+      where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.relation = v_relation and q.row_hash = h.hash and q.resolved_at is null
+      limit 1) q on true
   ), moved as (
     update rekey.rotation_failures q
-    set rotation_id = k.rotation_id, version = k.version, reason = k.problem, sqlstate = k.code, verification_id = _quarantine.verification_id
-    from known k where q.id = k.id
+    set rotation_id = f.rotation_id, version = f.version, reason = f.problem, sqlstate = f.code, verification_id = _quarantine.verification_id
+    from found f where q.id = f.id
   ), added as (
     insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason, sqlstate, verification_id)
-    select f.rotation_id, f.keyring_id, _quarantine.target, _quarantine.relation::text, f.row_key, f.version, f.problem, f.code, _quarantine.verification_id
-    from found f
-    where not exists (select from known k where k.keyring_id = f.keyring_id and k.hash = f.hash)
+    select f.rotation_id, f.keyring_id, _quarantine.target, v_relation, f.row_key, f.version, f.problem, f.code, _quarantine.verification_id
+    from found f where f.id is null
     on conflict do nothing
     returning id, rotation_id, keyring_id, row_key, version, reason
   ), failed as (
     select n.rotation_id, count(*) as rows
-    from (select a.rotation_id from added a union all select k.rotation_id from known k where k.before <> k.rotation_id) n
+    from (select a.rotation_id from added a union all select f.rotation_id from found f where f.before <> f.rotation_id) n
     group by n.rotation_id
   ), counted as (
     update rekey.rotations r set rows_failed = r.rows_failed + f.rows from failed f where r.id = f.rotation_id
   )
   -- One entry for all rows of a version: how many there are may be anybody's to choose.
   select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', e.keyring, 'version', e.version, 'rotation_id', e.rotation_id,
-    'details', jsonb_build_object('target', _quarantine.target, 'relation', _quarantine.relation::text, 'rows', e.rows,
+    'details', jsonb_build_object('target', _quarantine.target, 'relation', v_relation, 'rows', e.rows,
       'first', (select jsonb_agg(rekey._cut(u.row_key, 100) order by u.place) from unnest(e.row_keys[1:5]) with ordinality as u(row_key, place)),
       'problem', e.problem)) order by e.rotation_id, e.version)
   into v_events
@@ -6267,7 +6299,7 @@ begin
         select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
           case when k.old_header is not null then k.old_problem
-               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as old_problem
         from unnest(rows, ciphertexts, contexts) with ordinality as c(row, ciphertext, context, place)
         left join (
@@ -8187,6 +8219,25 @@ COMMENT ON FUNCTION rekey._settings() IS 'The settings. RK001 before rekey.regis
 
 
 --
+-- Name: _shape_problem(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._shape_problem(ciphertext bytea) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._shape_problem(ciphertext bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _shape_problem(ciphertext bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._shape_problem(ciphertext bytea) IS 'What is wrong with what is no envelope. What is larger than any can be, targets do not read: a header, and the word large, stand for it.';
+
+
+--
 -- Name: _still_verifying(bigint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8434,15 +8485,23 @@ begin
                   from unnest(v_made, v_rows) as u(ciphertext, row)
                   where u.ciphertext is not null and u.row <> all (v_apart.refused) and (v_undone is null or u.row < v_undone)
                   group by 1) h) d;
-      select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
-        array_agg(case when v_chunk.kind = 'sweep' then rekey._int4(v_old[f.place], 7) end order by f.rank),
-        array_agg(v_batch.keys[f.place] order by f.rank), array_agg(f.problem order by f.rank), array_agg(f.code order by f.rank)
-      into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems, v_failed_codes
-      from (
-        select f.place, f.problem, null as code, f.rank from unnest(v_failed_places, v_failed_problems) with ordinality as f(place, problem, rank)
-        union all
-        select array_position(v_batch.rows, f.row), f.problem, f.code, 1000000 + f.rank
-        from unnest(v_apart.refused, v_apart.problems, v_apart.codes) with ordinality as f(row, problem, code, rank)) f;
+      if v_failed_places is not null or v_apart.refused <> '{}' then
+        -- (Joined: to look a place up in an array of texts takes as long as the place is far.)
+        select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else f.keyring_id end order by f.place),
+          array_agg(f.version order by f.place), array_agg(f.key order by f.place), array_agg(f.problem order by f.place), array_agg(f.code order by f.place)
+        into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems, v_failed_codes
+        from (
+          select u.place, u.key, coalesce(p.problem, a.problem) as problem, a.code,
+            case when u.header is not null then rekey._int4(u.header, 3) end as keyring_id,
+            case when u.header is not null then rekey._int4(u.header, 7) end as version
+          from (
+            select b.row, b.key, substr(o.ciphertext, 1, 11) as header, b.place
+            from unnest(v_batch.rows, v_batch.keys) with ordinality as b(row, key, place)
+            left join unnest(v_old) with ordinality as o(ciphertext, place) on o.place = b.place) u
+          left join unnest(v_failed_places, v_failed_problems) as p(place, problem) on p.place = u.place
+          left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+          where p.place is not null or a.row is not null) f;
+      end if;
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
           hint = 'See rekey.column_status.', constraint = 'columns';
@@ -12147,7 +12206,8 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with due as materialized (
-    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id,
+      case when octet_length(s.ciphertext) <= 67108864 then s.ciphertext else substr(s.ciphertext, 1, 11) || '\x6c61726765' end as ciphertext
     from rekey.secrets s
     join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
     where s.ctid >= first and s.ctid < until
@@ -12198,7 +12258,8 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with found as materialized (
-    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id,
+      case when octet_length(s.ciphertext) <= 67108864 then s.ciphertext else substr(s.ciphertext, 1, 11) || '\x6c61726765' end as ciphertext
     from rekey.secrets s
     where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
       and (since is null or age(s.xmin) <= age(since))
@@ -14366,10 +14427,10 @@ REVOKE ALL ON FUNCTION rekey._next_row(pointer tid) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]) FROM PUBLIC;
 
 
 --
@@ -14867,6 +14928,13 @@ GRANT ALL ON FUNCTION rekey._session_state(search_path text) TO rekey_sweeper;
 --
 
 REVOKE ALL ON FUNCTION rekey._settings() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _shape_problem(ciphertext bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._shape_problem(ciphertext bytea) FROM PUBLIC;
 
 
 --

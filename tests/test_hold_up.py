@@ -3,10 +3,12 @@
 from typing import Any, LiteralString
 
 import pytest
+from psycopg.rows import dict_row
 
 from column_fixtures import protect
-from driving import check, events, fill, on_versions, rotate, rotation, run, step, step_until
+from driving import check, events, fill, on_versions, refused, rotate, rotation, run, step, step_until
 from helpers import Connection, connect, unlock, value
+from pg_rekey.vacuum import Vacuum
 
 pytest_plugins = ["column_fixtures"]
 
@@ -45,9 +47,11 @@ def copies(app: Connection, statement: LiteralString, *parameters: Any) -> None:
     """Write into docs what no trigger of ours sees, as a writer without any role of ours can, with a copy."""
     app.execute("alter table docs disable trigger user")
     app.execute(statement, parameters)
-    app.execute("alter table docs enable always trigger zz_pg_rekey_1")
-    app.execute("alter table docs enable always trigger zz_pg_rekey_1_insert")
-    app.execute("alter table docs enable always trigger zz_pg_rekey_1_update")
+    names: LiteralString = (
+        "select tgname from pg_trigger where tgrelid = 'docs'::regclass and tgname like 'zz_pg_rekey%'"
+    )
+    for (name,) in app.execute(names).fetchall():
+        app.execute(f"alter table docs enable always trigger {name}".encode())
 
 
 def both(ready: Connection) -> tuple[int, int]:
@@ -219,3 +223,157 @@ def test_a_table_that_cannot_be_verified_holds_its_own_keyrings_alone(
         ready.execute("update rekey.rotations set next_attempt_at = null")
         run(ready)
         assert rotation(ready, ours, "state", "attempts") == ("completed", 1)
+
+
+LARGE: LiteralString = (
+    "insert into docs select 'large', substr(v, 1, 11) || convert_to(repeat('a', %s), 'UTF8')"
+    " from docs where id = '1'"
+)
+
+
+def test_a_value_of_a_gigabyte(ready: Connection, app: Connection, other: dict[str, str]) -> None:
+    """TOAST compresses it to 12 MB; it has no room in an array of bytea."""
+    app.execute("create table docs (id text primary key, v bytea)")
+    protect(app, "docs", encrypt_on_write=True)
+    app.execute("insert into docs select g, convert_to('x' || g, 'UTF8') from generate_series(1, 10) g")
+    copies(app, LARGE, 1073741664)
+    ours, others = both(ready)
+    run(ready)
+    assert rotation(ready, others, "state") == "completed"
+    assert rotation(ready, ours, "state", "rows_done", "rows_failed") == ("completed_with_failures", 10, 1)
+    assert ready.execute(FAILURES).fetchall() == [
+        ("app.docs.v", "large", None, "has more than 64 MiB, and was not read")
+    ]
+    # It is counted, and keeps its key.
+    assert value(ready, "select rows from rekey.key_usage('default') where version = 1") == 1
+    with refused("RK005"):
+        ready.execute("select rekey.schedule_key_destruction('default', 1, '0 s')")
+    check(ready, other)
+
+
+def test_values_and_contexts_that_are_too_large(ready: Connection, app: Connection) -> None:
+    """As text, by its context, and as plaintext of an adoption: none is read."""
+    app.execute("create table docs (id text primary key, v text, note text)")
+    protect(app, "docs", context_columns="{id,note}")
+    app.execute("insert into docs values ('plain', repeat('a', 70000000), 'x'), ('small', 'y', 'x')")
+    app.execute("insert into docs values ('noted', 'z', repeat('b', 70000000))")
+    number = value(ready, "select id from rekey.adopt_column('app.docs', 'v')")
+    run(ready)
+    found = ready.execute(FAILURES).fetchall()
+    why = "has more than 64 MiB, and was not read"
+    assert sorted(found) == [("app.docs.v", "noted", None, why), ("app.docs.v", "plain", None, why)]
+    assert rotation(ready, number, "state", "rows_done") == ("completed_with_failures", 1)
+    copies(
+        app,
+        "update docs set v = (select v from docs where id = 'small') || repeat('A', 70000000)"
+        " where id = 'plain'",
+    )
+    again = rotate(ready)
+    run(ready)
+    assert rotation(ready, again, "state", "rows_done") == ("completed_with_failures", 1)
+    assert ("app.docs.v", "plain", None, why) in ready.execute(FAILURES).fetchall()
+
+
+def test_more_names_of_unreadable_rows_than_one_value_has_room_for(
+    ready: Connection, app: Connection, other: dict[str, str]
+) -> None:
+    """270 MB of them: a jsonb has no more than 256."""
+    docs(app, 1)
+    copies(
+        app,
+        "insert into docs select repeat('k', 100000) || g, v from docs, generate_series(1, 2700) g",
+    )
+    ours, others = both(ready)
+    ready.execute("call rekey.run_rotations('10 min')")
+    assert rotation(ready, others, "state") == "completed"
+    assert rotation(ready, ours, "state", "rows_failed") == ("completed_with_failures", 2700)
+    # Few entries of a bounded size, whatever the rows are called.
+    audited: LiteralString = (
+        "select sum((details ->> 'rows')::int), max(octet_length(details::text)) < 4096"
+        " from rekey.audit_log where event = 'rotation.row_failed'"
+    )
+    assert ready.execute(audited).fetchall() == [(2700, True)]
+
+
+def test_what_is_quarantined_is_looked_up_by_an_index(ready: Connection, app: Connection) -> None:
+    """However many rows are in quarantine already."""
+    docs(app, 1)
+    copies(app, "insert into docs select 'k' || g, v from docs, generate_series(1, 4000) g")
+    number = rotate(ready)
+    step_until(ready, "batch")
+    read_rows: LiteralString = (
+        "select seq_tup_read from pg_stat_xact_user_tables where relid = 'rekey.rotation_failures'::regclass"
+    )
+    with ready.transaction():
+        assert step(ready)[0] == "batch"
+        assert value(ready, read_rows) in (0, None)
+    run(ready)
+    assert rotation(ready, number, "rows_failed") == 4000
+
+
+def test_a_table_that_is_renamed_or_dropped_between_vacuums(
+    ready: Connection, app: Connection, db: str
+) -> None:
+    docs(app, 20_000)
+    app.execute("vacuum analyze docs")
+    relation = value(ready, "select 'app.docs'::regclass::oid::bigint")
+    with connect(db) as session:
+        session.row_factory = dict_row
+        vacuum = Vacuum(session)
+        vacuum.swept(relation, 1)
+        app.execute("alter table docs rename to papers")
+        ready.execute("create schema moved")
+        ready.execute("alter table app.papers set schema moved")
+        vacuum.swept(relation, 20_000)
+        ready.execute("select pg_stat_force_next_flush()")
+        vacuumed: LiteralString = "select vacuum_count from pg_stat_user_tables where relid = %s"
+        assert value(ready, vacuumed, relation) == 2
+        ready.execute("drop table moved.papers cascade")
+        vacuum.swept(relation, 20_000)
+        vacuum.swept(relation, 20_000)
+
+
+AUDITING: LiteralString = """
+    create table audited (entry jsonb);
+    create function aud() returns trigger language plpgsql as
+      $$ begin insert into audited values (to_jsonb(new)); return new; end $$;
+    create trigger a_log after update on docs for each row execute function aud()
+"""
+
+
+def test_a_trigger_that_relies_on_the_search_path(ready: Connection, app: Connection) -> None:
+    """Whoever asks is told which trigger and function, and what to do."""
+    model = docs(app, 3)
+    app.execute(AUDITING)
+    app.execute("update docs set v = 'x1' where id = '1'")  # as the application it works
+    number = rotate(ready)
+    run(ready)
+    reasons: LiteralString = "select distinct reason from rekey.failure_status where sqlstate = '42P01'"
+    assert value(ready, reasons) == (
+        'app.docs: relation "audited" does not exist (trigger a_log), in app.aud(). A sweep runs with'
+        " search_path = pg_catalog, pg_temp: name it with its schema, or ALTER FUNCTION app.aud() SET"
+        " search_path = ..."
+    )
+    app.execute("alter function app.aud() set search_path = app, pg_temp")
+    ready.execute("select rekey.retry_rotation(%s)", [number])
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done") == ("completed", 3)
+    check(ready, {}, columns={"app.docs": model})
+
+
+def test_what_a_table_says_of_plain_values_is_not_kept(ready: Connection, app: Connection) -> None:
+    app.execute("create table docs (id text primary key, v text)")
+    protect(app, "docs")
+    app.execute("insert into docs values ('1', 'my secret'), ('2', 'another')")
+    app.execute("""
+        create function tell() returns trigger language plpgsql as
+          $$ begin if old.id = '1' then raise exception 'cannot change %', old.v; end if; return new; end $$;
+        create trigger tell before update on docs for each row execute function tell()""")
+    number = value(ready, "select id from rekey.adopt_column('app.docs', 'v')")
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done", "rows_failed") == ("completed_with_failures", 1, 1)
+    assert ready.execute(FAILURES).fetchall() == [
+        ("app.docs.v", "1", "P0001", "app.docs: an error of its own code (trigger tell), in app.tell()")
+    ]
+    said: LiteralString = "select count(*) from rekey.audit_log where details::text like '%%secret%%'"
+    assert value(ready, said) == 0

@@ -225,43 +225,46 @@ create or replace function rekey._quarantine(
 ) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
+-- Each row by the index: what the planner knows of this table is from before the batches that filled it.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 as $$
 declare
+  v_relation text := relation::text;
   v_events jsonb;
 begin
   with found as materialized (
-    select distinct on (f.keyring_id, h.hash) f.keyring_id, f.version, f.row_key, h.hash, f.problem, f.code, r.id as rotation_id, k.name as keyring
+    select distinct on (f.keyring_id, h.hash) f.keyring_id, f.version, f.row_key, h.hash, f.problem, f.code, r.id as rotation_id,
+      q.id, q.rotation_id as before
     from unnest(keyrings, versions, row_keys, problems, codes) as f(keyring_id, version, row_key, problem, code)
-    cross join lateral (select rekey._row_hash(f.row_key) as hash) h
+    cross join lateral (select rekey._row_hash(f.row_key) as hash offset 0) h
     join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
-    join rekey.keyrings k on k.id = f.keyring_id
-  ), known as materialized (
-    -- From an earlier rotation or pass.
-    select q.id, q.rotation_id as before, f.*
-    from found f
-    join rekey.rotation_failures q on q.keyring_id = f.keyring_id and q.target = _quarantine.target
-      and q.relation = _quarantine.relation::text and q.row_hash = f.hash and q.resolved_at is null
+    -- Known from an earlier rotation or pass.
+    left join lateral (
+      select q.id, q.rotation_id from rekey.rotation_failures q
+      where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.relation = v_relation and q.row_hash = h.hash and q.resolved_at is null
+      limit 1) q on true
   ), moved as (
     update rekey.rotation_failures q
-    set rotation_id = k.rotation_id, version = k.version, reason = k.problem, sqlstate = k.code, verification_id = _quarantine.verification_id
-    from known k where q.id = k.id
+    set rotation_id = f.rotation_id, version = f.version, reason = f.problem, sqlstate = f.code, verification_id = _quarantine.verification_id
+    from found f where q.id = f.id
   ), added as (
     insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason, sqlstate, verification_id)
-    select f.rotation_id, f.keyring_id, _quarantine.target, _quarantine.relation::text, f.row_key, f.version, f.problem, f.code, _quarantine.verification_id
-    from found f
-    where not exists (select from known k where k.keyring_id = f.keyring_id and k.hash = f.hash)
+    select f.rotation_id, f.keyring_id, _quarantine.target, v_relation, f.row_key, f.version, f.problem, f.code, _quarantine.verification_id
+    from found f where f.id is null
     on conflict do nothing
     returning id, rotation_id, keyring_id, row_key, version, reason
   ), failed as (
     select n.rotation_id, count(*) as rows
-    from (select a.rotation_id from added a union all select k.rotation_id from known k where k.before <> k.rotation_id) n
+    from (select a.rotation_id from added a union all select f.rotation_id from found f where f.before <> f.rotation_id) n
     group by n.rotation_id
   ), counted as (
     update rekey.rotations r set rows_failed = r.rows_failed + f.rows from failed f where r.id = f.rotation_id
   )
   -- One entry for all rows of a version: how many there are may be anybody's to choose.
   select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', e.keyring, 'version', e.version, 'rotation_id', e.rotation_id,
-    'details', jsonb_build_object('target', _quarantine.target, 'relation', _quarantine.relation::text, 'rows', e.rows,
+    'details', jsonb_build_object('target', _quarantine.target, 'relation', v_relation, 'rows', e.rows,
       'first', (select jsonb_agg(rekey._cut(u.row_key, 100) order by u.place) from unnest(e.row_keys[1:5]) with ordinality as u(row_key, place)),
       'problem', e.problem)) order by e.rotation_id, e.version)
   into v_events
@@ -776,15 +779,23 @@ begin
                   from unnest(v_made, v_rows) as u(ciphertext, row)
                   where u.ciphertext is not null and u.row <> all (v_apart.refused) and (v_undone is null or u.row < v_undone)
                   group by 1) h) d;
-      select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
-        array_agg(case when v_chunk.kind = 'sweep' then rekey._int4(v_old[f.place], 7) end order by f.rank),
-        array_agg(v_batch.keys[f.place] order by f.rank), array_agg(f.problem order by f.rank), array_agg(f.code order by f.rank)
-      into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems, v_failed_codes
-      from (
-        select f.place, f.problem, null as code, f.rank from unnest(v_failed_places, v_failed_problems) with ordinality as f(place, problem, rank)
-        union all
-        select array_position(v_batch.rows, f.row), f.problem, f.code, 1000000 + f.rank
-        from unnest(v_apart.refused, v_apart.problems, v_apart.codes) with ordinality as f(row, problem, code, rank)) f;
+      if v_failed_places is not null or v_apart.refused <> '{}' then
+        -- (Joined: to look a place up in an array of texts takes as long as the place is far.)
+        select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else f.keyring_id end order by f.place),
+          array_agg(f.version order by f.place), array_agg(f.key order by f.place), array_agg(f.problem order by f.place), array_agg(f.code order by f.place)
+        into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems, v_failed_codes
+        from (
+          select u.place, u.key, coalesce(p.problem, a.problem) as problem, a.code,
+            case when u.header is not null then rekey._int4(u.header, 3) end as keyring_id,
+            case when u.header is not null then rekey._int4(u.header, 7) end as version
+          from (
+            select b.row, b.key, substr(o.ciphertext, 1, 11) as header, b.place
+            from unnest(v_batch.rows, v_batch.keys) with ordinality as b(row, key, place)
+            left join unnest(v_old) with ordinality as o(ciphertext, place) on o.place = b.place) u
+          left join unnest(v_failed_places, v_failed_problems) as p(place, problem) on p.place = u.place
+          left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+          where p.place is not null or a.row is not null) f;
+      end if;
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
           hint = 'See rekey.column_status.', constraint = 'columns';
