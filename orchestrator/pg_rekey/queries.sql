@@ -135,15 +135,18 @@ from rekey.rotation_status
 where id = any (%s)
 
 -- name: vacuum pays
--- description: A table that its updates make larger, and that this session may vacuum: its names, and a fifth of its rows. Not a large one, whose sweep takes so long that autovacuum comes by.
-select n.nspname as schema, c.relname as name, (c.reltuples / 5)::bigint as fifth
+-- description: A table that its updates make larger, and that this session may vacuum: a fifth of its rows. Not a large one, whose sweep takes so long that autovacuum comes by.
+select (c.reltuples / 5)::bigint as fifth
 from pg_class c
-join pg_namespace n on n.oid = c.relnamespace
 where c.oid = %s
   and pg_relation_size(c.oid) between 1048576 and 268435456 and c.reltuples > 0
   and coalesce((select o.option_value::integer from pg_options_to_table(c.reloptions) o where o.option_name = 'fillfactor'), 100) > 60
   and (pg_has_role(c.relowner, 'usage') or exists (
     select from pg_database d where d.datname = current_database() and pg_has_role(d.datdba, 'usage')))
+
+-- name: relation name
+-- description: What a relation is called now.
+select n.nspname as schema, c.relname as name from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = %s
 
 -- name: pace
 -- description: Rows a second of the last rotations that had enough rows to tell.

@@ -126,7 +126,7 @@ comment on column rekey.settings.destroy_wait is 'Time between the request to de
 comment on column rekey.settings.destroy_search is 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
-comment on column rekey.settings.max_attempts is 'Failed batches in a row after which a rotation is failed.';
+comment on column rekey.settings.max_attempts is 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
 comment on column rekey.settings.apply_plaintext is 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
 comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
 comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
@@ -365,7 +365,7 @@ comment on column rekey.rotations.requested_by is 'Who asked for it.';
 comment on column rekey.rotations.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
 comment on column rekey.rotations.rows_done is 'Rows re-encrypted.';
 comment on column rekey.rotations.rows_failed is 'Rows in quarantine.';
-comment on column rekey.rotations.attempts is 'Failed batches in a row.';
+comment on column rekey.rotations.attempts is 'Failed attempts in a row: of the rotation, or of the batch that fails.';
 comment on column rekey.rotations.last_error is 'The last error.';
 comment on column rekey.rotations.next_attempt_at is 'It goes on after this time; NULL: at once.';
 comment on column rekey.rotations.blocked_by is 'What it waits for.';
@@ -404,10 +404,27 @@ create table rekey._chunks (
   swept_from tid,
   until_block bigint not null,
   batch_rows integer not null default 1000,
-  batch_blocks integer not null
+  batch_blocks integer not null,
+  attempts integer not null default 0,
+  next_attempt_at timestamptz,
+  last_error text,
+  stuck boolean not null default false
 );
 create index _chunks_pass_id on rekey._chunks (pass_id);
 comment on table rekey._chunks is 'Block ranges that the rotations of a pass or of a verification have yet to work on.';
+
+-- Whom an error in a relation concerns, and whether it refuses every row.
+create table rekey._due (
+  pass_id bigint not null,
+  kind text not null,
+  target text not null,
+  relation regclass not null,
+  rotations bigint[] not null,
+  passed boolean not null default false,
+  refused integer not null default 0,
+  constraint _due_pkey primary key (pass_id, kind, target, relation)
+);
+comment on table rekey._due is 'Relations of a pass: the rotations that had rows to do there when it began, whether one row went through since, and how many were refused.';
 
 -- What a verification checks by chunks. (Restored from a dump, it says nothing: the server or the file is another one.)
 create table rekey._verified (
@@ -429,8 +446,12 @@ create table rekey.rotation_failures (
   target text not null,
   relation text not null,
   row_key text not null,
+  -- A key may be longer than an index row.
+  row_hash bytea not null generated always as (sha256(replace(row_key, chr(92), chr(92) || chr(92))::bytea)) stored,
   version integer,
   reason text not null,
+  sqlstate text,
+  verification_id bigint,
   created_at timestamptz not null default now(),
   resolved_at timestamptz,
   resolution text constraint rotation_failures_resolution_check check (resolution in ('retry', 'discard', 'cleared')),
@@ -438,22 +459,27 @@ create table rekey.rotation_failures (
   resolve_reason text,
   constraint rotation_failures_resolved_check check ((resolved_at is null) = (resolution is null))
 );
-create unique index rotation_failures_open_key on rekey.rotation_failures (keyring_id, target, row_key)
+create unique index rotation_failures_open_key on rekey.rotation_failures (keyring_id, target, relation, row_hash)
   where resolved_at is null;
-comment on table rekey.rotation_failures is 'Quarantine: rows that did not open in a rotation. They are left as they were, and keep their key from destruction.';
+create index rotation_failures_refused on rekey.rotation_failures (target)
+  where resolved_at is null and sqlstate is not null;
+comment on table rekey.rotation_failures is 'Quarantine: rows that did not open in a rotation, or that their table did not let it change. They are left as they were, and keep their key from destruction.';
 comment on column rekey.rotation_failures.id is 'Number of the entry.';
-comment on column rekey.rotation_failures.rotation_id is 'Rotation in which the row did not open, the last one; NULL: the census found it, and no rotation has met it.';
+comment on column rekey.rotation_failures.rotation_id is 'Rotation in which the row failed, the last one; NULL: the census found it, and no rotation has met it.';
 comment on column rekey.rotation_failures.keyring_id is 'Keyring of the row.';
 comment on column rekey.rotation_failures.target is 'Target the row is in.';
 comment on column rekey.rotation_failures.relation is 'Table the row is in.';
 comment on column rekey.rotation_failures.version is 'Key version the row stands on; NULL: it is no envelope yet.';
-comment on column rekey.rotation_failures.reason is 'Why it did not open.';
-comment on column rekey.rotation_failures.created_at is 'When it first did not open.';
+comment on column rekey.rotation_failures.reason is 'Why it did not open, or the error with which its table refused it.';
+comment on column rekey.rotation_failures.sqlstate is 'SQLSTATE of that error; NULL: the row does not open.';
+comment on column rekey.rotation_failures.verification_id is 'Verification that saw it last.';
+comment on column rekey.rotation_failures.created_at is 'When it first failed.';
 comment on column rekey.rotation_failures.resolved_at is 'When the entry was closed; NULL: it is open.';
 comment on column rekey.rotation_failures.resolution is 'retry (tried again), discard (given up), cleared (the row opens again, or is gone); NULL while it is open.';
 comment on column rekey.rotation_failures.resolved_by is 'Who closed it.';
 comment on column rekey.rotation_failures.resolve_reason is 'What whoever closed it said.';
 comment on column rekey.rotation_failures.row_key is 'Primary key of the row, its parts as text, separated by a slash.';
+comment on column rekey.rotation_failures.row_hash is 'SHA-256 of row_key.';
 
 -- sql/schema/55_census.sql
 -- What rekey.protected_columns.seen is for a column.
@@ -2767,6 +2793,8 @@ grant select on rekey.decrypted_secrets to rekey_app;
 --   <name>_scan(relation, first, until, keyrings, since, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
 --   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): locks rows that are due, and returns them
 --   <name>_write(relation, rows, ciphertexts): stores what the engine made of them
+-- What has more than 64 MiB with its context and key is not read: scan and read return a header and the word "large" in its
+-- place; NULL where it is no envelope.
 -- rekey.secrets is the first target; protected columns are the others (51_columns.sql).
 
 create or replace function rekey_targets.secrets_count(relation regclass, keyrings integer[])
@@ -2801,7 +2829,8 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with found as materialized (
-    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id,
+      case when octet_length(s.ciphertext) <= 67108864 then s.ciphertext else substr(s.ciphertext, 1, 11) || '\x6c61726765' end as ciphertext
     from rekey.secrets s
     where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
       and (since is null or age(s.xmin) <= age(since))
@@ -2842,7 +2871,8 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with due as materialized (
-    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id,
+      case when octet_length(s.ciphertext) <= 67108864 then s.ciphertext else substr(s.ciphertext, 1, 11) || '\x6c61726765' end as ciphertext
     from rekey.secrets s
     join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
     where s.ctid >= first and s.ctid < until
@@ -3120,6 +3150,11 @@ begin atomic
 end;
 comment on function rekey._headers is 'The different headers of envelopes.';
 
+create or replace function rekey._shape_problem(ciphertext bytea) returns text
+language sql immutable parallel safe
+return case when octet_length(ciphertext) = 16 and substr(ciphertext, 12) = '\x6c61726765'::bytea then 'has more than 64 MiB, and was not read' else 'is no envelope' end;
+comment on function rekey._shape_problem is 'What is wrong with what is no envelope. What is larger than any can be, targets do not read: a header, and the word large, stand for it.';
+
 create or replace function rekey._reencrypt(
   rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[],
   out made_rows tid[], out made bytea[], out failed_places integer[], out problems text[]
@@ -3161,7 +3196,7 @@ begin
         select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
           case when k.old_header is not null then k.old_problem
-               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as old_problem
         from unnest(rows, ciphertexts, contexts) with ordinality as c(row, ciphertext, context, place)
         left join (
@@ -3209,7 +3244,7 @@ begin
         select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key,
           substr(c.ciphertext, 12, 16) as iv, substr(c.ciphertext, 28) as sealed, k.header || prefix || c.context as aad,
           case when k.header is not null then k.problem
-               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as problem
         from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
         left join (
@@ -3383,8 +3418,8 @@ declare
   v_select text;
   v_page text;
 begin
-  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, and all
-  -- columns that these take (%5$s).
+  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, all
+  -- columns that these take (%5$s), and the bytes of context and key (%6$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
     v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
@@ -3403,19 +3438,23 @@ begin
       offset 0) e$sql$;
   -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
   -- (What is added to the columns of the table has names of system columns, which none of them can have.)
+  -- More bytes than any envelope can have (cmax is NULL then) are not read: a GB that was compressed, or stored out of line, has
+  -- no room in the arrays. octet_length() asks only for the length that is stored.
   v_select := 'with page as materialized (
-    select t.ctid, %5$s' || v_from;
+    select t.ctid, %5$s, case when z.bytes <= 67108864 then z.bytes end as cmax,
+      case when z.bytes > 67108864 and e.keyring_id is not null then h.header || ''\x6c61726765'' end as xmin' || v_from || '
+    cross join lateral (select octet_length(t.%1$s)::bigint%6$s as bytes offset 0) z';
   v_page := '), total as (
-    select sum(octet_length(t.%1$s)) as bytes from page t
+    select sum(coalesce(t.cmax, 100)) as bytes from page t
   ), sized as (
     select t.*, 0 as cmin from page t where (select a.bytes from total a) <= $5
     union all
-    select t.*, sum(octet_length(t.%1$s)) over (order by t.ctid rows unbounded preceding) - octet_length(t.%1$s)
+    select t.*, sum(coalesce(t.cmax, 100)) over (order by t.ctid rows unbounded preceding) - coalesce(t.cmax, 100)
     from page t where (select a.bytes from total a) > $5
   )
   select case when count(*) filter (where t.cmin < $5) < count(*) or count(*) = $4 then max(t.ctid) filter (where t.cmin < $5) end,
-    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(' || v_bytes || ') filter (where t.cmin < $5),
-    array_agg(%3$s) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
+    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(case when t.cmax is null then t.xmin else ' || v_bytes || ' end) filter (where t.cmin < $5),
+    array_agg(case when t.cmax is null then '''' else %3$s end) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
   from sized t';
 
   return query
@@ -3428,6 +3467,7 @@ declare
   v_context text;
   v_key text;
   v_key_names text[];
+  v_lengths text;
 begin
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
@@ -3452,8 +3492,14 @@ begin
   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
   where i.indrelid = v_table and i.indisprimary;
+  select string_agg(format(case when a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'bytea'::regtype)
+      then ' + coalesce(octet_length(t.%1$I), 0)' else ' + coalesce(pg_column_size(t.%1$I), 0)' end, a.attname), '')
+  into v_lengths
+  from pg_attribute a
+  where a.attrelid = v_table and a.attlen = -1 and not a.attisdropped
+    and quote_ident(a.attname) = any (array_remove(v_names, v_names[$body$ || protected.places[1] || $body$]) || v_key_names);
   return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'),
-    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)));
+    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)), coalesce(v_lengths, ''));
 end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
@@ -5384,7 +5430,10 @@ grant execute on function rekey.findings to rekey_admin, rekey_operator, rekey_a
 
 create or replace view rekey.rotation_status as
 select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
-  r.attempts, r.last_error, r.next_attempt_at, r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
+  r.attempts, r.last_error,
+  coalesce(r.next_attempt_at, case when r.attempts > 0 then (
+    select min(c.next_attempt_at) from rekey._chunks c where c.pass_id = r.pass_id and c.attempts > 0 and not c.stuck) end) as next_attempt_at,
+  r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
   p.label as adopts, r.formats, r.forced
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
@@ -5400,10 +5449,10 @@ comment on column rekey.rotation_status.to_version is 'Version it brings them to
 comment on column rekey.rotation_status.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
 comment on column rekey.rotation_status.rows_done is 'Rows re-encrypted.';
 comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: rekey.failure_status names them.';
-comment on column rekey.rotation_status.attempts is 'Failed batches in a row.';
+comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), or rows (rows, why).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), or tables in which a step fails (target, relation, error, sqlstate).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
@@ -5757,7 +5806,7 @@ begin
       v_rotation := rekey._queue_sweep(v_keyring.id, 'compromise', reason);
       v_event := 'rotation.requested';
     end if;
-    update rekey._chunks c set urgent = true
+    update rekey._chunks c set urgent = true, attempts = 0, next_attempt_at = null, stuck = false
     where c.id in (
       select d.id from rekey._chunks d
       where d.pass_id = (select r.pass_id from rekey.rotations r where r.id = v_rotation)
@@ -5789,22 +5838,24 @@ comment on function rekey._replace_lost_keys is 'Gives every keyring whose activ
 
 create or replace view rekey.failure_status as
 select f.id, f.rotation_id, k.name as keyring, f.target, f.row_key, f.version, f.reason, f.created_at, f.resolved_at, f.resolution,
-  f.resolved_by, f.resolve_reason
+  f.resolved_by, f.resolve_reason, f.relation, f.sqlstate
 from rekey.rotation_failures f
 join rekey.keyrings k on k.id = f.keyring_id;
-comment on view rekey.failure_status is 'The quarantine: rows that did not open. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
+comment on view rekey.failure_status is 'The quarantine: rows that did not open, or that their table did not let a rotation change. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
 comment on column rekey.failure_status.id is 'Number of the entry.';
-comment on column rekey.failure_status.rotation_id is 'Last rotation in which the row did not open; NULL: the census found it, and no rotation has met it.';
+comment on column rekey.failure_status.rotation_id is 'Last rotation in which the row failed; NULL: the census found it, and no rotation has met it.';
 comment on column rekey.failure_status.keyring is 'Keyring of the row.';
 comment on column rekey.failure_status.target is 'Table as it was registered.';
 comment on column rekey.failure_status.row_key is 'Primary key of the row, its parts separated by a slash.';
 comment on column rekey.failure_status.version is 'Key version that the row names.';
-comment on column rekey.failure_status.reason is 'Why it does not open.';
+comment on column rekey.failure_status.reason is 'Why it does not open, or the error with which its table refused the new value.';
 comment on column rekey.failure_status.created_at is 'When that was noticed.';
 comment on column rekey.failure_status.resolved_at is 'When the entry was closed.';
 comment on column rekey.failure_status.resolution is 'How: retry, discard, or cleared; NULL: it is open.';
 comment on column rekey.failure_status.resolved_by is 'Who closed it.';
 comment on column rekey.failure_status.resolve_reason is 'What he said.';
+comment on column rekey.failure_status.relation is 'Table or partition that the row is in.';
+comment on column rekey.failure_status.sqlstate is 'SQLSTATE of that error; NULL: the row does not open.';
 grant select on rekey.failure_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey.resolve_failure(id bigint, action text, reason text = null) returns void
@@ -5902,7 +5953,7 @@ end
 $$;
 comment on function rekey._barrier is 'Whether no transaction is left that encrypts with one of these versions. They are no longer active: none can begin to.';
 
-create or replace function rekey._record_error(rotations bigint[], message text, code text) returns void
+create or replace function rekey._record_error(rotations bigint[], message text, code text, target text = null, relation regclass = null) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -5913,13 +5964,20 @@ begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   with noted as (
     update rekey.rotations r
-    set attempts = r.attempts + 1, last_error = message,
-        state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
-        pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
-        next_attempt_at = case when r.attempts + 1 < v_max then
-          clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
+    set attempts = a.attempts, last_error = message,
+        state = case when a.attempts >= v_max then 'failed' else r.state end,
+        pass_id = case when a.attempts < v_max then r.pass_id end,
+        next_attempt_at = case when a.attempts < v_max then
+          clock_timestamp() + least(power(2, a.attempts - 1), 300) * interval '1 second' end,
+        blocked_by = case when _record_error.target is not null then jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
+          'target', _record_error.target, 'relation', _record_error.relation::text, 'error', message, 'sqlstate', code))) else r.blocked_by end,
+        blocked_since = case when _record_error.target is not null then coalesce(r.blocked_since, now()) else r.blocked_since end
+    from (
+      -- Whoever locks a table ends some time: that is waited for.
+      select t.id, case when code = '55P03' and _record_error.target is not null then greatest(t.attempts, 1) else t.attempts + 1 end as attempts
+      from rekey.rotations t where t.id = any (rotations)) a
     -- Not one that another worker's error has failed meanwhile.
-    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying')
+    where a.id = r.id and r.state in ('queued', 'running', 'verifying')
     returning r.id, r.keyring_id, r.to_version, r.state, r.attempts
   )
   select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
@@ -5931,64 +5989,241 @@ begin
   perform rekey._audit_all(coalesce(v_events, '[]'));
 end
 $$;
-comment on function rekey._record_error is 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed.';
+comment on function rekey._record_error is 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed. target, relation: what it came from.';
 
-create or replace function rekey._quarantine(
-  target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]
-) returns void
+create or replace function rekey._is_passing(code text) returns boolean
+language sql immutable parallel safe
+-- Connection, rollback, resources, state of other objects, operator, system; and what is damaged or ours.
+return left(code, 2) = any ('{08,40,53,55,57,58,F0,XX}');
+comment on function rekey._is_passing is 'Whether an error with this SQLSTATE says nothing of the row at which it came: it is tried again.';
+
+create or replace function rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- The innermost come first, and end where the function of the target is.
+  v_functions text[] := array(
+    select regexp_replace(f.found[1], ' line \d+ .*$', '')
+    from regexp_matches(regexp_replace(context, '\mrekey(_targets)?"?\."?(_call_|column_|secrets_).*$', ''),
+      '(?:PL/pgSQL function |SQL function ")([^"\n]*)', 'g') with ordinality as f(found, place)
+    where f.found[1] not like 'rekey.%'
+    order by f.place);
+  v_trigger name;
+begin
+  select t.tgname into v_trigger from pg_trigger t
+  where t.tgrelid = relation and not t.tgisinternal and t.tgfoid::regprocedure::text = any (v_functions)
+  order by t.tgname limit 1;
+  return format('%s: %s', relation,
+    -- Of a row that is plain yet, the words of a table's own code may have the value in them.
+    case when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
+    || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
+    || case when code in ('42P01', '42883', '42704', '3F000') then
+      format('. A sweep runs with search_path = pg_catalog, pg_temp: name it with its schema, or %s',
+        coalesce('ALTER FUNCTION ' || rekey._cut(v_functions[1], 200) || ' SET search_path = ...', 'give what the table calls a search path of its own')) else '' end;
+end
+$$;
+comment on function rekey._explain_error is
+  'An error in a table in words: the table, the message, the trigger and function that it came from, and what to do where the search path is the cause. Bounded in length. plain: the column may hold plain values.';
+
+create or replace function rekey._note_trouble(chunk rekey._chunks, message text, code text) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_max integer := (rekey._settings()).max_attempts;
+  v_attempts integer := 0;
+  v_ids bigint[];
   v_events jsonb;
 begin
-  with found as (
-    select distinct on (f.keyring_id, f.row_key) f.keyring_id, f.version, f.row_key, f.problem, r.id as rotation_id, k.name as keyring
-    from unnest(keyrings, versions, row_keys, problems) as f(keyring_id, version, row_key, problem)
-    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
-    join rekey.keyrings k on k.id = f.keyring_id
-  ), moved as (
-    -- Known from an earlier rotation or pass.
-    update rekey.rotation_failures q set rotation_id = f.rotation_id, version = f.version, reason = f.problem
-    from found f
-    where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.row_key = f.row_key and q.resolved_at is null
-    returning q.keyring_id, q.row_key
-  ), added as (
-    insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason)
-    select f.rotation_id, f.keyring_id, _quarantine.target, _quarantine.relation::text, f.row_key, f.version, f.problem
-    from found f
-    where not exists (select from moved m where m.keyring_id = f.keyring_id and m.row_key = f.row_key)
-    on conflict do nothing
-    returning rotation_id, keyring_id, row_key, version, reason
+  -- Where nothing went through yet, it is not this chunk, but all of them.
+  update rekey._chunks c
+  set last_error = message,
+      -- Whoever locks a table ends some time: that is waited for.
+      attempts = case when code = '55P03' then greatest(c.attempts, 1) else c.attempts + 1 end,
+      stuck = code <> '55P03' and c.attempts + 1 >= v_max,
+      next_attempt_at = clock_timestamp() + case when code = '55P03' then 5 else least(power(2, c.attempts), 300) end * interval '1 second'
+  where c.id in (
+    select d.id from rekey._chunks d
+    where d.id = chunk.id or d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
+      and exists (select from rekey._due u where u.pass_id = d.pass_id and u.kind = d.kind and u.target = d.target and u.relation = d.relation and not u.passed)
+    for update skip locked);
+  select c.attempts into v_attempts from rekey._chunks c where c.id = chunk.id;
+  v_ids := array(
+    select u.id from rekey._due d cross join unnest(d.rotations) as u(id)
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation);
+  perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+  with noted as (
+    update rekey.rotations r
+    set attempts = v_attempts, last_error = message, blocked_since = coalesce(r.blocked_since, now()),
+        blocked_by = jsonb_build_array(jsonb_build_object('target', chunk.target, 'relation', chunk.relation::text, 'error', message, 'sqlstate', code))
+    where r.id = any (v_ids) and r.state = 'running' and r.pass_id = chunk.pass_id
+    returning r.id, r.keyring_id, r.to_version
+  ), numbered as (
+    select n.*, count(*) over () as rotations, row_number() over (order by n.id) as place from noted n
   )
-  select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', k.name, 'version', a.version,
-    'rotation_id', a.rotation_id,
-    'details', jsonb_build_object('target', _quarantine.target, 'row', a.row_key, 'problem', a.reason)))
+  select jsonb_agg(jsonb_build_object('event', 'rotation.error', 'keyring', k.name, 'version', n.to_version, 'rotation_id', n.id,
+    'details', jsonb_build_object('attempt', v_attempts, 'sqlstate', code, 'error', message, 'target', chunk.target)
+      || case when n.rotations > 20 then jsonb_build_object('rotations', n.rotations) else '{}' end) order by n.id)
   into v_events
-  from added a join rekey.keyrings k on k.id = a.keyring_id;
+  from numbered n join rekey.keyrings k on k.id = n.keyring_id
+  where n.rotations <= 20 or n.place = 1;
   perform rekey._audit_all(coalesce(v_events, '[]'));
+  perform rekey._fail_stuck(chunk.pass_id);
 end
 $$;
-comment on function rekey._quarantine is 'Notes rows that did not open, once each.';
+comment on function rekey._note_trouble is
+  'Notes an error in a chunk of a sweep: its next attempt comes after a growing pause, after max_attempts it is stuck, and only rotations with rows in its relation have to do with it. (More than 20 have one audit entry together.)';
 
-create or replace function rekey._due_rows(rotations bigint[])
-returns table (rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+create or replace function rekey._unswept(pass_id bigint) returns table (rotation_id bigint, stuck boolean, last_error text)
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select r.id, c.target, c.relation::oid, r.trigger = 'adoption', sum(c.rows)::bigint
-  from rekey.rotations r
-  left join rekey.protected_columns p on p.id = r.column_id
-  join rekey._count_rows((
-      -- Values that are no envelopes are counted only where all are.
-      select case when bool_or(t.trigger = 'adoption') then null else array_agg(t.keyring_id) end
-      from rekey.rotations t where t.id = any (rotations))) c
-    on case when r.trigger = 'adoption' then c.keyring_id is null and c.target = p.label
-            else c.keyring_id = r.keyring_id and c.version <> r.to_version end
-  where r.id = any (rotations)
-  group by r.id, c.target, c.relation;
+  select u.id, bool_and(c.stuck), max(c.last_error) filter (where c.stuck)
+  from (select c.kind, c.target, c.relation, bool_and(c.stuck) as stuck, max(c.last_error) as last_error
+        from rekey._chunks c where c.pass_id = _unswept.pass_id group by c.kind, c.target, c.relation) c
+  join rekey._due d on d.pass_id = _unswept.pass_id and d.kind = c.kind and d.target = c.target and d.relation = c.relation
+  cross join unnest(d.rotations) as u(id)
+  group by u.id;
 end;
-comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked. (By number: a name would take rights on its schema.)';
+comment on function rekey._unswept is 'The rotations that a pass has chunks left for; stuck: none of them is tried any more.';
+
+create or replace function rekey._fail_stuck(pass_id bigint) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stuck jsonb;
+  v_events jsonb;
+begin
+  if not exists (select from rekey._chunks c where c.pass_id = _fail_stuck.pass_id and c.stuck) then
+    return;
+  end if;
+  select jsonb_object_agg(u.rotation_id, u.last_error) into v_stuck from rekey._unswept(pass_id) u where u.stuck;
+  perform from rekey.rotations r where v_stuck ? r.id::text order by r.id for no key update;
+  with failed as (
+    update rekey.rotations r
+    set state = 'failed', pass_id = null, next_attempt_at = null, last_error = v_stuck ->> r.id::text
+    where v_stuck ? r.id::text and r.state = 'running' and r.pass_id = _fail_stuck.pass_id
+    returning r.id, r.keyring_id, r.to_version, r.attempts, r.last_error, r.blocked_by
+  )
+  select jsonb_agg(jsonb_build_object('event', 'rotation.failed', 'keyring', k.name, 'version', f.to_version, 'rotation_id', f.id,
+    'details', jsonb_build_object('attempt', f.attempts, 'sqlstate', f.blocked_by -> 0 ->> 'sqlstate', 'error', f.last_error)) order by f.id)
+  into v_events
+  from failed f join rekey.keyrings k on k.id = f.keyring_id;
+  perform rekey._audit_all(coalesce(v_events, '[]'));
+end
+$$;
+comment on function rekey._fail_stuck is 'Fails the rotations of a pass of which nothing is left but what is stuck.';
+
+create or replace function rekey._row_hash(row_key text) returns bytea
+language sql immutable parallel safe
+return sha256(replace(row_key, chr(92), chr(92) || chr(92))::bytea);
+comment on function rekey._row_hash is 'What a row in quarantine is found by: its key may be longer than an index row. (A backslash is doubled for the cast.)';
+
+create or replace function rekey._quarantine(
+  target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[],
+  codes text[] = null, verification_id bigint = null
+) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+-- Each row by the index: what the planner knows of this table is from before the batches that filled it.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+  v_relation text := relation::text;
+  v_events jsonb;
+begin
+  with found as materialized (
+    select distinct on (f.keyring_id, h.hash) f.keyring_id, f.version, f.row_key, h.hash, f.problem, f.code, r.id as rotation_id,
+      q.id, q.rotation_id as before
+    from unnest(keyrings, versions, row_keys, problems, codes) as f(keyring_id, version, row_key, problem, code)
+    cross join lateral (select rekey._row_hash(f.row_key) as hash offset 0) h
+    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
+    -- Known from an earlier rotation or pass.
+    left join lateral (
+      select q.id, q.rotation_id from rekey.rotation_failures q
+      where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.relation = v_relation and q.row_hash = h.hash and q.resolved_at is null
+      limit 1) q on true
+  ), moved as (
+    update rekey.rotation_failures q
+    set rotation_id = f.rotation_id, version = f.version, reason = f.problem, sqlstate = f.code, verification_id = _quarantine.verification_id
+    from found f where q.id = f.id
+  ), added as (
+    insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason, sqlstate, verification_id)
+    select f.rotation_id, f.keyring_id, _quarantine.target, v_relation, f.row_key, f.version, f.problem, f.code, _quarantine.verification_id
+    from found f where f.id is null
+    on conflict do nothing
+    returning id, rotation_id, keyring_id, row_key, version, reason
+  ), failed as (
+    select n.rotation_id, count(*) as rows
+    from (select a.rotation_id from added a union all select f.rotation_id from found f where f.before <> f.rotation_id) n
+    group by n.rotation_id
+  ), counted as (
+    update rekey.rotations r set rows_failed = r.rows_failed + f.rows from failed f where r.id = f.rotation_id
+  )
+  -- One entry for all rows of a version: how many there are may be anybody's to choose.
+  select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', e.keyring, 'version', e.version, 'rotation_id', e.rotation_id,
+    'details', jsonb_build_object('target', _quarantine.target, 'relation', v_relation, 'rows', e.rows,
+      'first', (select jsonb_agg(rekey._cut(u.row_key, 100) order by u.place) from unnest(e.row_keys[1:5]) with ordinality as u(row_key, place)),
+      'problem', e.problem)) order by e.rotation_id, e.version)
+  into v_events
+  from (
+    select a.rotation_id, a.version, k.name as keyring, count(*) as rows, array_agg(a.row_key order by a.id) as row_keys,
+      (array_agg(a.reason order by a.id))[1] as problem
+    from added a join rekey.keyrings k on k.id = a.keyring_id
+    group by a.rotation_id, a.version, k.name) e;
+  perform rekey._audit_all(coalesce(v_events, '[]'));
+end
+$$;
+comment on function rekey._quarantine is
+  'Notes rows that failed, once each, and counts them in their rotations, whose rows the caller has locked. codes: the SQLSTATE with which the table refused a row; NULL: it does not open. verification_id: the verification that saw them.';
+
+create or replace function rekey._due_rows(rotations bigint[])
+returns table (rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- Values that are no envelopes are counted only where all are.
+  v_keyrings integer[] := (
+    select case when bool_or(r.trigger = 'adoption') then null else array_agg(r.keyring_id) end
+    from rekey.rotations r where r.id = any (rotations));
+  v_target record;
+  v_count record;
+  v_targets text[];
+  v_relations oid[];
+  v_of integer[];
+  v_versions integer[];
+  v_rows bigint[];
+begin
+  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+    begin
+      for v_count in select c.* from rekey._call_count(v_target.function_name, v_target.relation, v_keyrings) c loop
+        v_targets := v_targets || v_target.target;
+        v_relations := v_relations || v_target.relation::oid;
+        v_of := v_of || v_count.keyring_id;
+        v_versions := v_versions || v_count.version;
+        v_rows := v_rows || v_count.rows;
+      end loop;
+    exception when assert_failure or others then
+      null;  -- whom it concerns, the verification finds out, which counts again
+    end;
+  end loop;
+  return query
+    select r.id, c.target, c.relation, r.trigger = 'adoption', sum(c.rows)::bigint
+    from rekey.rotations r
+    left join rekey.protected_columns p on p.id = r.column_id
+    join unnest(v_targets, v_relations, v_of, v_versions, v_rows) as c(target, relation, keyring_id, version, rows)
+      on case when r.trigger = 'adoption' then c.keyring_id is null and c.target = p.label
+              else c.keyring_id = r.keyring_id and c.version <> r.to_version end
+    where r.id = any (rotations)
+    group by r.id, c.target, c.relation;
+end
+$$;
+comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked and can be counted. (By number: a name would take rights on its schema.)';
 
 create or replace function rekey._chunk_blocks(relation regclass) returns bigint
 language plpgsql volatile
@@ -6039,6 +6274,10 @@ begin
       join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
       group by t.target, t.relation, c.adopting, t.blocks, t.indexed
+    ), dued as (
+      insert into rekey._due (pass_id, kind, target, relation, rotations)
+      select v_pass, case when c.adopting then 'adopt' else 'sweep' end, c.target, c.relation, array_agg(c.rotation_id)
+      from counted c group by c.adopting, c.target, c.relation
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
@@ -6050,7 +6289,7 @@ begin
     )
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
-        next_attempt_at = null,
+        next_attempt_at = null, attempts = 0,
         -- Kept where a verification found rows behind: the next one looks at what was written since.
         verification_id = case when r.state = 'running' then r.verification_id end,
         rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.rotation_id = r.id), 0)
@@ -6129,6 +6368,77 @@ $$;
 comment on function rekey._write_rows is
   'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
 
+-- At most 60 subtransactions: 64 is as many as a session keeps count of in shared memory. A batch of 4,000 rows with one
+-- that raises takes 25.
+create or replace function rekey._write_apart(
+  target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean,
+  out written bigint, out undone tid, out refused tid[], out problems text[], out codes text[]
+)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prepared text[] := rekey._prepared();
+  v_begin timestamptz := clock_timestamp();
+  v_limit interval := greatest(5 * (rekey._settings()).batch_target, interval '1 second');
+  v_tries integer := 0;
+  v_rows tid[] := rows;
+  v_ciphertexts bytea[] := ciphertexts;
+  -- What is still to be written, the first at the end.
+  v_from integer[] := array[1];
+  v_until integer[] := array[coalesce(cardinality(rows), 0)];
+  v_low integer;
+  v_high integer;
+  v_top integer := 1;
+  v_message text;
+  v_code text;
+  v_context text;
+begin
+  written := 0;
+  refused := '{}';
+  problems := '{}';
+  codes := '{}';
+  while v_top > 0 loop
+    v_low := v_from[v_top];
+    v_high := v_until[v_top];
+    if v_tries >= 60 or v_tries > 1 and clock_timestamp() - v_begin > v_limit then
+      undone := v_rows[v_low];
+      return;
+    end if;
+    v_tries := v_tries + 1;
+    v_top := v_top - 1;
+    begin
+      written := written + rekey._write_rows(target, relation, v_rows[v_low:v_high], v_ciphertexts[v_low:v_high]);
+      continue;
+    exception when assert_failure or others then
+      get stacked diagnostics v_message = message_text, v_code = returned_sqlstate, v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      if rekey._is_passing(v_code) or v_context ~ '^PL/pgSQL function "?rekey"?\."?_call_write' then
+        raise;
+      end if;
+    end;
+    if v_tries = 1 then
+      select array_agg(u.row order by u.row), array_agg(u.ciphertext order by u.row) into v_rows, v_ciphertexts
+      from unnest(v_rows, v_ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+      v_high := cardinality(v_rows);
+    end if;
+    if v_low = v_high then
+      refused := refused || v_rows[v_low];
+      problems := problems || rekey._explain_error(relation, v_message, v_code, v_context, plain);
+      codes := codes || v_code;
+    else
+      v_from[v_top + 1] := (v_low + v_high) / 2 + 1;
+      v_until[v_top + 1] := v_high;
+      v_from[v_top + 2] := v_low;
+      v_until[v_top + 2] := (v_low + v_high) / 2;
+      v_top := v_top + 2;
+    end if;
+  end loop;
+end
+$$;
+comment on function rekey._write_apart is
+  'Stores as rekey._write_rows(), and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. An error that passes is raised.';
+
 create or replace function rekey._batch_size(keyrings integer) returns double precision
 language sql immutable parallel safe
 return 1 + least(keyrings - 1, 1000) / 1000.0;
@@ -6162,7 +6472,7 @@ comment on function rekey._advance is 'Moves the start of a chunk behind what wa
 
 create or replace function rekey._note_batch(
   rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass,
-  failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]
+  failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[] = null
 ) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -6174,18 +6484,18 @@ begin
   -- The rotations before the audit log, as everywhere.
   perform from rekey.rotations r
   where r.id = any (rotations) and r.keyring_id = any (done_keyrings || failed_keyrings) order by r.id for no key update;
-  update rekey.rotations r set rows_done = r.rows_done + d.rows, attempts = 0
+  update rekey.rotations r set rows_done = r.rows_done + d.rows
   from unnest(done_keyrings, done_rows) as d(keyring_id, rows)
   where r.id = any (rotations) and r.keyring_id = d.keyring_id;
   if failed_keyrings is not null then
-    perform rekey._quarantine(target, relation, failed_keyrings, failed_versions, failed_keys, failed_problems);
-    update rekey.rotations r
-    set rows_failed = (select count(*) from rekey.rotation_failures f where f.rotation_id = r.id and f.resolved_at is null)
-    where r.id = any (rotations) and r.keyring_id = any (failed_keyrings);
+    perform rekey._quarantine(target, relation, failed_keyrings, failed_versions, failed_keys, failed_problems, failed_codes);
+    -- What the table refused is not behind: the next verification has to know that.
+    update rekey.rotations r set verification_id = null
+    where r.id = any (rotations) and r.keyring_id = any (failed_keyrings) and r.verification_id is not null and failed_codes is not null;
   end if;
 end
 $$;
-comment on function rekey._note_batch is 'Adds what a batch did to the progress of its rotations, and what did not open to the quarantine.';
+comment on function rekey._note_batch is 'Adds what a batch did to the progress of its rotations, and what failed to the quarantine.';
 
 create or replace function rekey._throttle(wanted integer, out rows integer, out wait interval)
 language plpgsql volatile
@@ -6226,6 +6536,38 @@ end
 $$;
 comment on function rekey._note_pace is 'Tells rekey._throttle() how many rows a batch had that began then.';
 
+create or replace function rekey._note_passed(chunk rekey._chunks, written bigint, refused integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_refused integer;
+begin
+  if written > 0 then
+    update rekey._due d set passed = true
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation and not d.passed;
+  elsif refused > 0 then
+    update rekey._due d set refused = d.refused + _note_passed.refused
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation and not d.passed
+    returning d.refused into v_refused;
+    -- It is not the rows: to put millions of them into quarantine, one by one, helps nobody.
+    if v_refused > 10000 then
+      raise exception '% refuses every row, % of them by now: see rekey.failure_status', chunk.relation, v_refused using errcode = 'RK005';
+    end if;
+  end if;
+  if chunk.attempts > 0 then
+    update rekey._chunks c set attempts = 0, last_error = null, next_attempt_at = null where c.id = chunk.id;
+    update rekey.rotations r set attempts = 0, blocked_by = null, blocked_since = null
+    where r.id in (
+      select u.id from rekey._due d cross join unnest(d.rotations) as u(id)
+      where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
+      order by u.id)
+      and r.state = 'running' and r.pass_id = chunk.pass_id;
+  end if;
+end
+$$;
+comment on function rekey._note_passed is 'Notes that rows of a chunk went through, or that all were refused: RK005 where more than 10,000 were, and none went through.';
+
 create or replace function rekey._sweep_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -6259,12 +6601,17 @@ declare
   v_failed_versions integer[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_failed_codes text[];
+  v_apart record;
+  v_undone tid;
+  v_error text;
 begin
   select c.* into v_chunk from rekey._chunks c
-  where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
+  where not c.stuck and rekey._is_due(c.next_attempt_at)
+    and exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
                   and rekey._is_due(r.next_attempt_at)
                   and case c.kind when 'adopt' then r.formats = '{plaintext}' when 'sweep' then r.trigger <> 'adoption' end)
-  order by c.urgent desc, c.pass_id desc, c.id
+  order by c.attempts > 0, c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
     return;
@@ -6325,24 +6672,47 @@ begin
         select r.made_rows, r.made, r.failed_places, r.problems into v_rows, v_made, v_failed_places, v_failed_problems
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
-      rows := rekey._write_rows(v_target, v_chunk.relation, v_rows, v_made);
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_made, v_chunk.kind = 'adopt') a;
+      rows := v_apart.written;
+      v_undone := v_apart.undone;
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
       from (select rekey._int4(h.header, 3) as keyring_id, h.rows
-            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_made) as u(ciphertext) where u.ciphertext is not null group by 1) h) d;
-      select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
-        array_agg(case when v_chunk.kind = 'sweep' then rekey._int4(v_old[f.place], 7) end order by f.rank),
-        array_agg(v_batch.keys[f.place] order by f.rank)
-      into v_failed_keyrings, v_failed_versions, v_failed_keys
-      from unnest(v_failed_places) with ordinality as f(place, rank);
+            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows
+                  from unnest(v_made, v_rows) as u(ciphertext, row)
+                  where u.ciphertext is not null and u.row <> all (v_apart.refused) and (v_undone is null or u.row < v_undone)
+                  group by 1) h) d;
+      if v_failed_places is not null or v_apart.refused <> '{}' then
+        -- (Joined: to look a place up in an array of texts takes as long as the place is far.)
+        select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else f.keyring_id end order by f.place),
+          array_agg(f.version order by f.place), array_agg(f.key order by f.place), array_agg(f.problem order by f.place), array_agg(f.code order by f.place)
+        into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems, v_failed_codes
+        from (
+          select u.place, u.key, coalesce(p.problem, a.problem) as problem, a.code,
+            case when u.header is not null then rekey._int4(u.header, 3) end as keyring_id,
+            case when u.header is not null then rekey._int4(u.header, 7) end as version
+          from (
+            select b.row, b.key, substr(o.ciphertext, 1, 11) as header, b.place
+            from unnest(v_batch.rows, v_batch.keys) with ordinality as b(row, key, place)
+            left join unnest(v_old) with ordinality as o(ciphertext, place) on o.place = b.place) u
+          left join unnest(v_failed_places, v_failed_problems) as p(place, problem) on p.place = u.place
+          left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+          where p.place is not null or a.row is not null) f;
+      end if;
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
           hint = 'See rekey.column_status.', constraint = 'columns';
       end if;
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
-        v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
+        v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems,
+        case when v_apart.codes <> '{}' then v_failed_codes end);
+      perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
-    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+    if v_undone is null then
+      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+    else
+      update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
+    end if;
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -6354,10 +6724,11 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, v_chunk.kind = 'adopt');
+      perform rekey._note_trouble(v_chunk, v_error, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+      detail := jsonb_build_object('target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20], 'error', v_error, 'sqlstate', sqlstate);
   end;
 end
 $$;
@@ -6373,6 +6744,11 @@ begin
     select d.id from rekey._chunks d
     where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
       and not exists (select from rekey.rotations r where r.verification_id = d.pass_id and r.state in ('running', 'verifying'))
+    for update skip locked);
+  delete from rekey._due d
+  where d.ctid in (
+    select u.ctid from rekey._due u
+    where not exists (select from rekey.rotations r where r.pass_id = u.pass_id)
     for update skip locked);
   -- The coordinator and who ends a verification may both come here, each with locks that the other waits for.
   delete from rekey._verified d
@@ -6391,15 +6767,26 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_rotation record;
+  v_unswept bigint[];
+  v_count integer;
 begin
   perform rekey._clear_chunks();
 
-  perform from rekey.rotations r
-  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)
-  order by r.id for no key update;
-  update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null
-  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id);
-  get diagnostics keyring_count = row_count;
+  keyring_count := 0;
+  -- Who has no rows in what is in trouble does not wait for it.
+  for v_rotation in
+    select distinct r.pass_id from rekey.rotations r
+    where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id and c.attempts = 0)
+  loop
+    perform rekey._fail_stuck(v_rotation.pass_id);
+    v_unswept := array(select u.rotation_id from rekey._unswept(v_rotation.pass_id) u);
+    perform from rekey.rotations r
+    where r.state = 'running' and r.pass_id = v_rotation.pass_id and r.id <> all (v_unswept) order by r.id for no key update;
+    update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null, blocked_by = null, blocked_since = null
+    where r.state = 'running' and r.pass_id = v_rotation.pass_id and r.id <> all (v_unswept);
+    get diagnostics v_count = row_count;
+    keyring_count := keyring_count + v_count;
+  end loop;
   if keyring_count > 0 then
     event := 'swept';
     return;
@@ -6464,7 +6851,7 @@ begin
         where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
       or exists (
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
-        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id)))
+        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))
      and pg_try_advisory_xact_lock(0, 1) then
     select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
     if event = 'blocked' then
@@ -6496,7 +6883,8 @@ begin
   if event is null then
     -- Something is under way, and nothing to be done now: another worker has it in hand, or its time has not come.
     event := 'waiting';
-    select min(r.next_attempt_at) into v_next from rekey.rotations r where r.state in ('queued', 'running', 'verifying');
+    select least((select min(r.next_attempt_at) from rekey.rotations r where r.state in ('queued', 'running', 'verifying')),
+      (select min(c.next_attempt_at) from rekey._chunks c where not c.stuck)) into v_next;
     wait := greatest(interval '20 milliseconds', least(coalesce(v_next - clock_timestamp(), interval '20 milliseconds'), interval '1 second'));
   end if;
   keyring_count := coalesce(keyring_count, 0);
@@ -6607,8 +6995,24 @@ begin atomic
 end;
 comment on function rekey._ranges is 'The blocks of a relation in ranges, each with what is to be checked in it: as rekey._checked_since() says; NULL: all.';
 
-create or replace function rekey._open_rows(keyrings integer[], verification_id bigint)
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+create or replace function rekey._refused_rows(target text, relation regclass, ciphertexts bytea[], keys text[])
+returns table (place integer, keyring_id integer, version integer)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select u.place::integer, q.keyring_id, q.version
+  from unnest(ciphertexts, keys) with ordinality as u(ciphertext, row_key, place)
+  join rekey.rotation_failures q
+    on q.keyring_id = rekey._int4(u.ciphertext, 3) and q.target = _refused_rows.target and q.relation = _refused_rows.relation::text
+    and q.row_hash = rekey._row_hash(u.row_key)
+  where q.resolved_at is null and q.sqlstate is not null and q.version = rekey._int4(u.ciphertext, 7);
+end;
+comment on function rekey._refused_rows is
+  'Which of these rows are in quarantine because their table refused the new value, and still are as they were then.';
+
+create or replace function rekey._open_rows(keyrings integer[], verification_id bigint, locked oid[] = null, apart boolean = false)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
+               refused bigint, error text, code text)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
@@ -6621,98 +7025,150 @@ declare
   v_first bigint;
   v_from tid;
   v_found record;
+  v_bad record;
+  v_places integer[];
+  v_refused boolean;
+  v_context text;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
-  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+  for v_target in select t.* from rekey._targets() t where t.problem is null and (locked is null or t.relation::oid = any (locked)) loop
     target := v_target.target;
     relation := v_target.relation;
+    v_refused := exists (select from rekey.rotation_failures q where q.target = v_target.target and q.resolved_at is null and q.sqlstate is not null);
     v_rows := 0;
     failed := 0;
-    for keyring_id, version, rows in
-      select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
-    loop
-      v_rows := v_rows + rows;
-      return next;
-    end loop;
-    -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
-    v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
-    for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
-      -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
-      v_first := v_range.first;
-      v_from := format('(%s,0)', v_first)::tid;
-      while v_first < least(v_range.until, v_blocks) loop
-        select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
-          format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
-        if v_found.ciphertexts is not null then
-          return query
-            select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), 0::bigint,
-              cardinality(c.failed_places)::bigint,
-              array(select v_found.keys[f.place] from unnest(c.failed_places) with ordinality as f(place, rank) order by f.rank), c.problems
-            from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c;
-        end if;
-        if v_found.next is not null then
-          v_from := rekey._next_row(v_found.next);
-        else
-          v_first := v_first + v_step;
-          v_from := format('(%s,0)', least(v_first, 4294967294))::tid;
-        end if;
+    refused := 0;
+    begin
+      for keyring_id, version, rows in
+        select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
+      loop
+        v_rows := v_rows + rows;
+        return next;
       end loop;
-    end loop;
+      rows := 0;
+      -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
+      v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
+      for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
+        -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
+        v_first := v_range.first;
+        v_from := format('(%s,0)', v_first)::tid;
+        while v_first < least(v_range.until, v_blocks) loop
+          select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
+            format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
+          if v_found.ciphertexts is not null then
+            v_places := '{}';
+            for v_bad in select c.* from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c loop
+              keyring_id := rekey._int4(v_bad.header, 3);
+              version := rekey._int4(v_bad.header, 7);
+              failed := cardinality(v_bad.failed_places);
+              failed_keys := array(select v_found.keys[f.place] from unnest(v_bad.failed_places) with ordinality as f(place, rank) order by f.rank);
+              failed_problems := v_bad.problems;
+              v_places := v_places || v_bad.failed_places;
+              return next;
+            end loop;
+            failed := 0;
+            failed_problems := null;
+            if v_refused then
+              for keyring_id, version, refused, failed_keys in
+                select r.keyring_id, r.version, count(*), array_agg(v_found.keys[r.place])
+                from rekey._refused_rows(v_target.target, v_target.relation, v_found.ciphertexts, v_found.keys) r
+                where r.place <> all (v_places)
+                group by r.keyring_id, r.version
+              loop
+                return next;
+              end loop;
+            end if;
+            refused := 0;
+            failed_keys := null;
+          end if;
+          if v_found.next is not null then
+            v_from := rekey._next_row(v_found.next);
+          else
+            v_first := v_first + v_step;
+            v_from := format('(%s,0)', least(v_first, 4294967294))::tid;
+          end if;
+        end loop;
+      end loop;
+    exception when assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      if not apart or sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
+        raise;
+      end if;
+      keyring_id := null;
+      error := rekey._explain_error(relation, sqlerrm, sqlstate, v_context, true);
+      code := sqlstate;
+      return next;
+      error := null;
+      code := null;
+    end;
   end loop;
 end
 $$;
 comment on function rekey._open_rows is
-  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open. A combination may come in several rows.';
+  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open; refused, with failed_keys, what opens and its table refused. A combination may come in several rows. locked: only these relations. apart: an error in a target is a row without keyring, and what came of it before is not to be trusted.';
 
 -- To a snapshot from before it was rewritten, a table may be empty (ALTER TABLE). So the locks come first, and the snapshot of
 -- the statement that counts after them.
-create or replace function rekey._lock_targets() returns oid[]
+create or replace function rekey._lock_targets(apart boolean = false, leaving_out oid[] = '{}', out locked oid[], out errors jsonb)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_target rekey._target;
-  v_locked oid[];
 begin
-  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
-    perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
-    v_locked := v_locked || v_target.relation::oid;
+  for v_target in select t.* from rekey._targets() t where t.problem is null and t.relation::oid <> all (leaving_out) order by t.relation loop
+    begin
+      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      locked := locked || v_target.relation::oid;
+    exception when others then
+      if not apart then
+        raise;
+      end if;
+      errors := coalesce(errors, '[]') || jsonb_build_object('target', v_target.target, 'relation', v_target.relation::oid, 'code', sqlstate,
+        'error', rekey._explain_error(v_target.relation, sqlerrm, sqlstate, '', true));
+    end;
   end loop;
-  return v_locked;
 end
 $$;
-comment on function rekey._lock_targets is 'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends; returns which.';
+comment on function rekey._lock_targets is
+  'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends. locked: which. apart: errors of one are told, and do not stop the others.';
 
-create or replace function rekey._count(keyrings integer[], opening boolean, verification_id bigint = null)
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+create or replace function rekey._count(keyrings integer[], opening boolean, verification_id bigint = null, apart boolean = false)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
+               refused bigint, error text, code text)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state text;
-  v_locked oid[];
+  v_locks record;
+  v_left_out oid[];
 begin
   perform rekey._refuse_blocked(keyrings);
   v_state := rekey._target_state();
-  v_locked := rekey._lock_targets();
+  v_locks := rekey._lock_targets(apart);
+  v_left_out := array(select (e.value ->> 'relation')::oid from jsonb_array_elements(v_locks.errors) e);
+  return query
+    select e.target, e.relation::regclass, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint, e.error, e.code
+    from jsonb_to_recordset(v_locks.errors) as e(target text, relation oid, error text, code text);
   -- One statement, one snapshot: no row escapes by moving.
   if opening then
-    return query select o.* from rekey._open_rows(keyrings, verification_id) o;
+    return query select o.* from rekey._open_rows(keyrings, verification_id, v_locks.locked, apart) o;
   else
     return query
-      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
+      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[], 0::bigint, null::text, null::text
       from rekey._count_rows(keyrings) c where c.keyring_id is not null;
   end if;
   perform rekey._refuse_blocked(keyrings);
-  if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
+  if rekey._target_state() is distinct from v_state or v_locks.locked is distinct from (rekey._lock_targets(leaving_out => v_left_out)).locked then
     raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
   end if;
 end
 $$;
 comment on function rekey._count is
-  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before. A combination may come in several rows. RK005: a target is blocked.';
+  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before (rekey._open_rows() says more of the columns). A combination may come in several rows. RK005: a target is blocked.';
 
 create or replace function rekey._begin_verification(rotations bigint[], keyrings integer[]) returns bigint
 language plpgsql volatile
@@ -6721,14 +7177,15 @@ as $$
 declare
   v_id bigint := nextval('rekey._pass_id');
   v_due bigint := (select sum(r.rows_total) from rekey.rotations r where r.id = any (rotations));
+  v_locked oid[];
 begin
   -- The sizes are those of what a snapshot from before sees, or larger.
-  perform rekey._lock_targets();
+  v_locked := (rekey._lock_targets(apart => true)).locked;
   with large as (
     insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
     select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
     from rekey._targets() t
-    where t.problem is null and pg_table_size(t.relation) > 2097152
+    where t.problem is null and t.relation::oid = any (v_locked) and pg_table_size(t.relation) > 2097152
       -- A few rows of an indexed table: the index finds them, and the last step opens them. (They are counted where few are due.)
       and not (t.indexed and v_due < 5000 and (
         select coalesce(sum(c.rows), 0) from rekey._call_count(t.function_name, t.relation, keyrings) c
@@ -6765,11 +7222,13 @@ declare
   v_target rekey._target;
   v_until bigint;
   v_found record;
+  v_refused boolean;
+  v_error text;
 begin
   select c.* into v_chunk from rekey._chunks c
-  where c.kind = 'verify'
+  where c.kind = 'verify' and rekey._is_due(c.next_attempt_at)
     and exists (select from rekey.rotations r where r.verification_id = c.pass_id and r.state = 'verifying' and rekey._is_due(r.next_attempt_at))
-  order by c.id
+  order by c.attempts > 0, c.id
   limit 1 for update of c skip locked;
   if not found then
     return;
@@ -6802,12 +7261,14 @@ begin
       update rekey._chunks c set kind = 'doubtful' where c.id = v_chunk.id;
       return;
     end if;
+    v_refused := exists (select from rekey.rotation_failures q where q.target = v_chunk.target and q.resolved_at is null and q.sqlstate is not null);
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
         format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, (2097152 * v_size)::bigint) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
-      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
+      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts))
+         or v_refused and exists (select from rekey._refused_rows(v_chunk.target, v_chunk.relation, v_found.ciphertexts, v_found.keys)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
         values (v_chunk.pass_id, false, 'doubtful', v_chunk.target, v_chunk.relation, v_chunk.first,
           coalesce(rekey._block(v_found.next) + 1, v_until), v_chunk.batch_blocks);
@@ -6817,15 +7278,11 @@ begin
         delete from rekey._chunks c where c.id = v_chunk.id;
         exit;
       elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
-        update rekey._chunks c set first = v_chunk.first where c.id = v_chunk.id;
+        update rekey._chunks c set first = v_chunk.first, attempts = 0, next_attempt_at = null where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
-    if exists (select from rekey.rotations r where r.id = any (v_ids) and r.attempts > 0) then
-      perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
-      update rekey.rotations r set attempts = 0 where r.id = any (v_ids);
-    end if;
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -6836,15 +7293,20 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, true);
+      -- Whom it concerns is found out by the last step, which opens these rows, and waits for nobody else's.
+      update rekey._chunks c
+      set attempts = c.attempts + 1, last_error = v_error, next_attempt_at = clock_timestamp() + least(power(2, c.attempts), 300) * interval '1 second',
+          kind = case when not rekey._is_passing(sqlstate) or c.attempts >= 2 then 'doubtful' else c.kind end
+      where c.id = v_chunk.id;
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+      detail := jsonb_build_object('target', v_chunk.target, 'rotations', v_ids[1:20], 'error', v_error, 'sqlstate', sqlstate);
   end;
 end
 $$;
 comment on function rekey._verify_batch is
-  'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, or the relation is not as the verification found it, it leaves them to the last step.';
+  'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, the relation is not as the verification found it, or an error comes again, it leaves them to the last step.';
 
 -- To be taken for what it is, or for a table whose rows something hides: whoever emptied it says so.
 create or replace function rekey._emptied(counted jsonb, keyrings integer[]) returns jsonb
@@ -6957,6 +7419,17 @@ end
 $$;
 comment on function rekey._hold_blocked is 'Has the rotations wait that a blocked target may hold rows of; returns which targets these are, NULL: none.';
 
+create or replace function rekey._still_verifying(rotations bigint[]) returns integer[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  return array(select r.keyring_id from rekey.rotations r where r.id = any (rotations) and r.state = 'verifying');
+end
+$$;
+comment on function rekey._still_verifying is 'Locks these rotations, and returns the keyrings of those that were not paused, superseded or rolled back.';
+
 create or replace function rekey._verify(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -6969,7 +7442,19 @@ declare
   v_verification bigint;
   v_results jsonb;
   v_found record;
-  v_failure record;
+  v_count record;
+  v_error record;
+  v_live integer[];
+  v_targets text[];
+  v_places oid[];
+  v_of integer[];
+  v_versions integer[];
+  v_rows bigint[];
+  v_failed_rows bigint[];
+  v_refused_rows bigint[];
+  v_errors jsonb := '[]'::jsonb;
+  v_held jsonb;
+  v_held_ids bigint[] := '{}'::bigint[];
   v_failed bigint;
   v_completed bigint[] := '{}'::bigint[];
   v_blocked jsonb;
@@ -7010,41 +7495,87 @@ begin
         return;
       end if;
     end if;
-    with counted as materialized (
-      select c.* from rekey._count(v_keyrings, true, v_verification) c
+    for v_count in select c.* from rekey._count(v_keyrings, true, v_verification, apart => true) c loop
+      -- Everything is counted by now, and the names of what failed are noted as they come: they may be too many for one value.
+      if v_live is null then
+        v_live := rekey._still_verifying(v_ids);
+      end if;
+      if v_count.error is not null then
+        v_errors := v_errors || jsonb_build_object('target', v_count.target, 'relation', v_count.relation::oid, 'error', v_count.error, 'sqlstate', v_count.code);
+        continue;
+      end if;
+      v_places := v_places || v_count.relation::oid;
+      v_targets := v_targets || v_count.target;
+      v_of := v_of || v_count.keyring_id;
+      v_versions := v_versions || v_count.version;
+      v_rows := v_rows || v_count.rows;
+      v_failed_rows := v_failed_rows || v_count.failed;
+      v_refused_rows := v_refused_rows || v_count.refused;
+      if v_count.failed > 0 and v_count.keyring_id = any (v_live) then
+        perform rekey._quarantine(v_count.target, v_count.relation, array_fill(v_count.keyring_id, array[cardinality(v_count.failed_keys)]),
+          array_fill(v_count.version, array[cardinality(v_count.failed_keys)]), v_count.failed_keys, v_count.failed_problems,
+          verification_id => v_verification);
+      elsif v_count.refused > 0 then
+        update rekey.rotation_failures q set verification_id = v_verification
+        from unnest(v_count.failed_keys) as k(row_key)
+        where q.keyring_id = v_count.keyring_id and q.target = v_count.target and q.relation = v_count.relation::text
+          and q.row_hash = rekey._row_hash(k.row_key) and q.resolved_at is null;
+      end if;
+    end loop;
+    with counted as (
+      select u.* from unnest(v_targets, v_places, v_of, v_versions, v_rows, v_failed_rows, v_refused_rows)
+        as u(target, relation, keyring_id, version, rows, failed, refused)
     ), summed as (
-      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
-        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation::oid, 'version', c.version,
-          'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
+      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed - c.refused) filter (where c.version <> r.to_version) as behind
       from counted c
       join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
       group by c.keyring_id
+    ), held as (
+      -- Whose rows are in what raised: as it counted them, or, where it did not count, as far as is known.
+      select distinct on (r.id) r.id, e.error, e.sqlstate, e.target, e.relation
+      from jsonb_to_recordset(v_errors) as e(target text, relation oid, error text, sqlstate text)
+      left join rekey.protected_columns p on p.label = e.target
+      join rekey.rotations r on r.id = any (v_ids)
+        and case when exists (select from counted c where c.relation = e.relation and c.target = e.target)
+                 then exists (select from counted c where c.relation = e.relation and c.target = e.target and c.keyring_id = r.keyring_id)
+                 else p.id is null or rekey._may_hold(p, array[r.keyring_id]) end
+      order by r.id, e.target, e.relation
     )
-    select (select jsonb_agg(to_jsonb(s)) from summed s),
+    select (select jsonb_agg(to_jsonb(s)) from summed s), (select coalesce(jsonb_agg(to_jsonb(h)), '[]') from held h),
       (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
         select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c group by c.target, c.keyring_id) t)
-    into v_results, v_seen;
+    into v_results, v_held, v_seen;
     v_emptied := rekey._emptied(v_seen, v_keyrings);
     -- Of an adoption, what is no envelope yet is behind.
     select jsonb_agg(to_jsonb(a)) into v_adoptions
     from (
       select r.id as rotation_id, p.label,
-        (select sum(d.rows) from rekey._due_rows(array[r.id]) d) as rows
+        (select sum(c.rows) from rekey._targets(p.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+         where t.problem is null and c.keyring_id is null) as rows
       from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
       where r.id = any (v_ids) and r.trigger = 'adoption') a;
 
-    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+    if v_live is null then
+      v_live := rekey._still_verifying(v_ids);
+    end if;
+    for v_error in
+      select h.error, h.sqlstate, h.target, h.relation, array_agg(h.id) as ids
+      from jsonb_to_recordset(v_held) as h(id bigint, error text, sqlstate text, target text, relation oid) group by 1, 2, 3, 4
+    loop
+      perform rekey._record_error(v_error.ids, v_error.error, v_error.sqlstate, v_error.target, v_error.relation::regclass);
+      v_held_ids := v_held_ids || v_error.ids;
+    end loop;
     for v_found in
-      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.failures, '[]') as failures, a.label as adopted,
+      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, a.label as adopted,
         case when r.trigger <> 'adoption' then coalesce(s.behind, 0)
              else greatest(coalesce(a.rows, 0) - (
                select count(*) from rekey.rotation_failures q
                where q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
         coalesce(a.rows, 0) = 0 as adopted_all
       from rekey.rotations r
-      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
+      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint) on s.keyring_id = r.keyring_id
       left join jsonb_to_recordset(v_adoptions) as a(rotation_id bigint, label text, rows bigint) on a.rotation_id = r.id
-      where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
+      where r.id = any (v_ids) and r.id <> all (v_held_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
       order by r.id
     loop
       rows := rows + v_found.rows;
@@ -7055,28 +7586,13 @@ begin
         where r.id = v_found.id;
         continue;
       end if;
-      for v_failure in
-        select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
-        from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
-        cross join lateral unnest(f.keys, f.problems) as k(row_key, problem)
-        group by f.target, f.relation
-      loop
-        perform rekey._quarantine(v_failure.target, v_failure.relation::regclass,
-          array_fill(v_found.keyring_id, array[cardinality(v_failure.row_keys)]), v_failure.versions, v_failure.row_keys, v_failure.problems);
-      end loop;
-      with failing as materialized (
-        select f.target, k.row_key
-        from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
-        cross join lateral unnest(f.keys) as k(row_key)
-      ), closed as (
-        select q.id from rekey.rotation_failures q
-        left join failing f on f.target = q.target and f.row_key = q.row_key
-        where q.keyring_id = v_found.keyring_id and q.resolved_at is null and f.row_key is null
-          and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all)
-      )
       update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
-      from closed c where c.id = q.id;
-      select count(*) into v_failed from rekey.rotation_failures q where q.rotation_id = v_found.id and q.resolved_at is null;
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.verification_id is distinct from v_verification
+        and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all);
+      update rekey.rotation_failures q set rotation_id = v_found.id
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.rotation_id <> v_found.id and q.verification_id = v_verification;
+      select count(*) into v_failed from rekey.rotation_failures q
+      where q.keyring_id = v_found.keyring_id and q.rotation_id = v_found.id and q.resolved_at is null;
       if v_found.behind > 0 then
         update rekey.rotations r
         set state = 'running', rows_failed = v_failed,
@@ -7101,9 +7617,9 @@ begin
         'details', jsonb_build_object('state', r.state, 'rows', r.rows_done, 'failures', r.rows_failed)) order by r.id)
       from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
       where r.id = any (v_completed)), '[]'));
-    event := case when v_completed = '{}' then 'verified' else 'completed' end;
+    event := case when v_completed <> '{}' then 'completed' when v_held_ids @> v_ids then 'error' else 'verified' end;
     keyring_count := cardinality(v_ids);
-    detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
+    detail := jsonb_strip_nulls(jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20], 'errors', nullif(v_errors, '[]')));
   exception
     when query_canceled or assert_failure or others then
       get stacked diagnostics v_context = pg_exception_context;
@@ -8435,7 +8951,7 @@ begin
     v_place := v_place + 1;
     v_plaintext := null;
     v_problem := null;
-    v_bytes := rekey._legacy_bytes(v_value);
+    v_bytes := rekey._legacy_bytes(v_value);  -- NULL: too large to be read
     v_format := rekey._legacy_format(v_bytes);
     if v_format = 'plaintext' and 'aes_gcm' = any (formats) and octet_length(v_bytes) >= 28 and not is_text then
       v_format := 'aes_gcm';
@@ -8443,7 +8959,9 @@ begin
       v_format := 'plaintext';
       v_bytes := v_value;
     end if;
-    if v_format = 'envelope' then
+    if v_value is null then
+      v_problem := 'has more than 64 MiB, and was not read';
+    elsif v_format = 'envelope' then
       v_problem := 'is a damaged envelope';
     elsif not v_format = any (formats) then
       v_problem := case v_format when 'plaintext' then 'is in none of the formats' else format('looks like %s, which is not among the formats', v_format) end;
@@ -8574,7 +9092,7 @@ declare
   v_until_block bigint;
   v_max_rows integer;
   v_adoption rekey._adoption;
-  v_done bigint;
+  v_apart record;
   v_failed record;
   v_begin timestamptz := clock_timestamp();
 begin
@@ -8600,15 +9118,23 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
-  select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
-  from unnest(v_adoption.problems) with ordinality as u(problem, place) where u.problem is not null;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts, true) a;
+  select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
+  from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
+  left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+  where u.problem is not null or a.row is not null;
   if rekey._target_state() <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_chunk.target, v_chunk.relation, v_failed.keys, v_failed.problems);
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_apart.written, v_chunk.target, v_chunk.relation,
+    v_failed.keys, v_failed.problems, v_failed.codes);
+  perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
   perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
-  perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  if v_apart.undone is null then
+    perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  else
+    update rekey._chunks c set first = v_apart.undone, batch_rows = 32 where c.id = v_chunk.id;
+  end if;
   return v_adoption;
 end
 $$;
@@ -8616,7 +9142,7 @@ comment on function rekey._adoption_batch is 'One batch of an adoption: adopts w
 grant execute on function rekey._adoption_batch to rekey_admin;
 
 create or replace function rekey._note_adopted(
-  rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]
+  rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]
 ) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -8624,7 +9150,7 @@ as $$
 begin
   perform rekey._note_batch(array[rotation_id], case when rows_done > 0 then array[keyring_id] end, array[rows_done], target, relation,
     case when failed_keys is not null then array_fill(keyring_id, array[cardinality(failed_keys)]) end,
-    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems);
+    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems, failed_codes);
 end
 $$;
 comment on function rekey._note_adopted is 'rekey._note_batch() for an adoption.';
@@ -8644,8 +9170,10 @@ declare
   v_contexts bytea[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_failed_codes text[];
   v_sealing rekey._sealing;
   v_made rekey._sealed;
+  v_apart record;
   v_done bigint := 0;
 begin
   select r.*, p.label into v_rotation from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
@@ -8681,12 +9209,19 @@ begin
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
       end if;
     end loop;
-    v_done := rekey._write_rows(v_target, relation, v_rows, v_made.ciphertexts);
+    -- (What it does not come to, the next pass does.)
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, v_made.ciphertexts, true) a;
+    v_done := v_apart.written;
+    v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
+    v_failed_keys := v_failed_keys || array(
+      select v_batch.keys[array_position(v_batch.rows, u.row)] from unnest(v_apart.refused) with ordinality as u(row, place) order by u.place);
+    v_failed_problems := v_failed_problems || v_apart.problems;
   end if;
   if rekey._target_state() <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_rotation.label using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation, v_failed_keys, v_failed_problems);
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation,
+    nullif(v_failed_keys, '{}'), v_failed_problems, v_failed_codes);
   return v_done;
 end
 $$;
