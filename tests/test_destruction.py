@@ -608,6 +608,9 @@ def test_the_command_line_searches(ready: Connection, old: str, cli_ready: Cli) 
     assert said["state"] == "complete"
     assert [one["relation"] for one in said["findings"]] == ["public.copy"]
     ready.execute("drop table copy")
+    assert cli_ready.json("status")["search"]["versions_found"] == 1
+    ready.execute("select rekey.begin_search()")
+    assert "to be destroyed" in cli_ready("status")
     assert "nothing was found" in cli_ready("keys", "search")
     assert tick(ready) is None
     assert state(ready) == "destroyed"
