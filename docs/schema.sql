@@ -201,6 +201,7 @@ COMMENT ON TYPE rekey.verified_rows IS 'Result of rekey.verify_ciphertexts(): ro
 CREATE FUNCTION rekey._rpc_key_rotation_status() RETURNS jsonb
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_status jsonb;
@@ -266,6 +267,7 @@ COMMENT ON FUNCTION public.key_rotation_status() IS 'How rotation stands, for Po
 CREATE FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) RETURNS jsonb
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_answer jsonb;
@@ -380,7 +382,7 @@ begin
     v_place := v_place + 1;
     v_plaintext := null;
     v_problem := null;
-    v_bytes := rekey._legacy_bytes(v_value);
+    v_bytes := rekey._legacy_bytes(v_value);  -- NULL: too large to be read
     v_format := rekey._legacy_format(v_bytes);
     if v_format = 'plaintext' and 'aes_gcm' = any (formats) and octet_length(v_bytes) >= 28 and not is_text then
       v_format := 'aes_gcm';
@@ -388,7 +390,9 @@ begin
       v_format := 'plaintext';
       v_bytes := v_value;
     end if;
-    if v_format = 'envelope' then
+    if v_value is null then
+      v_problem := 'has more than 64 MiB, and was not read';
+    elsif v_format = 'envelope' then
       v_problem := 'is a damaged envelope';
     elsif not v_format = any (formats) then
       v_problem := case v_format when 'plaintext' then 'is in none of the formats' else format('looks like %s, which is not among the formats', v_format) end;
@@ -435,6 +439,7 @@ COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rek
 CREATE FUNCTION rekey._adoption_batch(rotation_id bigint) RETURNS rekey._adoption
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation record;
@@ -444,7 +449,7 @@ declare
   v_until_block bigint;
   v_max_rows integer;
   v_adoption rekey._adoption;
-  v_done bigint;
+  v_apart record;
   v_failed record;
   v_begin timestamptz := clock_timestamp();
 begin
@@ -470,15 +475,23 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
-  select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
-  from unnest(v_adoption.problems) with ordinality as u(problem, place) where u.problem is not null;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts, true) a;
+  select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
+  from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
+  left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+  where u.problem is not null or a.row is not null;
   if rekey._target_state() <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_chunk.target, v_chunk.relation, v_failed.keys, v_failed.problems);
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_apart.written, v_chunk.target, v_chunk.relation,
+    v_failed.keys, v_failed.problems, v_failed.codes);
+  perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
   perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
-  perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  if v_apart.undone is null then
+    perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  else
+    update rekey._chunks c set first = v_apart.undone, batch_rows = 32 where c.id = v_chunk.id;
+  end if;
   return v_adoption;
 end
 $$;
@@ -500,6 +513,7 @@ COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint) IS 'One batch of a
 CREATE FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean) RETURNS rekey._adoption
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_column rekey.protected_columns;
@@ -602,6 +616,7 @@ COMMENT ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass
 CREATE FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation record;
@@ -614,8 +629,10 @@ declare
   v_contexts bytea[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_failed_codes text[];
   v_sealing rekey._sealing;
   v_made rekey._sealed;
+  v_apart record;
   v_done bigint := 0;
 begin
   select r.*, p.label into v_rotation from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
@@ -651,12 +668,19 @@ begin
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
       end if;
     end loop;
-    v_done := rekey._write_rows(v_target, relation, v_rows, v_made.ciphertexts);
+    -- (What it does not come to, the next pass does.)
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, v_made.ciphertexts, true) a;
+    v_done := v_apart.written;
+    v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
+    v_failed_keys := v_failed_keys || array(
+      select v_batch.keys[array_position(v_batch.rows, u.row)] from unnest(v_apart.refused) with ordinality as u(row, place) order by u.place);
+    v_failed_problems := v_failed_problems || v_apart.problems;
   end if;
   if rekey._target_state() <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_rotation.label using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation, v_failed_keys, v_failed_problems);
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation,
+    nullif(v_failed_keys, '{}'), v_failed_problems, v_failed_codes);
   return v_done;
 end
 $$;
@@ -691,6 +715,10 @@ CREATE TABLE rekey._chunks (
     until_block bigint NOT NULL,
     batch_rows integer DEFAULT 1000 NOT NULL,
     batch_blocks integer NOT NULL,
+    attempts integer DEFAULT 0 NOT NULL,
+    next_attempt_at timestamp with time zone,
+    last_error text,
+    stuck boolean DEFAULT false NOT NULL,
     CONSTRAINT _chunks_kind_check CHECK ((kind = ANY (ARRAY['sweep'::text, 'adopt'::text, 'verify'::text, 'doubtful'::text])))
 );
 
@@ -1059,7 +1087,7 @@ CREATE TABLE rekey.audit_log (
     details jsonb DEFAULT '{}'::jsonb NOT NULL,
     prev_hash bytea NOT NULL,
     hash bytea NOT NULL,
-    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text, 'audit.pruned'::text])))
+    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'keyring.emptied'::text, 'census.found'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text, 'audit.pruned'::text])))
 );
 
 
@@ -1348,14 +1376,15 @@ CREATE FUNCTION rekey._begin_verification(rotations bigint[], keyrings integer[]
 declare
   v_id bigint := nextval('rekey._pass_id');
   v_due bigint := (select sum(r.rows_total) from rekey.rotations r where r.id = any (rotations));
+  v_locked oid[];
 begin
   -- The sizes are those of what a snapshot from before sees, or larger.
-  perform rekey._lock_targets();
+  v_locked := (rekey._lock_targets(apart => true)).locked;
   with large as (
     insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
     select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
     from rekey._targets() t
-    where t.problem is null and pg_table_size(t.relation) > 2097152
+    where t.problem is null and t.relation::oid = any (v_locked) and pg_table_size(t.relation) > 2097152
       -- A few rows of an indexed table: the index finds them, and the last step opens them. (They are counted where few are due.)
       and not (t.indexed and v_due < 5000 and (
         select coalesce(sum(c.rows), 0) from rekey._call_count(t.function_name, t.relation, keyrings) c
@@ -1437,6 +1466,7 @@ COMMENT ON FUNCTION rekey._blocked_targets(keyrings integer[]) IS 'The targets t
 CREATE FUNCTION rekey._call_count(function_name name, relation regclass, keyrings integer[]) RETURNS TABLE(keyring_id integer, version integer, rows bigint)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_state text[];
@@ -1479,6 +1509,7 @@ COMMENT ON FUNCTION rekey._call_count(function_name name, relation regclass, key
 CREATE FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_state text[];
@@ -1519,6 +1550,7 @@ COMMENT ON FUNCTION rekey._call_read(function_name name, relation regclass, firs
 CREATE FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_state text[];
@@ -1559,6 +1591,7 @@ COMMENT ON FUNCTION rekey._call_scan(function_name name, relation regclass, firs
 CREATE FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_answer boolean;
@@ -1594,6 +1627,7 @@ COMMENT ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid)
 CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_count bigint;
@@ -1665,31 +1699,80 @@ CREATE FUNCTION rekey._census() RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+  v_target rekey._target;
   v_keyrings integer[];
+  v_active bytea[];
+  v_state text := rekey._target_state();
+  v_found jsonb := '[]'::jsonb;
+  v_rows jsonb := '[]'::jsonb;
   v_stale record;
   v_id bigint;
   v_events jsonb := '[]'::jsonb;
 begin
   perform rekey._refuse_snapshot();
   perform rekey._note_names();
-  select array_agg(distinct c.keyring_id) into v_keyrings
-  from rekey._count(null, false) c
-  join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
-  where k.state <> 'active'
-    and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
-  if v_keyrings is null then
-    update rekey._worker w set last_census_at = now() where w.singleton;
-    return;  -- and the KEK was not needed
+  select array_agg(rekey._header(k.keyring_id, k.version)) into v_active from rekey.encryption_keys k where k.state = 'active';
+  -- A target that cannot be counted is told of, and keeps nobody from looking at the others.
+  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
+    begin
+      -- Locked first, counted by the next statement: as rekey._lock_targets().
+      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      select array_agg(distinct c.keyring_id) into v_keyrings
+      from rekey._call_count(v_target.function_name, v_target.relation, null) c
+      where c.keyring_id is not null and not coalesce(rekey._header(c.keyring_id, c.version) = any (v_active), false)
+        and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
+      -- The few that do not open among those on an active version: where the quarantine of the census has them.
+      v_keyrings := array(
+        select unnest(v_keyrings) union
+        select q.keyring_id from rekey.rotation_failures q where q.target = v_target.target and q.rotation_id is null and q.resolved_at is null);
+      if v_keyrings <> '{}' then
+        v_rows := v_rows || coalesce((
+          select jsonb_agg(to_jsonb(c) || jsonb_build_object('target', v_target.target))
+          from rekey._census_target(v_target, v_keyrings, v_active) c), '[]');
+      end if;
+    exception
+      when sqlstate 'RK001' or sqlstate 'RK002' or sqlstate 'RK005' then
+        raise;
+      when others then
+        v_found := v_found || jsonb_build_object('kind', 'uncounted', 'severity', 'critical', 'target', v_target.target,
+          'finding', format('%s cannot be counted: %s', v_target.target, sqlerrm), 'advice', 'Read it as its owner: an index, a function or a policy of the table may be the reason.');
+    end;
+  end loop;
+  if rekey._target_state() is distinct from v_state then
+    raise exception 'a protected column was changed while its rows were counted' using errcode = 'RK005', hint = 'Try again.';
   end if;
+
+  -- What does not open, by keyring; a keyring that does not exist was made up, or is that of another database.
+  v_found := v_found || coalesce((
+    select jsonb_agg(jsonb_build_object('kind', f.kind, 'severity', 'critical', 'target', f.target, 'keyring', f.keyring, 'version', f.version, 'rows', f.rows,
+      'finding', case f.kind
+        when 'destroyed' then format('%s rows of %s stand on version %s of keyring %s, which is destroyed', f.rows, f.target, f.version, f.keyring)
+        when 'unknown' then format('%s rows of %s stand on version %s of keyring %s, which there is not', f.rows, f.target, f.version, f.keyring)
+        else format('%s rows of %s do not open: version %s of keyring %s', f.rows, f.target, f.version, f.keyring) end,
+      'advice', case f.kind
+        when 'unopenable' then '`pg-rekey rotations failures` names them. Restore them, or give them up: `pg-rekey rotations resolve`.'
+        else 'Nothing in this database opens them: restore them, or the key, from a backup. `pg-rekey rotations failures` names them.' end))
+    from (
+      select c.target, coalesce(r.name, format('no. %s', c.keyring_id)) as keyring, c.version, sum(c.failed) as rows,
+        case when k.state = 'destroyed' then 'destroyed' when k.state is null then 'unknown' else 'unopenable' end as kind
+      from jsonb_to_recordset(v_rows) as c(target text, keyring_id integer, version integer, failed bigint)
+      left join rekey.keyrings r on r.id = c.keyring_id
+      left join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
+      where c.failed > 0
+      group by 1, 2, 3, k.state) f), '[]');
+  v_found := v_found || coalesce((
+    select jsonb_agg(jsonb_build_object('kind', f.kind, 'severity', f.severity, 'target', f.target, 'keyring', f.keyring, 'version', f.version,
+      'finding', f.finding, 'advice', f.advice))
+    from rekey.findings() f where f.rows is null), '[]');
+  perform rekey._note_findings(v_found);
+
   for v_stale in
-    -- Rows that do not open are known, from the quarantine.
-    select c.keyring_id, r.name, sum(c.rows - c.failed) as rows, a.version
-    from rekey._count(v_keyrings, true) c
+    select c.keyring_id, r.name, sum(c.stale) as rows, a.version
+    from jsonb_to_recordset(v_rows) as c(keyring_id integer, stale bigint)
     join rekey.keyrings r on r.id = c.keyring_id
     join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
-    where c.version <> a.version
     group by c.keyring_id, r.name, a.version
-    having sum(c.rows - c.failed) > 0
+    having sum(c.stale) > 0
     order by c.keyring_id
   loop
     perform rekey._keyring(v_stale.name, lock => true);
@@ -1710,7 +1793,107 @@ ALTER FUNCTION rekey._census() OWNER TO rekey_owner;
 -- Name: FUNCTION _census(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep.';
+COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep; puts rows that do not open into the quarantine; and notes what else is not as it should be. The KEK is needed only where a row is not on an active version.';
+
+
+--
+-- Name: _census_target(rekey._target, integer[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[]) RETURNS TABLE(keyring_id integer, version integer, problem text, failed bigint, stale bigint)
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_from tid := '(0,0)'::tid;
+  v_found record;
+  v_batch record;
+  v_still bigint[] := '{}'::bigint[];
+  v_added jsonb := '[]'::jsonb;
+  v_counted jsonb := '[]'::jsonb;
+begin
+  while v_from is not null loop
+    select s.* into v_found from rekey._call_scan(target.function_name, target.relation, v_from, '(4294967294,0)', keyrings, null, 4000, 2097152) s;
+    if v_found.rows is not null then
+      with rows as materialized (
+        select u.place::integer as place, rekey._int4(u.header, 3) as keyring_id, rekey._int4(u.header, 7) as version, u.header = any (active) as active, u.row_key
+        from (select o.place, substr(o.ciphertext, 1, 11) as header, o.row_key
+              from unnest(v_found.ciphertexts, v_found.keys) with ordinality as o(ciphertext, row_key, place)) u
+      ), failing as materialized (
+        select f.place, f.problem
+        from rekey._check(v_found.ciphertexts, target.prefix, v_found.contexts) c
+        cross join lateral unnest(c.failed_places, c.problems) as f(place, problem)
+      ), noted as materialized (
+        -- Discarded by somebody who has seen it, or in quarantine.
+        select r.place, q.id, q.resolution
+        from rows r
+        join rekey.rotation_failures q on q.keyring_id = r.keyring_id and q.target = _census_target.target.target and q.row_key = r.row_key
+          and (q.resolved_at is null or q.resolution = 'discard' and q.version = r.version)
+      ), added as (
+        insert into rekey.rotation_failures (keyring_id, target, relation, row_key, version, reason)
+        select r.keyring_id, _census_target.target.target, _census_target.target.relation::text, r.row_key, r.version, f.problem
+        from failing f
+        join rows r on r.place = f.place
+        join rekey.keyrings k on k.id = r.keyring_id
+        where not exists (select from noted n where n.place = f.place)
+        on conflict do nothing
+        returning id, rotation_failures.keyring_id, rotation_failures.version, row_key, reason
+      )
+      select
+        (select array_agg(n.id) from noted n join failing f on f.place = n.place where n.resolution is null) as still,
+        (select jsonb_agg(to_jsonb(a)) from added a) as added,
+        (select jsonb_agg(to_jsonb(t)) from (
+          select r.keyring_id, r.version, f.problem, count(f.place) as failed, count(*) - count(f.place) as stale
+          from rows r left join failing f on f.place = r.place
+          -- What is in quarantine and opens is refused by its table; what was discarded is known.
+          where not exists (select from noted n where n.place = r.place and (n.resolution = 'discard' or f.place is null))
+            and (f.place is not null or not r.active)
+          group by r.keyring_id, r.version, f.problem) t) as counted
+      into v_batch;
+      v_still := v_still || coalesce(v_batch.still, '{}')
+        || array(select (a.value ->> 'id')::bigint from jsonb_array_elements(coalesce(v_batch.added, '[]')) a);
+      -- Five of each keyring and version are enough for the audit log.
+      v_added := (
+        select coalesce(jsonb_agg(jsonb_build_object('keyring_id', n.keyring_id, 'version', n.version, 'rows', n.rows, 'first', n.first, 'reason', n.reason)), '[]')
+        from (
+          select a.keyring_id, a.version, sum(a.rows) as rows, (jsonb_agg(a.first order by a.place) -> 0) as first, (array_agg(a.reason order by a.place))[1] as reason
+          from (
+            select (o.value ->> 'keyring_id')::integer as keyring_id, (o.value ->> 'version')::integer as version, (o.value ->> 'rows')::bigint as rows,
+              o.value -> 'first' as first, o.value ->> 'reason' as reason, 0 as place
+            from jsonb_array_elements(v_added) o
+            union all
+            select b.keyring_id, b.version, count(*), to_jsonb((array_agg(left(b.row_key, 100) order by b.id))[1:5]), (array_agg(b.reason order by b.id))[1], 1
+            from jsonb_to_recordset(coalesce(v_batch.added, '[]')) as b(id bigint, keyring_id integer, version integer, row_key text, reason text)
+            group by b.keyring_id, b.version) a
+          group by a.keyring_id, a.version) n);
+      v_counted := v_counted || coalesce(v_batch.counted, '[]');
+    end if;
+    v_from := rekey._next_row(v_found.next);
+  end loop;
+  update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
+  where q.rotation_id is null and q.resolved_at is null and q.target = _census_target.target.target
+    and q.relation = _census_target.target.relation::text and q.keyring_id = any (keyrings) and not q.id = any (v_still);
+  perform rekey._audit_all((
+    select coalesce(jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', k.name, 'version', a.version,
+      'details', jsonb_build_object('found_by', 'census', 'target', target.target, 'relation', target.relation::text, 'rows', a.rows,
+        'first', a.first, 'problem', a.reason)) order by k.name, a.version), '[]')
+    from jsonb_to_recordset(v_added) as a(keyring_id integer, version integer, rows bigint, first jsonb, reason text)
+    join rekey.keyrings k on k.id = a.keyring_id));
+  return query
+    select c.keyring_id, c.version, min(c.problem), sum(c.failed)::bigint, sum(c.stale)::bigint
+    from jsonb_to_recordset(v_counted) as c(keyring_id integer, version integer, problem text, failed bigint, stale bigint)
+    group by c.keyring_id, c.version;
+end
+$$;
+
+
+ALTER FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _census_target(target rekey._target, keyrings integer[], active bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[]) IS 'Opens the rows of these keyrings in one target. What does not open enters the quarantine, with one audit entry for each keyring and version; what the census had put there and opens again leaves it. failed: rows that do not open and that nobody has discarded; stale: rows that open and are not on an active version (headers in active). Takes the KEK.';
 
 
 --
@@ -1760,7 +1943,7 @@ begin
         select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key,
           substr(c.ciphertext, 12, 16) as iv, substr(c.ciphertext, 28) as sealed, k.header || prefix || c.context as aad,
           case when k.header is not null then k.problem
-               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as problem
         from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
         left join (
@@ -2065,6 +2248,11 @@ begin
     where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
       and not exists (select from rekey.rotations r where r.verification_id = d.pass_id and r.state in ('running', 'verifying'))
     for update skip locked);
+  delete from rekey._due d
+  where d.ctid in (
+    select u.ctid from rekey._due u
+    where not exists (select from rekey.rotations r where r.pass_id = u.pass_id)
+    for update skip locked);
   -- The coordinator and who ends a verification may both come here, each with locks that the other waits for.
   delete from rekey._verified d
   where d.ctid in (
@@ -2235,8 +2423,8 @@ declare
   v_select text;
   v_page text;
 begin
-  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, and all
-  -- columns that these take (%5$s).
+  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, all
+  -- columns that these take (%5$s), and the bytes of context and key (%6$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
     v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
@@ -2255,19 +2443,23 @@ begin
       offset 0) e$sql$;
   -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
   -- (What is added to the columns of the table has names of system columns, which none of them can have.)
+  -- More bytes than any envelope can have (cmax is NULL then) are not read: a GB that was compressed, or stored out of line, has
+  -- no room in the arrays. octet_length() asks only for the length that is stored.
   v_select := 'with page as materialized (
-    select t.ctid, %5$s' || v_from;
+    select t.ctid, %5$s, case when z.bytes <= 67108864 then z.bytes end as cmax,
+      case when z.bytes > 67108864 and e.keyring_id is not null then h.header || ''\x6c61726765'' end as xmin' || v_from || '
+    cross join lateral (select octet_length(t.%1$s)::bigint%6$s as bytes offset 0) z';
   v_page := '), total as (
-    select sum(octet_length(t.%1$s)) as bytes from page t
+    select sum(coalesce(t.cmax, 100)) as bytes from page t
   ), sized as (
     select t.*, 0 as cmin from page t where (select a.bytes from total a) <= $5
     union all
-    select t.*, sum(octet_length(t.%1$s)) over (order by t.ctid rows unbounded preceding) - octet_length(t.%1$s)
+    select t.*, sum(coalesce(t.cmax, 100)) over (order by t.ctid rows unbounded preceding) - coalesce(t.cmax, 100)
     from page t where (select a.bytes from total a) > $5
   )
   select case when count(*) filter (where t.cmin < $5) < count(*) or count(*) = $4 then max(t.ctid) filter (where t.cmin < $5) end,
-    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(' || v_bytes || ') filter (where t.cmin < $5),
-    array_agg(%3$s) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
+    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(case when t.cmax is null then t.xmin else ' || v_bytes || ' end) filter (where t.cmin < $5),
+    array_agg(case when t.cmax is null then '''' else %3$s end) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
   from sized t';
 
   return query
@@ -2280,6 +2472,7 @@ declare
   v_context text;
   v_key text;
   v_key_names text[];
+  v_lengths text;
 begin
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
@@ -2304,8 +2497,14 @@ begin
   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
   where i.indrelid = v_table and i.indisprimary;
+  select string_agg(format(case when a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'bytea'::regtype)
+      then ' + coalesce(octet_length(t.%1$I), 0)' else ' + coalesce(pg_column_size(t.%1$I), 0)' end, a.attname), '')
+  into v_lengths
+  from pg_attribute a
+  where a.attrelid = v_table and a.attlen = -1 and not a.attisdropped
+    and quote_ident(a.attname) = any (array_remove(v_names, v_names[$body$ || protected.places[1] || $body$]) || v_key_names);
   return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'),
-    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)));
+    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)), coalesce(v_lengths, ''));
 end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
@@ -2372,10 +2571,37 @@ COMMENT ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) IS '
 
 
 --
+-- Name: _relations_here(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._relations_here(relation regclass) RETURNS SETOF regclass
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
+    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
+  elsif relation is not null then
+    return next relation;
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._relations_here(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _relations_here(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._relations_here(relation regclass) IS 'The relations of a table that have rows in this database: itself, or the leaves of its partitions.';
+
+
+--
 -- Name: _column_findings(regclass, smallint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint) RETURNS TABLE(fatal boolean, finding text, advice text)
+CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint) RETURNS TABLE(kind text, fatal boolean, finding text, advice text)
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     -- in sql/code
@@ -2605,6 +2831,7 @@ COMMENT ON FUNCTION rekey._column_statements(protected rekey.protected_columns, 
 CREATE FUNCTION rekey._column_status() RETURNS TABLE(label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, problem text)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   return query
@@ -2656,15 +2883,26 @@ CREATE FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT
     AS $$
 declare
   v_rotation record;
+  v_unswept bigint[];
+  v_count integer;
 begin
   perform rekey._clear_chunks();
 
-  perform from rekey.rotations r
-  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)
-  order by r.id for no key update;
-  update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null
-  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id);
-  get diagnostics keyring_count = row_count;
+  keyring_count := 0;
+  -- Who has no rows in what is in trouble does not wait for it.
+  for v_rotation in
+    select distinct r.pass_id from rekey.rotations r
+    where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id and c.attempts = 0)
+  loop
+    perform rekey._fail_stuck(v_rotation.pass_id);
+    v_unswept := array(select u.rotation_id from rekey._unswept(v_rotation.pass_id) u);
+    perform from rekey.rotations r
+    where r.state = 'running' and r.pass_id = v_rotation.pass_id and r.id <> all (v_unswept) order by r.id for no key update;
+    update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null, blocked_by = null, blocked_since = null
+    where r.state = 'running' and r.pass_id = v_rotation.pass_id and r.id <> all (v_unswept);
+    get diagnostics v_count = row_count;
+    keyring_count := keyring_count + v_count;
+  end loop;
   if keyring_count > 0 then
     event := 'swept';
     return;
@@ -2737,30 +2975,35 @@ COMMENT ON FUNCTION rekey._copied_passphrases() IS 'The passphrases of the tempo
 
 
 --
--- Name: _count(integer[], boolean, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _count(integer[], boolean, bigint, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint DEFAULT NULL::bigint) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+CREATE FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint DEFAULT NULL::bigint, apart boolean DEFAULT false) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[], refused bigint, error text, code text)
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_state text;
-  v_locked oid[];
+  v_locks record;
+  v_left_out oid[];
 begin
   perform rekey._refuse_blocked(keyrings);
   v_state := rekey._target_state();
-  v_locked := rekey._lock_targets();
+  v_locks := rekey._lock_targets(apart);
+  v_left_out := array(select (e.value ->> 'relation')::oid from jsonb_array_elements(v_locks.errors) e);
+  return query
+    select e.target, e.relation::regclass, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint, e.error, e.code
+    from jsonb_to_recordset(v_locks.errors) as e(target text, relation oid, error text, code text);
   -- One statement, one snapshot: no row escapes by moving.
   if opening then
-    return query select o.* from rekey._open_rows(keyrings, verification_id) o;
+    return query select o.* from rekey._open_rows(keyrings, verification_id, v_locks.locked, apart) o;
   else
     return query
-      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
+      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[], 0::bigint, null::text, null::text
       from rekey._count_rows(keyrings) c where c.keyring_id is not null;
   end if;
   perform rekey._refuse_blocked(keyrings);
-  if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
+  if rekey._target_state() is distinct from v_state or v_locks.locked is distinct from (rekey._lock_targets(leaving_out => v_left_out)).locked then
     raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
   end if;
@@ -2768,13 +3011,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint, apart boolean) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _count(keyrings integer[], opening boolean, verification_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _count(keyrings integer[], opening boolean, verification_id bigint, apart boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint) IS 'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before. A combination may come in several rows. RK005: a target is blocked.';
+COMMENT ON FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint, apart boolean) IS 'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before (rekey._open_rows() says more of the columns). A combination may come in several rows. RK005: a target is blocked.';
 
 
 --
@@ -3004,6 +3247,7 @@ COMMENT ON FUNCTION rekey._destroy(keyring_id integer, version integer, rows big
 CREATE FUNCTION rekey._destroyable_header(keyring text, version integer) RETURNS bytea
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   return (
@@ -3147,6 +3391,168 @@ COMMENT ON FUNCTION rekey._drop_triggers(target regclass, id integer) IS 'Drops 
 
 
 --
+-- Name: _due_rows(bigint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._due_rows(rotations bigint[]) RETURNS TABLE(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  -- Values that are no envelopes are counted only where all are.
+  v_keyrings integer[] := (
+    select case when bool_or(r.trigger = 'adoption') then null else array_agg(r.keyring_id) end
+    from rekey.rotations r where r.id = any (rotations));
+  v_target record;
+  v_count record;
+  v_targets text[];
+  v_relations oid[];
+  v_of integer[];
+  v_versions integer[];
+  v_rows bigint[];
+begin
+  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+    begin
+      for v_count in select c.* from rekey._call_count(v_target.function_name, v_target.relation, v_keyrings) c loop
+        v_targets := v_targets || v_target.target;
+        v_relations := v_relations || v_target.relation::oid;
+        v_of := v_of || v_count.keyring_id;
+        v_versions := v_versions || v_count.version;
+        v_rows := v_rows || v_count.rows;
+      end loop;
+    exception when assert_failure or others then
+      null;  -- whom it concerns, the verification finds out, which counts again
+    end;
+  end loop;
+  return query
+    select r.id, c.target, c.relation, r.trigger = 'adoption', sum(c.rows)::bigint
+    from rekey.rotations r
+    left join rekey.protected_columns p on p.id = r.column_id
+    join unnest(v_targets, v_relations, v_of, v_versions, v_rows) as c(target, relation, keyring_id, version, rows)
+      on case when r.trigger = 'adoption' then c.keyring_id is null and c.target = p.label
+              else c.keyring_id = r.keyring_id and c.version <> r.to_version end
+    where r.id = any (rotations)
+    group by r.id, c.target, c.relation;
+end
+$$;
+
+
+ALTER FUNCTION rekey._due_rows(rotations bigint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _due_rows(rotations bigint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._due_rows(rotations bigint[]) IS 'What these rotations have to do, by relation, where it is not blocked and can be counted. (By number: a name would take rights on its schema.)';
+
+
+--
+-- Name: _secrets_seen; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._secrets_seen (
+    keyring_id integer NOT NULL,
+    rows bigint NOT NULL
+);
+
+
+ALTER TABLE rekey._secrets_seen OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _secrets_seen; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._secrets_seen IS 'How many secrets of a keyring the last complete count saw: where there are none any more, a rotation asks whether that is meant.';
+
+
+--
+-- Name: keyrings; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.keyrings (
+    id integer NOT NULL,
+    name text NOT NULL,
+    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
+    rotate_every interval,
+    next_rotation_at timestamp with time zone,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    rotated_at timestamp with time zone DEFAULT now() NOT NULL,
+    retired_at timestamp with time zone,
+    CONSTRAINT keyrings_id_check CHECK ((id > 0)),
+    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[\u0001-\u001F\u007F]'::text))),
+    CONSTRAINT keyrings_next_rotation_at_check CHECK (isfinite(next_rotation_at)),
+    CONSTRAINT keyrings_retired_check CHECK (((retired_at IS NULL) OR (rotate_every IS NULL))),
+    CONSTRAINT keyrings_rotate_every_check CHECK (((rotate_every >= '00:01:00'::interval) AND (rotate_every <= '36500 days'::interval))),
+    CONSTRAINT keyrings_schedule_check CHECK (((rotate_every IS NULL) = (next_rotation_at IS NULL)))
+);
+
+
+ALTER TABLE rekey.keyrings OWNER TO rekey_owner;
+
+--
+-- Name: TABLE keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.keyrings IS 'Named lines of DEK versions: one a tenant, one an application, or just default.';
+
+
+--
+-- Name: COLUMN keyrings.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.id IS 'Random positive number; part of every ciphertext.';
+
+
+--
+-- Name: COLUMN keyrings.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.name IS 'Unique name, 1 to 63 bytes without control characters.';
+
+
+--
+-- Name: COLUMN keyrings.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.tenant_id IS 'Tenant the keyring belongs to; the nil UUID: all of them.';
+
+
+--
+-- Name: COLUMN keyrings.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.rotate_every IS 'Cryptoperiod (SP 800-57): time between scheduled rotations, one minute or more; NULL: none.';
+
+
+--
+-- Name: COLUMN keyrings.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.next_rotation_at IS 'When the next scheduled rotation is due.';
+
+
+--
+-- Name: COLUMN keyrings.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.created_at IS 'When it was created.';
+
+
+--
+-- Name: COLUMN keyrings.rotated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.rotated_at IS 'When its active version was made.';
+
+
+--
+-- Name: COLUMN keyrings.retired_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.retired_at IS 'When it was retired: it takes no new values.';
+
+
+--
 -- Name: _emptied(jsonb, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3163,7 +3569,7 @@ ALTER FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) OWNER TO rekey_
 -- Name: FUNCTION _emptied(counted jsonb, keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) IS 'By keyring, the protected columns that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
+COMMENT ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) IS 'By keyring, the protected columns, and rekey.secrets, that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
 
 
 --
@@ -3297,7 +3703,7 @@ COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encrypti
 -- Name: COLUMN settings.max_attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.max_attempts IS 'Failed batches in a row after which a rotation is failed.';
+COMMENT ON COLUMN rekey.settings.max_attempts IS 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
 
 
 --
@@ -3413,6 +3819,88 @@ COMMENT ON FUNCTION rekey._envelope_of(value text) IS 'As for bytea, of its text
 
 
 --
+-- Name: _explain_error(regclass, text, text, text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  -- The innermost come first, and end where the function of the target is.
+  v_functions text[] := array(
+    select regexp_replace(f.found[1], ' line \d+ .*$', '')
+    from regexp_matches(regexp_replace(context, '\mrekey(_targets)?"?\."?(_call_|column_|secrets_).*$', ''),
+      '(?:PL/pgSQL function |SQL function ")([^"\n]*)', 'g') with ordinality as f(found, place)
+    where f.found[1] not like 'rekey.%'
+    order by f.place);
+  v_trigger name;
+begin
+  select t.tgname into v_trigger from pg_trigger t
+  where t.tgrelid = relation and not t.tgisinternal and t.tgfoid::regprocedure::text = any (v_functions)
+  order by t.tgname limit 1;
+  return format('%s: %s', relation,
+    -- Of a row that is plain yet, the words of a table's own code may have the value in them.
+    case when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
+    || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
+    || case when code in ('42P01', '42883', '42704', '3F000') then
+      format('. A sweep runs with search_path = pg_catalog, pg_temp: name it with its schema, or %s',
+        coalesce('ALTER FUNCTION ' || rekey._cut(v_functions[1], 200) || ' SET search_path = ...', 'give what the table calls a search path of its own')) else '' end;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _explain_error(relation regclass, message text, code text, context text, plain boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) IS 'An error in a table in words: the table, the message, the trigger and function that it came from, and what to do where the search path is the cause. Bounded in length. plain: the column may hold plain values.';
+
+
+--
+-- Name: _fail_stuck(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._fail_stuck(pass_id bigint) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_stuck jsonb;
+  v_events jsonb;
+begin
+  if not exists (select from rekey._chunks c where c.pass_id = _fail_stuck.pass_id and c.stuck) then
+    return;
+  end if;
+  select jsonb_object_agg(u.rotation_id, u.last_error) into v_stuck from rekey._unswept(pass_id) u where u.stuck;
+  perform from rekey.rotations r where v_stuck ? r.id::text order by r.id for no key update;
+  with failed as (
+    update rekey.rotations r
+    set state = 'failed', pass_id = null, next_attempt_at = null, last_error = v_stuck ->> r.id::text
+    where v_stuck ? r.id::text and r.state = 'running' and r.pass_id = _fail_stuck.pass_id
+    returning r.id, r.keyring_id, r.to_version, r.attempts, r.last_error, r.blocked_by
+  )
+  select jsonb_agg(jsonb_build_object('event', 'rotation.failed', 'keyring', k.name, 'version', f.to_version, 'rotation_id', f.id,
+    'details', jsonb_build_object('attempt', f.attempts, 'sqlstate', f.blocked_by -> 0 ->> 'sqlstate', 'error', f.last_error)) order by f.id)
+  into v_events
+  from failed f join rekey.keyrings k on k.id = f.keyring_id;
+  perform rekey._audit_all(coalesce(v_events, '[]'));
+end
+$$;
+
+
+ALTER FUNCTION rekey._fail_stuck(pass_id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _fail_stuck(pass_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._fail_stuck(pass_id bigint) IS 'Fails the rotations of a pass of which nothing is left but what is stuck.';
+
+
+--
 -- Name: _find_rebind(regclass, name, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3420,6 +3908,7 @@ CREATE FUNCTION rekey._find_rebind(target regclass, column_name name, label text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_id integer := rekey._column_id(target, column_name);
@@ -3490,6 +3979,7 @@ COMMENT ON FUNCTION rekey._fingerprint(kek bytea) IS 'By which a KEK is recognis
 CREATE FUNCTION rekey._finish_column(id integer) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -3546,6 +4036,7 @@ COMMENT ON FUNCTION rekey._finish_column(id integer) IS 'Takes back what rekey._
 CREATE FUNCTION rekey._finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -3639,6 +4130,7 @@ CREATE FUNCTION rekey._forget_column(id integer) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -4109,6 +4601,7 @@ COMMENT ON FUNCTION rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad b
 CREATE FUNCTION rekey._is_doomed(value bytea) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_header bytea;
@@ -4141,6 +4634,7 @@ COMMENT ON FUNCTION rekey._is_doomed(value bytea) IS 'Whether a value is an enve
 CREATE FUNCTION rekey._is_doomed(value text) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_header bytea;
@@ -4275,6 +4769,25 @@ COMMENT ON FUNCTION rekey._is_of_known_version(envelope bytea) IS 'Whether an en
 
 
 --
+-- Name: _is_passing(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_passing(code text) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._is_passing(code text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_passing(code text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_passing(code text) IS 'Whether an error with this SQLSTATE says nothing of the row at which it came: it is tried again.';
+
+
+--
 -- Name: _is_postgrest(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4319,6 +4832,40 @@ COMMENT ON FUNCTION rekey._is_service_role(caller name) IS 'Whether the caller i
 
 
 --
+-- Name: _is_trusted(name, regclass, oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_trusted(extension name, class regclass, object oid) RETURNS boolean
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_super boolean := (select r.rolsuper from pg_roles r where r.rolname = current_user);
+begin
+  return exists (
+    select from pg_extension e
+    join pg_depend d on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
+    cross join lateral (
+      select c.relowner as owner from pg_class c where d.classid = 'pg_class'::regclass and c.oid = d.objid
+      union all
+      select p.proowner from pg_proc p where d.classid = 'pg_proc'::regclass and p.oid = d.objid) o
+    where e.extname = extension and d.classid = class and d.objid = object
+      -- Who owns it can replace it. A superuser runs what superusers own; others, what belongs to who made the extension too.
+      and (o.owner = e.extowner and not v_super or (select r.rolsuper from pg_roles r where r.oid = o.owner)));
+end
+$$;
+
+
+ALTER FUNCTION rekey._is_trusted(extension name, class regclass, object oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_trusted(extension name, class regclass, object oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) IS 'Whether an extension owns a relation or function, and nobody but superusers, or who made the extension, can replace it.';
+
+
+--
 -- Name: _is_under_way(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4344,6 +4891,7 @@ COMMENT ON FUNCTION rekey._is_under_way(state text) IS 'Whether a rotation in th
 CREATE FUNCTION rekey._keep_passphrases(passphrases bytea[]) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_seal bytea := rekey._session_seal();
@@ -4649,93 +5197,6 @@ COMMENT ON FUNCTION rekey._key_problem(version integer, state text, kek_id integ
 
 
 --
--- Name: keyrings; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.keyrings (
-    id integer NOT NULL,
-    name text NOT NULL,
-    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
-    rotate_every interval,
-    next_rotation_at timestamp with time zone,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    rotated_at timestamp with time zone DEFAULT now() NOT NULL,
-    retired_at timestamp with time zone,
-    CONSTRAINT keyrings_id_check CHECK ((id > 0)),
-    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[\u0001-\u001F\u007F]'::text))),
-    CONSTRAINT keyrings_next_rotation_at_check CHECK (isfinite(next_rotation_at)),
-    CONSTRAINT keyrings_retired_check CHECK (((retired_at IS NULL) OR (rotate_every IS NULL))),
-    CONSTRAINT keyrings_rotate_every_check CHECK (((rotate_every >= '00:01:00'::interval) AND (rotate_every <= '36500 days'::interval))),
-    CONSTRAINT keyrings_schedule_check CHECK (((rotate_every IS NULL) = (next_rotation_at IS NULL)))
-);
-
-
-ALTER TABLE rekey.keyrings OWNER TO rekey_owner;
-
---
--- Name: TABLE keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.keyrings IS 'Named lines of DEK versions: one a tenant, one an application, or just default.';
-
-
---
--- Name: COLUMN keyrings.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.id IS 'Random positive number; part of every ciphertext.';
-
-
---
--- Name: COLUMN keyrings.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.name IS 'Unique name, 1 to 63 bytes without control characters.';
-
-
---
--- Name: COLUMN keyrings.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.tenant_id IS 'Tenant the keyring belongs to; the nil UUID: all of them.';
-
-
---
--- Name: COLUMN keyrings.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.rotate_every IS 'Cryptoperiod (SP 800-57): time between scheduled rotations, one minute or more; NULL: none.';
-
-
---
--- Name: COLUMN keyrings.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.next_rotation_at IS 'When the next scheduled rotation is due.';
-
-
---
--- Name: COLUMN keyrings.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.created_at IS 'When it was created.';
-
-
---
--- Name: COLUMN keyrings.rotated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.rotated_at IS 'When its active version was made.';
-
-
---
--- Name: COLUMN keyrings.retired_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.retired_at IS 'When it was retired: it takes no new values.';
-
-
---
 -- Name: _keyring(text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4957,33 +5418,39 @@ COMMENT ON FUNCTION rekey._lock_kek() IS 'Keeps the active KEK from being replac
 
 
 --
--- Name: _lock_targets(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _lock_targets(boolean, oid[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._lock_targets() RETURNS oid[]
+CREATE FUNCTION rekey._lock_targets(apart boolean DEFAULT false, leaving_out oid[] DEFAULT '{}'::oid[], OUT locked oid[], OUT errors jsonb) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_target rekey._target;
-  v_locked oid[];
 begin
-  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
-    perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
-    v_locked := v_locked || v_target.relation::oid;
+  for v_target in select t.* from rekey._targets() t where t.problem is null and t.relation::oid <> all (leaving_out) order by t.relation loop
+    begin
+      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      locked := locked || v_target.relation::oid;
+    exception when others then
+      if not apart then
+        raise;
+      end if;
+      errors := coalesce(errors, '[]') || jsonb_build_object('target', v_target.target, 'relation', v_target.relation::oid, 'code', sqlstate,
+        'error', rekey._explain_error(v_target.relation, sqlerrm, sqlstate, '', true));
+    end;
   end loop;
-  return v_locked;
 end
 $$;
 
 
-ALTER FUNCTION rekey._lock_targets() OWNER TO rekey_owner;
+ALTER FUNCTION rekey._lock_targets(apart boolean, leaving_out oid[], OUT locked oid[], OUT errors jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _lock_targets(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _lock_targets(apart boolean, leaving_out oid[], OUT locked oid[], OUT errors jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._lock_targets() IS 'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends; returns which.';
+COMMENT ON FUNCTION rekey._lock_targets(apart boolean, leaving_out oid[], OUT locked oid[], OUT errors jsonb) IS 'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends. locked: which. apart: errors of one are told, and do not stop the others.';
 
 
 --
@@ -5149,33 +5616,6 @@ COMMENT ON FUNCTION rekey._relation_named(name text) IS 'The relation that has t
 
 
 --
--- Name: _relations_here(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._relations_here(relation regclass) RETURNS SETOF regclass
-    LANGUAGE plpgsql STABLE
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
-begin
-  if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
-    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
-  elsif relation is not null then
-    return next relation;
-  end if;
-end
-$$;
-
-
-ALTER FUNCTION rekey._relations_here(relation regclass) OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _relations_here(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._relations_here(relation regclass) IS 'The relations of a table that have rows in this database: itself, or the leaves of its partitions.';
-
-
---
 -- Name: _column_relations; Type: TABLE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5298,6 +5738,7 @@ CREATE FUNCTION rekey._move_column(id integer, target regclass, column_name name
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -5478,6 +5919,43 @@ COMMENT ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) IS '
 
 
 --
+-- Name: _newest_problem(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._newest_problem(protected rekey.protected_columns) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_shape record;
+  v_relation regclass;
+begin
+  select s.* into v_shape from rekey._column_shape(protected.id) s;
+  if protected.encrypt_on_write and not exists (
+       select from pg_proc p
+       where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = format('column_%s_trigger', protected.id)
+         and p.prosrc = rekey._write_trigger_body(protected, v_shape.relation, v_shape.attnums)) then
+    return 'the trigger that encrypts on write is not as this version of pg_rekey makes it, or a column was renamed';
+  end if;
+  select g.tgrelid into v_relation
+  from (select v_shape.relation as relation union select h from rekey._relations_here(v_shape.relation) h) t
+  join pg_trigger g on g.tgrelid = t.relation and g.tgname = any (rekey._trigger_names(protected)) and g.tgenabled <> 'A'
+  limit 1;
+  return case when v_relation is not null then format('the triggers of %s do not fire in the replica role', v_relation) end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._newest_problem(protected rekey.protected_columns) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _newest_problem(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._newest_problem(protected rekey.protected_columns) IS 'In what the triggers of a protected column that is not blocked are behind; NULL: in nothing.';
+
+
+--
 -- Name: _next_row(tid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5497,35 +5975,35 @@ COMMENT ON FUNCTION rekey._next_row(pointer tid) IS 'The row pointer after this 
 
 
 --
--- Name: _note_adopted(bigint, integer, bigint, text, regclass, text[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _note_adopted(bigint, integer, bigint, text, regclass, text[], text[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) RETURNS void
+CREATE FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
   perform rekey._note_batch(array[rotation_id], case when rows_done > 0 then array[keyring_id] end, array[rows_done], target, relation,
     case when failed_keys is not null then array_fill(keyring_id, array[cardinality(failed_keys)]) end,
-    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems);
+    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems, failed_codes);
 end
 $$;
 
 
-ALTER FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) IS 'rekey._note_batch() for an adoption.';
+COMMENT ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]) IS 'rekey._note_batch() for an adoption.';
 
 
 --
--- Name: _note_batch(bigint[], integer[], bigint[], text, regclass, integer[], integer[], text[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _note_batch(bigint[], integer[], bigint[], text, regclass, integer[], integer[], text[], text[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]) RETURNS void
+CREATE FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[] DEFAULT NULL::text[]) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -5536,26 +6014,26 @@ begin
   -- The rotations before the audit log, as everywhere.
   perform from rekey.rotations r
   where r.id = any (rotations) and r.keyring_id = any (done_keyrings || failed_keyrings) order by r.id for no key update;
-  update rekey.rotations r set rows_done = r.rows_done + d.rows, attempts = 0
+  update rekey.rotations r set rows_done = r.rows_done + d.rows
   from unnest(done_keyrings, done_rows) as d(keyring_id, rows)
   where r.id = any (rotations) and r.keyring_id = d.keyring_id;
   if failed_keyrings is not null then
-    perform rekey._quarantine(target, relation, failed_keyrings, failed_versions, failed_keys, failed_problems);
-    update rekey.rotations r
-    set rows_failed = (select count(*) from rekey.rotation_failures f where f.rotation_id = r.id and f.resolved_at is null)
-    where r.id = any (rotations) and r.keyring_id = any (failed_keyrings);
+    perform rekey._quarantine(target, relation, failed_keyrings, failed_versions, failed_keys, failed_problems, failed_codes);
+    -- What the table refused is not behind: the next verification has to know that.
+    update rekey.rotations r set verification_id = null
+    where r.id = any (rotations) and r.keyring_id = any (failed_keyrings) and r.verification_id is not null and failed_codes is not null;
   end if;
 end
 $$;
 
 
-ALTER FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]) IS 'Adds what a batch did to the progress of its rotations, and what did not open to the quarantine.';
+COMMENT ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[]) IS 'Adds what a batch did to the progress of its rotations, and what failed to the quarantine.';
 
 
 --
@@ -5566,6 +6044,7 @@ CREATE FUNCTION rekey._note_denied(details jsonb) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET lock_timeout TO '1s'
+    SET row_security TO 'off'
     AS $$
 declare
   v_subject text := rekey._subject();
@@ -5601,6 +6080,52 @@ ALTER FUNCTION rekey._note_denied(details jsonb) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._note_denied(details jsonb) IS 'Notes in the audit log that the caller was refused, at most once a minute for each (role, subject of the JWT, and client where details name one) and 60 times for all. Not in a read-only transaction, nor where somebody holds the end of the log for more than a second.';
+
+
+--
+-- Name: _note_findings(jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_findings(findings jsonb) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_new jsonb;
+begin
+  with now as (
+    -- (How many rows there are changes, and is no new finding.)
+    select distinct on (f.kind, f.target, 3, 4, 5)
+      f.kind, f.target, coalesce(f.keyring, '') as keyring, coalesce(f.version, 0) as version, case when f.rows is null then f.finding else '' end as item, f.severity, f.rows, f.finding, f.advice
+    from jsonb_to_recordset(findings) as f(kind text, target text, keyring text, version integer, severity text, rows bigint, finding text, advice text)
+    order by f.kind, f.target, 3, 4, 5
+  ), gone as (
+    delete from rekey._census_findings o
+    where not exists (select from now n where (n.kind, n.target, n.keyring, n.version, n.item) = (o.kind, o.target, o.keyring, o.version, o.item))
+  ), kept as (
+    insert into rekey._census_findings as o (kind, target, keyring, version, item, severity, rows, finding, advice)
+    select n.kind, n.target, n.keyring, n.version, n.item, n.severity, n.rows, n.finding, n.advice from now n
+    on conflict (kind, target, keyring, version, item) do update
+    set severity = excluded.severity, rows = excluded.rows, finding = excluded.finding, advice = excluded.advice
+    returning o.kind, o.target, o.finding, o.since
+  )
+  select jsonb_agg(jsonb_build_object('event', 'census.found', 'details', jsonb_build_object('kind', k.kind, 'count', k.count, 'first', k.first)) order by k.kind)
+  into v_new
+  from (
+    select k.kind, count(*) as count, to_jsonb((array_agg(left(k.finding, 200) order by k.target))[1:5]) as first
+    from kept k where k.since = now() group by k.kind) k;
+  perform rekey._audit_all(coalesce(v_new, '[]'));
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_findings(findings jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_findings(findings jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_findings(findings jsonb) IS 'Makes these the findings of the census, and notes in the audit log what is new among them, one entry for each kind.';
 
 
 --
@@ -5640,6 +6165,7 @@ COMMENT ON FUNCTION rekey._note_finds(search_id bigint, relation oid, hits text)
 CREATE FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_stack text;
@@ -5744,6 +6270,51 @@ COMMENT ON FUNCTION rekey._note_pace(begun timestamp with time zone, rows bigint
 
 
 --
+-- Name: _note_passed(rekey._chunks, bigint, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_passed(chunk rekey._chunks, written bigint, refused integer) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_refused integer;
+begin
+  if written > 0 then
+    update rekey._due d set passed = true
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation and not d.passed;
+  elsif refused > 0 then
+    update rekey._due d set refused = d.refused + _note_passed.refused
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation and not d.passed
+    returning d.refused into v_refused;
+    -- It is not the rows: to put millions of them into quarantine, one by one, helps nobody.
+    if v_refused > 10000 then
+      raise exception '% refuses every row, % of them by now: see rekey.failure_status', chunk.relation, v_refused using errcode = 'RK005';
+    end if;
+  end if;
+  if chunk.attempts > 0 then
+    update rekey._chunks c set attempts = 0, last_error = null, next_attempt_at = null where c.id = chunk.id;
+    update rekey.rotations r set attempts = 0, blocked_by = null, blocked_since = null
+    where r.id in (
+      select u.id from rekey._due d cross join unnest(d.rotations) as u(id)
+      where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
+      order by u.id)
+      and r.state = 'running' and r.pass_id = chunk.pass_id;
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_passed(chunk rekey._chunks, written bigint, refused integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_passed(chunk rekey._chunks, written bigint, refused integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_passed(chunk rekey._chunks, written bigint, refused integer) IS 'Notes that rows of a chunk went through, or that all were refused: RK005 where more than 10,000 were, and none went through.';
+
+
+--
 -- Name: _note_passed_by(integer[], bigint[], text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5792,6 +6363,7 @@ COMMENT ON FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[], re
 CREATE FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_stack text;
@@ -5849,6 +6421,11 @@ begin
   if keyrings = '{}' then
     return;
   end if;
+  insert into rekey._secrets_seen (keyring_id, rows)
+  select k.id, coalesce(f.opened, 0)
+  from unnest(keyrings) as k(id)
+  left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = 'rekey.secrets' and f.keyring_id = k.id
+  on conflict (keyring_id) do update set rows = excluded.rows where _secrets_seen.rows <> excluded.rows;
   for v_column in select c.* from rekey.protected_columns c where rekey._column_problem(c) is null order by c.id loop
     -- The first complete count: of the other keyrings that stand there, those of which a row opens.
     if v_column.seen is null then
@@ -5874,7 +6451,68 @@ ALTER FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) OWNER TO reke
 -- Name: FUNCTION _note_seen(counted jsonb, keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) IS 'Notes how many rows of these keyrings a complete count saw in each protected column. counted: objects with target, keyring_id, opened.';
+COMMENT ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) IS 'Notes how many rows of these keyrings a complete count saw in each protected column, and in rekey.secrets. counted: objects with target, keyring_id, opened.';
+
+
+--
+-- Name: _note_trouble(rekey._chunks, text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, code text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_max integer := (rekey._settings()).max_attempts;
+  v_attempts integer := 0;
+  v_ids bigint[];
+  v_events jsonb;
+begin
+  -- Where nothing went through yet, it is not this chunk, but all of them.
+  update rekey._chunks c
+  set last_error = message,
+      -- Whoever locks a table ends some time: that is waited for.
+      attempts = case when code = '55P03' then greatest(c.attempts, 1) else c.attempts + 1 end,
+      stuck = code <> '55P03' and c.attempts + 1 >= v_max,
+      next_attempt_at = clock_timestamp() + case when code = '55P03' then 5 else least(power(2, c.attempts), 300) end * interval '1 second'
+  where c.id in (
+    select d.id from rekey._chunks d
+    where d.id = chunk.id or d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
+      and exists (select from rekey._due u where u.pass_id = d.pass_id and u.kind = d.kind and u.target = d.target and u.relation = d.relation and not u.passed)
+    for update skip locked);
+  select c.attempts into v_attempts from rekey._chunks c where c.id = chunk.id;
+  v_ids := array(
+    select u.id from rekey._due d cross join unnest(d.rotations) as u(id)
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation);
+  perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+  with noted as (
+    update rekey.rotations r
+    set attempts = v_attempts, last_error = message, blocked_since = coalesce(r.blocked_since, now()),
+        blocked_by = jsonb_build_array(jsonb_build_object('target', chunk.target, 'relation', chunk.relation::text, 'error', message, 'sqlstate', code))
+    where r.id = any (v_ids) and r.state = 'running' and r.pass_id = chunk.pass_id
+    returning r.id, r.keyring_id, r.to_version
+  ), numbered as (
+    select n.*, count(*) over () as rotations, row_number() over (order by n.id) as place from noted n
+  )
+  select jsonb_agg(jsonb_build_object('event', 'rotation.error', 'keyring', k.name, 'version', n.to_version, 'rotation_id', n.id,
+    'details', jsonb_build_object('attempt', v_attempts, 'sqlstate', code, 'error', message, 'target', chunk.target)
+      || case when n.rotations > 20 then jsonb_build_object('rotations', n.rotations) else '{}' end) order by n.id)
+  into v_events
+  from numbered n join rekey.keyrings k on k.id = n.keyring_id
+  where n.rotations <= 20 or n.place = 1;
+  perform rekey._audit_all(coalesce(v_events, '[]'));
+  perform rekey._fail_stuck(chunk.pass_id);
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, code text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_trouble(chunk rekey._chunks, message text, code text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, code text) IS 'Notes an error in a chunk of a sweep: its next attempt comes after a growing pause, after max_attempts it is stuck, and only rotations with rows in its relation have to do with it. (More than 20 have one audit entry together.)';
 
 
 --
@@ -6009,10 +6647,10 @@ COMMENT ON FUNCTION rekey._open_pgp(value bytea) IS 'Bytes of what pgp_sym_encry
 
 
 --
--- Name: _open_rows(integer[], bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _open_rows(integer[], bigint, oid[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+CREATE FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint, locked oid[] DEFAULT NULL::oid[], apart boolean DEFAULT false) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[], refused bigint, error text, code text)
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -6025,56 +6663,95 @@ declare
   v_first bigint;
   v_from tid;
   v_found record;
+  v_bad record;
+  v_places integer[];
+  v_refused boolean;
+  v_context text;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
-  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+  for v_target in select t.* from rekey._targets() t where t.problem is null and (locked is null or t.relation::oid = any (locked)) loop
     target := v_target.target;
     relation := v_target.relation;
+    v_refused := exists (select from rekey.rotation_failures q where q.target = v_target.target and q.resolved_at is null and q.sqlstate is not null);
     v_rows := 0;
     failed := 0;
-    for keyring_id, version, rows in
-      select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
-    loop
-      v_rows := v_rows + rows;
-      return next;
-    end loop;
-    -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
-    v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
-    for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
-      -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
-      v_first := v_range.first;
-      v_from := format('(%s,0)', v_first)::tid;
-      while v_first < least(v_range.until, v_blocks) loop
-        select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
-          format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
-        if v_found.ciphertexts is not null then
-          return query
-            select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), 0::bigint,
-              cardinality(c.failed_places)::bigint,
-              array(select v_found.keys[f.place] from unnest(c.failed_places) with ordinality as f(place, rank) order by f.rank), c.problems
-            from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c;
-        end if;
-        if v_found.next is not null then
-          v_from := rekey._next_row(v_found.next);
-        else
-          v_first := v_first + v_step;
-          v_from := format('(%s,0)', least(v_first, 4294967294))::tid;
-        end if;
+    refused := 0;
+    begin
+      for keyring_id, version, rows in
+        select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
+      loop
+        v_rows := v_rows + rows;
+        return next;
       end loop;
-    end loop;
+      rows := 0;
+      -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
+      v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
+      for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
+        -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
+        v_first := v_range.first;
+        v_from := format('(%s,0)', v_first)::tid;
+        while v_first < least(v_range.until, v_blocks) loop
+          select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
+            format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
+          if v_found.ciphertexts is not null then
+            v_places := '{}';
+            for v_bad in select c.* from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c loop
+              keyring_id := rekey._int4(v_bad.header, 3);
+              version := rekey._int4(v_bad.header, 7);
+              failed := cardinality(v_bad.failed_places);
+              failed_keys := array(select v_found.keys[f.place] from unnest(v_bad.failed_places) with ordinality as f(place, rank) order by f.rank);
+              failed_problems := v_bad.problems;
+              v_places := v_places || v_bad.failed_places;
+              return next;
+            end loop;
+            failed := 0;
+            failed_problems := null;
+            if v_refused then
+              for keyring_id, version, refused, failed_keys in
+                select r.keyring_id, r.version, count(*), array_agg(v_found.keys[r.place])
+                from rekey._refused_rows(v_target.target, v_target.relation, v_found.ciphertexts, v_found.keys) r
+                where r.place <> all (v_places)
+                group by r.keyring_id, r.version
+              loop
+                return next;
+              end loop;
+            end if;
+            refused := 0;
+            failed_keys := null;
+          end if;
+          if v_found.next is not null then
+            v_from := rekey._next_row(v_found.next);
+          else
+            v_first := v_first + v_step;
+            v_from := format('(%s,0)', least(v_first, 4294967294))::tid;
+          end if;
+        end loop;
+      end loop;
+    exception when assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      if not apart or sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
+        raise;
+      end if;
+      keyring_id := null;
+      error := rekey._explain_error(relation, sqlerrm, sqlstate, v_context, true);
+      code := sqlstate;
+      return next;
+      error := null;
+      code := null;
+    end;
   end loop;
 end
 $$;
 
 
-ALTER FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint, locked oid[], apart boolean) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _open_rows(keyrings integer[], verification_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _open_rows(keyrings integer[], verification_id bigint, locked oid[], apart boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) IS 'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open. A combination may come in several rows.';
+COMMENT ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint, locked oid[], apart boolean) IS 'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open; refused, with failed_keys, what opens and its table refused. A combination may come in several rows. locked: only these relations. apart: an error in a target is a row without keyring, and what came of it before is not to be trusted.';
 
 
 --
@@ -6185,6 +6862,46 @@ ALTER FUNCTION rekey._open_writers() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._open_writers() IS 'Waits 2 seconds for the transactions that write into protected tables now. NULL: they have ended.';
+
+
+--
+-- Name: _table_problem(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._table_problem(relation regclass) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._table_problem(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _table_problem(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._table_problem(relation regclass) IS 'What hides or changes rows of a table of ours, and what to do about it; NULL: nothing.';
+
+
+--
+-- Name: _own_problem(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._own_problem() RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._own_problem() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _own_problem(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._own_problem() IS 'As rekey._table_problem(), of the first of our tables that has one.';
 
 
 --
@@ -6305,6 +7022,10 @@ begin
       join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
       group by t.target, t.relation, c.adopting, t.blocks, t.indexed
+    ), dued as (
+      insert into rekey._due (pass_id, kind, target, relation, rotations)
+      select v_pass, case when c.adopting then 'adopt' else 'sweep' end, c.target, c.relation, array_agg(c.rotation_id)
+      from counted c group by c.adopting, c.target, c.relation
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
@@ -6316,7 +7037,7 @@ begin
     )
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
-        next_attempt_at = null,
+        next_attempt_at = null, attempts = 0,
         -- Kept where a verification found rows behind: the next one looks at what was written since.
         verification_id = case when r.state = 'running' then r.verification_id end,
         rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.rotation_id = r.id), 0)
@@ -6436,6 +7157,9 @@ declare
   v_next bytea;
 begin
   if v_settings.kek_provider = 'vault' then
+    if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
+      raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
+    end if;
     execute 'select (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1),
                     (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1 || ''_new'')'
       into v_text, v_next_text using v_settings.kek_secret_name;
@@ -6473,7 +7197,7 @@ CREATE FUNCTION rekey._prune_run_details() RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 begin
-  if to_regclass('cron.job_run_details') is not null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
       where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$, 'cron');
@@ -6490,56 +7214,75 @@ ALTER FUNCTION rekey._prune_run_details() OWNER TO rekey_owner;
 -- Name: FUNCTION _prune_run_details(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._prune_run_details() IS 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller.';
+COMMENT ON FUNCTION rekey._prune_run_details() IS 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller. Where cron.job_run_details is not pg_cron''s, or a trigger of others would fire: nothing.';
 
 
 --
--- Name: _quarantine(text, regclass, integer[], integer[], text[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _quarantine(text, regclass, integer[], integer[], text[], text[], text[], bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]) RETURNS void
+CREATE FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[], codes text[] DEFAULT NULL::text[], verification_id bigint DEFAULT NULL::bigint) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
     AS $$
 declare
+  v_relation text := relation::text;
   v_events jsonb;
 begin
-  with found as (
-    select distinct on (f.keyring_id, f.row_key) f.keyring_id, f.version, f.row_key, f.problem, r.id as rotation_id, k.name as keyring
-    from unnest(keyrings, versions, row_keys, problems) as f(keyring_id, version, row_key, problem)
+  with found as materialized (
+    select distinct on (f.keyring_id, h.hash) f.keyring_id, f.version, f.row_key, h.hash, f.problem, f.code, r.id as rotation_id,
+      q.id, q.rotation_id as before
+    from unnest(keyrings, versions, row_keys, problems, codes) as f(keyring_id, version, row_key, problem, code)
+    cross join lateral (select rekey._row_hash(f.row_key) as hash offset 0) h
     join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
-    join rekey.keyrings k on k.id = f.keyring_id
-  ), moved as (
     -- Known from an earlier rotation or pass.
-    update rekey.rotation_failures q set rotation_id = f.rotation_id, version = f.version, reason = f.problem
-    from found f
-    where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.row_key = f.row_key and q.resolved_at is null
-    returning q.keyring_id, q.row_key
+    left join lateral (
+      select q.id, q.rotation_id from rekey.rotation_failures q
+      where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.relation = v_relation and q.row_hash = h.hash and q.resolved_at is null
+      limit 1) q on true
+  ), moved as (
+    update rekey.rotation_failures q
+    set rotation_id = f.rotation_id, version = f.version, reason = f.problem, sqlstate = f.code, verification_id = _quarantine.verification_id
+    from found f where q.id = f.id
   ), added as (
-    insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason)
-    select f.rotation_id, f.keyring_id, _quarantine.target, _quarantine.relation::text, f.row_key, f.version, f.problem
-    from found f
-    where not exists (select from moved m where m.keyring_id = f.keyring_id and m.row_key = f.row_key)
+    insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason, sqlstate, verification_id)
+    select f.rotation_id, f.keyring_id, _quarantine.target, v_relation, f.row_key, f.version, f.problem, f.code, _quarantine.verification_id
+    from found f where f.id is null
     on conflict do nothing
-    returning rotation_id, keyring_id, row_key, version, reason
+    returning id, rotation_id, keyring_id, row_key, version, reason
+  ), failed as (
+    select n.rotation_id, count(*) as rows
+    from (select a.rotation_id from added a union all select f.rotation_id from found f where f.before <> f.rotation_id) n
+    group by n.rotation_id
+  ), counted as (
+    update rekey.rotations r set rows_failed = r.rows_failed + f.rows from failed f where r.id = f.rotation_id
   )
-  select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', k.name, 'version', a.version,
-    'rotation_id', a.rotation_id,
-    'details', jsonb_build_object('target', _quarantine.target, 'row', a.row_key, 'problem', a.reason)))
+  -- One entry for all rows of a version: how many there are may be anybody's to choose.
+  select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', e.keyring, 'version', e.version, 'rotation_id', e.rotation_id,
+    'details', jsonb_build_object('target', _quarantine.target, 'relation', v_relation, 'rows', e.rows,
+      'first', (select jsonb_agg(rekey._cut(u.row_key, 100) order by u.place) from unnest(e.row_keys[1:5]) with ordinality as u(row_key, place)),
+      'problem', e.problem)) order by e.rotation_id, e.version)
   into v_events
-  from added a join rekey.keyrings k on k.id = a.keyring_id;
+  from (
+    select a.rotation_id, a.version, k.name as keyring, count(*) as rows, array_agg(a.row_key order by a.id) as row_keys,
+      (array_agg(a.reason order by a.id))[1] as problem
+    from added a join rekey.keyrings k on k.id = a.keyring_id
+    group by a.rotation_id, a.version, k.name) e;
   perform rekey._audit_all(coalesce(v_events, '[]'));
 end
 $$;
 
 
-ALTER FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[], codes text[], verification_id bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[], codes text[], verification_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]) IS 'Notes rows that did not open, once each.';
+COMMENT ON FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[], codes text[], verification_id bigint) IS 'Notes rows that failed, once each, and counts them in their rotations, whose rows the caller has locked. codes: the SQLSTATE with which the table refused a row; NULL: it does not open. verification_id: the verification that saw them.';
 
 
 --
@@ -6615,10 +7358,10 @@ COMMENT ON FUNCTION rekey._ranges(verification_id bigint, target text, relation 
 
 
 --
--- Name: _record_error(bigint[], text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _record_error(bigint[], text, text, text, regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._record_error(rotations bigint[], message text, code text) RETURNS void
+CREATE FUNCTION rekey._record_error(rotations bigint[], message text, code text, target text DEFAULT NULL::text, relation regclass DEFAULT NULL::regclass) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -6629,13 +7372,20 @@ begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   with noted as (
     update rekey.rotations r
-    set attempts = r.attempts + 1, last_error = message,
-        state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
-        pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
-        next_attempt_at = case when r.attempts + 1 < v_max then
-          clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
+    set attempts = a.attempts, last_error = message,
+        state = case when a.attempts >= v_max then 'failed' else r.state end,
+        pass_id = case when a.attempts < v_max then r.pass_id end,
+        next_attempt_at = case when a.attempts < v_max then
+          clock_timestamp() + least(power(2, a.attempts - 1), 300) * interval '1 second' end,
+        blocked_by = case when _record_error.target is not null then jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
+          'target', _record_error.target, 'relation', _record_error.relation::text, 'error', message, 'sqlstate', code))) else r.blocked_by end,
+        blocked_since = case when _record_error.target is not null then coalesce(r.blocked_since, now()) else r.blocked_since end
+    from (
+      -- Whoever locks a table ends some time: that is waited for.
+      select t.id, case when code = '55P03' and _record_error.target is not null then greatest(t.attempts, 1) else t.attempts + 1 end as attempts
+      from rekey.rotations t where t.id = any (rotations)) a
     -- Not one that another worker's error has failed meanwhile.
-    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying')
+    where a.id = r.id and r.state in ('queued', 'running', 'verifying')
     returning r.id, r.keyring_id, r.to_version, r.state, r.attempts
   )
   select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
@@ -6649,13 +7399,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._record_error(rotations bigint[], message text, code text) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._record_error(rotations bigint[], message text, code text, target text, relation regclass) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _record_error(rotations bigint[], message text, code text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _record_error(rotations bigint[], message text, code text, target text, relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._record_error(rotations bigint[], message text, code text) IS 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed.';
+COMMENT ON FUNCTION rekey._record_error(rotations bigint[], message text, code text, target text, relation regclass) IS 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed. target, relation: what it came from.';
 
 
 --
@@ -6700,7 +7450,7 @@ begin
         select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
           case when k.old_header is not null then k.old_problem
-               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as old_problem
         from unnest(rows, ciphertexts, contexts) with ordinality as c(row, ciphertext, context, place)
         left join (
@@ -6988,6 +7738,33 @@ ALTER FUNCTION rekey._refuse_forger(stack text, callee text, caller text) OWNER 
 --
 
 COMMENT ON FUNCTION rekey._refuse_forger(stack text, callee text, caller text) IS '42501 where a function was not called by the one that may, directly and in an assignment. stack: PG_CONTEXT of the function.';
+
+
+--
+-- Name: _refuse_hidden(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_hidden() RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_problem text := rekey._own_problem();
+begin
+  if v_problem is not null then
+    raise exception '%', v_problem using errcode = 'RK005', hint = 'What is hidden would count as absent: nothing goes on until that is done.', constraint = 'own_tables';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_hidden() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_hidden(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_hidden() IS 'RK005 where a table of ours is not as we made it, so that rows may be hidden.';
 
 
 --
@@ -7289,7 +8066,7 @@ COMMENT ON COLUMN rekey.rotations.rows_failed IS 'Rows in quarantine.';
 -- Name: COLUMN rotations.attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotations.attempts IS 'Failed batches in a row.';
+COMMENT ON COLUMN rekey.rotations.attempts IS 'Failed attempts in a row: of the rotation, or of the batch that fails.';
 
 
 --
@@ -7480,11 +8257,11 @@ begin
   from rekey.audit_log a where a.id = (checkpoint -> 'checkpoint' ->> 'id')::bigint;
   if v_until is null or exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and a.at >= v_until) then
     raise exception 'entries up to % are not older than % before the checkpoint', last, v_keep using errcode = 'RK006',
-      hint = 'The setting audit_keep says how long entries stay. Export fewer of them, or wait.', constraint = 'wait';
+      hint = 'The setting audit_keep says how long entries stay. Export fewer of them, or wait.';
   end if;
   if not exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and not rekey._is_kept(a.event)) then
     raise exception 'up to entry % there is nothing to remove', last using errcode = 'RK006',
-      hint = 'Entries key.*, kek.* and audit.pruned stay for ever. Export more of them, or wait.', constraint = 'wait';
+      hint = 'Entries key.*, kek.* and audit.pruned stay for ever. Export more of them, or wait.';
   end if;
 end
 $$;
@@ -7676,6 +8453,192 @@ COMMENT ON FUNCTION rekey._refuse_unlock(problem text) IS 'Raises the error for 
 
 
 --
+-- Name: _row_hash(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._row_hash(row_key text) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._row_hash(row_key text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _row_hash(row_key text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._row_hash(row_key text) IS 'What a row in quarantine is found by: its key may be longer than an index row. (A backslash is doubled for the cast.)';
+
+
+--
+-- Name: rotation_failures; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.rotation_failures (
+    id bigint NOT NULL,
+    rotation_id bigint,
+    keyring_id integer NOT NULL,
+    target text NOT NULL,
+    relation text NOT NULL,
+    row_key text NOT NULL,
+    row_hash bytea GENERATED ALWAYS AS (sha256((replace(row_key, chr(92), (chr(92) || chr(92))))::bytea)) STORED NOT NULL,
+    version integer,
+    reason text NOT NULL,
+    sqlstate text,
+    verification_id bigint,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    resolved_at timestamp with time zone,
+    resolution text,
+    resolved_by text,
+    resolve_reason text,
+    CONSTRAINT rotation_failures_resolution_check CHECK ((resolution = ANY (ARRAY['retry'::text, 'discard'::text, 'cleared'::text]))),
+    CONSTRAINT rotation_failures_resolved_check CHECK (((resolved_at IS NULL) = (resolution IS NULL)))
+);
+
+
+ALTER TABLE rekey.rotation_failures OWNER TO rekey_owner;
+
+--
+-- Name: TABLE rotation_failures; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.rotation_failures IS 'Quarantine: rows that did not open in a rotation, or that their table did not let it change. They are left as they were, and keep their key from destruction.';
+
+
+--
+-- Name: COLUMN rotation_failures.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.id IS 'Number of the entry.';
+
+
+--
+-- Name: COLUMN rotation_failures.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.rotation_id IS 'Rotation in which the row failed, the last one; NULL: the census found it, and no rotation has met it.';
+
+
+--
+-- Name: COLUMN rotation_failures.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.keyring_id IS 'Keyring of the row.';
+
+
+--
+-- Name: COLUMN rotation_failures.target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.target IS 'Target the row is in.';
+
+
+--
+-- Name: COLUMN rotation_failures.relation; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.relation IS 'Table the row is in.';
+
+
+--
+-- Name: COLUMN rotation_failures.row_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.row_key IS 'Primary key of the row, its parts as text, separated by a slash.';
+
+
+--
+-- Name: COLUMN rotation_failures.row_hash; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.row_hash IS 'SHA-256 of row_key.';
+
+
+--
+-- Name: COLUMN rotation_failures.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.version IS 'Key version the row stands on; NULL: it is no envelope yet.';
+
+
+--
+-- Name: COLUMN rotation_failures.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.reason IS 'Why it did not open, or the error with which its table refused it.';
+
+
+--
+-- Name: COLUMN rotation_failures.sqlstate; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.sqlstate IS 'SQLSTATE of that error; NULL: the row does not open.';
+
+
+--
+-- Name: COLUMN rotation_failures.verification_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.verification_id IS 'Verification that saw it last.';
+
+
+--
+-- Name: COLUMN rotation_failures.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.created_at IS 'When it first failed.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolved_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolved_at IS 'When the entry was closed; NULL: it is open.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolution; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolution IS 'retry (tried again), discard (given up), cleared (the row opens again, or is gone); NULL while it is open.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolved_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolved_by IS 'Who closed it.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolve_reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolve_reason IS 'What whoever closed it said.';
+
+
+--
+-- Name: _refused_rows(text, regclass, bytea[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refused_rows(target text, relation regclass, ciphertexts bytea[], keys text[]) RETURNS TABLE(place integer, keyring_id integer, version integer)
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._refused_rows(target text, relation regclass, ciphertexts bytea[], keys text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refused_rows(target text, relation regclass, ciphertexts bytea[], keys text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refused_rows(target text, relation regclass, ciphertexts bytea[], keys text[]) IS 'Which of these rows are in quarantine because their table refused the new value, and still are as they were then.';
+
+
+--
 -- Name: _register_column(regclass, name, text, name[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7683,6 +8646,7 @@ CREATE FUNCTION rekey._register_column(target regclass, column_name name, keyrin
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_owner name := rekey._refuse_stranger(target);
@@ -7840,6 +8804,7 @@ COMMENT ON FUNCTION rekey._register_column(target regclass, column_name name, ke
 CREATE FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_protected rekey.protected_columns;
@@ -8215,6 +9180,7 @@ COMMENT ON FUNCTION rekey._rpc_refusal() IS 'The answer to whoever may not: 403 
 CREATE FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) RETURNS timestamp with time zone
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_wait interval := coalesce(wait, (rekey._settings()).destroy_wait);
@@ -8463,6 +9429,7 @@ COMMENT ON FUNCTION rekey._search_problem(search_id bigint) IS 'What a search co
 CREATE FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_search rekey._searches;
@@ -8568,6 +9535,7 @@ COMMENT ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_i
 CREATE FUNCTION rekey._searchable(only_one oid DEFAULT NULL::oid) RETURNS TABLE(relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, problem text)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 begin
   return query
@@ -8649,6 +9617,47 @@ ALTER FUNCTION rekey._secret_context(tenant_id uuid, id uuid) OWNER TO rekey_own
 --
 
 COMMENT ON FUNCTION rekey._secret_context(tenant_id uuid, id uuid) IS 'What the ciphertext of a secret is bound to.';
+
+
+--
+-- Name: _sequences_behind(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._sequences_behind() RETURNS TABLE(sequence regclass, at bigint, needed bigint)
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_column record;
+begin
+  for v_column in
+    select a.attrelid::regclass as relation, a.attname, pg_get_serial_sequence(a.attrelid::regclass::text, a.attname)::regclass as sequence
+    from pg_class c
+    join pg_attribute a on a.attrelid = c.oid and a.attidentity <> '' and not a.attisdropped
+    where c.relnamespace = 'rekey'::regnamespace and c.relkind = 'r'
+    union all
+    select r.relation, r.attname, 'rekey._pass_id'::regclass
+    from (values ('rekey.rotations'::regclass, 'pass_id'), ('rekey.rotations', 'verification_id'), ('rekey._chunks', 'pass_id'), ('rekey._verified', 'verification_id'))
+      as r(relation, attname)
+  loop
+    sequence := v_column.sequence;
+    execute format('select max(t.%I) from %s t', v_column.attname, v_column.relation) into needed;
+    execute format('select case when s.is_called then s.last_value else s.last_value - 1 end from %s s', sequence) into at;
+    if needed > at then
+      return next;
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._sequences_behind() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _sequences_behind(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._sequences_behind() IS 'Sequences of our tables whose next number is taken: where they are, and where they would have to be.';
 
 
 --
@@ -8806,6 +9815,49 @@ COMMENT ON FUNCTION rekey._settings() IS 'The settings. RK001 before rekey.regis
 
 
 --
+-- Name: _shape_problem(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._shape_problem(ciphertext bytea) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._shape_problem(ciphertext bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _shape_problem(ciphertext bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._shape_problem(ciphertext bytea) IS 'What is wrong with what is no envelope. What is larger than any can be, targets do not read: a header, and the word large, stand for it.';
+
+
+--
+-- Name: _still_verifying(bigint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._still_verifying(rotations bigint[]) RETURNS integer[]
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  return array(select r.keyring_id from rekey.rotations r where r.id = any (rotations) and r.state = 'verifying');
+end
+$$;
+
+
+ALTER FUNCTION rekey._still_verifying(rotations bigint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _still_verifying(rotations bigint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._still_verifying(rotations bigint[]) IS 'Locks these rotations, and returns the keyrings of those that were not paused, superseded or rolled back.';
+
+
+--
 -- Name: _storage_problem(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8842,6 +9894,7 @@ COMMENT ON FUNCTION rekey._storage_problem(relation regclass) IS 'Why the rows o
 CREATE FUNCTION rekey._store_setting(name text, value text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_type regtype;
@@ -8949,12 +10002,17 @@ declare
   v_failed_versions integer[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_failed_codes text[];
+  v_apart record;
+  v_undone tid;
+  v_error text;
 begin
   select c.* into v_chunk from rekey._chunks c
-  where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
+  where not c.stuck and rekey._is_due(c.next_attempt_at)
+    and exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
                   and rekey._is_due(r.next_attempt_at)
                   and case c.kind when 'adopt' then r.formats = '{plaintext}' when 'sweep' then r.trigger <> 'adoption' end)
-  order by c.urgent desc, c.pass_id desc, c.id
+  order by c.attempts > 0, c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
     return;
@@ -9015,24 +10073,47 @@ begin
         select r.made_rows, r.made, r.failed_places, r.problems into v_rows, v_made, v_failed_places, v_failed_problems
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
-      rows := rekey._write_rows(v_target, v_chunk.relation, v_rows, v_made);
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_made, v_chunk.kind = 'adopt') a;
+      rows := v_apart.written;
+      v_undone := v_apart.undone;
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
       from (select rekey._int4(h.header, 3) as keyring_id, h.rows
-            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_made) as u(ciphertext) where u.ciphertext is not null group by 1) h) d;
-      select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
-        array_agg(case when v_chunk.kind = 'sweep' then rekey._int4(v_old[f.place], 7) end order by f.rank),
-        array_agg(v_batch.keys[f.place] order by f.rank)
-      into v_failed_keyrings, v_failed_versions, v_failed_keys
-      from unnest(v_failed_places) with ordinality as f(place, rank);
+            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows
+                  from unnest(v_made, v_rows) as u(ciphertext, row)
+                  where u.ciphertext is not null and u.row <> all (v_apart.refused) and (v_undone is null or u.row < v_undone)
+                  group by 1) h) d;
+      if v_failed_places is not null or v_apart.refused <> '{}' then
+        -- (Joined: to look a place up in an array of texts takes as long as the place is far.)
+        select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else f.keyring_id end order by f.place),
+          array_agg(f.version order by f.place), array_agg(f.key order by f.place), array_agg(f.problem order by f.place), array_agg(f.code order by f.place)
+        into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems, v_failed_codes
+        from (
+          select u.place, u.key, coalesce(p.problem, a.problem) as problem, a.code,
+            case when u.header is not null then rekey._int4(u.header, 3) end as keyring_id,
+            case when u.header is not null then rekey._int4(u.header, 7) end as version
+          from (
+            select b.row, b.key, substr(o.ciphertext, 1, 11) as header, b.place
+            from unnest(v_batch.rows, v_batch.keys) with ordinality as b(row, key, place)
+            left join unnest(v_old) with ordinality as o(ciphertext, place) on o.place = b.place) u
+          left join unnest(v_failed_places, v_failed_problems) as p(place, problem) on p.place = u.place
+          left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+          where p.place is not null or a.row is not null) f;
+      end if;
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
           hint = 'See rekey.column_status.', constraint = 'columns';
       end if;
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
-        v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
+        v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems,
+        case when v_apart.codes <> '{}' then v_failed_codes end);
+      perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
-    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+    if v_undone is null then
+      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+    else
+      update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
+    end if;
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -9044,10 +10125,11 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, v_chunk.kind = 'adopt');
+      perform rekey._note_trouble(v_chunk, v_error, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+      detail := jsonb_build_object('target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20], 'error', v_error, 'sqlstate', sqlstate);
   end;
 end
 $$;
@@ -9105,7 +10187,7 @@ declare
   v_table regclass;
 begin
   if only_target is null or only_target = 'rekey.secrets' then
-    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, null);
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
     return next v_target;
   end if;
   for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop
@@ -9199,6 +10281,7 @@ COMMENT ON FUNCTION rekey._through_postgrest() IS 'Whether PostgREST calls: it s
 CREATE FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_worker rekey._worker;
@@ -9212,6 +10295,7 @@ begin
     raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
   end if;
   perform rekey._refuse_snapshot();
+  perform rekey._refuse_hidden();
   select * into v_worker from rekey._worker;
   if not found then
     return null;  -- not set up yet
@@ -9268,7 +10352,7 @@ ALTER FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) OWNER
 -- Name: FUNCTION _tick_duty(duty text, begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been.';
+COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
 
 
 --
@@ -9278,6 +10362,7 @@ COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) 
 CREATE FUNCTION rekey._to_look(search_id bigint) RETURNS TABLE(relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, since xid, problem text)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   return query
@@ -9358,12 +10443,78 @@ COMMENT ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, re
 
 
 --
+-- Name: _trusted_function(name, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trusted_function(extension name, signature text) RETURNS regprocedure
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_function regprocedure := to_regprocedure(signature);
+begin
+  return case when rekey._is_trusted(extension, 'pg_proc', v_function) then v_function end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._trusted_function(extension name, signature text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trusted_function(extension name, signature text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trusted_function(extension name, signature text) IS 'The function of this signature, where it is the extension''s; NULL: there is none.';
+
+
+--
+-- Name: _trusted_relation(name, name, name, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer DEFAULT 0) RETURNS regclass
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_relation regclass;
+  v_locked regclass;
+begin
+  -- Its lock keeps the extension, and so every name of it, as it is until the transaction ends: looked at, locked, looked at again.
+  loop
+    select c.oid into v_relation
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where n.nspname = schema and c.relname = name and c.relkind in ('r', 'v') and rekey._is_trusted(extension, 'pg_class', c.oid)
+      -- Whoever has the privilege TRIGGER on a table can have his code run by who writes into it.
+      and not exists (
+        select from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+        where t.tgrelid = c.oid and not t.tgisinternal and t.tgtype::integer & events <> 0
+          and not rekey._is_trusted(extension, 'pg_proc', p.oid) and not (select r.rolsuper from pg_roles r where r.oid = p.proowner));
+    exit when v_relation is null or v_relation = v_locked;
+    execute format('lock table %s in access share mode', v_relation);
+    v_locked := v_relation;
+  end loop;
+  return v_relation;
+end
+$$;
+
+
+ALTER FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trusted_relation(extension name, schema name, name name, events integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) IS 'A table or view, locked until the transaction ends, where it is the extension''s; NULL: there is none. events: no trigger of others may fire on these (4 INSERT, 8 DELETE, 16 UPDATE; bits of pg_trigger.tgtype). 42501: the caller may not read it.';
+
+
+--
 -- Name: _unlock(bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_first text;
@@ -9419,6 +10570,7 @@ COMMENT ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, O
 CREATE FUNCTION rekey._unsettled(id integer) RETURNS TABLE(relation regclass, column_name name)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns := (select c from rekey.protected_columns c where c.id = _unsettled.id);
@@ -9450,6 +10602,50 @@ ALTER FUNCTION rekey._unsettled(id integer) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._unsettled(id integer) IS 'The columns that may hold values of a protected column beside it: those that have its name, and those of relations that were parts of its table.';
+
+
+--
+-- Name: _due; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._due (
+    pass_id bigint NOT NULL,
+    kind text NOT NULL,
+    target text NOT NULL,
+    relation regclass NOT NULL,
+    rotations bigint[] NOT NULL,
+    passed boolean DEFAULT false NOT NULL,
+    refused integer DEFAULT 0 NOT NULL
+);
+
+
+ALTER TABLE rekey._due OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _due; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._due IS 'Relations of a pass: the rotations that had rows to do there when it began, whether one row went through since, and how many were refused.';
+
+
+--
+-- Name: _unswept(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._unswept(pass_id bigint) RETURNS TABLE(rotation_id bigint, stuck boolean, last_error text)
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._unswept(pass_id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _unswept(pass_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._unswept(pass_id bigint) IS 'The rotations that a pass has chunks left for; stuck: none of them is tried any more.';
 
 
 --
@@ -9487,7 +10683,19 @@ declare
   v_verification bigint;
   v_results jsonb;
   v_found record;
-  v_failure record;
+  v_count record;
+  v_error record;
+  v_live integer[];
+  v_targets text[];
+  v_places oid[];
+  v_of integer[];
+  v_versions integer[];
+  v_rows bigint[];
+  v_failed_rows bigint[];
+  v_refused_rows bigint[];
+  v_errors jsonb := '[]'::jsonb;
+  v_held jsonb;
+  v_held_ids bigint[] := '{}'::bigint[];
   v_failed bigint;
   v_completed bigint[] := '{}'::bigint[];
   v_blocked jsonb;
@@ -9528,41 +10736,87 @@ begin
         return;
       end if;
     end if;
-    with counted as materialized (
-      select c.* from rekey._count(v_keyrings, true, v_verification) c
+    for v_count in select c.* from rekey._count(v_keyrings, true, v_verification, apart => true) c loop
+      -- Everything is counted by now, and the names of what failed are noted as they come: they may be too many for one value.
+      if v_live is null then
+        v_live := rekey._still_verifying(v_ids);
+      end if;
+      if v_count.error is not null then
+        v_errors := v_errors || jsonb_build_object('target', v_count.target, 'relation', v_count.relation::oid, 'error', v_count.error, 'sqlstate', v_count.code);
+        continue;
+      end if;
+      v_places := v_places || v_count.relation::oid;
+      v_targets := v_targets || v_count.target;
+      v_of := v_of || v_count.keyring_id;
+      v_versions := v_versions || v_count.version;
+      v_rows := v_rows || v_count.rows;
+      v_failed_rows := v_failed_rows || v_count.failed;
+      v_refused_rows := v_refused_rows || v_count.refused;
+      if v_count.failed > 0 and v_count.keyring_id = any (v_live) then
+        perform rekey._quarantine(v_count.target, v_count.relation, array_fill(v_count.keyring_id, array[cardinality(v_count.failed_keys)]),
+          array_fill(v_count.version, array[cardinality(v_count.failed_keys)]), v_count.failed_keys, v_count.failed_problems,
+          verification_id => v_verification);
+      elsif v_count.refused > 0 then
+        update rekey.rotation_failures q set verification_id = v_verification
+        from unnest(v_count.failed_keys) as k(row_key)
+        where q.keyring_id = v_count.keyring_id and q.target = v_count.target and q.relation = v_count.relation::text
+          and q.row_hash = rekey._row_hash(k.row_key) and q.resolved_at is null;
+      end if;
+    end loop;
+    with counted as (
+      select u.* from unnest(v_targets, v_places, v_of, v_versions, v_rows, v_failed_rows, v_refused_rows)
+        as u(target, relation, keyring_id, version, rows, failed, refused)
     ), summed as (
-      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
-        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation::oid, 'version', c.version,
-          'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
+      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed - c.refused) filter (where c.version <> r.to_version) as behind
       from counted c
       join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
       group by c.keyring_id
+    ), held as (
+      -- Whose rows are in what raised: as it counted them, or, where it did not count, as far as is known.
+      select distinct on (r.id) r.id, e.error, e.sqlstate, e.target, e.relation
+      from jsonb_to_recordset(v_errors) as e(target text, relation oid, error text, sqlstate text)
+      left join rekey.protected_columns p on p.label = e.target
+      join rekey.rotations r on r.id = any (v_ids)
+        and case when exists (select from counted c where c.relation = e.relation and c.target = e.target)
+                 then exists (select from counted c where c.relation = e.relation and c.target = e.target and c.keyring_id = r.keyring_id)
+                 else p.id is null or rekey._may_hold(p, array[r.keyring_id]) end
+      order by r.id, e.target, e.relation
     )
-    select (select jsonb_agg(to_jsonb(s)) from summed s),
+    select (select jsonb_agg(to_jsonb(s)) from summed s), (select coalesce(jsonb_agg(to_jsonb(h)), '[]') from held h),
       (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
         select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c group by c.target, c.keyring_id) t)
-    into v_results, v_seen;
+    into v_results, v_held, v_seen;
     v_emptied := rekey._emptied(v_seen, v_keyrings);
     -- Of an adoption, what is no envelope yet is behind.
     select jsonb_agg(to_jsonb(a)) into v_adoptions
     from (
       select r.id as rotation_id, p.label,
-        (select sum(d.rows) from rekey._due_rows(array[r.id]) d) as rows
+        (select sum(c.rows) from rekey._targets(p.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+         where t.problem is null and c.keyring_id is null) as rows
       from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
       where r.id = any (v_ids) and r.trigger = 'adoption') a;
 
-    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+    if v_live is null then
+      v_live := rekey._still_verifying(v_ids);
+    end if;
+    for v_error in
+      select h.error, h.sqlstate, h.target, h.relation, array_agg(h.id) as ids
+      from jsonb_to_recordset(v_held) as h(id bigint, error text, sqlstate text, target text, relation oid) group by 1, 2, 3, 4
+    loop
+      perform rekey._record_error(v_error.ids, v_error.error, v_error.sqlstate, v_error.target, v_error.relation::regclass);
+      v_held_ids := v_held_ids || v_error.ids;
+    end loop;
     for v_found in
-      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.failures, '[]') as failures, a.label as adopted,
+      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, a.label as adopted,
         case when r.trigger <> 'adoption' then coalesce(s.behind, 0)
              else greatest(coalesce(a.rows, 0) - (
                select count(*) from rekey.rotation_failures q
                where q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
         coalesce(a.rows, 0) = 0 as adopted_all
       from rekey.rotations r
-      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
+      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint) on s.keyring_id = r.keyring_id
       left join jsonb_to_recordset(v_adoptions) as a(rotation_id bigint, label text, rows bigint) on a.rotation_id = r.id
-      where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
+      where r.id = any (v_ids) and r.id <> all (v_held_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
       order by r.id
     loop
       rows := rows + v_found.rows;
@@ -9573,28 +10827,13 @@ begin
         where r.id = v_found.id;
         continue;
       end if;
-      for v_failure in
-        select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
-        from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
-        cross join lateral unnest(f.keys, f.problems) as k(row_key, problem)
-        group by f.target, f.relation
-      loop
-        perform rekey._quarantine(v_failure.target, v_failure.relation::regclass,
-          array_fill(v_found.keyring_id, array[cardinality(v_failure.row_keys)]), v_failure.versions, v_failure.row_keys, v_failure.problems);
-      end loop;
-      with failing as materialized (
-        select f.target, k.row_key
-        from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
-        cross join lateral unnest(f.keys) as k(row_key)
-      ), closed as (
-        select q.id from rekey.rotation_failures q
-        left join failing f on f.target = q.target and f.row_key = q.row_key
-        where q.keyring_id = v_found.keyring_id and q.resolved_at is null and f.row_key is null
-          and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all)
-      )
       update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
-      from closed c where c.id = q.id;
-      select count(*) into v_failed from rekey.rotation_failures q where q.rotation_id = v_found.id and q.resolved_at is null;
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.verification_id is distinct from v_verification
+        and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all);
+      update rekey.rotation_failures q set rotation_id = v_found.id
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.rotation_id <> v_found.id and q.verification_id = v_verification;
+      select count(*) into v_failed from rekey.rotation_failures q
+      where q.keyring_id = v_found.keyring_id and q.rotation_id = v_found.id and q.resolved_at is null;
       if v_found.behind > 0 then
         update rekey.rotations r
         set state = 'running', rows_failed = v_failed,
@@ -9619,9 +10858,9 @@ begin
         'details', jsonb_build_object('state', r.state, 'rows', r.rows_done, 'failures', r.rows_failed)) order by r.id)
       from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
       where r.id = any (v_completed)), '[]'));
-    event := case when v_completed = '{}' then 'verified' else 'completed' end;
+    event := case when v_completed <> '{}' then 'completed' when v_held_ids @> v_ids then 'error' else 'verified' end;
     keyring_count := cardinality(v_ids);
-    detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
+    detail := jsonb_strip_nulls(jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20], 'errors', nullif(v_errors, '[]')));
   exception
     when query_canceled or assert_failure or others then
       get stacked diagnostics v_context = pg_exception_context;
@@ -9668,11 +10907,13 @@ declare
   v_target rekey._target;
   v_until bigint;
   v_found record;
+  v_refused boolean;
+  v_error text;
 begin
   select c.* into v_chunk from rekey._chunks c
-  where c.kind = 'verify'
+  where c.kind = 'verify' and rekey._is_due(c.next_attempt_at)
     and exists (select from rekey.rotations r where r.verification_id = c.pass_id and r.state = 'verifying' and rekey._is_due(r.next_attempt_at))
-  order by c.id
+  order by c.attempts > 0, c.id
   limit 1 for update of c skip locked;
   if not found then
     return;
@@ -9705,12 +10946,14 @@ begin
       update rekey._chunks c set kind = 'doubtful' where c.id = v_chunk.id;
       return;
     end if;
+    v_refused := exists (select from rekey.rotation_failures q where q.target = v_chunk.target and q.resolved_at is null and q.sqlstate is not null);
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
         format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, (2097152 * v_size)::bigint) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
-      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
+      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts))
+         or v_refused and exists (select from rekey._refused_rows(v_chunk.target, v_chunk.relation, v_found.ciphertexts, v_found.keys)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
         values (v_chunk.pass_id, false, 'doubtful', v_chunk.target, v_chunk.relation, v_chunk.first,
           coalesce(rekey._block(v_found.next) + 1, v_until), v_chunk.batch_blocks);
@@ -9720,15 +10963,11 @@ begin
         delete from rekey._chunks c where c.id = v_chunk.id;
         exit;
       elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
-        update rekey._chunks c set first = v_chunk.first where c.id = v_chunk.id;
+        update rekey._chunks c set first = v_chunk.first, attempts = 0, next_attempt_at = null where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
-    if exists (select from rekey.rotations r where r.id = any (v_ids) and r.attempts > 0) then
-      perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
-      update rekey.rotations r set attempts = 0 where r.id = any (v_ids);
-    end if;
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -9739,10 +10978,15 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, true);
+      -- Whom it concerns is found out by the last step, which opens these rows, and waits for nobody else's.
+      update rekey._chunks c
+      set attempts = c.attempts + 1, last_error = v_error, next_attempt_at = clock_timestamp() + least(power(2, c.attempts), 300) * interval '1 second',
+          kind = case when not rekey._is_passing(sqlstate) or c.attempts >= 2 then 'doubtful' else c.kind end
+      where c.id = v_chunk.id;
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+      detail := jsonb_build_object('target', v_chunk.target, 'rotations', v_ids[1:20], 'error', v_error, 'sqlstate', sqlstate);
   end;
 end
 $$;
@@ -9754,7 +10998,7 @@ ALTER FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OU
 -- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, or the relation is not as the verification found it, it leaves them to the last step.';
+COMMENT ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, the relation is not as the verification found it, or an error comes again, it leaves them to the last step.';
 
 
 --
@@ -9764,6 +11008,7 @@ COMMENT ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count intege
 CREATE FUNCTION rekey._view_columns(target regclass) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 begin
   return (
@@ -9845,6 +11090,84 @@ ALTER FUNCTION rekey._wrapping_key(kek bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._wrapping_key(kek bytea) IS 'The 64-byte AEAD key that wraps DEKs, derived from a KEK.';
+
+
+--
+-- Name: _write_apart(rekey._target, regclass, tid[], bytea[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_prepared text[] := rekey._prepared();
+  v_begin timestamptz := clock_timestamp();
+  v_limit interval := greatest(5 * (rekey._settings()).batch_target, interval '1 second');
+  v_tries integer := 0;
+  v_rows tid[] := rows;
+  v_ciphertexts bytea[] := ciphertexts;
+  -- What is still to be written, the first at the end.
+  v_from integer[] := array[1];
+  v_until integer[] := array[coalesce(cardinality(rows), 0)];
+  v_low integer;
+  v_high integer;
+  v_top integer := 1;
+  v_message text;
+  v_code text;
+  v_context text;
+begin
+  written := 0;
+  refused := '{}';
+  problems := '{}';
+  codes := '{}';
+  while v_top > 0 loop
+    v_low := v_from[v_top];
+    v_high := v_until[v_top];
+    if v_tries >= 60 or v_tries > 1 and clock_timestamp() - v_begin > v_limit then
+      undone := v_rows[v_low];
+      return;
+    end if;
+    v_tries := v_tries + 1;
+    v_top := v_top - 1;
+    begin
+      written := written + rekey._write_rows(target, relation, v_rows[v_low:v_high], v_ciphertexts[v_low:v_high]);
+      continue;
+    exception when assert_failure or others then
+      get stacked diagnostics v_message = message_text, v_code = returned_sqlstate, v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      if rekey._is_passing(v_code) or v_context ~ '^PL/pgSQL function "?rekey"?\."?_call_write' then
+        raise;
+      end if;
+    end;
+    if v_tries = 1 then
+      select array_agg(u.row order by u.row), array_agg(u.ciphertext order by u.row) into v_rows, v_ciphertexts
+      from unnest(v_rows, v_ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+      v_high := cardinality(v_rows);
+    end if;
+    if v_low = v_high then
+      refused := refused || v_rows[v_low];
+      problems := problems || rekey._explain_error(relation, v_message, v_code, v_context, plain);
+      codes := codes || v_code;
+    else
+      v_from[v_top + 1] := (v_low + v_high) / 2 + 1;
+      v_until[v_top + 1] := v_high;
+      v_from[v_top + 2] := v_low;
+      v_until[v_top + 2] := (v_low + v_high) / 2;
+      v_top := v_top + 2;
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) IS 'Stores as rekey._write_rows(), and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. An error that passes is raised.';
 
 
 --
@@ -10073,7 +11396,7 @@ COMMENT ON COLUMN rekey.rotation_status.rows_failed IS 'Rows in quarantine: reke
 -- Name: COLUMN rotation_status.attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_status.attempts IS 'Failed batches in a row.';
+COMMENT ON COLUMN rekey.rotation_status.attempts IS 'Failed attempts in a row, of the batch that fails.';
 
 
 --
@@ -10094,7 +11417,7 @@ COMMENT ON COLUMN rekey.rotation_status.next_attempt_at IS 'It goes on after thi
 -- Name: COLUMN rotation_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), or rows (rows, why).';
+COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), or tables in which a step fails (target, relation, error, sqlstate).';
 
 
 --
@@ -10160,6 +11483,7 @@ COMMENT ON COLUMN rekey.rotation_status.forced IS 'Whether values that look like
 CREATE FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[] DEFAULT '{plaintext}'::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_column rekey.protected_columns;
@@ -10218,7 +11542,7 @@ declare
   v_names text[];
   v_count bigint;
 begin
-  if to_regclass('vault.decrypted_secrets') is null then
+  if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
     raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
   end if;
   select array_agg(s.value || n.suffix) into v_names
@@ -10240,7 +11564,7 @@ ALTER FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) OWNER TO rekey_ow
 -- Name: FUNCTION adopt_vault(keyring text, tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault; and the errors of rekey.set_secret().';
+COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
 
 
 --
@@ -10358,6 +11682,7 @@ COMMENT ON TABLE rekey._audit_head IS 'One row: number and hash of the last entr
 CREATE FUNCTION rekey.audit_checkpoint() RETURNS jsonb
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     -- in sql/code
 ;
 
@@ -10378,6 +11703,7 @@ COMMENT ON FUNCTION rekey.audit_checkpoint() IS 'The end of the audit log now: n
 CREATE FUNCTION rekey.begin_search() RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_search rekey._searches;
@@ -10418,6 +11744,7 @@ COMMENT ON FUNCTION rekey.begin_search() IS 'Begins a search of the database for
 CREATE FUNCTION rekey.can_access_tenant(tenant_id uuid) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_caller name := rekey._caller();
@@ -10463,6 +11790,7 @@ COMMENT ON FUNCTION rekey.can_access_tenant(tenant_id uuid) IS 'Whether the call
 CREATE FUNCTION rekey.cancel_key_destruction(keyring text, version integer) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -10494,6 +11822,7 @@ COMMENT ON FUNCTION rekey.cancel_key_destruction(keyring text, version integer) 
 CREATE FUNCTION rekey.clear_schedule(keyring text DEFAULT 'default'::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -10513,6 +11842,38 @@ ALTER FUNCTION rekey.clear_schedule(keyring text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.clear_schedule(keyring text) IS 'Ends the schedule of a keyring. RK007: there is none.';
+
+
+--
+-- Name: confirm_emptied(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.confirm_emptied(keyring text) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring);
+  v_rows bigint;
+begin
+  select s.rows into v_rows from rekey._secrets_seen s where s.keyring_id = v_keyring.id for update;
+  if v_rows > 0 then
+    update rekey._secrets_seen s set rows = 0 where s.keyring_id = v_keyring.id;
+    perform rekey._audit('keyring.emptied', keyring, details => jsonb_build_object('seen', v_rows));
+  end if;
+  return coalesce(v_rows, 0);
+end
+$$;
+
+
+ALTER FUNCTION rekey.confirm_emptied(keyring text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION confirm_emptied(keyring text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.confirm_emptied(keyring text) IS 'Confirms that the secrets of a keyring are gone, all of them, because they were deleted: its rotation, which held 1,000 or more at its last complete count, then completes without them. Returns how many there were. RK007: no such keyring.';
 
 
 --
@@ -10554,6 +11915,7 @@ COMMENT ON FUNCTION rekey.create_decrypted_view(target regclass) IS 'Makes the v
 CREATE FUNCTION rekey.create_keyring(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, rotate_every interval DEFAULT NULL::interval) RETURNS rekey.keyrings
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -10608,6 +11970,7 @@ COMMENT ON FUNCTION rekey.create_keyring(name text, tenant_id uuid, rotate_every
 CREATE FUNCTION rekey.decrypt(ciphertext bytea, context text[] DEFAULT '{}'::text[]) RETURNS bytea
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_tenant uuid;
@@ -10643,6 +12006,7 @@ COMMENT ON FUNCTION rekey.decrypt(ciphertext bytea, context text[]) IS 'Opens wh
 CREATE FUNCTION rekey.decrypt(ciphertext text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_plaintext bytea;
@@ -10672,6 +12036,7 @@ COMMENT ON FUNCTION rekey.decrypt(ciphertext text, context text[]) IS 'As rekey.
 CREATE FUNCTION rekey.decrypt_text(ciphertext bytea, context text[] DEFAULT '{}'::text[]) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
@@ -10702,6 +12067,7 @@ COMMENT ON FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) IS 'As 
 CREATE FUNCTION rekey.decrypt_text(ciphertext text, context text[] DEFAULT '{}'::text[]) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   return rekey.decrypt_text(case when ciphertext is not null then coalesce(rekey._from_text(ciphertext), ''::bytea) end, context);
@@ -10725,6 +12091,7 @@ COMMENT ON FUNCTION rekey.decrypt_text(ciphertext text, context text[]) IS 'As r
 CREATE FUNCTION rekey.delete_secret(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   perform rekey._check_tenant(tenant_id);
@@ -10750,6 +12117,7 @@ COMMENT ON FUNCTION rekey.delete_secret(name text, tenant_id uuid) IS 'Deletes a
 CREATE FUNCTION rekey.disable_key(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -10780,6 +12148,7 @@ COMMENT ON FUNCTION rekey.disable_key(keyring text, version integer, reason text
 CREATE FUNCTION rekey.enable_key(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -10809,6 +12178,7 @@ COMMENT ON FUNCTION rekey.enable_key(keyring text, version integer, reason text)
 CREATE FUNCTION rekey.encrypt(plaintext bytea, keyring text DEFAULT 'default'::text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -11010,12 +12380,83 @@ COMMENT ON FUNCTION rekey.find_unprotected() IS 'Columns that were forgotten: th
 
 
 --
+-- Name: findings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.findings() RETURNS TABLE(kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+begin
+  return query
+    select 'own tables', 'critical', 'rekey', null::text, null::integer, null::bigint, o.problem, 'Nothing completes and no key is destroyed until that is done.'
+    from rekey._own_problem() as o(problem) where o.problem is not null
+    union all
+    -- 1: for each row, 2: before. Whoever made it may want it; it could also keep rows as they are, and say nothing.
+    select 'own tables', 'warning', t.tgrelid::regclass::text, null, null, null,
+      format('trigger %I of %s may change what pg_rekey writes', t.tgname, t.tgrelid::regclass), format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass)
+    from pg_depend d
+    join pg_trigger t on d.classid = 'pg_class'::regclass and t.tgrelid = d.objid and not t.tgisinternal and t.tgtype::integer & 3 = 3
+    join pg_proc p on p.oid = t.tgfoid and p.pronamespace <> 'rekey'::regnamespace
+    where d.refclassid = 'pg_namespace'::regclass and d.refobjid = 'rekey'::regnamespace
+    union all
+    select c.kind, c.severity, c.label, null, null, null, format('%s: %s', c.label, c.finding), c.advice from rekey.protection_findings() c
+    union all
+    select 'sequence', 'critical', s.sequence::text, null, null, null,
+      format('the sequence %s is at %s, and its table at %s: rotations will fail with 23505', s.sequence, s.at, s.needed),
+      format('select rekey.resync_sequences(), or: select setval(%L, %s)', s.sequence::text, s.needed)
+    from rekey._sequences_behind() s
+    union all
+    select 'name', 'warning', n.nspname::text, null, null, null,
+      format('schema %I belongs to %s, and not to the extension %s', n.nspname, pg_get_userbyid(n.nspowner), s.extension),
+      'pg_rekey passes it by. Whoever reads or calls what is in it runs the code of that role: DROP SCHEMA, or REVOKE CREATE ON DATABASE.'
+    from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
+    join pg_namespace n on n.nspname = s.schema
+    where not exists (
+      select from pg_extension e
+      where e.extname = s.extension and (e.extnamespace = n.oid or exists (
+        select from pg_depend d
+        where d.classid = 'pg_namespace'::regclass and d.objid = n.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')))
+    union all
+    select 'name', 'warning', o.name, null, null, null,
+      format('%s of %s is in a schema of the extension %s, and not of the extension', o.name, pg_get_userbyid(o.owner), s.extension),
+      'pg_rekey passes it by. Look at what it is for, and who may CREATE in that schema.'
+    from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
+    join pg_namespace n on n.nspname = s.schema
+    join pg_extension e on e.extname = s.extension
+    join (
+      select c.relnamespace, c.oid, c.relowner, 'pg_class'::regclass, c.oid::regclass::text from pg_class c where c.relkind in ('r', 'p', 'v', 'm', 'f')
+      union all
+      select p.pronamespace, p.oid, p.proowner, 'pg_proc'::regclass, p.oid::regprocedure::text from pg_proc p
+    ) as o(namespace, oid, owner, class, name) on o.namespace = n.oid
+    where not exists (
+      select from pg_depend d
+      where d.classid = o.class and d.objid = o.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')
+    union all
+    select f.kind, f.severity, f.target, nullif(f.keyring, ''), nullif(f.version, 0), f.rows, f.finding, f.advice
+    from rekey._census_findings f where f.rows is not null;
+end
+$$;
+
+
+ALTER FUNCTION rekey.findings() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION findings(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.findings() IS 'What is not as it should be: tables of ours that hide rows, protected columns (rekey.protection_findings()), sequences that are behind, schemas and objects that only have the names of pg_cron or the Vault, and rows that the last census found not to open, or on versions that are destroyed or unknown. severity: critical or warning. pg-rekey doctor shows it.';
+
+
+--
 -- Name: get_secret(text, uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.get_secret(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_id uuid;
@@ -11052,6 +12493,7 @@ COMMENT ON FUNCTION rekey.get_secret(name text, tenant_id uuid) IS 'The value of
 CREATE FUNCTION rekey.is_sweeping(relation regclass) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   -- The setting saves the look; it proves nothing, since anybody can make it.
@@ -11079,6 +12521,7 @@ COMMENT ON FUNCTION rekey.is_sweeping(relation regclass) IS 'Whether it is a rot
 CREATE FUNCTION rekey.key_usage(keyring text DEFAULT NULL::text) RETURNS SETOF rekey.key_rows
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_ids integer[] := case when key_usage.keyring is not null then array[(rekey._keyring(key_usage.keyring)).id] end;
@@ -11138,6 +12581,7 @@ COMMENT ON FUNCTION rekey.lock() IS 'Forgets the KEK of this session and transac
 CREATE FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -11173,7 +12617,7 @@ begin
       v_rotation := rekey._queue_sweep(v_keyring.id, 'compromise', reason);
       v_event := 'rotation.requested';
     end if;
-    update rekey._chunks c set urgent = true
+    update rekey._chunks c set urgent = true, attempts = 0, next_attempt_at = null, stuck = false
     where c.id in (
       select d.id from rekey._chunks d
       where d.pass_id = (select r.pass_id from rekey.rotations r where r.id = v_rotation)
@@ -11196,6 +12640,33 @@ ALTER FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason 
 --
 
 COMMENT ON FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text) IS 'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+
+
+--
+-- Name: _census_findings; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._census_findings (
+    kind text NOT NULL,
+    target text NOT NULL,
+    keyring text DEFAULT ''::text NOT NULL,
+    version integer DEFAULT 0 NOT NULL,
+    item text NOT NULL,
+    severity text NOT NULL,
+    rows bigint,
+    finding text NOT NULL,
+    advice text NOT NULL,
+    since timestamp with time zone DEFAULT now() NOT NULL
+);
+
+
+ALTER TABLE rekey._census_findings OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _census_findings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._census_findings IS 'What the last census found, and since when; what it does not find any more is not here.';
 
 
 --
@@ -11259,135 +12730,13 @@ COMMENT ON COLUMN rekey.keks.retired_at IS 'When it was replaced or declared los
 
 
 --
--- Name: rotation_failures; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.rotation_failures (
-    id bigint NOT NULL,
-    rotation_id bigint NOT NULL,
-    keyring_id integer NOT NULL,
-    target text NOT NULL,
-    relation text NOT NULL,
-    row_key text NOT NULL,
-    version integer,
-    reason text NOT NULL,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    resolved_at timestamp with time zone,
-    resolution text,
-    resolved_by text,
-    resolve_reason text,
-    CONSTRAINT rotation_failures_resolution_check CHECK ((resolution = ANY (ARRAY['retry'::text, 'discard'::text, 'cleared'::text]))),
-    CONSTRAINT rotation_failures_resolved_check CHECK (((resolved_at IS NULL) = (resolution IS NULL)))
-);
-
-
-ALTER TABLE rekey.rotation_failures OWNER TO rekey_owner;
-
---
--- Name: TABLE rotation_failures; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.rotation_failures IS 'Quarantine: rows that did not open in a rotation. They are left as they were, and keep their key from destruction.';
-
-
---
--- Name: COLUMN rotation_failures.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.id IS 'Number of the entry.';
-
-
---
--- Name: COLUMN rotation_failures.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.rotation_id IS 'Rotation in which the row did not open, the last one.';
-
-
---
--- Name: COLUMN rotation_failures.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.keyring_id IS 'Keyring of the row.';
-
-
---
--- Name: COLUMN rotation_failures.target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.target IS 'Target the row is in.';
-
-
---
--- Name: COLUMN rotation_failures.relation; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.relation IS 'Table the row is in.';
-
-
---
--- Name: COLUMN rotation_failures.row_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.row_key IS 'Primary key of the row, its parts as text, separated by a slash.';
-
-
---
--- Name: COLUMN rotation_failures.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.version IS 'Key version the row stands on; NULL: it is no envelope yet.';
-
-
---
--- Name: COLUMN rotation_failures.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.reason IS 'Why it did not open.';
-
-
---
--- Name: COLUMN rotation_failures.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.created_at IS 'When it first did not open.';
-
-
---
--- Name: COLUMN rotation_failures.resolved_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.resolved_at IS 'When the entry was closed; NULL: it is open.';
-
-
---
--- Name: COLUMN rotation_failures.resolution; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.resolution IS 'retry (tried again), discard (given up), cleared (the row opens again, or is gone); NULL while it is open.';
-
-
---
--- Name: COLUMN rotation_failures.resolved_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.resolved_by IS 'Who closed it.';
-
-
---
--- Name: COLUMN rotation_failures.resolve_reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.resolve_reason IS 'What whoever closed it said.';
-
-
---
 -- Name: metrics(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.metrics() RETURNS TABLE(name text, labels jsonb, value double precision)
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     -- in sql/code
 ;
 
@@ -11408,6 +12757,7 @@ COMMENT ON FUNCTION rekey.metrics() IS 'Figures for monitoring (docs/operations.
 CREATE FUNCTION rekey.pause_rotation(id bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -11464,12 +12814,65 @@ COMMENT ON FUNCTION rekey.protect_column(target regclass, column_name name, keyr
 
 
 --
+-- Name: protection_findings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.protection_findings() RETURNS TABLE(label text, kind text, severity text, finding text, advice text)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_column rekey.protected_columns;
+  v_shape record;
+begin
+  for v_column in select * from rekey.protected_columns c order by c.label loop
+    label := v_column.label;
+    select s.* into v_shape from rekey._column_shape(v_column.id) s;
+    finding := rekey._column_problem(v_column);
+    if finding is not null then
+      kind := 'blocked';
+      severity := 'critical';
+      advice := 'As long as it cannot be counted, rotations of keyrings that it may hold do not complete, and no key is destroyed.';
+      return next;
+    else
+      finding := rekey._newest_problem(v_column);
+      if finding is not null then
+        kind := 'write trigger';
+        severity := 'warning';
+        advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name,
+          case when v_column.encrypt_on_write then ', encrypt_on_write => true' end);
+        return next;
+      end if;
+    end if;
+    if v_shape.relation is not null then
+      return query
+        select v_column.label, f.kind, 'warning', f.finding, f.advice
+        from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]]) f
+        order by f.kind, f.finding;
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey.protection_findings() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION protection_findings(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.protection_findings() IS 'What blocks protected columns, and what rekey.protect_column() warned of or would warn of now: triggers, rules and publications that came later too. severity: critical (blocked) or warning.';
+
+
+--
 -- Name: prune_audit_log(bigint, bigint, text, text, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_start bigint := (rekey._audit_start()).last;
@@ -11525,6 +12928,7 @@ CREATE FUNCTION rekey.read_secrets(names text[] DEFAULT NULL::text[], tenant_id 
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '2000000kB'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 declare
   v_unreadable text;
@@ -11645,6 +13049,7 @@ COMMENT ON FUNCTION rekey.rebind_column(target regclass, column_name name, label
 CREATE FUNCTION rekey.register_kek(replace_lost boolean DEFAULT false) RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_active rekey.keks;
@@ -11691,6 +13096,7 @@ COMMENT ON FUNCTION rekey.register_kek(replace_lost boolean) IS 'Registers the K
 CREATE FUNCTION rekey.resolve_failure(id bigint, action text, reason text DEFAULT NULL::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_failure rekey.rotation_failures;
@@ -11703,7 +13109,10 @@ begin
   if not found then
     raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.', constraint = 'failures';
   end if;
-  v_rotation := rekey._rotation(v_failure.rotation_id);
+  -- What the census found is of no rotation.
+  if v_failure.rotation_id is not null then
+    v_rotation := rekey._rotation(v_failure.rotation_id);
+  end if;
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
   where f.id = resolve_failure.id and f.resolved_at is null;
@@ -11711,14 +13120,14 @@ begin
     raise exception 'failure % is resolved already', id using errcode = 'RK006';
   end if;
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
-  if action = 'retry' and not exists (
+  if action = 'retry' and v_failure.rotation_id is not null and not exists (
        select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
     perform rekey._refuse_over(v_rotation);
     update rekey.rotations r
     set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
     where r.id = v_failure.rotation_id;
   end if;
-  perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_rotation.keyring_id), v_failure.version, v_failure.rotation_id,
+  perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_failure.keyring_id), v_failure.version, v_failure.rotation_id,
     jsonb_build_object('target', v_failure.target, 'row', v_failure.row_key, 'action', action, 'reason', reason));
 end
 $$;
@@ -11730,7 +13139,7 @@ ALTER FUNCTION rekey.resolve_failure(id bigint, action text, reason text) OWNER 
 -- Name: FUNCTION resolve_failure(id bigint, action text, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) IS 'Closes an entry of the quarantine. action: retry (the row is tried again) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
+COMMENT ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) IS 'Closes an entry of the quarantine. action: retry (the row is tried again; one that the census found, by the next one) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
 
 
 --
@@ -11740,6 +13149,7 @@ COMMENT ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) I
 CREATE FUNCTION rekey.resume_rotation(id bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -11764,12 +13174,44 @@ COMMENT ON FUNCTION rekey.resume_rotation(id bigint) IS 'Lets a paused rotation 
 
 
 --
+-- Name: resync_sequences(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.resync_sequences() RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_behind record;
+  v_count bigint := 0;
+begin
+  for v_behind in select s.sequence, max(s.needed) as needed from rekey._sequences_behind() s group by s.sequence loop
+    perform setval(v_behind.sequence, v_behind.needed);
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end
+$$;
+
+
+ALTER FUNCTION rekey.resync_sequences() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION resync_sequences(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.resync_sequences() IS 'Moves the sequences of pg_rekey on to where their tables are, and returns how many were behind. After a switch-over by logical replication, which brings rows and no sequences: without it, rotations fail with 23505.';
+
+
+--
 -- Name: retire_keyring(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.retire_keyring(name text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(name, lock => true);
@@ -11822,6 +13264,7 @@ COMMENT ON FUNCTION rekey.retire_keyring(name text) IS 'Retires a keyring that n
 CREATE FUNCTION rekey.retry_rotation(id bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -11858,6 +13301,7 @@ COMMENT ON FUNCTION rekey.retry_rotation(id bigint) IS 'Lets a failed rotation g
 CREATE FUNCTION rekey.rollback_rotation(id bigint, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -11914,6 +13358,7 @@ COMMENT ON FUNCTION rekey.rollback_rotation(id bigint, reason text) IS 'Makes th
 CREATE FUNCTION rekey.rotate_kek() RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_old_id integer;
@@ -11981,6 +13426,7 @@ COMMENT ON FUNCTION rekey.rotate_kek() IS 'Wraps every DEK anew under the next K
 CREATE FUNCTION rekey.rotate_keys(keyring text DEFAULT NULL::text, reason text DEFAULT NULL::text, supersede boolean DEFAULT false) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -11988,6 +13434,7 @@ declare
   v_new bigint[];
   v_rotation bigint;
 begin
+  perform rekey._refuse_hidden();
   if keyring is not null then
     v_keyring := rekey._keyring(keyring);
     if v_keyring.retired_at is not null then
@@ -12020,7 +13467,7 @@ ALTER FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) O
 -- Name: FUNCTION rotate_keys(keyring text, reason text, supersede boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
+COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
 
 
 --
@@ -12031,6 +13478,7 @@ CREATE FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, O
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_next timestamptz;
@@ -12055,7 +13503,7 @@ begin
         where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
       or exists (
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
-        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id)))
+        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))
      and pg_try_advisory_xact_lock(0, 1) then
     select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
     if event = 'blocked' then
@@ -12087,7 +13535,8 @@ begin
   if event is null then
     -- Something is under way, and nothing to be done now: another worker has it in hand, or its time has not come.
     event := 'waiting';
-    select min(r.next_attempt_at) into v_next from rekey.rotations r where r.state in ('queued', 'running', 'verifying');
+    select least((select min(r.next_attempt_at) from rekey.rotations r where r.state in ('queued', 'running', 'verifying')),
+      (select min(c.next_attempt_at) from rekey._chunks c where not c.stuck)) into v_next;
     wait := greatest(interval '20 milliseconds', least(coalesce(v_next - clock_timestamp(), interval '20 milliseconds'), interval '1 second'));
   end if;
   keyring_count := coalesce(keyring_count, 0);
@@ -12203,6 +13652,11 @@ begin
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
       hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
                     current_database()), constraint = 'schedule_worker';
+  elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
+     or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
+     or rekey._trusted_function('pg_cron', 'cron.alter_job(bigint,text,text,text,text,boolean)') is null then
+    raise exception 'cron.job or its functions are not pg_cron''s, or have a trigger of somebody else''s' using errcode = 'undefined_object',
+      hint = 'Before pg_cron 1.4 there is no cron.alter_job(): update the extension. Else drop those triggers.';
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
   -- (Formatted, so that whoever checks all functions does not stumble where pg_cron is missing.)
@@ -12210,9 +13664,9 @@ begin
   execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') into v_job;
   begin
     if v_job is null then
-      execute format('select %I.schedule($1, $2, $3)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+      execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
     else
-      execute format('select %I.alter_job($1, schedule => $2, active => true)', 'cron') using v_job, v_schedule;
+      execute format('select %I.alter_job($1::bigint, $2::text, null::text, null::text, null::text, true)', 'cron') using v_job, v_schedule;
     end if;
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
@@ -12220,7 +13674,7 @@ begin
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job($1, username => $2)', 'cron') using v_job, 'rekey_worker';
+    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_job, 'rekey_worker';
   end if;
   return v_job;
 end
@@ -12233,7 +13687,7 @@ ALTER FUNCTION rekey.schedule_worker(schedule text) OWNER TO rekey_owner;
 -- Name: FUNCTION schedule_worker(schedule text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database; 22023: it does not take the schedule.';
+COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
 
 
 --
@@ -12313,6 +13767,7 @@ COMMENT ON FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT det
 CREATE FUNCTION rekey.set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS timestamp with time zone
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -12354,6 +13809,7 @@ COMMENT ON FUNCTION rekey.set_schedule(keyring text, rotate_every interval, firs
 CREATE FUNCTION rekey.set_secret(name text, value text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, keyring text DEFAULT 'default'::text, description text DEFAULT NULL::text) RETURNS uuid
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -12427,14 +13883,14 @@ CREATE FUNCTION rekey.set_setting(name text, value text) RETURNS void
     AS $$
 begin
   perform rekey._store_setting(name, value);
-  if name = 'kek_provider' and value = 'vault' and to_regclass('vault.decrypted_secrets') is not null then
+  if name = 'kek_provider' and value = 'vault' and rekey._is_trusted('supabase_vault', 'pg_class', to_regclass('vault.decrypted_secrets')) then
     if not (has_schema_privilege('rekey_owner', 'vault', 'usage')
             and has_table_privilege('rekey_owner', 'vault.decrypted_secrets', 'select')) then
       grant usage on schema vault to rekey_owner;
       grant select on vault.decrypted_secrets to rekey_owner;
     end if;
     -- Supabase's view decrypts with its reader's rights.
-    if to_regprocedure('vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
+    if rekey._trusted_function('supabase_vault', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
        and not has_function_privilege('rekey_owner', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)', 'execute') then
       execute 'grant execute on function vault._crypto_aead_det_decrypt(bytea, bytea, bigint, bytea, bytea) to rekey_owner';
     end if;
@@ -12563,6 +14019,7 @@ COMMENT ON FUNCTION rekey.unlock_copied(scope text) IS 'As rekey.unlock(), with 
 CREATE FUNCTION rekey.unprotect_column(label text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_id integer := (select c.id from rekey.protected_columns c where c.label = unprotect_column.label);
@@ -12642,11 +14099,11 @@ declare
   v_count integer := 0;
   v_job bigint;
 begin
-  if to_regclass('cron.job') is null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
   for v_job in execute format($sql$ select j.jobid from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') loop
-    execute format('select %I.unschedule($1)', 'cron') using v_job;
+    execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
   return v_count > 0;
@@ -12670,6 +14127,7 @@ COMMENT ON FUNCTION rekey.unschedule_worker() IS 'Ends the pg_cron job of rekey.
 CREATE FUNCTION rekey.verify_audit_log(anchor jsonb DEFAULT NULL::jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_head record;
@@ -12739,6 +14197,7 @@ COMMENT ON FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT 
 CREATE FUNCTION rekey.verify_ciphertexts(keyring text DEFAULT NULL::text) RETURNS SETOF rekey.verified_rows
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_ids integer[] := case when verify_ciphertexts.keyring is not null then array[(rekey._keyring(verify_ciphertexts.keyring)).id] end;
@@ -12790,6 +14249,7 @@ CREATE FUNCTION rekey_targets.secrets_count(relation regclass, keyrings integer[
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then
@@ -12821,13 +14281,15 @@ CREATE FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until t
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with due as materialized (
-    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id,
+      case when octet_length(s.ciphertext) <= 67108864 then s.ciphertext else substr(s.ciphertext, 1, 11) || '\x6c61726765' end as ciphertext
     from rekey.secrets s
     join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
     where s.ctid >= first and s.ctid < until
@@ -12872,13 +14334,15 @@ CREATE FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until t
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with found as materialized (
-    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id,
+      case when octet_length(s.ciphertext) <= 67108864 then s.ciphertext else substr(s.ciphertext, 1, 11) || '\x6c61726765' end as ciphertext
     from rekey.secrets s
     where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
       and (since is null or age(s.xmin) <= age(since))
@@ -12921,6 +14385,7 @@ COMMENT ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, unt
 CREATE FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_count bigint;
@@ -13073,6 +14538,87 @@ ALTER TABLE rekey._sweeping OWNER TO rekey_owner;
 --
 
 COMMENT ON TABLE rekey._sweeping IS 'What rekey.is_sweeping() goes by: into which relation this transaction writes a batch of a rotation now.';
+
+
+--
+-- Name: census_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.census_status AS
+ -- in sql/code
+;
+
+
+ALTER TABLE rekey.census_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW census_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.census_status IS 'What the last census (rekey.worker_status.last_census_at) found not to be as it should be. rekey.findings() looks now, but does not count rows.';
+
+
+--
+-- Name: COLUMN census_status.kind; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.kind IS 'unopenable, destroyed, unknown (rows that do not open: damaged, on a version that is destroyed, or that there is not), uncounted, or as rekey.findings().';
+
+
+--
+-- Name: COLUMN census_status.severity; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.severity IS 'critical or warning.';
+
+
+--
+-- Name: COLUMN census_status.target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.target IS 'Protected column, table or sequence.';
+
+
+--
+-- Name: COLUMN census_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.keyring IS 'Keyring of the rows.';
+
+
+--
+-- Name: COLUMN census_status.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.version IS 'Their key version.';
+
+
+--
+-- Name: COLUMN census_status.rows; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.rows IS 'How many rows; NULL: it is not about rows.';
+
+
+--
+-- Name: COLUMN census_status.finding; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.finding IS 'What was found.';
+
+
+--
+-- Name: COLUMN census_status.advice; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.advice IS 'What to do about it.';
+
+
+--
+-- Name: COLUMN census_status.since; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.since IS 'Which census found it first.';
 
 
 --
@@ -13338,7 +14884,7 @@ ALTER TABLE rekey.failure_status OWNER TO rekey_owner;
 -- Name: VIEW failure_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON VIEW rekey.failure_status IS 'The quarantine: rows that did not open. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
+COMMENT ON VIEW rekey.failure_status IS 'The quarantine: rows that did not open, or that their table did not let a rotation change. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
 
 
 --
@@ -13352,7 +14898,7 @@ COMMENT ON COLUMN rekey.failure_status.id IS 'Number of the entry.';
 -- Name: COLUMN failure_status.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.failure_status.rotation_id IS 'Last rotation in which the row did not open.';
+COMMENT ON COLUMN rekey.failure_status.rotation_id IS 'Last rotation in which the row failed; NULL: the census found it, and no rotation has met it.';
 
 
 --
@@ -13387,7 +14933,7 @@ COMMENT ON COLUMN rekey.failure_status.version IS 'Key version that the row name
 -- Name: COLUMN failure_status.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.failure_status.reason IS 'Why it does not open.';
+COMMENT ON COLUMN rekey.failure_status.reason IS 'Why it does not open, or the error with which its table refused the new value.';
 
 
 --
@@ -13423,6 +14969,20 @@ COMMENT ON COLUMN rekey.failure_status.resolved_by IS 'Who closed it.';
 --
 
 COMMENT ON COLUMN rekey.failure_status.resolve_reason IS 'What he said.';
+
+
+--
+-- Name: COLUMN failure_status.relation; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.relation IS 'Table or partition that the row is in.';
+
+
+--
+-- Name: COLUMN failure_status.sqlstate; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.failure_status.sqlstate IS 'SQLSTATE of that error; NULL: the row does not open.';
 
 
 --
@@ -13912,39 +15472,19 @@ COMMENT ON COLUMN rekey.worker_status.last_census_at IS 'When every row was last
 
 
 --
--- Name: rotations rotations_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
---
-
-ALTER TABLE ONLY rekey.rotations
-    ADD CONSTRAINT rotations_pkey PRIMARY KEY (id);
-
-
---
--- Name: _due_rows(bigint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._due_rows(rotations bigint[]) RETURNS TABLE(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
-    LANGUAGE sql
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    -- in sql/code
-;
-
-
-ALTER FUNCTION rekey._due_rows(rotations bigint[]) OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _due_rows(rotations bigint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._due_rows(rotations bigint[]) IS 'What these rotations have to do, by relation, where it is not blocked. (By number: a name would take rights on its schema.)';
-
-
---
 -- Name: _audit_head _audit_head_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
 ALTER TABLE ONLY rekey._audit_head
     ADD CONSTRAINT _audit_head_pkey PRIMARY KEY (singleton);
+
+
+--
+-- Name: _census_findings _census_findings_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._census_findings
+    ADD CONSTRAINT _census_findings_pkey PRIMARY KEY (kind, target, keyring, version, item);
 
 
 --
@@ -13961,6 +15501,14 @@ ALTER TABLE ONLY rekey._chunks
 
 ALTER TABLE ONLY rekey._column_relations
     ADD CONSTRAINT _column_relations_pkey PRIMARY KEY (column_id, relation, attnum);
+
+
+--
+-- Name: _due _due_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._due
+    ADD CONSTRAINT _due_pkey PRIMARY KEY (pass_id, kind, target, relation);
 
 
 --
@@ -13993,6 +15541,14 @@ ALTER TABLE ONLY rekey._search_versions
 
 ALTER TABLE ONLY rekey._searches
     ADD CONSTRAINT _searches_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: _secrets_seen _secrets_seen_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._secrets_seen
+    ADD CONSTRAINT _secrets_seen_pkey PRIMARY KEY (keyring_id);
 
 
 --
@@ -14108,6 +15664,14 @@ ALTER TABLE ONLY rekey.rotation_failures
 
 
 --
+-- Name: rotations rotations_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.rotations
+    ADD CONSTRAINT rotations_pkey PRIMARY KEY (id);
+
+
+--
 -- Name: secrets secrets_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14184,7 +15748,14 @@ CREATE INDEX protected_columns_keyring_id ON rekey.protected_columns USING btree
 -- Name: rotation_failures_open_key; Type: INDEX; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE UNIQUE INDEX rotation_failures_open_key ON rekey.rotation_failures USING btree (keyring_id, target, row_key) WHERE (resolved_at IS NULL);
+CREATE UNIQUE INDEX rotation_failures_open_key ON rekey.rotation_failures USING btree (keyring_id, target, relation, row_hash) WHERE (resolved_at IS NULL);
+
+
+--
+-- Name: rotation_failures_refused; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX rotation_failures_refused ON rekey.rotation_failures USING btree (target) WHERE ((resolved_at IS NULL) AND (sqlstate IS NOT NULL));
 
 
 --
@@ -14266,6 +15837,14 @@ ALTER TABLE ONLY rekey._search_relations
 
 ALTER TABLE ONLY rekey._search_versions
     ADD CONSTRAINT _search_versions_search_fkey FOREIGN KEY (search_id) REFERENCES rekey._searches(id) ON DELETE CASCADE;
+
+
+--
+-- Name: _secrets_seen _secrets_seen_keyring_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._secrets_seen
+    ADD CONSTRAINT _secrets_seen_keyring_fkey FOREIGN KEY (keyring_id) REFERENCES rekey.keyrings(id);
 
 
 --
@@ -14691,6 +16270,13 @@ REVOKE ALL ON FUNCTION rekey._census() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _census_target(target rekey._target, keyrings integer[], active bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _changes(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14785,6 +16371,13 @@ REVOKE ALL ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) F
 
 
 --
+-- Name: FUNCTION _relations_here(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._relations_here(relation regclass) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _column_findings(relation regclass, attnum smallint); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14852,10 +16445,10 @@ GRANT ALL ON FUNCTION rekey._copied_passphrases() TO rekey_admin;
 
 
 --
--- Name: FUNCTION _count(keyrings integer[], opening boolean, verification_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _count(keyrings integer[], opening boolean, verification_id bigint, apart boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._count(keyrings integer[], opening boolean, verification_id bigint, apart boolean) FROM PUBLIC;
 
 
 --
@@ -14931,6 +16524,23 @@ GRANT ALL ON FUNCTION rekey._drop_triggers(target regclass, id integer) TO rekey
 
 
 --
+-- Name: FUNCTION _due_rows(rotations bigint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._due_rows(rotations bigint[]) FROM PUBLIC;
+
+
+--
+-- Name: TABLE keyrings; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_admin;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_operator;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_auditor;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_app;
+
+
+--
 -- Name: FUNCTION _emptied(counted jsonb, keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14963,6 +16573,20 @@ REVOKE ALL ON FUNCTION rekey._from_text(value text) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._envelope_of(value text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _explain_error(relation regclass, message text, code text, context text, plain boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _fail_stuck(pass_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._fail_stuck(pass_id bigint) FROM PUBLIC;
 
 
 --
@@ -15158,6 +16782,13 @@ REVOKE ALL ON FUNCTION rekey._is_of_known_version(envelope bytea) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _is_passing(code text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_passing(code text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _is_postgrest(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15169,6 +16800,15 @@ REVOKE ALL ON FUNCTION rekey._is_postgrest() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._is_service_role(caller name) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _is_trusted(extension name, class regclass, object oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) TO rekey_operator;
 
 
 --
@@ -15219,16 +16859,6 @@ REVOKE ALL ON FUNCTION rekey._key(keyring_id integer, version integer) FROM PUBL
 --
 
 REVOKE ALL ON FUNCTION rekey._key_problem(version integer, state text, kek_id integer, kek_state text, sweeping boolean) FROM PUBLIC;
-
-
---
--- Name: TABLE keyrings; Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_admin;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_operator;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_auditor;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_app;
 
 
 --
@@ -15288,10 +16918,10 @@ REVOKE ALL ON FUNCTION rekey._lock_kek() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _lock_targets(); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _lock_targets(apart boolean, leaving_out oid[], OUT locked oid[], OUT errors jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._lock_targets() FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._lock_targets(apart boolean, leaving_out oid[], OUT locked oid[], OUT errors jsonb) FROM PUBLIC;
 
 
 --
@@ -15315,13 +16945,6 @@ GRANT ALL ON FUNCTION rekey._look_ahead(header bytea) TO rekey_admin;
 --
 
 REVOKE ALL ON FUNCTION rekey._relation_named(name text) FROM PUBLIC;
-
-
---
--- Name: FUNCTION _relations_here(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey._relations_here(relation regclass) FROM PUBLIC;
 
 
 --
@@ -15389,6 +17012,13 @@ REVOKE ALL ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) F
 
 
 --
+-- Name: FUNCTION _newest_problem(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._newest_problem(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _next_row(pointer tid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15396,17 +17026,17 @@ REVOKE ALL ON FUNCTION rekey._next_row(pointer tid) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[]) FROM PUBLIC;
 
 
 --
@@ -15415,6 +17045,13 @@ REVOKE ALL ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integ
 
 REVOKE ALL ON FUNCTION rekey._note_denied(details jsonb) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._note_denied(details jsonb) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _note_findings(findings jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_findings(findings jsonb) FROM PUBLIC;
 
 
 --
@@ -15447,6 +17084,13 @@ REVOKE ALL ON FUNCTION rekey._note_pace(begun timestamp with time zone, rows big
 
 
 --
+-- Name: FUNCTION _note_passed(chunk rekey._chunks, written bigint, refused integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_passed(chunk rekey._chunks, written bigint, refused integer) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _note_passed_by(keyrings integer[], begun bigint[], reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15466,6 +17110,13 @@ GRANT ALL ON FUNCTION rekey._note_read(search_id bigint, relation oid, reader te
 --
 
 REVOKE ALL ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _note_trouble(chunk rekey._chunks, message text, code text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, code text) FROM PUBLIC;
 
 
 --
@@ -15490,10 +17141,10 @@ REVOKE ALL ON FUNCTION rekey._open_pgp(value bytea) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _open_rows(keyrings integer[], verification_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _open_rows(keyrings integer[], verification_id bigint, locked oid[], apart boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint, locked oid[], apart boolean) FROM PUBLIC;
 
 
 --
@@ -15515,6 +17166,20 @@ REVOKE ALL ON FUNCTION rekey._open_target(label text) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._open_writers() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _table_problem(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._table_problem(relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _own_problem(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._own_problem() FROM PUBLIC;
 
 
 --
@@ -15576,10 +17241,10 @@ GRANT ALL ON FUNCTION rekey._prune_run_details() TO rekey_operator;
 
 
 --
--- Name: FUNCTION _quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[], codes text[], verification_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._quarantine(target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[], codes text[], verification_id bigint) FROM PUBLIC;
 
 
 --
@@ -15604,10 +17269,10 @@ REVOKE ALL ON FUNCTION rekey._ranges(verification_id bigint, target text, relati
 
 
 --
--- Name: FUNCTION _record_error(rotations bigint[], message text, code text); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _record_error(rotations bigint[], message text, code text, target text, relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._record_error(rotations bigint[], message text, code text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._record_error(rotations bigint[], message text, code text, target text, relation regclass) FROM PUBLIC;
 
 
 --
@@ -15673,6 +17338,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) FROM
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_forger(stack text, callee text, caller text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_hidden(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_hidden() FROM PUBLIC;
 
 
 --
@@ -15775,6 +17447,20 @@ REVOKE ALL ON FUNCTION rekey._refuse_unlock(problem text) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._refuse_unlock(problem text) TO rekey_admin;
 GRANT ALL ON FUNCTION rekey._refuse_unlock(problem text) TO rekey_operator;
 GRANT ALL ON FUNCTION rekey._refuse_unlock(problem text) TO rekey_app;
+
+
+--
+-- Name: FUNCTION _row_hash(row_key text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._row_hash(row_key text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refused_rows(target text, relation regclass, ciphertexts bytea[], keys text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refused_rows(target text, relation regclass, ciphertexts bytea[], keys text[]) FROM PUBLIC;
 
 
 --
@@ -15936,6 +17622,13 @@ REVOKE ALL ON FUNCTION rekey._secret_context(tenant_id uuid, id uuid) FROM PUBLI
 
 
 --
+-- Name: FUNCTION _sequences_behind(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._sequences_behind() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _session_aad(scope text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15969,6 +17662,20 @@ GRANT ALL ON FUNCTION rekey._session_state(search_path text) TO rekey_sweeper;
 --
 
 REVOKE ALL ON FUNCTION rekey._settings() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _shape_problem(ciphertext bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._shape_problem(ciphertext bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _still_verifying(rotations bigint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._still_verifying(rotations bigint[]) FROM PUBLIC;
 
 
 --
@@ -16066,6 +17773,24 @@ REVOKE ALL ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns,
 
 
 --
+-- Name: FUNCTION _trusted_function(extension name, signature text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trusted_function(extension name, signature text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._trusted_function(extension name, signature text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._trusted_function(extension name, signature text) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _trusted_relation(extension name, schema name, name name, events integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -16081,6 +17806,13 @@ GRANT ALL ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text,
 
 REVOKE ALL ON FUNCTION rekey._unsettled(id integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._unsettled(id integer) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _unswept(pass_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._unswept(pass_id bigint) FROM PUBLIC;
 
 
 --
@@ -16131,6 +17863,13 @@ REVOKE ALL ON FUNCTION rekey._wrap_aad(kek_id integer, keyring_id integer, versi
 --
 
 REVOKE ALL ON FUNCTION rekey._wrapping_key(kek bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) FROM PUBLIC;
 
 
 --
@@ -16236,6 +17975,14 @@ GRANT ALL ON FUNCTION rekey.cancel_key_destruction(keyring text, version integer
 
 REVOKE ALL ON FUNCTION rekey.clear_schedule(keyring text) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.clear_schedule(keyring text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION confirm_emptied(keyring text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.confirm_emptied(keyring text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.confirm_emptied(keyring text) TO rekey_admin;
 
 
 --
@@ -16355,6 +18102,16 @@ GRANT ALL ON FUNCTION rekey.find_unprotected() TO rekey_auditor;
 
 
 --
+-- Name: FUNCTION findings(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.findings() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.findings() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.findings() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.findings() TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION get_secret(name text, tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -16425,6 +18182,16 @@ GRANT ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, ke
 
 
 --
+-- Name: FUNCTION protection_findings(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.protection_findings() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.protection_findings() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.protection_findings() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.protection_findings() TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -16469,6 +18236,14 @@ GRANT ALL ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text)
 
 REVOKE ALL ON FUNCTION rekey.resume_rotation(id bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.resume_rotation(id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION resync_sequences(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.resync_sequences() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.resync_sequences() TO rekey_admin;
 
 
 --
@@ -16691,6 +18466,15 @@ GRANT ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[],
 
 
 --
+-- Name: TABLE census_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.census_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.census_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.census_status TO rekey_auditor;
+
+
+--
 -- Name: TABLE column_status; Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -16774,13 +18558,6 @@ GRANT SELECT ON TABLE rekey.setting_status TO rekey_auditor;
 GRANT SELECT ON TABLE rekey.worker_status TO rekey_admin;
 GRANT SELECT ON TABLE rekey.worker_status TO rekey_operator;
 GRANT SELECT ON TABLE rekey.worker_status TO rekey_auditor;
-
-
---
--- Name: FUNCTION _due_rows(rotations bigint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey._due_rows(rotations bigint[]) FROM PUBLIC;
 
 
 --

@@ -58,6 +58,36 @@ def install(dsn: str, script: str) -> None:
         connection.execute(script.encode())
 
 
+def belong(connection: Connection, extension: str, schema: str) -> None:
+    """Make everything in a schema belong to an extension that is not on this machine: a stand-in for it."""
+    connection.execute(BELONG.format(extension=extension, schema=schema).encode())
+
+
+# (A superuser may write into pg_extension; it takes no files.)
+BELONG = """
+do $$
+declare
+  v_member text;
+begin
+  insert into pg_extension (oid, extname, extowner, extnamespace, extrelocatable, extversion)
+  values (pg_nextoid('pg_extension', 'oid', 'pg_extension_oid_index'), '{extension}', current_user::regrole,
+    'pg_catalog'::regnamespace, false, '1.6');
+  for v_member in
+    select 'schema {schema}'
+    union all
+    select format('%s {schema}.%I', case c.relkind when 'v' then 'view' else 'table' end, c.relname)
+    from pg_class c where c.relnamespace = '{schema}'::regnamespace and c.relkind in ('r', 'v')
+    union all
+    select format('function %s', p.oid::regprocedure)
+    from pg_proc p where p.pronamespace = '{schema}'::regnamespace
+  loop
+    execute 'alter extension {extension} add ' || v_member;
+  end loop;
+end
+$$;
+"""
+
+
 def create_database(server: str, name: str, template: str | None = None, owner: str | None = None) -> str:
     """Create a database on the server of a DSN, and return the new one's DSN."""
     statement = sql.SQL("create database {}").format(sql.Identifier(name))

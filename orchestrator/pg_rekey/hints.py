@@ -30,6 +30,10 @@ class Words(NamedTuple):
         return self.http or f"On the command line of the server: {self.command}"
 
 
+BEHIND = Words(
+    "A sequence may be behind its table, as after a switch-over by logical replication: `pg-rekey doctor` "
+    "says so, and select rekey.resync_sequences() moves it on."
+)
 ACTIONS = {
     "anchor": Words("Give what `pg-rekey audit checkpoint` printed."),
     "apply_plaintext": Words(
@@ -94,6 +98,7 @@ ACTIONS = {
         "failures` and `pg-rekey rotations resolve` are for those in quarantine."
     ),
     "rotations": Words("`pg-rekey rotations list` shows them.", "GET /api/rotations shows them."),
+    "own_tables": Words("What is hidden would count as absent: nothing goes on until that is done."),
     "rebind": Words(
         "`pg-rekey columns rebind TABLE COLUMN` goes on with the table that has the values; "
         "`pg-rekey columns list` says what is in the way."
@@ -165,6 +170,8 @@ MISSING = Words(
 
 def hint(diagnostics: psycopg.errors.Diagnostic, road: Road) -> str | None:
     """Return what the database advises, in the words of a road; its own where the road has none."""
+    if diagnostics.sqlstate == "23505" and diagnostics.schema_name == "rekey":
+        return BEHIND.on(road)
     # A constraint that was violated has its name there too, but no hint.
     words = ACTIONS.get(diagnostics.constraint_name or "") if diagnostics.message_hint else None
     return words.on(road) if words else diagnostics.message_hint
