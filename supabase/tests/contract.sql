@@ -2,7 +2,7 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(58 + 1);
+select plan(60 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
@@ -12,6 +12,7 @@ insert into contract values
   ('adoption_preview', 'target regclass, column_name name, formats text[] DEFAULT ''{plaintext}''::text[], force boolean DEFAULT false, relation regclass DEFAULT NULL::regclass, first tid DEFAULT ''(0,0)''::tid', 'rekey._adoption'),
   ('adoption_store', 'rotation_id bigint, relation regclass', 'bigint'),
   ('audit_checkpoint', '', 'jsonb'),
+  ('begin_search', '', 'bigint'),
   ('can_access_tenant', 'tenant_id uuid', 'boolean'),
   ('cancel_key_destruction', 'keyring text, version integer', 'void'),
   ('clear_schedule', 'keyring text DEFAULT ''default''::text', 'void'),
@@ -52,6 +53,7 @@ insert into contract values
   ('run_rotations', 'IN max_duration interval DEFAULT ''00:00:50''::interval', 'procedure'),
   ('schedule_key_destruction', 'keyring text, version integer, wait interval DEFAULT NULL::interval', 'timestamp with time zone'),
   ('schedule_worker', 'schedule text DEFAULT NULL::text', 'bigint'),
+  ('search_step', 'OUT event text, OUT wait interval, OUT detail jsonb', 'record'),
   ('set_schedule', 'keyring text, rotate_every interval, first_at timestamp with time zone DEFAULT NULL::timestamp with time zone', 'timestamp with time zone'),
   ('set_secret', 'name text, value text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, keyring text DEFAULT ''default''::text, description text DEFAULT NULL::text', 'uuid'),
   ('set_setting', 'name text, value text', 'void'),
