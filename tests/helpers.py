@@ -1,5 +1,6 @@
 """What several test modules need and no fixture is for."""
 
+import time
 from typing import Any, LiteralString
 
 import psycopg
@@ -30,6 +31,17 @@ def value(connection: Connection, query: LiteralString, *parameters: Any) -> Any
     (row,) = connection.execute(query, parameters).fetchall()
     (only,) = row
     return only
+
+
+def destroy_due(connection: Connection) -> None:
+    """Do what a tick does about destructions that are due, each step in a transaction of its own."""
+    until = time.monotonic() + 1
+    while (duty := value(connection, "select rekey._tick_duty('destructions', now())")) is not None:
+        event = None
+        while duty == "search" and event not in ("complete", "incomplete", "idle"):
+            [(event, _, detail)] = connection.execute("select * from rekey.search_step()").fetchall()
+            if event == "waiting" and detail and time.monotonic() > until:
+                return
 
 
 def initialize(connection: Connection, kek: bytes) -> None:

@@ -454,6 +454,7 @@ def use_columns_of_the_application(scenario: Scenario) -> None:
         run("columns view written")
         connection.execute("select * from written_decrypted")
     run("columns list")
+    run("columns rebind written v --yes")
     run("columns find --json", code=5)
     run("columns unprotect plain v --decrypt --yes")
     run("rotations failures")
@@ -508,6 +509,9 @@ def use_keys(scenario: Scenario) -> None:
     scenario.canaries.allow(broken, "key of the audit log")
     run(f"audit checkpoint --key {broken}", code=1)
     run("audit list")
+    entries = scenario.folder / "audit.jsonl"
+    run(f"audit export {entries} --key {key} --until 2000-01-01", code=1)
+    run(f"audit prune {entries} --public-key {key}.pub --yes", code=2)
 
 
 ROUTES = (
@@ -609,6 +613,8 @@ def call_the_rest(scenario: Scenario) -> None:
         session.fail("RK007", "select rekey.set_secret('n', v, keyring => 'none') from given")
         session.fail("22023", "select rekey.set_secret('', v) from given")
         session.fail("RK007", "select rekey.unprotect_column('none')")
+        session.fail("RK007", "select rekey.rebind_column('pg_class', 'relname')")
+        session.fail("22023", "select rekey.prune_audit_log(2, 1, '', '', '{}')")
         with connection.transaction():
             session.run(
                 "declare canary cursor for select rekey.get_secret('one') from generate_series(1, 3)",

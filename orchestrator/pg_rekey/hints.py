@@ -80,6 +80,10 @@ ACTIONS = {
         "PG_REKEY_NEW_KEK_COMMAND for the next, or the Vault secret or file with _new appended."
     ),
     "protect": Words("`pg-rekey columns protect TABLE COLUMN` protects one."),
+    "protect_copies": Words(
+        "`pg-rekey columns protect TABLE COLUMN` and `pg-rekey rotate` take them along; or delete these "
+        "copies."
+    ),
     "protect_again": Words(
         "Its rows may be encrypted: `pg-rekey columns protect TABLE COLUMN`, with the options of the "
         "first time, makes the functions anew."
@@ -99,6 +103,8 @@ ACTIONS = {
         "`pg-rekey columns rebind TABLE COLUMN` goes on with the table that has the values; "
         "`pg-rekey columns list` says what is in the way."
     ),
+    "schedule_destruction": Words("`pg-rekey keys schedule-destruction KEYRING VERSION` schedules one."),
+    "search_now": Words("`pg-rekey keys search` looks now."),
     "schedule_worker": Words(
         "`pg-rekey work --forever` does without pg_cron; `pg-rekey init` prints the statement for the "
         "database that cron.database_name names."

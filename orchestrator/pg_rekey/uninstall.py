@@ -243,7 +243,8 @@ def _envelopes(found: list[Row]) -> Iterator[Obstacle]:
         if row["column"] is None:
             yield Obstacle(
                 f"{row['table']} cannot be read whole, and may hold envelopes",
-                "Have its owner granted to this role, or a superuser do it.",
+                "Have its owner granted to this role, or a superuser do it. Where its indexes or statistics "
+                "call a function of another role: give that to a superuser, if you trust it.",
             )
         elif row["copied"]:
             yield Obstacle(

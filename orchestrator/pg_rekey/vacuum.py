@@ -13,8 +13,6 @@ from pg_rekey import db
 
 @dataclass
 class _Table:
-    schema: str
-    name: str
     fifth: int  # of its rows
     swept: int = 0
 
@@ -36,9 +34,16 @@ class Vacuum:
         table.swept += rows
         if table.swept >= table.fifth:
             table.swept = 0
-            name = sql.Identifier(table.schema, table.name)
+            # What it is called now: tables are renamed and moved in the middle of a sweep.
+            found = self._connection.execute(db.query("relation name"), [relation]).fetchone()
+            if found is None:
+                self._tables[relation] = None
+                return
+            name = sql.Identifier(found["schema"], found["name"])
             try:
                 self._connection.execute(sql.SQL("vacuum (skip_locked, truncate false) {}").format(name))
+            except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+                pass  # renamed or dropped since
             except psycopg.errors.QueryCanceled:
                 # statement_timeout, or somebody who minds: the sweep goes on without.
                 self._tables[relation] = None

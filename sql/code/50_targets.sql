@@ -4,6 +4,8 @@
 --   <name>_scan(relation, first, until, keyrings, since, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
 --   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): locks rows that are due, and returns them
 --   <name>_write(relation, rows, ciphertexts): stores what the engine made of them
+-- What has more than 64 MiB with its context and key is not read: scan and read return a header and the word "large" in its
+-- place; NULL where it is no envelope.
 -- rekey.secrets is the first target; protected columns are the others (51_columns.sql).
 
 create or replace function rekey_targets.secrets_count(relation regclass, keyrings integer[])
@@ -38,7 +40,8 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with found as materialized (
-    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id,
+      case when octet_length(s.ciphertext) <= 67108864 then s.ciphertext else substr(s.ciphertext, 1, 11) || '\x6c61726765' end as ciphertext
     from rekey.secrets s
     where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
       and (since is null or age(s.xmin) <= age(since))
@@ -79,7 +82,8 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with due as materialized (
-    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id,
+      case when octet_length(s.ciphertext) <= 67108864 then s.ciphertext else substr(s.ciphertext, 1, 11) || '\x6c61726765' end as ciphertext
     from rekey.secrets s
     join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
     where s.ctid >= first and s.ctid < until
@@ -357,6 +361,11 @@ begin atomic
 end;
 comment on function rekey._headers is 'The different headers of envelopes.';
 
+create or replace function rekey._shape_problem(ciphertext bytea) returns text
+language sql immutable parallel safe
+return case when octet_length(ciphertext) = 16 and substr(ciphertext, 12) = '\x6c61726765'::bytea then 'has more than 64 MiB, and was not read' else 'is no envelope' end;
+comment on function rekey._shape_problem is 'What is wrong with what is no envelope. What is larger than any can be, targets do not read: a header, and the word large, stand for it.';
+
 create or replace function rekey._reencrypt(
   rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[],
   out made_rows tid[], out made bytea[], out failed_places integer[], out problems text[]
@@ -398,7 +407,7 @@ begin
         select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
           case when k.old_header is not null then k.old_problem
-               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as old_problem
         from unnest(rows, ciphertexts, contexts) with ordinality as c(row, ciphertext, context, place)
         left join (
@@ -446,7 +455,7 @@ begin
         select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key,
           substr(c.ciphertext, 12, 16) as iv, substr(c.ciphertext, 28) as sealed, k.header || prefix || c.context as aad,
           case when k.header is not null then k.problem
-               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as problem
         from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
         left join (

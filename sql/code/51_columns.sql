@@ -16,8 +16,8 @@ declare
   v_select text;
   v_page text;
 begin
-  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, and all
-  -- columns that these take (%5$s).
+  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, all
+  -- columns that these take (%5$s), and the bytes of context and key (%6$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
     v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
@@ -36,19 +36,23 @@ begin
       offset 0) e$sql$;
   -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
   -- (What is added to the columns of the table has names of system columns, which none of them can have.)
+  -- More bytes than any envelope can have (cmax is NULL then) are not read: a GB that was compressed, or stored out of line, has
+  -- no room in the arrays. octet_length() asks only for the length that is stored.
   v_select := 'with page as materialized (
-    select t.ctid, %5$s' || v_from;
+    select t.ctid, %5$s, case when z.bytes <= 67108864 then z.bytes end as cmax,
+      case when z.bytes > 67108864 and e.keyring_id is not null then h.header || ''\x6c61726765'' end as xmin' || v_from || '
+    cross join lateral (select octet_length(t.%1$s)::bigint%6$s as bytes offset 0) z';
   v_page := '), total as (
-    select sum(octet_length(t.%1$s)) as bytes from page t
+    select sum(coalesce(t.cmax, 100)) as bytes from page t
   ), sized as (
     select t.*, 0 as cmin from page t where (select a.bytes from total a) <= $5
     union all
-    select t.*, sum(octet_length(t.%1$s)) over (order by t.ctid rows unbounded preceding) - octet_length(t.%1$s)
+    select t.*, sum(coalesce(t.cmax, 100)) over (order by t.ctid rows unbounded preceding) - coalesce(t.cmax, 100)
     from page t where (select a.bytes from total a) > $5
   )
   select case when count(*) filter (where t.cmin < $5) < count(*) or count(*) = $4 then max(t.ctid) filter (where t.cmin < $5) end,
-    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(' || v_bytes || ') filter (where t.cmin < $5),
-    array_agg(%3$s) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
+    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(case when t.cmax is null then t.xmin else ' || v_bytes || ' end) filter (where t.cmin < $5),
+    array_agg(case when t.cmax is null then '''' else %3$s end) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
   from sized t';
 
   return query
@@ -61,6 +65,7 @@ declare
   v_context text;
   v_key text;
   v_key_names text[];
+  v_lengths text;
 begin
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
@@ -85,8 +90,14 @@ begin
   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
   where i.indrelid = v_table and i.indisprimary;
+  select string_agg(format(case when a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'bytea'::regtype)
+      then ' + coalesce(octet_length(t.%1$I), 0)' else ' + coalesce(pg_column_size(t.%1$I), 0)' end, a.attname), '')
+  into v_lengths
+  from pg_attribute a
+  where a.attrelid = v_table and a.attlen = -1 and not a.attisdropped
+    and quote_ident(a.attname) = any (array_remove(v_names, v_names[$body$ || protected.places[1] || $body$]) || v_key_names);
   return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'),
-    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)));
+    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)), coalesce(v_lengths, ''));
 end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '

@@ -2,7 +2,10 @@
 
 create or replace view rekey.rotation_status as
 select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
-  r.attempts, r.last_error, r.next_attempt_at, r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
+  r.attempts, r.last_error,
+  coalesce(r.next_attempt_at, case when r.attempts > 0 then (
+    select min(c.next_attempt_at) from rekey._chunks c where c.pass_id = r.pass_id and c.attempts > 0 and not c.stuck) end) as next_attempt_at,
+  r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
   p.label as adopts, r.formats, r.forced
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
@@ -18,10 +21,10 @@ comment on column rekey.rotation_status.to_version is 'Version it brings them to
 comment on column rekey.rotation_status.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
 comment on column rekey.rotation_status.rows_done is 'Rows re-encrypted.';
 comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: rekey.failure_status names them.';
-comment on column rekey.rotation_status.attempts is 'Failed batches in a row.';
+comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), or rows (rows, why).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), or tables in which a step fails (target, relation, error, sqlstate).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
@@ -375,7 +378,7 @@ begin
       v_rotation := rekey._queue_sweep(v_keyring.id, 'compromise', reason);
       v_event := 'rotation.requested';
     end if;
-    update rekey._chunks c set urgent = true
+    update rekey._chunks c set urgent = true, attempts = 0, next_attempt_at = null, stuck = false
     where c.id in (
       select d.id from rekey._chunks d
       where d.pass_id = (select r.pass_id from rekey.rotations r where r.id = v_rotation)
@@ -407,22 +410,24 @@ comment on function rekey._replace_lost_keys is 'Gives every keyring whose activ
 
 create or replace view rekey.failure_status as
 select f.id, f.rotation_id, k.name as keyring, f.target, f.row_key, f.version, f.reason, f.created_at, f.resolved_at, f.resolution,
-  f.resolved_by, f.resolve_reason
+  f.resolved_by, f.resolve_reason, f.relation, f.sqlstate
 from rekey.rotation_failures f
 join rekey.keyrings k on k.id = f.keyring_id;
-comment on view rekey.failure_status is 'The quarantine: rows that did not open. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
+comment on view rekey.failure_status is 'The quarantine: rows that did not open, or that their table did not let a rotation change. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
 comment on column rekey.failure_status.id is 'Number of the entry.';
-comment on column rekey.failure_status.rotation_id is 'Last rotation in which the row did not open; NULL: the census found it, and no rotation has met it.';
+comment on column rekey.failure_status.rotation_id is 'Last rotation in which the row failed; NULL: the census found it, and no rotation has met it.';
 comment on column rekey.failure_status.keyring is 'Keyring of the row.';
 comment on column rekey.failure_status.target is 'Table as it was registered.';
 comment on column rekey.failure_status.row_key is 'Primary key of the row, its parts separated by a slash.';
 comment on column rekey.failure_status.version is 'Key version that the row names.';
-comment on column rekey.failure_status.reason is 'Why it does not open.';
+comment on column rekey.failure_status.reason is 'Why it does not open, or the error with which its table refused the new value.';
 comment on column rekey.failure_status.created_at is 'When that was noticed.';
 comment on column rekey.failure_status.resolved_at is 'When the entry was closed.';
 comment on column rekey.failure_status.resolution is 'How: retry, discard, or cleared; NULL: it is open.';
 comment on column rekey.failure_status.resolved_by is 'Who closed it.';
 comment on column rekey.failure_status.resolve_reason is 'What he said.';
+comment on column rekey.failure_status.relation is 'Table or partition that the row is in.';
+comment on column rekey.failure_status.sqlstate is 'SQLSTATE of that error; NULL: the row does not open.';
 grant select on rekey.failure_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey.resolve_failure(id bigint, action text, reason text = null) returns void

@@ -51,7 +51,7 @@ end
 $$;
 comment on function rekey._barrier is 'Whether no transaction is left that encrypts with one of these versions. They are no longer active: none can begin to.';
 
-create or replace function rekey._record_error(rotations bigint[], message text, code text) returns void
+create or replace function rekey._record_error(rotations bigint[], message text, code text, target text = null, relation regclass = null) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -62,13 +62,20 @@ begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   with noted as (
     update rekey.rotations r
-    set attempts = r.attempts + 1, last_error = message,
-        state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
-        pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
-        next_attempt_at = case when r.attempts + 1 < v_max then
-          clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
+    set attempts = a.attempts, last_error = message,
+        state = case when a.attempts >= v_max then 'failed' else r.state end,
+        pass_id = case when a.attempts < v_max then r.pass_id end,
+        next_attempt_at = case when a.attempts < v_max then
+          clock_timestamp() + least(power(2, a.attempts - 1), 300) * interval '1 second' end,
+        blocked_by = case when _record_error.target is not null then jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
+          'target', _record_error.target, 'relation', _record_error.relation::text, 'error', message, 'sqlstate', code))) else r.blocked_by end,
+        blocked_since = case when _record_error.target is not null then coalesce(r.blocked_since, now()) else r.blocked_since end
+    from (
+      -- Whoever locks a table ends some time: that is waited for.
+      select t.id, case when code = '55P03' and _record_error.target is not null then greatest(t.attempts, 1) else t.attempts + 1 end as attempts
+      from rekey.rotations t where t.id = any (rotations)) a
     -- Not one that another worker's error has failed meanwhile.
-    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying')
+    where a.id = r.id and r.state in ('queued', 'running', 'verifying')
     returning r.id, r.keyring_id, r.to_version, r.state, r.attempts
   )
   select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
@@ -80,64 +87,241 @@ begin
   perform rekey._audit_all(coalesce(v_events, '[]'));
 end
 $$;
-comment on function rekey._record_error is 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed.';
+comment on function rekey._record_error is 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed. target, relation: what it came from.';
 
-create or replace function rekey._quarantine(
-  target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]
-) returns void
+create or replace function rekey._is_passing(code text) returns boolean
+language sql immutable parallel safe
+-- Connection, rollback, resources, state of other objects, operator, system; and what is damaged or ours.
+return left(code, 2) = any ('{08,40,53,55,57,58,F0,XX}');
+comment on function rekey._is_passing is 'Whether an error with this SQLSTATE says nothing of the row at which it came: it is tried again.';
+
+create or replace function rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- The innermost come first, and end where the function of the target is.
+  v_functions text[] := array(
+    select regexp_replace(f.found[1], ' line \d+ .*$', '')
+    from regexp_matches(regexp_replace(context, '\mrekey(_targets)?"?\."?(_call_|column_|secrets_).*$', ''),
+      '(?:PL/pgSQL function |SQL function ")([^"\n]*)', 'g') with ordinality as f(found, place)
+    where f.found[1] not like 'rekey.%'
+    order by f.place);
+  v_trigger name;
+begin
+  select t.tgname into v_trigger from pg_trigger t
+  where t.tgrelid = relation and not t.tgisinternal and t.tgfoid::regprocedure::text = any (v_functions)
+  order by t.tgname limit 1;
+  return format('%s: %s', relation,
+    -- Of a row that is plain yet, the words of a table's own code may have the value in them.
+    case when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
+    || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
+    || case when code in ('42P01', '42883', '42704', '3F000') then
+      format('. A sweep runs with search_path = pg_catalog, pg_temp: name it with its schema, or %s',
+        coalesce('ALTER FUNCTION ' || rekey._cut(v_functions[1], 200) || ' SET search_path = ...', 'give what the table calls a search path of its own')) else '' end;
+end
+$$;
+comment on function rekey._explain_error is
+  'An error in a table in words: the table, the message, the trigger and function that it came from, and what to do where the search path is the cause. Bounded in length. plain: the column may hold plain values.';
+
+create or replace function rekey._note_trouble(chunk rekey._chunks, message text, code text) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_max integer := (rekey._settings()).max_attempts;
+  v_attempts integer := 0;
+  v_ids bigint[];
   v_events jsonb;
 begin
-  with found as (
-    select distinct on (f.keyring_id, f.row_key) f.keyring_id, f.version, f.row_key, f.problem, r.id as rotation_id, k.name as keyring
-    from unnest(keyrings, versions, row_keys, problems) as f(keyring_id, version, row_key, problem)
-    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
-    join rekey.keyrings k on k.id = f.keyring_id
-  ), moved as (
-    -- Known from an earlier rotation or pass.
-    update rekey.rotation_failures q set rotation_id = f.rotation_id, version = f.version, reason = f.problem
-    from found f
-    where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.row_key = f.row_key and q.resolved_at is null
-    returning q.keyring_id, q.row_key
-  ), added as (
-    insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason)
-    select f.rotation_id, f.keyring_id, _quarantine.target, _quarantine.relation::text, f.row_key, f.version, f.problem
-    from found f
-    where not exists (select from moved m where m.keyring_id = f.keyring_id and m.row_key = f.row_key)
-    on conflict do nothing
-    returning rotation_id, keyring_id, row_key, version, reason
+  -- Where nothing went through yet, it is not this chunk, but all of them.
+  update rekey._chunks c
+  set last_error = message,
+      -- Whoever locks a table ends some time: that is waited for.
+      attempts = case when code = '55P03' then greatest(c.attempts, 1) else c.attempts + 1 end,
+      stuck = code <> '55P03' and c.attempts + 1 >= v_max,
+      next_attempt_at = clock_timestamp() + case when code = '55P03' then 5 else least(power(2, c.attempts), 300) end * interval '1 second'
+  where c.id in (
+    select d.id from rekey._chunks d
+    where d.id = chunk.id or d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
+      and exists (select from rekey._due u where u.pass_id = d.pass_id and u.kind = d.kind and u.target = d.target and u.relation = d.relation and not u.passed)
+    for update skip locked);
+  select c.attempts into v_attempts from rekey._chunks c where c.id = chunk.id;
+  v_ids := array(
+    select u.id from rekey._due d cross join unnest(d.rotations) as u(id)
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation);
+  perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+  with noted as (
+    update rekey.rotations r
+    set attempts = v_attempts, last_error = message, blocked_since = coalesce(r.blocked_since, now()),
+        blocked_by = jsonb_build_array(jsonb_build_object('target', chunk.target, 'relation', chunk.relation::text, 'error', message, 'sqlstate', code))
+    where r.id = any (v_ids) and r.state = 'running' and r.pass_id = chunk.pass_id
+    returning r.id, r.keyring_id, r.to_version
+  ), numbered as (
+    select n.*, count(*) over () as rotations, row_number() over (order by n.id) as place from noted n
   )
-  select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', k.name, 'version', a.version,
-    'rotation_id', a.rotation_id,
-    'details', jsonb_build_object('target', _quarantine.target, 'row', a.row_key, 'problem', a.reason)))
+  select jsonb_agg(jsonb_build_object('event', 'rotation.error', 'keyring', k.name, 'version', n.to_version, 'rotation_id', n.id,
+    'details', jsonb_build_object('attempt', v_attempts, 'sqlstate', code, 'error', message, 'target', chunk.target)
+      || case when n.rotations > 20 then jsonb_build_object('rotations', n.rotations) else '{}' end) order by n.id)
   into v_events
-  from added a join rekey.keyrings k on k.id = a.keyring_id;
+  from numbered n join rekey.keyrings k on k.id = n.keyring_id
+  where n.rotations <= 20 or n.place = 1;
   perform rekey._audit_all(coalesce(v_events, '[]'));
+  perform rekey._fail_stuck(chunk.pass_id);
 end
 $$;
-comment on function rekey._quarantine is 'Notes rows that did not open, once each.';
+comment on function rekey._note_trouble is
+  'Notes an error in a chunk of a sweep: its next attempt comes after a growing pause, after max_attempts it is stuck, and only rotations with rows in its relation have to do with it. (More than 20 have one audit entry together.)';
 
-create or replace function rekey._due_rows(rotations bigint[])
-returns table (rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+create or replace function rekey._unswept(pass_id bigint) returns table (rotation_id bigint, stuck boolean, last_error text)
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select r.id, c.target, c.relation::oid, r.trigger = 'adoption', sum(c.rows)::bigint
-  from rekey.rotations r
-  left join rekey.protected_columns p on p.id = r.column_id
-  join rekey._count_rows((
-      -- Values that are no envelopes are counted only where all are.
-      select case when bool_or(t.trigger = 'adoption') then null else array_agg(t.keyring_id) end
-      from rekey.rotations t where t.id = any (rotations))) c
-    on case when r.trigger = 'adoption' then c.keyring_id is null and c.target = p.label
-            else c.keyring_id = r.keyring_id and c.version <> r.to_version end
-  where r.id = any (rotations)
-  group by r.id, c.target, c.relation;
+  select u.id, bool_and(c.stuck), max(c.last_error) filter (where c.stuck)
+  from (select c.kind, c.target, c.relation, bool_and(c.stuck) as stuck, max(c.last_error) as last_error
+        from rekey._chunks c where c.pass_id = _unswept.pass_id group by c.kind, c.target, c.relation) c
+  join rekey._due d on d.pass_id = _unswept.pass_id and d.kind = c.kind and d.target = c.target and d.relation = c.relation
+  cross join unnest(d.rotations) as u(id)
+  group by u.id;
 end;
-comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked. (By number: a name would take rights on its schema.)';
+comment on function rekey._unswept is 'The rotations that a pass has chunks left for; stuck: none of them is tried any more.';
+
+create or replace function rekey._fail_stuck(pass_id bigint) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stuck jsonb;
+  v_events jsonb;
+begin
+  if not exists (select from rekey._chunks c where c.pass_id = _fail_stuck.pass_id and c.stuck) then
+    return;
+  end if;
+  select jsonb_object_agg(u.rotation_id, u.last_error) into v_stuck from rekey._unswept(pass_id) u where u.stuck;
+  perform from rekey.rotations r where v_stuck ? r.id::text order by r.id for no key update;
+  with failed as (
+    update rekey.rotations r
+    set state = 'failed', pass_id = null, next_attempt_at = null, last_error = v_stuck ->> r.id::text
+    where v_stuck ? r.id::text and r.state = 'running' and r.pass_id = _fail_stuck.pass_id
+    returning r.id, r.keyring_id, r.to_version, r.attempts, r.last_error, r.blocked_by
+  )
+  select jsonb_agg(jsonb_build_object('event', 'rotation.failed', 'keyring', k.name, 'version', f.to_version, 'rotation_id', f.id,
+    'details', jsonb_build_object('attempt', f.attempts, 'sqlstate', f.blocked_by -> 0 ->> 'sqlstate', 'error', f.last_error)) order by f.id)
+  into v_events
+  from failed f join rekey.keyrings k on k.id = f.keyring_id;
+  perform rekey._audit_all(coalesce(v_events, '[]'));
+end
+$$;
+comment on function rekey._fail_stuck is 'Fails the rotations of a pass of which nothing is left but what is stuck.';
+
+create or replace function rekey._row_hash(row_key text) returns bytea
+language sql immutable parallel safe
+return sha256(replace(row_key, chr(92), chr(92) || chr(92))::bytea);
+comment on function rekey._row_hash is 'What a row in quarantine is found by: its key may be longer than an index row. (A backslash is doubled for the cast.)';
+
+create or replace function rekey._quarantine(
+  target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[],
+  codes text[] = null, verification_id bigint = null
+) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+-- Each row by the index: what the planner knows of this table is from before the batches that filled it.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+  v_relation text := relation::text;
+  v_events jsonb;
+begin
+  with found as materialized (
+    select distinct on (f.keyring_id, h.hash) f.keyring_id, f.version, f.row_key, h.hash, f.problem, f.code, r.id as rotation_id,
+      q.id, q.rotation_id as before
+    from unnest(keyrings, versions, row_keys, problems, codes) as f(keyring_id, version, row_key, problem, code)
+    cross join lateral (select rekey._row_hash(f.row_key) as hash offset 0) h
+    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
+    -- Known from an earlier rotation or pass.
+    left join lateral (
+      select q.id, q.rotation_id from rekey.rotation_failures q
+      where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.relation = v_relation and q.row_hash = h.hash and q.resolved_at is null
+      limit 1) q on true
+  ), moved as (
+    update rekey.rotation_failures q
+    set rotation_id = f.rotation_id, version = f.version, reason = f.problem, sqlstate = f.code, verification_id = _quarantine.verification_id
+    from found f where q.id = f.id
+  ), added as (
+    insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason, sqlstate, verification_id)
+    select f.rotation_id, f.keyring_id, _quarantine.target, v_relation, f.row_key, f.version, f.problem, f.code, _quarantine.verification_id
+    from found f where f.id is null
+    on conflict do nothing
+    returning id, rotation_id, keyring_id, row_key, version, reason
+  ), failed as (
+    select n.rotation_id, count(*) as rows
+    from (select a.rotation_id from added a union all select f.rotation_id from found f where f.before <> f.rotation_id) n
+    group by n.rotation_id
+  ), counted as (
+    update rekey.rotations r set rows_failed = r.rows_failed + f.rows from failed f where r.id = f.rotation_id
+  )
+  -- One entry for all rows of a version: how many there are may be anybody's to choose.
+  select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', e.keyring, 'version', e.version, 'rotation_id', e.rotation_id,
+    'details', jsonb_build_object('target', _quarantine.target, 'relation', v_relation, 'rows', e.rows,
+      'first', (select jsonb_agg(rekey._cut(u.row_key, 100) order by u.place) from unnest(e.row_keys[1:5]) with ordinality as u(row_key, place)),
+      'problem', e.problem)) order by e.rotation_id, e.version)
+  into v_events
+  from (
+    select a.rotation_id, a.version, k.name as keyring, count(*) as rows, array_agg(a.row_key order by a.id) as row_keys,
+      (array_agg(a.reason order by a.id))[1] as problem
+    from added a join rekey.keyrings k on k.id = a.keyring_id
+    group by a.rotation_id, a.version, k.name) e;
+  perform rekey._audit_all(coalesce(v_events, '[]'));
+end
+$$;
+comment on function rekey._quarantine is
+  'Notes rows that failed, once each, and counts them in their rotations, whose rows the caller has locked. codes: the SQLSTATE with which the table refused a row; NULL: it does not open. verification_id: the verification that saw them.';
+
+create or replace function rekey._due_rows(rotations bigint[])
+returns table (rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- Values that are no envelopes are counted only where all are.
+  v_keyrings integer[] := (
+    select case when bool_or(r.trigger = 'adoption') then null else array_agg(r.keyring_id) end
+    from rekey.rotations r where r.id = any (rotations));
+  v_target record;
+  v_count record;
+  v_targets text[];
+  v_relations oid[];
+  v_of integer[];
+  v_versions integer[];
+  v_rows bigint[];
+begin
+  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+    begin
+      for v_count in select c.* from rekey._call_count(v_target.function_name, v_target.relation, v_keyrings) c loop
+        v_targets := v_targets || v_target.target;
+        v_relations := v_relations || v_target.relation::oid;
+        v_of := v_of || v_count.keyring_id;
+        v_versions := v_versions || v_count.version;
+        v_rows := v_rows || v_count.rows;
+      end loop;
+    exception when assert_failure or others then
+      null;  -- whom it concerns, the verification finds out, which counts again
+    end;
+  end loop;
+  return query
+    select r.id, c.target, c.relation, r.trigger = 'adoption', sum(c.rows)::bigint
+    from rekey.rotations r
+    left join rekey.protected_columns p on p.id = r.column_id
+    join unnest(v_targets, v_relations, v_of, v_versions, v_rows) as c(target, relation, keyring_id, version, rows)
+      on case when r.trigger = 'adoption' then c.keyring_id is null and c.target = p.label
+              else c.keyring_id = r.keyring_id and c.version <> r.to_version end
+    where r.id = any (rotations)
+    group by r.id, c.target, c.relation;
+end
+$$;
+comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked and can be counted. (By number: a name would take rights on its schema.)';
 
 create or replace function rekey._chunk_blocks(relation regclass) returns bigint
 language plpgsql volatile
@@ -188,6 +372,10 @@ begin
       join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
       group by t.target, t.relation, c.adopting, t.blocks, t.indexed
+    ), dued as (
+      insert into rekey._due (pass_id, kind, target, relation, rotations)
+      select v_pass, case when c.adopting then 'adopt' else 'sweep' end, c.target, c.relation, array_agg(c.rotation_id)
+      from counted c group by c.adopting, c.target, c.relation
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
@@ -199,7 +387,7 @@ begin
     )
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
-        next_attempt_at = null,
+        next_attempt_at = null, attempts = 0,
         -- Kept where a verification found rows behind: the next one looks at what was written since.
         verification_id = case when r.state = 'running' then r.verification_id end,
         rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.rotation_id = r.id), 0)
@@ -278,6 +466,77 @@ $$;
 comment on function rekey._write_rows is
   'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
 
+-- At most 60 subtransactions: 64 is as many as a session keeps count of in shared memory. A batch of 4,000 rows with one
+-- that raises takes 25.
+create or replace function rekey._write_apart(
+  target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean,
+  out written bigint, out undone tid, out refused tid[], out problems text[], out codes text[]
+)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prepared text[] := rekey._prepared();
+  v_begin timestamptz := clock_timestamp();
+  v_limit interval := greatest(5 * (rekey._settings()).batch_target, interval '1 second');
+  v_tries integer := 0;
+  v_rows tid[] := rows;
+  v_ciphertexts bytea[] := ciphertexts;
+  -- What is still to be written, the first at the end.
+  v_from integer[] := array[1];
+  v_until integer[] := array[coalesce(cardinality(rows), 0)];
+  v_low integer;
+  v_high integer;
+  v_top integer := 1;
+  v_message text;
+  v_code text;
+  v_context text;
+begin
+  written := 0;
+  refused := '{}';
+  problems := '{}';
+  codes := '{}';
+  while v_top > 0 loop
+    v_low := v_from[v_top];
+    v_high := v_until[v_top];
+    if v_tries >= 60 or v_tries > 1 and clock_timestamp() - v_begin > v_limit then
+      undone := v_rows[v_low];
+      return;
+    end if;
+    v_tries := v_tries + 1;
+    v_top := v_top - 1;
+    begin
+      written := written + rekey._write_rows(target, relation, v_rows[v_low:v_high], v_ciphertexts[v_low:v_high]);
+      continue;
+    exception when assert_failure or others then
+      get stacked diagnostics v_message = message_text, v_code = returned_sqlstate, v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      if rekey._is_passing(v_code) or v_context ~ '^PL/pgSQL function "?rekey"?\."?_call_write' then
+        raise;
+      end if;
+    end;
+    if v_tries = 1 then
+      select array_agg(u.row order by u.row), array_agg(u.ciphertext order by u.row) into v_rows, v_ciphertexts
+      from unnest(v_rows, v_ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+      v_high := cardinality(v_rows);
+    end if;
+    if v_low = v_high then
+      refused := refused || v_rows[v_low];
+      problems := problems || rekey._explain_error(relation, v_message, v_code, v_context, plain);
+      codes := codes || v_code;
+    else
+      v_from[v_top + 1] := (v_low + v_high) / 2 + 1;
+      v_until[v_top + 1] := v_high;
+      v_from[v_top + 2] := v_low;
+      v_until[v_top + 2] := (v_low + v_high) / 2;
+      v_top := v_top + 2;
+    end if;
+  end loop;
+end
+$$;
+comment on function rekey._write_apart is
+  'Stores as rekey._write_rows(), and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. An error that passes is raised.';
+
 create or replace function rekey._batch_size(keyrings integer) returns double precision
 language sql immutable parallel safe
 return 1 + least(keyrings - 1, 1000) / 1000.0;
@@ -311,7 +570,7 @@ comment on function rekey._advance is 'Moves the start of a chunk behind what wa
 
 create or replace function rekey._note_batch(
   rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass,
-  failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]
+  failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[] = null
 ) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -323,18 +582,18 @@ begin
   -- The rotations before the audit log, as everywhere.
   perform from rekey.rotations r
   where r.id = any (rotations) and r.keyring_id = any (done_keyrings || failed_keyrings) order by r.id for no key update;
-  update rekey.rotations r set rows_done = r.rows_done + d.rows, attempts = 0
+  update rekey.rotations r set rows_done = r.rows_done + d.rows
   from unnest(done_keyrings, done_rows) as d(keyring_id, rows)
   where r.id = any (rotations) and r.keyring_id = d.keyring_id;
   if failed_keyrings is not null then
-    perform rekey._quarantine(target, relation, failed_keyrings, failed_versions, failed_keys, failed_problems);
-    update rekey.rotations r
-    set rows_failed = (select count(*) from rekey.rotation_failures f where f.rotation_id = r.id and f.resolved_at is null)
-    where r.id = any (rotations) and r.keyring_id = any (failed_keyrings);
+    perform rekey._quarantine(target, relation, failed_keyrings, failed_versions, failed_keys, failed_problems, failed_codes);
+    -- What the table refused is not behind: the next verification has to know that.
+    update rekey.rotations r set verification_id = null
+    where r.id = any (rotations) and r.keyring_id = any (failed_keyrings) and r.verification_id is not null and failed_codes is not null;
   end if;
 end
 $$;
-comment on function rekey._note_batch is 'Adds what a batch did to the progress of its rotations, and what did not open to the quarantine.';
+comment on function rekey._note_batch is 'Adds what a batch did to the progress of its rotations, and what failed to the quarantine.';
 
 create or replace function rekey._throttle(wanted integer, out rows integer, out wait interval)
 language plpgsql volatile
@@ -375,6 +634,38 @@ end
 $$;
 comment on function rekey._note_pace is 'Tells rekey._throttle() how many rows a batch had that began then.';
 
+create or replace function rekey._note_passed(chunk rekey._chunks, written bigint, refused integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_refused integer;
+begin
+  if written > 0 then
+    update rekey._due d set passed = true
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation and not d.passed;
+  elsif refused > 0 then
+    update rekey._due d set refused = d.refused + _note_passed.refused
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation and not d.passed
+    returning d.refused into v_refused;
+    -- It is not the rows: to put millions of them into quarantine, one by one, helps nobody.
+    if v_refused > 10000 then
+      raise exception '% refuses every row, % of them by now: see rekey.failure_status', chunk.relation, v_refused using errcode = 'RK005';
+    end if;
+  end if;
+  if chunk.attempts > 0 then
+    update rekey._chunks c set attempts = 0, last_error = null, next_attempt_at = null where c.id = chunk.id;
+    update rekey.rotations r set attempts = 0, blocked_by = null, blocked_since = null
+    where r.id in (
+      select u.id from rekey._due d cross join unnest(d.rotations) as u(id)
+      where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
+      order by u.id)
+      and r.state = 'running' and r.pass_id = chunk.pass_id;
+  end if;
+end
+$$;
+comment on function rekey._note_passed is 'Notes that rows of a chunk went through, or that all were refused: RK005 where more than 10,000 were, and none went through.';
+
 create or replace function rekey._sweep_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -408,12 +699,17 @@ declare
   v_failed_versions integer[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_failed_codes text[];
+  v_apart record;
+  v_undone tid;
+  v_error text;
 begin
   select c.* into v_chunk from rekey._chunks c
-  where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
+  where not c.stuck and rekey._is_due(c.next_attempt_at)
+    and exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
                   and rekey._is_due(r.next_attempt_at)
                   and case c.kind when 'adopt' then r.formats = '{plaintext}' when 'sweep' then r.trigger <> 'adoption' end)
-  order by c.urgent desc, c.pass_id desc, c.id
+  order by c.attempts > 0, c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
     return;
@@ -474,24 +770,47 @@ begin
         select r.made_rows, r.made, r.failed_places, r.problems into v_rows, v_made, v_failed_places, v_failed_problems
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
-      rows := rekey._write_rows(v_target, v_chunk.relation, v_rows, v_made);
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_made, v_chunk.kind = 'adopt') a;
+      rows := v_apart.written;
+      v_undone := v_apart.undone;
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
       from (select rekey._int4(h.header, 3) as keyring_id, h.rows
-            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_made) as u(ciphertext) where u.ciphertext is not null group by 1) h) d;
-      select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
-        array_agg(case when v_chunk.kind = 'sweep' then rekey._int4(v_old[f.place], 7) end order by f.rank),
-        array_agg(v_batch.keys[f.place] order by f.rank)
-      into v_failed_keyrings, v_failed_versions, v_failed_keys
-      from unnest(v_failed_places) with ordinality as f(place, rank);
+            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows
+                  from unnest(v_made, v_rows) as u(ciphertext, row)
+                  where u.ciphertext is not null and u.row <> all (v_apart.refused) and (v_undone is null or u.row < v_undone)
+                  group by 1) h) d;
+      if v_failed_places is not null or v_apart.refused <> '{}' then
+        -- (Joined: to look a place up in an array of texts takes as long as the place is far.)
+        select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else f.keyring_id end order by f.place),
+          array_agg(f.version order by f.place), array_agg(f.key order by f.place), array_agg(f.problem order by f.place), array_agg(f.code order by f.place)
+        into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems, v_failed_codes
+        from (
+          select u.place, u.key, coalesce(p.problem, a.problem) as problem, a.code,
+            case when u.header is not null then rekey._int4(u.header, 3) end as keyring_id,
+            case when u.header is not null then rekey._int4(u.header, 7) end as version
+          from (
+            select b.row, b.key, substr(o.ciphertext, 1, 11) as header, b.place
+            from unnest(v_batch.rows, v_batch.keys) with ordinality as b(row, key, place)
+            left join unnest(v_old) with ordinality as o(ciphertext, place) on o.place = b.place) u
+          left join unnest(v_failed_places, v_failed_problems) as p(place, problem) on p.place = u.place
+          left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+          where p.place is not null or a.row is not null) f;
+      end if;
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
           hint = 'See rekey.column_status.', constraint = 'columns';
       end if;
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
-        v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
+        v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems,
+        case when v_apart.codes <> '{}' then v_failed_codes end);
+      perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
-    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+    if v_undone is null then
+      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+    else
+      update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
+    end if;
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -503,10 +822,11 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, v_chunk.kind = 'adopt');
+      perform rekey._note_trouble(v_chunk, v_error, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+      detail := jsonb_build_object('target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20], 'error', v_error, 'sqlstate', sqlstate);
   end;
 end
 $$;
@@ -522,6 +842,11 @@ begin
     select d.id from rekey._chunks d
     where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
       and not exists (select from rekey.rotations r where r.verification_id = d.pass_id and r.state in ('running', 'verifying'))
+    for update skip locked);
+  delete from rekey._due d
+  where d.ctid in (
+    select u.ctid from rekey._due u
+    where not exists (select from rekey.rotations r where r.pass_id = u.pass_id)
     for update skip locked);
   -- The coordinator and who ends a verification may both come here, each with locks that the other waits for.
   delete from rekey._verified d
@@ -540,15 +865,26 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_rotation record;
+  v_unswept bigint[];
+  v_count integer;
 begin
   perform rekey._clear_chunks();
 
-  perform from rekey.rotations r
-  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)
-  order by r.id for no key update;
-  update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null
-  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id);
-  get diagnostics keyring_count = row_count;
+  keyring_count := 0;
+  -- Who has no rows in what is in trouble does not wait for it.
+  for v_rotation in
+    select distinct r.pass_id from rekey.rotations r
+    where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id and c.attempts = 0)
+  loop
+    perform rekey._fail_stuck(v_rotation.pass_id);
+    v_unswept := array(select u.rotation_id from rekey._unswept(v_rotation.pass_id) u);
+    perform from rekey.rotations r
+    where r.state = 'running' and r.pass_id = v_rotation.pass_id and r.id <> all (v_unswept) order by r.id for no key update;
+    update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null, blocked_by = null, blocked_since = null
+    where r.state = 'running' and r.pass_id = v_rotation.pass_id and r.id <> all (v_unswept);
+    get diagnostics v_count = row_count;
+    keyring_count := keyring_count + v_count;
+  end loop;
   if keyring_count > 0 then
     event := 'swept';
     return;
@@ -613,7 +949,7 @@ begin
         where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
       or exists (
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
-        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id)))
+        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))
      and pg_try_advisory_xact_lock(0, 1) then
     select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
     if event = 'blocked' then
@@ -645,7 +981,8 @@ begin
   if event is null then
     -- Something is under way, and nothing to be done now: another worker has it in hand, or its time has not come.
     event := 'waiting';
-    select min(r.next_attempt_at) into v_next from rekey.rotations r where r.state in ('queued', 'running', 'verifying');
+    select least((select min(r.next_attempt_at) from rekey.rotations r where r.state in ('queued', 'running', 'verifying')),
+      (select min(c.next_attempt_at) from rekey._chunks c where not c.stuck)) into v_next;
     wait := greatest(interval '20 milliseconds', least(coalesce(v_next - clock_timestamp(), interval '20 milliseconds'), interval '1 second'));
   end if;
   keyring_count := coalesce(keyring_count, 0);

@@ -57,8 +57,24 @@ begin atomic
 end;
 comment on function rekey._ranges is 'The blocks of a relation in ranges, each with what is to be checked in it: as rekey._checked_since() says; NULL: all.';
 
-create or replace function rekey._open_rows(keyrings integer[], verification_id bigint)
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+create or replace function rekey._refused_rows(target text, relation regclass, ciphertexts bytea[], keys text[])
+returns table (place integer, keyring_id integer, version integer)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select u.place::integer, q.keyring_id, q.version
+  from unnest(ciphertexts, keys) with ordinality as u(ciphertext, row_key, place)
+  join rekey.rotation_failures q
+    on q.keyring_id = rekey._int4(u.ciphertext, 3) and q.target = _refused_rows.target and q.relation = _refused_rows.relation::text
+    and q.row_hash = rekey._row_hash(u.row_key)
+  where q.resolved_at is null and q.sqlstate is not null and q.version = rekey._int4(u.ciphertext, 7);
+end;
+comment on function rekey._refused_rows is
+  'Which of these rows are in quarantine because their table refused the new value, and still are as they were then.';
+
+create or replace function rekey._open_rows(keyrings integer[], verification_id bigint, locked oid[] = null, apart boolean = false)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
+               refused bigint, error text, code text)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
@@ -71,98 +87,150 @@ declare
   v_first bigint;
   v_from tid;
   v_found record;
+  v_bad record;
+  v_places integer[];
+  v_refused boolean;
+  v_context text;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
-  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+  for v_target in select t.* from rekey._targets() t where t.problem is null and (locked is null or t.relation::oid = any (locked)) loop
     target := v_target.target;
     relation := v_target.relation;
+    v_refused := exists (select from rekey.rotation_failures q where q.target = v_target.target and q.resolved_at is null and q.sqlstate is not null);
     v_rows := 0;
     failed := 0;
-    for keyring_id, version, rows in
-      select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
-    loop
-      v_rows := v_rows + rows;
-      return next;
-    end loop;
-    -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
-    v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
-    for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
-      -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
-      v_first := v_range.first;
-      v_from := format('(%s,0)', v_first)::tid;
-      while v_first < least(v_range.until, v_blocks) loop
-        select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
-          format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
-        if v_found.ciphertexts is not null then
-          return query
-            select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), 0::bigint,
-              cardinality(c.failed_places)::bigint,
-              array(select v_found.keys[f.place] from unnest(c.failed_places) with ordinality as f(place, rank) order by f.rank), c.problems
-            from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c;
-        end if;
-        if v_found.next is not null then
-          v_from := rekey._next_row(v_found.next);
-        else
-          v_first := v_first + v_step;
-          v_from := format('(%s,0)', least(v_first, 4294967294))::tid;
-        end if;
+    refused := 0;
+    begin
+      for keyring_id, version, rows in
+        select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
+      loop
+        v_rows := v_rows + rows;
+        return next;
       end loop;
-    end loop;
+      rows := 0;
+      -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
+      v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
+      for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
+        -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
+        v_first := v_range.first;
+        v_from := format('(%s,0)', v_first)::tid;
+        while v_first < least(v_range.until, v_blocks) loop
+          select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
+            format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
+          if v_found.ciphertexts is not null then
+            v_places := '{}';
+            for v_bad in select c.* from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c loop
+              keyring_id := rekey._int4(v_bad.header, 3);
+              version := rekey._int4(v_bad.header, 7);
+              failed := cardinality(v_bad.failed_places);
+              failed_keys := array(select v_found.keys[f.place] from unnest(v_bad.failed_places) with ordinality as f(place, rank) order by f.rank);
+              failed_problems := v_bad.problems;
+              v_places := v_places || v_bad.failed_places;
+              return next;
+            end loop;
+            failed := 0;
+            failed_problems := null;
+            if v_refused then
+              for keyring_id, version, refused, failed_keys in
+                select r.keyring_id, r.version, count(*), array_agg(v_found.keys[r.place])
+                from rekey._refused_rows(v_target.target, v_target.relation, v_found.ciphertexts, v_found.keys) r
+                where r.place <> all (v_places)
+                group by r.keyring_id, r.version
+              loop
+                return next;
+              end loop;
+            end if;
+            refused := 0;
+            failed_keys := null;
+          end if;
+          if v_found.next is not null then
+            v_from := rekey._next_row(v_found.next);
+          else
+            v_first := v_first + v_step;
+            v_from := format('(%s,0)', least(v_first, 4294967294))::tid;
+          end if;
+        end loop;
+      end loop;
+    exception when assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      if not apart or sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
+        raise;
+      end if;
+      keyring_id := null;
+      error := rekey._explain_error(relation, sqlerrm, sqlstate, v_context, true);
+      code := sqlstate;
+      return next;
+      error := null;
+      code := null;
+    end;
   end loop;
 end
 $$;
 comment on function rekey._open_rows is
-  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open. A combination may come in several rows.';
+  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open; refused, with failed_keys, what opens and its table refused. A combination may come in several rows. locked: only these relations. apart: an error in a target is a row without keyring, and what came of it before is not to be trusted.';
 
 -- To a snapshot from before it was rewritten, a table may be empty (ALTER TABLE). So the locks come first, and the snapshot of
 -- the statement that counts after them.
-create or replace function rekey._lock_targets() returns oid[]
+create or replace function rekey._lock_targets(apart boolean = false, leaving_out oid[] = '{}', out locked oid[], out errors jsonb)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_target rekey._target;
-  v_locked oid[];
 begin
-  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
-    perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
-    v_locked := v_locked || v_target.relation::oid;
+  for v_target in select t.* from rekey._targets() t where t.problem is null and t.relation::oid <> all (leaving_out) order by t.relation loop
+    begin
+      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      locked := locked || v_target.relation::oid;
+    exception when others then
+      if not apart then
+        raise;
+      end if;
+      errors := coalesce(errors, '[]') || jsonb_build_object('target', v_target.target, 'relation', v_target.relation::oid, 'code', sqlstate,
+        'error', rekey._explain_error(v_target.relation, sqlerrm, sqlstate, '', true));
+    end;
   end loop;
-  return v_locked;
 end
 $$;
-comment on function rekey._lock_targets is 'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends; returns which.';
+comment on function rekey._lock_targets is
+  'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends. locked: which. apart: errors of one are told, and do not stop the others.';
 
-create or replace function rekey._count(keyrings integer[], opening boolean, verification_id bigint = null)
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+create or replace function rekey._count(keyrings integer[], opening boolean, verification_id bigint = null, apart boolean = false)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
+               refused bigint, error text, code text)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state text;
-  v_locked oid[];
+  v_locks record;
+  v_left_out oid[];
 begin
   perform rekey._refuse_blocked(keyrings);
   v_state := rekey._target_state();
-  v_locked := rekey._lock_targets();
+  v_locks := rekey._lock_targets(apart);
+  v_left_out := array(select (e.value ->> 'relation')::oid from jsonb_array_elements(v_locks.errors) e);
+  return query
+    select e.target, e.relation::regclass, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint, e.error, e.code
+    from jsonb_to_recordset(v_locks.errors) as e(target text, relation oid, error text, code text);
   -- One statement, one snapshot: no row escapes by moving.
   if opening then
-    return query select o.* from rekey._open_rows(keyrings, verification_id) o;
+    return query select o.* from rekey._open_rows(keyrings, verification_id, v_locks.locked, apart) o;
   else
     return query
-      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
+      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[], 0::bigint, null::text, null::text
       from rekey._count_rows(keyrings) c where c.keyring_id is not null;
   end if;
   perform rekey._refuse_blocked(keyrings);
-  if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
+  if rekey._target_state() is distinct from v_state or v_locks.locked is distinct from (rekey._lock_targets(leaving_out => v_left_out)).locked then
     raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
   end if;
 end
 $$;
 comment on function rekey._count is
-  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before. A combination may come in several rows. RK005: a target is blocked.';
+  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before (rekey._open_rows() says more of the columns). A combination may come in several rows. RK005: a target is blocked.';
 
 create or replace function rekey._begin_verification(rotations bigint[], keyrings integer[]) returns bigint
 language plpgsql volatile
@@ -171,14 +239,15 @@ as $$
 declare
   v_id bigint := nextval('rekey._pass_id');
   v_due bigint := (select sum(r.rows_total) from rekey.rotations r where r.id = any (rotations));
+  v_locked oid[];
 begin
   -- The sizes are those of what a snapshot from before sees, or larger.
-  perform rekey._lock_targets();
+  v_locked := (rekey._lock_targets(apart => true)).locked;
   with large as (
     insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
     select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
     from rekey._targets() t
-    where t.problem is null and pg_table_size(t.relation) > 2097152
+    where t.problem is null and t.relation::oid = any (v_locked) and pg_table_size(t.relation) > 2097152
       -- A few rows of an indexed table: the index finds them, and the last step opens them. (They are counted where few are due.)
       and not (t.indexed and v_due < 5000 and (
         select coalesce(sum(c.rows), 0) from rekey._call_count(t.function_name, t.relation, keyrings) c
@@ -215,11 +284,13 @@ declare
   v_target rekey._target;
   v_until bigint;
   v_found record;
+  v_refused boolean;
+  v_error text;
 begin
   select c.* into v_chunk from rekey._chunks c
-  where c.kind = 'verify'
+  where c.kind = 'verify' and rekey._is_due(c.next_attempt_at)
     and exists (select from rekey.rotations r where r.verification_id = c.pass_id and r.state = 'verifying' and rekey._is_due(r.next_attempt_at))
-  order by c.id
+  order by c.attempts > 0, c.id
   limit 1 for update of c skip locked;
   if not found then
     return;
@@ -252,12 +323,14 @@ begin
       update rekey._chunks c set kind = 'doubtful' where c.id = v_chunk.id;
       return;
     end if;
+    v_refused := exists (select from rekey.rotation_failures q where q.target = v_chunk.target and q.resolved_at is null and q.sqlstate is not null);
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
         format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, (2097152 * v_size)::bigint) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
-      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
+      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts))
+         or v_refused and exists (select from rekey._refused_rows(v_chunk.target, v_chunk.relation, v_found.ciphertexts, v_found.keys)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
         values (v_chunk.pass_id, false, 'doubtful', v_chunk.target, v_chunk.relation, v_chunk.first,
           coalesce(rekey._block(v_found.next) + 1, v_until), v_chunk.batch_blocks);
@@ -267,15 +340,11 @@ begin
         delete from rekey._chunks c where c.id = v_chunk.id;
         exit;
       elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
-        update rekey._chunks c set first = v_chunk.first where c.id = v_chunk.id;
+        update rekey._chunks c set first = v_chunk.first, attempts = 0, next_attempt_at = null where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
-    if exists (select from rekey.rotations r where r.id = any (v_ids) and r.attempts > 0) then
-      perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
-      update rekey.rotations r set attempts = 0 where r.id = any (v_ids);
-    end if;
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -286,15 +355,20 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, true);
+      -- Whom it concerns is found out by the last step, which opens these rows, and waits for nobody else's.
+      update rekey._chunks c
+      set attempts = c.attempts + 1, last_error = v_error, next_attempt_at = clock_timestamp() + least(power(2, c.attempts), 300) * interval '1 second',
+          kind = case when not rekey._is_passing(sqlstate) or c.attempts >= 2 then 'doubtful' else c.kind end
+      where c.id = v_chunk.id;
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+      detail := jsonb_build_object('target', v_chunk.target, 'rotations', v_ids[1:20], 'error', v_error, 'sqlstate', sqlstate);
   end;
 end
 $$;
 comment on function rekey._verify_batch is
-  'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, or the relation is not as the verification found it, it leaves them to the last step.';
+  'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, the relation is not as the verification found it, or an error comes again, it leaves them to the last step.';
 
 -- To be taken for what it is, or for a table whose rows something hides: whoever emptied it says so.
 create or replace function rekey._emptied(counted jsonb, keyrings integer[]) returns jsonb
@@ -407,6 +481,17 @@ end
 $$;
 comment on function rekey._hold_blocked is 'Has the rotations wait that a blocked target may hold rows of; returns which targets these are, NULL: none.';
 
+create or replace function rekey._still_verifying(rotations bigint[]) returns integer[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  return array(select r.keyring_id from rekey.rotations r where r.id = any (rotations) and r.state = 'verifying');
+end
+$$;
+comment on function rekey._still_verifying is 'Locks these rotations, and returns the keyrings of those that were not paused, superseded or rolled back.';
+
 create or replace function rekey._verify(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -419,7 +504,19 @@ declare
   v_verification bigint;
   v_results jsonb;
   v_found record;
-  v_failure record;
+  v_count record;
+  v_error record;
+  v_live integer[];
+  v_targets text[];
+  v_places oid[];
+  v_of integer[];
+  v_versions integer[];
+  v_rows bigint[];
+  v_failed_rows bigint[];
+  v_refused_rows bigint[];
+  v_errors jsonb := '[]'::jsonb;
+  v_held jsonb;
+  v_held_ids bigint[] := '{}'::bigint[];
   v_failed bigint;
   v_completed bigint[] := '{}'::bigint[];
   v_blocked jsonb;
@@ -460,41 +557,87 @@ begin
         return;
       end if;
     end if;
-    with counted as materialized (
-      select c.* from rekey._count(v_keyrings, true, v_verification) c
+    for v_count in select c.* from rekey._count(v_keyrings, true, v_verification, apart => true) c loop
+      -- Everything is counted by now, and the names of what failed are noted as they come: they may be too many for one value.
+      if v_live is null then
+        v_live := rekey._still_verifying(v_ids);
+      end if;
+      if v_count.error is not null then
+        v_errors := v_errors || jsonb_build_object('target', v_count.target, 'relation', v_count.relation::oid, 'error', v_count.error, 'sqlstate', v_count.code);
+        continue;
+      end if;
+      v_places := v_places || v_count.relation::oid;
+      v_targets := v_targets || v_count.target;
+      v_of := v_of || v_count.keyring_id;
+      v_versions := v_versions || v_count.version;
+      v_rows := v_rows || v_count.rows;
+      v_failed_rows := v_failed_rows || v_count.failed;
+      v_refused_rows := v_refused_rows || v_count.refused;
+      if v_count.failed > 0 and v_count.keyring_id = any (v_live) then
+        perform rekey._quarantine(v_count.target, v_count.relation, array_fill(v_count.keyring_id, array[cardinality(v_count.failed_keys)]),
+          array_fill(v_count.version, array[cardinality(v_count.failed_keys)]), v_count.failed_keys, v_count.failed_problems,
+          verification_id => v_verification);
+      elsif v_count.refused > 0 then
+        update rekey.rotation_failures q set verification_id = v_verification
+        from unnest(v_count.failed_keys) as k(row_key)
+        where q.keyring_id = v_count.keyring_id and q.target = v_count.target and q.relation = v_count.relation::text
+          and q.row_hash = rekey._row_hash(k.row_key) and q.resolved_at is null;
+      end if;
+    end loop;
+    with counted as (
+      select u.* from unnest(v_targets, v_places, v_of, v_versions, v_rows, v_failed_rows, v_refused_rows)
+        as u(target, relation, keyring_id, version, rows, failed, refused)
     ), summed as (
-      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
-        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation::oid, 'version', c.version,
-          'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
+      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed - c.refused) filter (where c.version <> r.to_version) as behind
       from counted c
       join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
       group by c.keyring_id
+    ), held as (
+      -- Whose rows are in what raised: as it counted them, or, where it did not count, as far as is known.
+      select distinct on (r.id) r.id, e.error, e.sqlstate, e.target, e.relation
+      from jsonb_to_recordset(v_errors) as e(target text, relation oid, error text, sqlstate text)
+      left join rekey.protected_columns p on p.label = e.target
+      join rekey.rotations r on r.id = any (v_ids)
+        and case when exists (select from counted c where c.relation = e.relation and c.target = e.target)
+                 then exists (select from counted c where c.relation = e.relation and c.target = e.target and c.keyring_id = r.keyring_id)
+                 else p.id is null or rekey._may_hold(p, array[r.keyring_id]) end
+      order by r.id, e.target, e.relation
     )
-    select (select jsonb_agg(to_jsonb(s)) from summed s),
+    select (select jsonb_agg(to_jsonb(s)) from summed s), (select coalesce(jsonb_agg(to_jsonb(h)), '[]') from held h),
       (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
         select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c group by c.target, c.keyring_id) t)
-    into v_results, v_seen;
+    into v_results, v_held, v_seen;
     v_emptied := rekey._emptied(v_seen, v_keyrings);
     -- Of an adoption, what is no envelope yet is behind.
     select jsonb_agg(to_jsonb(a)) into v_adoptions
     from (
       select r.id as rotation_id, p.label,
-        (select sum(d.rows) from rekey._due_rows(array[r.id]) d) as rows
+        (select sum(c.rows) from rekey._targets(p.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+         where t.problem is null and c.keyring_id is null) as rows
       from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
       where r.id = any (v_ids) and r.trigger = 'adoption') a;
 
-    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+    if v_live is null then
+      v_live := rekey._still_verifying(v_ids);
+    end if;
+    for v_error in
+      select h.error, h.sqlstate, h.target, h.relation, array_agg(h.id) as ids
+      from jsonb_to_recordset(v_held) as h(id bigint, error text, sqlstate text, target text, relation oid) group by 1, 2, 3, 4
+    loop
+      perform rekey._record_error(v_error.ids, v_error.error, v_error.sqlstate, v_error.target, v_error.relation::regclass);
+      v_held_ids := v_held_ids || v_error.ids;
+    end loop;
     for v_found in
-      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.failures, '[]') as failures, a.label as adopted,
+      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, a.label as adopted,
         case when r.trigger <> 'adoption' then coalesce(s.behind, 0)
              else greatest(coalesce(a.rows, 0) - (
                select count(*) from rekey.rotation_failures q
                where q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
         coalesce(a.rows, 0) = 0 as adopted_all
       from rekey.rotations r
-      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
+      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint) on s.keyring_id = r.keyring_id
       left join jsonb_to_recordset(v_adoptions) as a(rotation_id bigint, label text, rows bigint) on a.rotation_id = r.id
-      where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
+      where r.id = any (v_ids) and r.id <> all (v_held_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
       order by r.id
     loop
       rows := rows + v_found.rows;
@@ -505,28 +648,13 @@ begin
         where r.id = v_found.id;
         continue;
       end if;
-      for v_failure in
-        select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
-        from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
-        cross join lateral unnest(f.keys, f.problems) as k(row_key, problem)
-        group by f.target, f.relation
-      loop
-        perform rekey._quarantine(v_failure.target, v_failure.relation::regclass,
-          array_fill(v_found.keyring_id, array[cardinality(v_failure.row_keys)]), v_failure.versions, v_failure.row_keys, v_failure.problems);
-      end loop;
-      with failing as materialized (
-        select f.target, k.row_key
-        from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
-        cross join lateral unnest(f.keys) as k(row_key)
-      ), closed as (
-        select q.id from rekey.rotation_failures q
-        left join failing f on f.target = q.target and f.row_key = q.row_key
-        where q.keyring_id = v_found.keyring_id and q.resolved_at is null and f.row_key is null
-          and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all)
-      )
       update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
-      from closed c where c.id = q.id;
-      select count(*) into v_failed from rekey.rotation_failures q where q.rotation_id = v_found.id and q.resolved_at is null;
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.verification_id is distinct from v_verification
+        and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all);
+      update rekey.rotation_failures q set rotation_id = v_found.id
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.rotation_id <> v_found.id and q.verification_id = v_verification;
+      select count(*) into v_failed from rekey.rotation_failures q
+      where q.keyring_id = v_found.keyring_id and q.rotation_id = v_found.id and q.resolved_at is null;
       if v_found.behind > 0 then
         update rekey.rotations r
         set state = 'running', rows_failed = v_failed,
@@ -551,9 +679,9 @@ begin
         'details', jsonb_build_object('state', r.state, 'rows', r.rows_done, 'failures', r.rows_failed)) order by r.id)
       from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
       where r.id = any (v_completed)), '[]'));
-    event := case when v_completed = '{}' then 'verified' else 'completed' end;
+    event := case when v_completed <> '{}' then 'completed' when v_held_ids @> v_ids then 'error' else 'verified' end;
     keyring_count := cardinality(v_ids);
-    detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
+    detail := jsonb_strip_nulls(jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20], 'errors', nullif(v_errors, '[]')));
   exception
     when query_canceled or assert_failure or others then
       get stacked diagnostics v_context = pg_exception_context;

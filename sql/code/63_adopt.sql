@@ -152,7 +152,7 @@ begin
     v_place := v_place + 1;
     v_plaintext := null;
     v_problem := null;
-    v_bytes := rekey._legacy_bytes(v_value);
+    v_bytes := rekey._legacy_bytes(v_value);  -- NULL: too large to be read
     v_format := rekey._legacy_format(v_bytes);
     if v_format = 'plaintext' and 'aes_gcm' = any (formats) and octet_length(v_bytes) >= 28 and not is_text then
       v_format := 'aes_gcm';
@@ -160,7 +160,9 @@ begin
       v_format := 'plaintext';
       v_bytes := v_value;
     end if;
-    if v_format = 'envelope' then
+    if v_value is null then
+      v_problem := 'has more than 64 MiB, and was not read';
+    elsif v_format = 'envelope' then
       v_problem := 'is a damaged envelope';
     elsif not v_format = any (formats) then
       v_problem := case v_format when 'plaintext' then 'is in none of the formats' else format('looks like %s, which is not among the formats', v_format) end;
@@ -291,7 +293,7 @@ declare
   v_until_block bigint;
   v_max_rows integer;
   v_adoption rekey._adoption;
-  v_done bigint;
+  v_apart record;
   v_failed record;
   v_begin timestamptz := clock_timestamp();
 begin
@@ -317,15 +319,23 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
-  select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
-  from unnest(v_adoption.problems) with ordinality as u(problem, place) where u.problem is not null;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts, true) a;
+  select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
+  from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
+  left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+  where u.problem is not null or a.row is not null;
   if rekey._target_state() <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_chunk.target, v_chunk.relation, v_failed.keys, v_failed.problems);
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_apart.written, v_chunk.target, v_chunk.relation,
+    v_failed.keys, v_failed.problems, v_failed.codes);
+  perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
   perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
-  perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  if v_apart.undone is null then
+    perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  else
+    update rekey._chunks c set first = v_apart.undone, batch_rows = 32 where c.id = v_chunk.id;
+  end if;
   return v_adoption;
 end
 $$;
@@ -333,7 +343,7 @@ comment on function rekey._adoption_batch is 'One batch of an adoption: adopts w
 grant execute on function rekey._adoption_batch to rekey_admin;
 
 create or replace function rekey._note_adopted(
-  rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]
+  rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]
 ) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -341,7 +351,7 @@ as $$
 begin
   perform rekey._note_batch(array[rotation_id], case when rows_done > 0 then array[keyring_id] end, array[rows_done], target, relation,
     case when failed_keys is not null then array_fill(keyring_id, array[cardinality(failed_keys)]) end,
-    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems);
+    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems, failed_codes);
 end
 $$;
 comment on function rekey._note_adopted is 'rekey._note_batch() for an adoption.';
@@ -361,8 +371,10 @@ declare
   v_contexts bytea[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_failed_codes text[];
   v_sealing rekey._sealing;
   v_made rekey._sealed;
+  v_apart record;
   v_done bigint := 0;
 begin
   select r.*, p.label into v_rotation from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
@@ -398,12 +410,19 @@ begin
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
       end if;
     end loop;
-    v_done := rekey._write_rows(v_target, relation, v_rows, v_made.ciphertexts);
+    -- (What it does not come to, the next pass does.)
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, v_made.ciphertexts, true) a;
+    v_done := v_apart.written;
+    v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
+    v_failed_keys := v_failed_keys || array(
+      select v_batch.keys[array_position(v_batch.rows, u.row)] from unnest(v_apart.refused) with ordinality as u(row, place) order by u.place);
+    v_failed_problems := v_failed_problems || v_apart.problems;
   end if;
   if rekey._target_state() <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_rotation.label using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation, v_failed_keys, v_failed_problems);
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation,
+    nullif(v_failed_keys, '{}'), v_failed_problems, v_failed_codes);
   return v_done;
 end
 $$;

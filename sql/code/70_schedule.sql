@@ -95,12 +95,13 @@ $$;
 comment on function rekey._rotate_due is 'Begins the rotations whose time has come; the next one is due a cryptoperiod from now.';
 
 -- Executable by operators because rekey.tick(), which commits, runs with its caller's rights.
-create or replace function rekey._tick_duty(duty text, begun timestamptz) returns void
+create or replace function rekey._tick_duty(duty text, begun timestamptz) returns text
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker rekey._worker;
+  v_next text;
 begin
   -- Before the block that notes errors: what is made up here is nobody's entry.
   if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
@@ -113,12 +114,12 @@ begin
   perform rekey._refuse_hidden();
   select * into v_worker from rekey._worker;
   if not found then
-    return;  -- not set up yet
+    return null;  -- not set up yet
   end if;
   begin
     case duty
       when 'schedules' then perform rekey._rotate_due();
-      when 'destructions' then perform rekey._destroy_due(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
+      when 'destructions' then v_next := rekey._destruction_step(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
       when 'census' then
         if coalesce(v_worker.last_census_at not between now() - interval '1 day' and now(), true) then
           perform rekey._census();
@@ -154,10 +155,12 @@ begin
             and a.details ->> 'duty' = _tick_duty.duty and a.details ->> 'sqlstate' = sqlstate) then
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
+      v_next := null;
   end;
+  return v_next;
 end
 $$;
-comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
+comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
 grant execute on function rekey._tick_duty to rekey_operator;
 
 create or replace function rekey._prune_run_details() returns void
@@ -183,6 +186,7 @@ as $$
 declare
   v_begun timestamptz := pg_catalog.clock_timestamp();
   v_duty text;
+  v_next text;
 begin
   foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end'] loop
     commit;
@@ -191,7 +195,16 @@ begin
       call rekey.run_rotations('50 s');
       perform rekey._prune_run_details();
     else
-      perform rekey._tick_duty(v_duty, v_begun);
+      v_next := rekey._tick_duty(v_duty, v_begun);
+      while v_next is not null and pg_catalog.clock_timestamp() operator(pg_catalog.<) (v_begun operator(pg_catalog.+) interval '50 s') loop
+        commit;
+        set transaction isolation level read committed;
+        if v_next operator(pg_catalog.=) 'search' then
+          v_next := rekey._search_on(v_begun);
+        else
+          v_next := rekey._tick_duty(v_duty, v_begun);
+        end if;
+      end loop;
     end if;
   end loop;
 end

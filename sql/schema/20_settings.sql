@@ -9,6 +9,8 @@ create table rekey.settings (
     constraint settings_kek_file_check check (kek_file <> '' and kek_file !~ '^/|^[A-Za-z]:|(^|/)\.\.(/|$)'),
   destroy_wait interval not null default '45 days'
     constraint settings_destroy_wait_check check (destroy_wait between '0 s' and '3650 days'),
+  destroy_search text not null default 'database'
+    constraint settings_destroy_search_check check (destroy_search in ('database', 'columns')),
   batch_target interval not null default '200 ms'
     constraint settings_batch_target_check check (batch_target between '10 ms' and '60 s'),
   max_rows_per_second integer
@@ -31,9 +33,10 @@ comment on column rekey.settings.kek_provider is 'Where the key-encryption key c
 comment on column rekey.settings.kek_secret_name is 'Name of the KEK in vault.decrypted_secrets; the next KEK is looked for under this name with _new appended.';
 comment on column rekey.settings.kek_file is 'File of the KEK, relative to the data directory (a link to a file elsewhere will do); the next KEK is looked for under this name with _new appended.';
 comment on column rekey.settings.destroy_wait is 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
+comment on column rekey.settings.destroy_search is 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
-comment on column rekey.settings.max_attempts is 'Failed batches in a row after which a rotation is failed.';
+comment on column rekey.settings.max_attempts is 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
 comment on column rekey.settings.apply_plaintext is 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
 comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
 comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';

@@ -47,7 +47,7 @@ comment on column rekey.rotations.requested_by is 'Who asked for it.';
 comment on column rekey.rotations.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
 comment on column rekey.rotations.rows_done is 'Rows re-encrypted.';
 comment on column rekey.rotations.rows_failed is 'Rows in quarantine.';
-comment on column rekey.rotations.attempts is 'Failed batches in a row.';
+comment on column rekey.rotations.attempts is 'Failed attempts in a row: of the rotation, or of the batch that fails.';
 comment on column rekey.rotations.last_error is 'The last error.';
 comment on column rekey.rotations.next_attempt_at is 'It goes on after this time; NULL: at once.';
 comment on column rekey.rotations.blocked_by is 'What it waits for.';
@@ -86,10 +86,27 @@ create table rekey._chunks (
   swept_from tid,
   until_block bigint not null,
   batch_rows integer not null default 1000,
-  batch_blocks integer not null
+  batch_blocks integer not null,
+  attempts integer not null default 0,
+  next_attempt_at timestamptz,
+  last_error text,
+  stuck boolean not null default false
 );
 create index _chunks_pass_id on rekey._chunks (pass_id);
 comment on table rekey._chunks is 'Block ranges that the rotations of a pass or of a verification have yet to work on.';
+
+-- Whom an error in a relation concerns, and whether it refuses every row.
+create table rekey._due (
+  pass_id bigint not null,
+  kind text not null,
+  target text not null,
+  relation regclass not null,
+  rotations bigint[] not null,
+  passed boolean not null default false,
+  refused integer not null default 0,
+  constraint _due_pkey primary key (pass_id, kind, target, relation)
+);
+comment on table rekey._due is 'Relations of a pass: the rotations that had rows to do there when it began, whether one row went through since, and how many were refused.';
 
 -- What a verification checks by chunks. (Restored from a dump, it says nothing: the server or the file is another one.)
 create table rekey._verified (
@@ -111,8 +128,12 @@ create table rekey.rotation_failures (
   target text not null,
   relation text not null,
   row_key text not null,
+  -- A key may be longer than an index row.
+  row_hash bytea not null generated always as (sha256(replace(row_key, chr(92), chr(92) || chr(92))::bytea)) stored,
   version integer,
   reason text not null,
+  sqlstate text,
+  verification_id bigint,
   created_at timestamptz not null default now(),
   resolved_at timestamptz,
   resolution text constraint rotation_failures_resolution_check check (resolution in ('retry', 'discard', 'cleared')),
@@ -120,19 +141,24 @@ create table rekey.rotation_failures (
   resolve_reason text,
   constraint rotation_failures_resolved_check check ((resolved_at is null) = (resolution is null))
 );
-create unique index rotation_failures_open_key on rekey.rotation_failures (keyring_id, target, row_key)
+create unique index rotation_failures_open_key on rekey.rotation_failures (keyring_id, target, relation, row_hash)
   where resolved_at is null;
-comment on table rekey.rotation_failures is 'Quarantine: rows that did not open in a rotation. They are left as they were, and keep their key from destruction.';
+create index rotation_failures_refused on rekey.rotation_failures (target)
+  where resolved_at is null and sqlstate is not null;
+comment on table rekey.rotation_failures is 'Quarantine: rows that did not open in a rotation, or that their table did not let it change. They are left as they were, and keep their key from destruction.';
 comment on column rekey.rotation_failures.id is 'Number of the entry.';
-comment on column rekey.rotation_failures.rotation_id is 'Rotation in which the row did not open, the last one; NULL: the census found it, and no rotation has met it.';
+comment on column rekey.rotation_failures.rotation_id is 'Rotation in which the row failed, the last one; NULL: the census found it, and no rotation has met it.';
 comment on column rekey.rotation_failures.keyring_id is 'Keyring of the row.';
 comment on column rekey.rotation_failures.target is 'Target the row is in.';
 comment on column rekey.rotation_failures.relation is 'Table the row is in.';
 comment on column rekey.rotation_failures.version is 'Key version the row stands on; NULL: it is no envelope yet.';
-comment on column rekey.rotation_failures.reason is 'Why it did not open.';
-comment on column rekey.rotation_failures.created_at is 'When it first did not open.';
+comment on column rekey.rotation_failures.reason is 'Why it did not open, or the error with which its table refused it.';
+comment on column rekey.rotation_failures.sqlstate is 'SQLSTATE of that error; NULL: the row does not open.';
+comment on column rekey.rotation_failures.verification_id is 'Verification that saw it last.';
+comment on column rekey.rotation_failures.created_at is 'When it first failed.';
 comment on column rekey.rotation_failures.resolved_at is 'When the entry was closed; NULL: it is open.';
 comment on column rekey.rotation_failures.resolution is 'retry (tried again), discard (given up), cleared (the row opens again, or is gone); NULL while it is open.';
 comment on column rekey.rotation_failures.resolved_by is 'Who closed it.';
 comment on column rekey.rotation_failures.resolve_reason is 'What whoever closed it said.';
 comment on column rekey.rotation_failures.row_key is 'Primary key of the row, its parts as text, separated by a slash.';
+comment on column rekey.rotation_failures.row_hash is 'SHA-256 of row_key.';

@@ -99,6 +99,8 @@ create table rekey.settings (
     constraint settings_kek_file_check check (kek_file <> '' and kek_file !~ '^/|^[A-Za-z]:|(^|/)\.\.(/|$)'),
   destroy_wait interval not null default '45 days'
     constraint settings_destroy_wait_check check (destroy_wait between '0 s' and '3650 days'),
+  destroy_search text not null default 'database'
+    constraint settings_destroy_search_check check (destroy_search in ('database', 'columns')),
   batch_target interval not null default '200 ms'
     constraint settings_batch_target_check check (batch_target between '10 ms' and '60 s'),
   max_rows_per_second integer
@@ -121,9 +123,10 @@ comment on column rekey.settings.kek_provider is 'Where the key-encryption key c
 comment on column rekey.settings.kek_secret_name is 'Name of the KEK in vault.decrypted_secrets; the next KEK is looked for under this name with _new appended.';
 comment on column rekey.settings.kek_file is 'File of the KEK, relative to the data directory (a link to a file elsewhere will do); the next KEK is looked for under this name with _new appended.';
 comment on column rekey.settings.destroy_wait is 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
+comment on column rekey.settings.destroy_search is 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
-comment on column rekey.settings.max_attempts is 'Failed batches in a row after which a rotation is failed.';
+comment on column rekey.settings.max_attempts is 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
 comment on column rekey.settings.apply_plaintext is 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
 comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
 comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
@@ -362,7 +365,7 @@ comment on column rekey.rotations.requested_by is 'Who asked for it.';
 comment on column rekey.rotations.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
 comment on column rekey.rotations.rows_done is 'Rows re-encrypted.';
 comment on column rekey.rotations.rows_failed is 'Rows in quarantine.';
-comment on column rekey.rotations.attempts is 'Failed batches in a row.';
+comment on column rekey.rotations.attempts is 'Failed attempts in a row: of the rotation, or of the batch that fails.';
 comment on column rekey.rotations.last_error is 'The last error.';
 comment on column rekey.rotations.next_attempt_at is 'It goes on after this time; NULL: at once.';
 comment on column rekey.rotations.blocked_by is 'What it waits for.';
@@ -401,10 +404,27 @@ create table rekey._chunks (
   swept_from tid,
   until_block bigint not null,
   batch_rows integer not null default 1000,
-  batch_blocks integer not null
+  batch_blocks integer not null,
+  attempts integer not null default 0,
+  next_attempt_at timestamptz,
+  last_error text,
+  stuck boolean not null default false
 );
 create index _chunks_pass_id on rekey._chunks (pass_id);
 comment on table rekey._chunks is 'Block ranges that the rotations of a pass or of a verification have yet to work on.';
+
+-- Whom an error in a relation concerns, and whether it refuses every row.
+create table rekey._due (
+  pass_id bigint not null,
+  kind text not null,
+  target text not null,
+  relation regclass not null,
+  rotations bigint[] not null,
+  passed boolean not null default false,
+  refused integer not null default 0,
+  constraint _due_pkey primary key (pass_id, kind, target, relation)
+);
+comment on table rekey._due is 'Relations of a pass: the rotations that had rows to do there when it began, whether one row went through since, and how many were refused.';
 
 -- What a verification checks by chunks. (Restored from a dump, it says nothing: the server or the file is another one.)
 create table rekey._verified (
@@ -426,8 +446,12 @@ create table rekey.rotation_failures (
   target text not null,
   relation text not null,
   row_key text not null,
+  -- A key may be longer than an index row.
+  row_hash bytea not null generated always as (sha256(replace(row_key, chr(92), chr(92) || chr(92))::bytea)) stored,
   version integer,
   reason text not null,
+  sqlstate text,
+  verification_id bigint,
   created_at timestamptz not null default now(),
   resolved_at timestamptz,
   resolution text constraint rotation_failures_resolution_check check (resolution in ('retry', 'discard', 'cleared')),
@@ -435,22 +459,27 @@ create table rekey.rotation_failures (
   resolve_reason text,
   constraint rotation_failures_resolved_check check ((resolved_at is null) = (resolution is null))
 );
-create unique index rotation_failures_open_key on rekey.rotation_failures (keyring_id, target, row_key)
+create unique index rotation_failures_open_key on rekey.rotation_failures (keyring_id, target, relation, row_hash)
   where resolved_at is null;
-comment on table rekey.rotation_failures is 'Quarantine: rows that did not open in a rotation. They are left as they were, and keep their key from destruction.';
+create index rotation_failures_refused on rekey.rotation_failures (target)
+  where resolved_at is null and sqlstate is not null;
+comment on table rekey.rotation_failures is 'Quarantine: rows that did not open in a rotation, or that their table did not let it change. They are left as they were, and keep their key from destruction.';
 comment on column rekey.rotation_failures.id is 'Number of the entry.';
-comment on column rekey.rotation_failures.rotation_id is 'Rotation in which the row did not open, the last one; NULL: the census found it, and no rotation has met it.';
+comment on column rekey.rotation_failures.rotation_id is 'Rotation in which the row failed, the last one; NULL: the census found it, and no rotation has met it.';
 comment on column rekey.rotation_failures.keyring_id is 'Keyring of the row.';
 comment on column rekey.rotation_failures.target is 'Target the row is in.';
 comment on column rekey.rotation_failures.relation is 'Table the row is in.';
 comment on column rekey.rotation_failures.version is 'Key version the row stands on; NULL: it is no envelope yet.';
-comment on column rekey.rotation_failures.reason is 'Why it did not open.';
-comment on column rekey.rotation_failures.created_at is 'When it first did not open.';
+comment on column rekey.rotation_failures.reason is 'Why it did not open, or the error with which its table refused it.';
+comment on column rekey.rotation_failures.sqlstate is 'SQLSTATE of that error; NULL: the row does not open.';
+comment on column rekey.rotation_failures.verification_id is 'Verification that saw it last.';
+comment on column rekey.rotation_failures.created_at is 'When it first failed.';
 comment on column rekey.rotation_failures.resolved_at is 'When the entry was closed; NULL: it is open.';
 comment on column rekey.rotation_failures.resolution is 'retry (tried again), discard (given up), cleared (the row opens again, or is gone); NULL while it is open.';
 comment on column rekey.rotation_failures.resolved_by is 'Who closed it.';
 comment on column rekey.rotation_failures.resolve_reason is 'What whoever closed it said.';
 comment on column rekey.rotation_failures.row_key is 'Primary key of the row, its parts as text, separated by a slash.';
+comment on column rekey.rotation_failures.row_hash is 'SHA-256 of row_key.';
 
 -- sql/schema/55_census.sql
 -- What rekey.protected_columns.seen is for a column.
@@ -474,6 +503,70 @@ create table rekey._census_findings (
   constraint _census_findings_pkey primary key (kind, target, keyring, version, item)
 );
 comment on table rekey._census_findings is 'What the last census found, and since when; what it does not find any more is not here.';
+
+-- sql/schema/55_searches.sql
+-- Searches of the whole database for envelopes of versions that are to be destroyed (62_search.sql).
+create table rekey._searches (
+  id bigint generated by default as identity constraint _searches_pkey primary key,
+  home text not null,
+  scope text not null constraint _searches_scope_check check (scope in ('database', 'columns')),
+  state text not null default 'reading' constraint _searches_state_check check (state in ('reading', 'looking', 'complete')),
+  begun_in xid8 not null,
+  begun_at timestamptz not null default clock_timestamp(),
+  older xid8,
+  blocked_by jsonb,
+  blocked_since timestamptz,
+  looks integer not null default 0,
+  incomplete_since timestamptz,
+  postponed boolean not null default false,
+  completed_at timestamptz,
+  counted_at timestamptz,
+  counted_as text
+);
+comment on table rekey._searches is 'Searches of the database: how far the last one is. older: transactions before this one are waited for.';
+
+create table rekey._search_versions (
+  search_id bigint not null constraint _search_versions_search_fkey references rekey._searches on delete cascade,
+  keyring_id integer not null,
+  version integer not null,
+  rows bigint,
+  constraint _search_versions_pkey primary key (search_id, keyring_id, version)
+);
+comment on table rekey._search_versions is 'Versions that a search looks for: they were scheduled for destruction before it began, and are since. rows: those of protected columns and secrets, once they are counted.';
+
+create table rekey._search_relations (
+  search_id bigint not null constraint _search_relations_search_fkey references rekey._searches on delete cascade,
+  relation oid not null,
+  name text not null,
+  bytes bigint not null,
+  state text not null default 'pending' constraint _search_relations_state_check check (state in ('pending', 'read', 'looked')),
+  statement text,
+  filenode oid,
+  since xid8,
+  next_block bigint not null default 0,
+  blocks bigint not null default 0,
+  batch_blocks integer not null default 256,
+  rows bigint not null default 0,
+  role text,
+  read_at timestamptz,
+  problem text,
+  tried_by text[] not null default '{}',
+  constraint _search_relations_pkey primary key (search_id, relation)
+);
+comment on table rekey._search_relations is 'Relations of a search: what is read of each by its turns, by which role, as what it was found (filenode, statement), and why it was not read.';
+
+create table rekey._search_finds (
+  search_id bigint not null constraint _search_finds_search_fkey references rekey._searches on delete cascade,
+  relation oid not null,
+  attnum smallint not null,
+  keyring_id integer not null,
+  version integer not null,
+  relation_name text not null,
+  column_name name not null,
+  rows bigint not null,
+  constraint _search_finds_pkey primary key (search_id, relation, attnum, keyring_id, version)
+);
+comment on table rekey._search_finds is 'Columns in which a search found envelopes of the versions that it looks for.';
 
 -- sql/schema/60_audit.sql
 create table rekey.audit_log (
@@ -899,7 +992,7 @@ begin
       hint = 'Set standard_conforming_strings to on.';
   end if;
   get diagnostics v_stack = pg_context;
-  return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(' or rekey._in_maintenance();
+  return v_stack ~ '\mrekey"?\."?(_call_(count|scan|read|write|tenant_check)|search_step|_look|_look_ahead|find_envelopes)"?\(' or rekey._in_maintenance();
 end
 $$;
 comment on function rekey._in_foreign_code is 'Whether code of somebody else is running in this session: of a protected table, or tenant_check, called by a dispatcher; or in the maintenance of a table.';
@@ -1229,11 +1322,11 @@ begin
   from rekey.audit_log a where a.id = (checkpoint -> 'checkpoint' ->> 'id')::bigint;
   if v_until is null or exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and a.at >= v_until) then
     raise exception 'entries up to % are not older than % before the checkpoint', last, v_keep using errcode = 'RK006',
-      hint = 'The setting audit_keep says how long entries stay. Export fewer of them, or wait.', constraint = 'wait';
+      hint = 'The setting audit_keep says how long entries stay. Export fewer of them, or wait.';
   end if;
   if not exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and not rekey._is_kept(a.event)) then
     raise exception 'up to entry % there is nothing to remove', last using errcode = 'RK006',
-      hint = 'Entries key.*, kek.* and audit.pruned stay for ever. Export more of them, or wait.', constraint = 'wait';
+      hint = 'Entries key.*, kek.* and audit.pruned stay for ever. Export more of them, or wait.';
   end if;
 end
 $$;
@@ -2700,6 +2793,8 @@ grant select on rekey.decrypted_secrets to rekey_app;
 --   <name>_scan(relation, first, until, keyrings, since, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
 --   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): locks rows that are due, and returns them
 --   <name>_write(relation, rows, ciphertexts): stores what the engine made of them
+-- What has more than 64 MiB with its context and key is not read: scan and read return a header and the word "large" in its
+-- place; NULL where it is no envelope.
 -- rekey.secrets is the first target; protected columns are the others (51_columns.sql).
 
 create or replace function rekey_targets.secrets_count(relation regclass, keyrings integer[])
@@ -2734,7 +2829,8 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with found as materialized (
-    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id,
+      case when octet_length(s.ciphertext) <= 67108864 then s.ciphertext else substr(s.ciphertext, 1, 11) || '\x6c61726765' end as ciphertext
     from rekey.secrets s
     where s.ctid >= first and s.ctid < until and (keyrings is null or s.keyring_id = any (keyrings))
       and (since is null or age(s.xmin) <= age(since))
@@ -2775,7 +2871,8 @@ begin
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
   with due as materialized (
-    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id, s.ciphertext
+    select s.ctid as row, s.tenant_id::text as tenant_id, s.id::text as id,
+      case when octet_length(s.ciphertext) <= 67108864 then s.ciphertext else substr(s.ciphertext, 1, 11) || '\x6c61726765' end as ciphertext
     from rekey.secrets s
     join unnest(keyrings, versions) as w(keyring_id, version) on w.keyring_id = s.keyring_id and w.version <> s.key_version
     where s.ctid >= first and s.ctid < until
@@ -3053,6 +3150,11 @@ begin atomic
 end;
 comment on function rekey._headers is 'The different headers of envelopes.';
 
+create or replace function rekey._shape_problem(ciphertext bytea) returns text
+language sql immutable parallel safe
+return case when octet_length(ciphertext) = 16 and substr(ciphertext, 12) = '\x6c61726765'::bytea then 'has more than 64 MiB, and was not read' else 'is no envelope' end;
+comment on function rekey._shape_problem is 'What is wrong with what is no envelope. What is larger than any can be, targets do not read: a header, and the word large, stand for it.';
+
 create or replace function rekey._reencrypt(
   rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[],
   out made_rows tid[], out made bytea[], out failed_places integer[], out problems text[]
@@ -3094,7 +3196,7 @@ begin
         select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
           case when k.old_header is not null then k.old_problem
-               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as old_problem
         from unnest(rows, ciphertexts, contexts) with ordinality as c(row, ciphertext, context, place)
         left join (
@@ -3142,7 +3244,7 @@ begin
         select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key,
           substr(c.ciphertext, 12, 16) as iv, substr(c.ciphertext, 28) as sealed, k.header || prefix || c.context as aad,
           case when k.header is not null then k.problem
-               when not rekey._is_envelope(c.ciphertext) then 'is no envelope'
+               when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as problem
         from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
         left join (
@@ -3316,8 +3418,8 @@ declare
   v_select text;
   v_page text;
 begin
-  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, and all
-  -- columns that these take (%5$s).
+  -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, all
+  -- columns that these take (%5$s), and the bytes of context and key (%6$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
     v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
@@ -3336,19 +3438,23 @@ begin
       offset 0) e$sql$;
   -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
   -- (What is added to the columns of the table has names of system columns, which none of them can have.)
+  -- More bytes than any envelope can have (cmax is NULL then) are not read: a GB that was compressed, or stored out of line, has
+  -- no room in the arrays. octet_length() asks only for the length that is stored.
   v_select := 'with page as materialized (
-    select t.ctid, %5$s' || v_from;
+    select t.ctid, %5$s, case when z.bytes <= 67108864 then z.bytes end as cmax,
+      case when z.bytes > 67108864 and e.keyring_id is not null then h.header || ''\x6c61726765'' end as xmin' || v_from || '
+    cross join lateral (select octet_length(t.%1$s)::bigint%6$s as bytes offset 0) z';
   v_page := '), total as (
-    select sum(octet_length(t.%1$s)) as bytes from page t
+    select sum(coalesce(t.cmax, 100)) as bytes from page t
   ), sized as (
     select t.*, 0 as cmin from page t where (select a.bytes from total a) <= $5
     union all
-    select t.*, sum(octet_length(t.%1$s)) over (order by t.ctid rows unbounded preceding) - octet_length(t.%1$s)
+    select t.*, sum(coalesce(t.cmax, 100)) over (order by t.ctid rows unbounded preceding) - coalesce(t.cmax, 100)
     from page t where (select a.bytes from total a) > $5
   )
   select case when count(*) filter (where t.cmin < $5) < count(*) or count(*) = $4 then max(t.ctid) filter (where t.cmin < $5) end,
-    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(' || v_bytes || ') filter (where t.cmin < $5),
-    array_agg(%3$s) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
+    array_agg(t.ctid) filter (where t.cmin < $5), array_agg(case when t.cmax is null then t.xmin else ' || v_bytes || ' end) filter (where t.cmin < $5),
+    array_agg(case when t.cmax is null then '''' else %3$s end) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
   from sized t';
 
   return query
@@ -3361,6 +3467,7 @@ declare
   v_context text;
   v_key text;
   v_key_names text[];
+  v_lengths text;
 begin
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
@@ -3385,8 +3492,14 @@ begin
   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k(attnum, rank)
   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
   where i.indrelid = v_table and i.indisprimary;
+  select string_agg(format(case when a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'bytea'::regtype)
+      then ' + coalesce(octet_length(t.%1$I), 0)' else ' + coalesce(pg_column_size(t.%1$I), 0)' end, a.attname), '')
+  into v_lengths
+  from pg_attribute a
+  where a.attrelid = v_table and a.attlen = -1 and not a.attisdropped
+    and quote_ident(a.attname) = any (array_remove(v_names, v_names[$body$ || protected.places[1] || $body$]) || v_key_names);
   return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'),
-    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)));
+    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)), coalesce(v_lengths, ''));
 end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
@@ -4919,12 +5032,26 @@ grant execute on function rekey.rebind_column to rekey_admin;
 -- The text form of an envelope begins with rk1:UksB and has 104 characters or more; its bytes, 75 or more, are printed as
 -- \x524b01..., in an array, a row or JSON too. Nothing is cast to text, which may be anybody's function: format() calls the
 -- output function of a type.
+-- A name proves nothing: whoever may make a schema may call it cron.
+create or replace function rekey._is_extension_table(relation oid) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select exists (
+    select from pg_depend d join pg_extension x on x.oid = d.refobjid
+    where d.classid = 'pg_class'::regclass and d.objid = relation and d.deptype = 'e' and d.refclassid = 'pg_extension'::regclass
+      and x.extname in ('pg_cron', 'supabase_vault'));
+end;
+comment on function rekey._is_extension_table is 'Whether a table belongs to pg_cron or Supabase Vault, which hold no envelopes.';
+grant execute on function rekey._is_extension_table to rekey_operator, rekey_auditor;
+
 create or replace function rekey.find_envelopes()
 returns table (relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set row_security = off  -- an error, where a policy would hide rows
 set bytea_output = hex
+set constraint_exclusion = off  -- as rekey.search_step()
 as $$
 declare
   -- Conditions on a value.
@@ -4934,10 +5061,11 @@ declare
   v_within text := $q$(strpos(%1$s collate "C", 'rk1:UksB') > 0 and %1$s collate "C" ~ 'rk1:UksB[A-Za-z0-9+/]{96}'
     or strpos(%1$s collate "C", '\x524b01') > 0 and %1$s collate "C" ~ '\\x524b01[0-9a-f]{144}')$q$;
   v_table record;
+  v_part oid;
   v_counts bigint[];
 begin
   for v_table in
-    select c.oid::regclass as relation, array_agg(a.attname order by a.attnum) as names,
+    select c.oid, c.oid::regclass as relation, array_agg(a.attname order by a.attnum) as names,
       string_agg(case
         when a.atttypid = 'bytea'::regtype then
           format($q$count(*) filter (where %2$s), 0, count(*) filter (where substr(%1$s, 1, 3) <> '\x524b01')$q$, v.value, format(v_of_bytes, v.value))
@@ -4953,34 +5081,44 @@ begin
     join pg_type y on y.oid = a.atttypid
     left join pg_type e on e.oid = y.typelem and y.typcategory = 'A'
     where c.relkind in ('r', 'p', 'm') and not c.relispartition and c.relpersistence <> 't' and c.relispopulated
-      and n.nspname !~ '^(pg_|information_schema$|rekey(_targets)?$|vault$|cron$)' and n.nspowner::regrole::text !~ '^"?supabase'
+      and c.oid >= 16384 and not (n.nspname in ('rekey', 'rekey_targets') and c.relowner = 'rekey_owner'::regrole) and rekey._is_extension_table(c.oid) is false
       -- Numbers, times, network addresses and the like have no room for one.
       and coalesce(e.typlen, y.typlen) not between 1 and 74 and coalesce(e.typcategory, y.typcategory) not in ('N', 'B', 'D', 'T', 'E', 'G', 'I', 'V')
     group by c.oid
     order by c.oid::regclass::text
   loop
     relation := v_table.relation;
+    v_counts := null;
     begin
-      execute format('select array[%s] from %s t', v_table.counts, relation) into v_counts;
-      for v_place in 1 .. cardinality(v_table.names) loop
-        column_name := v_table.names[v_place];
-        envelopes := v_counts[3 * v_place - 2];
-        embedded := v_counts[3 * v_place - 1];
-        others := v_counts[3 * v_place];
-        return next;
+      for v_part in
+        with recursive parts as (
+          select v_table.oid as oid
+          union select i.inhrelid from pg_inherits i join parts p on p.oid = i.inhparent
+        )
+        select p.oid from parts p
+      loop
+        if rekey._hold(v_part) is not null then
+          raise exception using errcode = 'RKEND';
+        end if;
       end loop;
-    exception when insufficient_privilege then
-      column_name := null;
-      envelopes := null;
-      embedded := null;
-      others := null;
-      return next;
+      execute format('select array[%s] from %s t', v_table.counts, relation) into v_counts;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;  -- gives the locks back
+      when others then null;  -- nothing is known of it
     end;
+    for v_place in 1 .. case when v_counts is null then 1 else cardinality(v_table.names) end loop
+      column_name := case when v_counts is not null then v_table.names[v_place] end;
+      envelopes := v_counts[3 * v_place - 2];
+      embedded := v_counts[3 * v_place - 1];
+      others := v_counts[3 * v_place];
+      return next;
+    end loop;
   end loop;
 end
 $$;
 comment on function rekey.find_envelopes is
-  'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); and, of text and bytea columns, others. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole there is a row without a column. Left out are system schemas, those of Supabase, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
+  'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); and, of text and bytea columns, others. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole, or that has an index or statistics over a function that is neither a superuser''s nor his, which reading it may run, there is a row without a column. Left out are tables of PostgreSQL, pg_rekey, pg_cron and Supabase Vault, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
 grant execute on function rekey.find_envelopes to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey.find_unprotected()
@@ -4994,7 +5132,9 @@ begin
     from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, place)
     left join rekey.column_status s on s.relation = f.relation and s.column_name = f.column_name
     cross join lateral (
-      select f.column_name ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)' as telling,
+      select f.column_name ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)'
+          -- Those of Supabase's own schemas are its own affair.
+          and (select s.nspowner::regrole::text !~ '^"?supabase' from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = f.relation) as telling,
         format('%L, %L', f.relation, f.column_name) as names) n
     cross join lateral (values
       (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.'),
@@ -5290,7 +5430,10 @@ grant execute on function rekey.findings to rekey_admin, rekey_operator, rekey_a
 
 create or replace view rekey.rotation_status as
 select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
-  r.attempts, r.last_error, r.next_attempt_at, r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
+  r.attempts, r.last_error,
+  coalesce(r.next_attempt_at, case when r.attempts > 0 then (
+    select min(c.next_attempt_at) from rekey._chunks c where c.pass_id = r.pass_id and c.attempts > 0 and not c.stuck) end) as next_attempt_at,
+  r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
   p.label as adopts, r.formats, r.forced
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
@@ -5306,10 +5449,10 @@ comment on column rekey.rotation_status.to_version is 'Version it brings them to
 comment on column rekey.rotation_status.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
 comment on column rekey.rotation_status.rows_done is 'Rows re-encrypted.';
 comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: rekey.failure_status names them.';
-comment on column rekey.rotation_status.attempts is 'Failed batches in a row.';
+comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), or rows (rows, why).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), or tables in which a step fails (target, relation, error, sqlstate).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
@@ -5663,7 +5806,7 @@ begin
       v_rotation := rekey._queue_sweep(v_keyring.id, 'compromise', reason);
       v_event := 'rotation.requested';
     end if;
-    update rekey._chunks c set urgent = true
+    update rekey._chunks c set urgent = true, attempts = 0, next_attempt_at = null, stuck = false
     where c.id in (
       select d.id from rekey._chunks d
       where d.pass_id = (select r.pass_id from rekey.rotations r where r.id = v_rotation)
@@ -5695,22 +5838,24 @@ comment on function rekey._replace_lost_keys is 'Gives every keyring whose activ
 
 create or replace view rekey.failure_status as
 select f.id, f.rotation_id, k.name as keyring, f.target, f.row_key, f.version, f.reason, f.created_at, f.resolved_at, f.resolution,
-  f.resolved_by, f.resolve_reason
+  f.resolved_by, f.resolve_reason, f.relation, f.sqlstate
 from rekey.rotation_failures f
 join rekey.keyrings k on k.id = f.keyring_id;
-comment on view rekey.failure_status is 'The quarantine: rows that did not open. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
+comment on view rekey.failure_status is 'The quarantine: rows that did not open, or that their table did not let a rotation change. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
 comment on column rekey.failure_status.id is 'Number of the entry.';
-comment on column rekey.failure_status.rotation_id is 'Last rotation in which the row did not open; NULL: the census found it, and no rotation has met it.';
+comment on column rekey.failure_status.rotation_id is 'Last rotation in which the row failed; NULL: the census found it, and no rotation has met it.';
 comment on column rekey.failure_status.keyring is 'Keyring of the row.';
 comment on column rekey.failure_status.target is 'Table as it was registered.';
 comment on column rekey.failure_status.row_key is 'Primary key of the row, its parts separated by a slash.';
 comment on column rekey.failure_status.version is 'Key version that the row names.';
-comment on column rekey.failure_status.reason is 'Why it does not open.';
+comment on column rekey.failure_status.reason is 'Why it does not open, or the error with which its table refused the new value.';
 comment on column rekey.failure_status.created_at is 'When that was noticed.';
 comment on column rekey.failure_status.resolved_at is 'When the entry was closed.';
 comment on column rekey.failure_status.resolution is 'How: retry, discard, or cleared; NULL: it is open.';
 comment on column rekey.failure_status.resolved_by is 'Who closed it.';
 comment on column rekey.failure_status.resolve_reason is 'What he said.';
+comment on column rekey.failure_status.relation is 'Table or partition that the row is in.';
+comment on column rekey.failure_status.sqlstate is 'SQLSTATE of that error; NULL: the row does not open.';
 grant select on rekey.failure_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey.resolve_failure(id bigint, action text, reason text = null) returns void
@@ -5808,7 +5953,7 @@ end
 $$;
 comment on function rekey._barrier is 'Whether no transaction is left that encrypts with one of these versions. They are no longer active: none can begin to.';
 
-create or replace function rekey._record_error(rotations bigint[], message text, code text) returns void
+create or replace function rekey._record_error(rotations bigint[], message text, code text, target text = null, relation regclass = null) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -5819,13 +5964,20 @@ begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   with noted as (
     update rekey.rotations r
-    set attempts = r.attempts + 1, last_error = message,
-        state = case when r.attempts + 1 >= v_max then 'failed' else r.state end,
-        pass_id = case when r.attempts + 1 < v_max then r.pass_id end,
-        next_attempt_at = case when r.attempts + 1 < v_max then
-          clock_timestamp() + least(power(2, r.attempts), 300) * interval '1 second' end
+    set attempts = a.attempts, last_error = message,
+        state = case when a.attempts >= v_max then 'failed' else r.state end,
+        pass_id = case when a.attempts < v_max then r.pass_id end,
+        next_attempt_at = case when a.attempts < v_max then
+          clock_timestamp() + least(power(2, a.attempts - 1), 300) * interval '1 second' end,
+        blocked_by = case when _record_error.target is not null then jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
+          'target', _record_error.target, 'relation', _record_error.relation::text, 'error', message, 'sqlstate', code))) else r.blocked_by end,
+        blocked_since = case when _record_error.target is not null then coalesce(r.blocked_since, now()) else r.blocked_since end
+    from (
+      -- Whoever locks a table ends some time: that is waited for.
+      select t.id, case when code = '55P03' and _record_error.target is not null then greatest(t.attempts, 1) else t.attempts + 1 end as attempts
+      from rekey.rotations t where t.id = any (rotations)) a
     -- Not one that another worker's error has failed meanwhile.
-    where r.id = any (rotations) and r.state in ('queued', 'running', 'verifying')
+    where a.id = r.id and r.state in ('queued', 'running', 'verifying')
     returning r.id, r.keyring_id, r.to_version, r.state, r.attempts
   )
   select jsonb_agg(jsonb_build_object('event', e.event, 'keyring', k.name, 'version', r.to_version, 'rotation_id', r.id,
@@ -5837,64 +5989,241 @@ begin
   perform rekey._audit_all(coalesce(v_events, '[]'));
 end
 $$;
-comment on function rekey._record_error is 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed.';
+comment on function rekey._record_error is 'Notes an error of these rotations: the next attempt comes after a growing pause, and after max_attempts they are failed. target, relation: what it came from.';
 
-create or replace function rekey._quarantine(
-  target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[]
-) returns void
+create or replace function rekey._is_passing(code text) returns boolean
+language sql immutable parallel safe
+-- Connection, rollback, resources, state of other objects, operator, system; and what is damaged or ours.
+return left(code, 2) = any ('{08,40,53,55,57,58,F0,XX}');
+comment on function rekey._is_passing is 'Whether an error with this SQLSTATE says nothing of the row at which it came: it is tried again.';
+
+create or replace function rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- The innermost come first, and end where the function of the target is.
+  v_functions text[] := array(
+    select regexp_replace(f.found[1], ' line \d+ .*$', '')
+    from regexp_matches(regexp_replace(context, '\mrekey(_targets)?"?\."?(_call_|column_|secrets_).*$', ''),
+      '(?:PL/pgSQL function |SQL function ")([^"\n]*)', 'g') with ordinality as f(found, place)
+    where f.found[1] not like 'rekey.%'
+    order by f.place);
+  v_trigger name;
+begin
+  select t.tgname into v_trigger from pg_trigger t
+  where t.tgrelid = relation and not t.tgisinternal and t.tgfoid::regprocedure::text = any (v_functions)
+  order by t.tgname limit 1;
+  return format('%s: %s', relation,
+    -- Of a row that is plain yet, the words of a table's own code may have the value in them.
+    case when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
+    || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
+    || case when code in ('42P01', '42883', '42704', '3F000') then
+      format('. A sweep runs with search_path = pg_catalog, pg_temp: name it with its schema, or %s',
+        coalesce('ALTER FUNCTION ' || rekey._cut(v_functions[1], 200) || ' SET search_path = ...', 'give what the table calls a search path of its own')) else '' end;
+end
+$$;
+comment on function rekey._explain_error is
+  'An error in a table in words: the table, the message, the trigger and function that it came from, and what to do where the search path is the cause. Bounded in length. plain: the column may hold plain values.';
+
+create or replace function rekey._note_trouble(chunk rekey._chunks, message text, code text) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_max integer := (rekey._settings()).max_attempts;
+  v_attempts integer := 0;
+  v_ids bigint[];
   v_events jsonb;
 begin
-  with found as (
-    select distinct on (f.keyring_id, f.row_key) f.keyring_id, f.version, f.row_key, f.problem, r.id as rotation_id, k.name as keyring
-    from unnest(keyrings, versions, row_keys, problems) as f(keyring_id, version, row_key, problem)
-    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
-    join rekey.keyrings k on k.id = f.keyring_id
-  ), moved as (
-    -- Known from an earlier rotation or pass.
-    update rekey.rotation_failures q set rotation_id = f.rotation_id, version = f.version, reason = f.problem
-    from found f
-    where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.row_key = f.row_key and q.resolved_at is null
-    returning q.keyring_id, q.row_key
-  ), added as (
-    insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason)
-    select f.rotation_id, f.keyring_id, _quarantine.target, _quarantine.relation::text, f.row_key, f.version, f.problem
-    from found f
-    where not exists (select from moved m where m.keyring_id = f.keyring_id and m.row_key = f.row_key)
-    on conflict do nothing
-    returning rotation_id, keyring_id, row_key, version, reason
+  -- Where nothing went through yet, it is not this chunk, but all of them.
+  update rekey._chunks c
+  set last_error = message,
+      -- Whoever locks a table ends some time: that is waited for.
+      attempts = case when code = '55P03' then greatest(c.attempts, 1) else c.attempts + 1 end,
+      stuck = code <> '55P03' and c.attempts + 1 >= v_max,
+      next_attempt_at = clock_timestamp() + case when code = '55P03' then 5 else least(power(2, c.attempts), 300) end * interval '1 second'
+  where c.id in (
+    select d.id from rekey._chunks d
+    where d.id = chunk.id or d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
+      and exists (select from rekey._due u where u.pass_id = d.pass_id and u.kind = d.kind and u.target = d.target and u.relation = d.relation and not u.passed)
+    for update skip locked);
+  select c.attempts into v_attempts from rekey._chunks c where c.id = chunk.id;
+  v_ids := array(
+    select u.id from rekey._due d cross join unnest(d.rotations) as u(id)
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation);
+  perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+  with noted as (
+    update rekey.rotations r
+    set attempts = v_attempts, last_error = message, blocked_since = coalesce(r.blocked_since, now()),
+        blocked_by = jsonb_build_array(jsonb_build_object('target', chunk.target, 'relation', chunk.relation::text, 'error', message, 'sqlstate', code))
+    where r.id = any (v_ids) and r.state = 'running' and r.pass_id = chunk.pass_id
+    returning r.id, r.keyring_id, r.to_version
+  ), numbered as (
+    select n.*, count(*) over () as rotations, row_number() over (order by n.id) as place from noted n
   )
-  select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', k.name, 'version', a.version,
-    'rotation_id', a.rotation_id,
-    'details', jsonb_build_object('target', _quarantine.target, 'row', a.row_key, 'problem', a.reason)))
+  select jsonb_agg(jsonb_build_object('event', 'rotation.error', 'keyring', k.name, 'version', n.to_version, 'rotation_id', n.id,
+    'details', jsonb_build_object('attempt', v_attempts, 'sqlstate', code, 'error', message, 'target', chunk.target)
+      || case when n.rotations > 20 then jsonb_build_object('rotations', n.rotations) else '{}' end) order by n.id)
   into v_events
-  from added a join rekey.keyrings k on k.id = a.keyring_id;
+  from numbered n join rekey.keyrings k on k.id = n.keyring_id
+  where n.rotations <= 20 or n.place = 1;
   perform rekey._audit_all(coalesce(v_events, '[]'));
+  perform rekey._fail_stuck(chunk.pass_id);
 end
 $$;
-comment on function rekey._quarantine is 'Notes rows that did not open, once each.';
+comment on function rekey._note_trouble is
+  'Notes an error in a chunk of a sweep: its next attempt comes after a growing pause, after max_attempts it is stuck, and only rotations with rows in its relation have to do with it. (More than 20 have one audit entry together.)';
 
-create or replace function rekey._due_rows(rotations bigint[])
-returns table (rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+create or replace function rekey._unswept(pass_id bigint) returns table (rotation_id bigint, stuck boolean, last_error text)
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select r.id, c.target, c.relation::oid, r.trigger = 'adoption', sum(c.rows)::bigint
-  from rekey.rotations r
-  left join rekey.protected_columns p on p.id = r.column_id
-  join rekey._count_rows((
-      -- Values that are no envelopes are counted only where all are.
-      select case when bool_or(t.trigger = 'adoption') then null else array_agg(t.keyring_id) end
-      from rekey.rotations t where t.id = any (rotations))) c
-    on case when r.trigger = 'adoption' then c.keyring_id is null and c.target = p.label
-            else c.keyring_id = r.keyring_id and c.version <> r.to_version end
-  where r.id = any (rotations)
-  group by r.id, c.target, c.relation;
+  select u.id, bool_and(c.stuck), max(c.last_error) filter (where c.stuck)
+  from (select c.kind, c.target, c.relation, bool_and(c.stuck) as stuck, max(c.last_error) as last_error
+        from rekey._chunks c where c.pass_id = _unswept.pass_id group by c.kind, c.target, c.relation) c
+  join rekey._due d on d.pass_id = _unswept.pass_id and d.kind = c.kind and d.target = c.target and d.relation = c.relation
+  cross join unnest(d.rotations) as u(id)
+  group by u.id;
 end;
-comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked. (By number: a name would take rights on its schema.)';
+comment on function rekey._unswept is 'The rotations that a pass has chunks left for; stuck: none of them is tried any more.';
+
+create or replace function rekey._fail_stuck(pass_id bigint) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stuck jsonb;
+  v_events jsonb;
+begin
+  if not exists (select from rekey._chunks c where c.pass_id = _fail_stuck.pass_id and c.stuck) then
+    return;
+  end if;
+  select jsonb_object_agg(u.rotation_id, u.last_error) into v_stuck from rekey._unswept(pass_id) u where u.stuck;
+  perform from rekey.rotations r where v_stuck ? r.id::text order by r.id for no key update;
+  with failed as (
+    update rekey.rotations r
+    set state = 'failed', pass_id = null, next_attempt_at = null, last_error = v_stuck ->> r.id::text
+    where v_stuck ? r.id::text and r.state = 'running' and r.pass_id = _fail_stuck.pass_id
+    returning r.id, r.keyring_id, r.to_version, r.attempts, r.last_error, r.blocked_by
+  )
+  select jsonb_agg(jsonb_build_object('event', 'rotation.failed', 'keyring', k.name, 'version', f.to_version, 'rotation_id', f.id,
+    'details', jsonb_build_object('attempt', f.attempts, 'sqlstate', f.blocked_by -> 0 ->> 'sqlstate', 'error', f.last_error)) order by f.id)
+  into v_events
+  from failed f join rekey.keyrings k on k.id = f.keyring_id;
+  perform rekey._audit_all(coalesce(v_events, '[]'));
+end
+$$;
+comment on function rekey._fail_stuck is 'Fails the rotations of a pass of which nothing is left but what is stuck.';
+
+create or replace function rekey._row_hash(row_key text) returns bytea
+language sql immutable parallel safe
+return sha256(replace(row_key, chr(92), chr(92) || chr(92))::bytea);
+comment on function rekey._row_hash is 'What a row in quarantine is found by: its key may be longer than an index row. (A backslash is doubled for the cast.)';
+
+create or replace function rekey._quarantine(
+  target text, relation regclass, keyrings integer[], versions integer[], row_keys text[], problems text[],
+  codes text[] = null, verification_id bigint = null
+) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+-- Each row by the index: what the planner knows of this table is from before the batches that filled it.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+  v_relation text := relation::text;
+  v_events jsonb;
+begin
+  with found as materialized (
+    select distinct on (f.keyring_id, h.hash) f.keyring_id, f.version, f.row_key, h.hash, f.problem, f.code, r.id as rotation_id,
+      q.id, q.rotation_id as before
+    from unnest(keyrings, versions, row_keys, problems, codes) as f(keyring_id, version, row_key, problem, code)
+    cross join lateral (select rekey._row_hash(f.row_key) as hash offset 0) h
+    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
+    -- Known from an earlier rotation or pass.
+    left join lateral (
+      select q.id, q.rotation_id from rekey.rotation_failures q
+      where q.keyring_id = f.keyring_id and q.target = _quarantine.target and q.relation = v_relation and q.row_hash = h.hash and q.resolved_at is null
+      limit 1) q on true
+  ), moved as (
+    update rekey.rotation_failures q
+    set rotation_id = f.rotation_id, version = f.version, reason = f.problem, sqlstate = f.code, verification_id = _quarantine.verification_id
+    from found f where q.id = f.id
+  ), added as (
+    insert into rekey.rotation_failures (rotation_id, keyring_id, target, relation, row_key, version, reason, sqlstate, verification_id)
+    select f.rotation_id, f.keyring_id, _quarantine.target, v_relation, f.row_key, f.version, f.problem, f.code, _quarantine.verification_id
+    from found f where f.id is null
+    on conflict do nothing
+    returning id, rotation_id, keyring_id, row_key, version, reason
+  ), failed as (
+    select n.rotation_id, count(*) as rows
+    from (select a.rotation_id from added a union all select f.rotation_id from found f where f.before <> f.rotation_id) n
+    group by n.rotation_id
+  ), counted as (
+    update rekey.rotations r set rows_failed = r.rows_failed + f.rows from failed f where r.id = f.rotation_id
+  )
+  -- One entry for all rows of a version: how many there are may be anybody's to choose.
+  select jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', e.keyring, 'version', e.version, 'rotation_id', e.rotation_id,
+    'details', jsonb_build_object('target', _quarantine.target, 'relation', v_relation, 'rows', e.rows,
+      'first', (select jsonb_agg(rekey._cut(u.row_key, 100) order by u.place) from unnest(e.row_keys[1:5]) with ordinality as u(row_key, place)),
+      'problem', e.problem)) order by e.rotation_id, e.version)
+  into v_events
+  from (
+    select a.rotation_id, a.version, k.name as keyring, count(*) as rows, array_agg(a.row_key order by a.id) as row_keys,
+      (array_agg(a.reason order by a.id))[1] as problem
+    from added a join rekey.keyrings k on k.id = a.keyring_id
+    group by a.rotation_id, a.version, k.name) e;
+  perform rekey._audit_all(coalesce(v_events, '[]'));
+end
+$$;
+comment on function rekey._quarantine is
+  'Notes rows that failed, once each, and counts them in their rotations, whose rows the caller has locked. codes: the SQLSTATE with which the table refused a row; NULL: it does not open. verification_id: the verification that saw them.';
+
+create or replace function rekey._due_rows(rotations bigint[])
+returns table (rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- Values that are no envelopes are counted only where all are.
+  v_keyrings integer[] := (
+    select case when bool_or(r.trigger = 'adoption') then null else array_agg(r.keyring_id) end
+    from rekey.rotations r where r.id = any (rotations));
+  v_target record;
+  v_count record;
+  v_targets text[];
+  v_relations oid[];
+  v_of integer[];
+  v_versions integer[];
+  v_rows bigint[];
+begin
+  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+    begin
+      for v_count in select c.* from rekey._call_count(v_target.function_name, v_target.relation, v_keyrings) c loop
+        v_targets := v_targets || v_target.target;
+        v_relations := v_relations || v_target.relation::oid;
+        v_of := v_of || v_count.keyring_id;
+        v_versions := v_versions || v_count.version;
+        v_rows := v_rows || v_count.rows;
+      end loop;
+    exception when assert_failure or others then
+      null;  -- whom it concerns, the verification finds out, which counts again
+    end;
+  end loop;
+  return query
+    select r.id, c.target, c.relation, r.trigger = 'adoption', sum(c.rows)::bigint
+    from rekey.rotations r
+    left join rekey.protected_columns p on p.id = r.column_id
+    join unnest(v_targets, v_relations, v_of, v_versions, v_rows) as c(target, relation, keyring_id, version, rows)
+      on case when r.trigger = 'adoption' then c.keyring_id is null and c.target = p.label
+              else c.keyring_id = r.keyring_id and c.version <> r.to_version end
+    where r.id = any (rotations)
+    group by r.id, c.target, c.relation;
+end
+$$;
+comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked and can be counted. (By number: a name would take rights on its schema.)';
 
 create or replace function rekey._chunk_blocks(relation regclass) returns bigint
 language plpgsql volatile
@@ -5945,6 +6274,10 @@ begin
       join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
         on t.relation = c.relation and t.target = c.target
       group by t.target, t.relation, c.adopting, t.blocks, t.indexed
+    ), dued as (
+      insert into rekey._due (pass_id, kind, target, relation, rotations)
+      select v_pass, case when c.adopting then 'adopt' else 'sweep' end, c.target, c.relation, array_agg(c.rotation_id)
+      from counted c group by c.adopting, c.target, c.relation
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
@@ -5956,7 +6289,7 @@ begin
     )
     update rekey.rotations r
     set state = 'running', pass_id = v_pass, passes = r.passes + 1, started_at = coalesce(r.started_at, clock_timestamp()),
-        next_attempt_at = null,
+        next_attempt_at = null, attempts = 0,
         -- Kept where a verification found rows behind: the next one looks at what was written since.
         verification_id = case when r.state = 'running' then r.verification_id end,
         rows_total = r.rows_done + coalesce((select sum(c.rows) from counted c where c.rotation_id = r.id), 0)
@@ -6035,6 +6368,77 @@ $$;
 comment on function rekey._write_rows is
   'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
 
+-- At most 60 subtransactions: 64 is as many as a session keeps count of in shared memory. A batch of 4,000 rows with one
+-- that raises takes 25.
+create or replace function rekey._write_apart(
+  target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean,
+  out written bigint, out undone tid, out refused tid[], out problems text[], out codes text[]
+)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prepared text[] := rekey._prepared();
+  v_begin timestamptz := clock_timestamp();
+  v_limit interval := greatest(5 * (rekey._settings()).batch_target, interval '1 second');
+  v_tries integer := 0;
+  v_rows tid[] := rows;
+  v_ciphertexts bytea[] := ciphertexts;
+  -- What is still to be written, the first at the end.
+  v_from integer[] := array[1];
+  v_until integer[] := array[coalesce(cardinality(rows), 0)];
+  v_low integer;
+  v_high integer;
+  v_top integer := 1;
+  v_message text;
+  v_code text;
+  v_context text;
+begin
+  written := 0;
+  refused := '{}';
+  problems := '{}';
+  codes := '{}';
+  while v_top > 0 loop
+    v_low := v_from[v_top];
+    v_high := v_until[v_top];
+    if v_tries >= 60 or v_tries > 1 and clock_timestamp() - v_begin > v_limit then
+      undone := v_rows[v_low];
+      return;
+    end if;
+    v_tries := v_tries + 1;
+    v_top := v_top - 1;
+    begin
+      written := written + rekey._write_rows(target, relation, v_rows[v_low:v_high], v_ciphertexts[v_low:v_high]);
+      continue;
+    exception when assert_failure or others then
+      get stacked diagnostics v_message = message_text, v_code = returned_sqlstate, v_context = pg_exception_context;
+      perform rekey._forget_prepared(v_prepared);
+      if rekey._is_passing(v_code) or v_context ~ '^PL/pgSQL function "?rekey"?\."?_call_write' then
+        raise;
+      end if;
+    end;
+    if v_tries = 1 then
+      select array_agg(u.row order by u.row), array_agg(u.ciphertext order by u.row) into v_rows, v_ciphertexts
+      from unnest(v_rows, v_ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+      v_high := cardinality(v_rows);
+    end if;
+    if v_low = v_high then
+      refused := refused || v_rows[v_low];
+      problems := problems || rekey._explain_error(relation, v_message, v_code, v_context, plain);
+      codes := codes || v_code;
+    else
+      v_from[v_top + 1] := (v_low + v_high) / 2 + 1;
+      v_until[v_top + 1] := v_high;
+      v_from[v_top + 2] := v_low;
+      v_until[v_top + 2] := (v_low + v_high) / 2;
+      v_top := v_top + 2;
+    end if;
+  end loop;
+end
+$$;
+comment on function rekey._write_apart is
+  'Stores as rekey._write_rows(), and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. An error that passes is raised.';
+
 create or replace function rekey._batch_size(keyrings integer) returns double precision
 language sql immutable parallel safe
 return 1 + least(keyrings - 1, 1000) / 1000.0;
@@ -6068,7 +6472,7 @@ comment on function rekey._advance is 'Moves the start of a chunk behind what wa
 
 create or replace function rekey._note_batch(
   rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass,
-  failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[]
+  failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[] = null
 ) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -6080,18 +6484,18 @@ begin
   -- The rotations before the audit log, as everywhere.
   perform from rekey.rotations r
   where r.id = any (rotations) and r.keyring_id = any (done_keyrings || failed_keyrings) order by r.id for no key update;
-  update rekey.rotations r set rows_done = r.rows_done + d.rows, attempts = 0
+  update rekey.rotations r set rows_done = r.rows_done + d.rows
   from unnest(done_keyrings, done_rows) as d(keyring_id, rows)
   where r.id = any (rotations) and r.keyring_id = d.keyring_id;
   if failed_keyrings is not null then
-    perform rekey._quarantine(target, relation, failed_keyrings, failed_versions, failed_keys, failed_problems);
-    update rekey.rotations r
-    set rows_failed = (select count(*) from rekey.rotation_failures f where f.rotation_id = r.id and f.resolved_at is null)
-    where r.id = any (rotations) and r.keyring_id = any (failed_keyrings);
+    perform rekey._quarantine(target, relation, failed_keyrings, failed_versions, failed_keys, failed_problems, failed_codes);
+    -- What the table refused is not behind: the next verification has to know that.
+    update rekey.rotations r set verification_id = null
+    where r.id = any (rotations) and r.keyring_id = any (failed_keyrings) and r.verification_id is not null and failed_codes is not null;
   end if;
 end
 $$;
-comment on function rekey._note_batch is 'Adds what a batch did to the progress of its rotations, and what did not open to the quarantine.';
+comment on function rekey._note_batch is 'Adds what a batch did to the progress of its rotations, and what failed to the quarantine.';
 
 create or replace function rekey._throttle(wanted integer, out rows integer, out wait interval)
 language plpgsql volatile
@@ -6132,6 +6536,38 @@ end
 $$;
 comment on function rekey._note_pace is 'Tells rekey._throttle() how many rows a batch had that began then.';
 
+create or replace function rekey._note_passed(chunk rekey._chunks, written bigint, refused integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_refused integer;
+begin
+  if written > 0 then
+    update rekey._due d set passed = true
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation and not d.passed;
+  elsif refused > 0 then
+    update rekey._due d set refused = d.refused + _note_passed.refused
+    where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation and not d.passed
+    returning d.refused into v_refused;
+    -- It is not the rows: to put millions of them into quarantine, one by one, helps nobody.
+    if v_refused > 10000 then
+      raise exception '% refuses every row, % of them by now: see rekey.failure_status', chunk.relation, v_refused using errcode = 'RK005';
+    end if;
+  end if;
+  if chunk.attempts > 0 then
+    update rekey._chunks c set attempts = 0, last_error = null, next_attempt_at = null where c.id = chunk.id;
+    update rekey.rotations r set attempts = 0, blocked_by = null, blocked_since = null
+    where r.id in (
+      select u.id from rekey._due d cross join unnest(d.rotations) as u(id)
+      where d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
+      order by u.id)
+      and r.state = 'running' and r.pass_id = chunk.pass_id;
+  end if;
+end
+$$;
+comment on function rekey._note_passed is 'Notes that rows of a chunk went through, or that all were refused: RK005 where more than 10,000 were, and none went through.';
+
 create or replace function rekey._sweep_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -6165,12 +6601,17 @@ declare
   v_failed_versions integer[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_failed_codes text[];
+  v_apart record;
+  v_undone tid;
+  v_error text;
 begin
   select c.* into v_chunk from rekey._chunks c
-  where exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
+  where not c.stuck and rekey._is_due(c.next_attempt_at)
+    and exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
                   and rekey._is_due(r.next_attempt_at)
                   and case c.kind when 'adopt' then r.formats = '{plaintext}' when 'sweep' then r.trigger <> 'adoption' end)
-  order by c.urgent desc, c.pass_id desc, c.id
+  order by c.attempts > 0, c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
     return;
@@ -6231,24 +6672,47 @@ begin
         select r.made_rows, r.made, r.failed_places, r.problems into v_rows, v_made, v_failed_places, v_failed_problems
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
-      rows := rekey._write_rows(v_target, v_chunk.relation, v_rows, v_made);
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_made, v_chunk.kind = 'adopt') a;
+      rows := v_apart.written;
+      v_undone := v_apart.undone;
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
       from (select rekey._int4(h.header, 3) as keyring_id, h.rows
-            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_made) as u(ciphertext) where u.ciphertext is not null group by 1) h) d;
-      select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else rekey._int4(v_old[f.place], 3) end order by f.rank),
-        array_agg(case when v_chunk.kind = 'sweep' then rekey._int4(v_old[f.place], 7) end order by f.rank),
-        array_agg(v_batch.keys[f.place] order by f.rank)
-      into v_failed_keyrings, v_failed_versions, v_failed_keys
-      from unnest(v_failed_places) with ordinality as f(place, rank);
+            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows
+                  from unnest(v_made, v_rows) as u(ciphertext, row)
+                  where u.ciphertext is not null and u.row <> all (v_apart.refused) and (v_undone is null or u.row < v_undone)
+                  group by 1) h) d;
+      if v_failed_places is not null or v_apart.refused <> '{}' then
+        -- (Joined: to look a place up in an array of texts takes as long as the place is far.)
+        select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else f.keyring_id end order by f.place),
+          array_agg(f.version order by f.place), array_agg(f.key order by f.place), array_agg(f.problem order by f.place), array_agg(f.code order by f.place)
+        into v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems, v_failed_codes
+        from (
+          select u.place, u.key, coalesce(p.problem, a.problem) as problem, a.code,
+            case when u.header is not null then rekey._int4(u.header, 3) end as keyring_id,
+            case when u.header is not null then rekey._int4(u.header, 7) end as version
+          from (
+            select b.row, b.key, substr(o.ciphertext, 1, 11) as header, b.place
+            from unnest(v_batch.rows, v_batch.keys) with ordinality as b(row, key, place)
+            left join unnest(v_old) with ordinality as o(ciphertext, place) on o.place = b.place) u
+          left join unnest(v_failed_places, v_failed_problems) as p(place, problem) on p.place = u.place
+          left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+          where p.place is not null or a.row is not null) f;
+      end if;
       if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
           hint = 'See rekey.column_status.', constraint = 'columns';
       end if;
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
-        v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems);
+        v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems,
+        case when v_apart.codes <> '{}' then v_failed_codes end);
+      perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
-    perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+    if v_undone is null then
+      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+    else
+      update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
+    end if;
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -6260,10 +6724,11 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, v_chunk.kind = 'adopt');
+      perform rekey._note_trouble(v_chunk, v_error, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+      detail := jsonb_build_object('target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20], 'error', v_error, 'sqlstate', sqlstate);
   end;
 end
 $$;
@@ -6279,6 +6744,11 @@ begin
     select d.id from rekey._chunks d
     where not exists (select from rekey.rotations r where r.pass_id = d.pass_id)
       and not exists (select from rekey.rotations r where r.verification_id = d.pass_id and r.state in ('running', 'verifying'))
+    for update skip locked);
+  delete from rekey._due d
+  where d.ctid in (
+    select u.ctid from rekey._due u
+    where not exists (select from rekey.rotations r where r.pass_id = u.pass_id)
     for update skip locked);
   -- The coordinator and who ends a verification may both come here, each with locks that the other waits for.
   delete from rekey._verified d
@@ -6297,15 +6767,26 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_rotation record;
+  v_unswept bigint[];
+  v_count integer;
 begin
   perform rekey._clear_chunks();
 
-  perform from rekey.rotations r
-  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id)
-  order by r.id for no key update;
-  update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null
-  where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id);
-  get diagnostics keyring_count = row_count;
+  keyring_count := 0;
+  -- Who has no rows in what is in trouble does not wait for it.
+  for v_rotation in
+    select distinct r.pass_id from rekey.rotations r
+    where r.state = 'running' and r.pass_id is not null and not exists (select from rekey._chunks c where c.pass_id = r.pass_id and c.attempts = 0)
+  loop
+    perform rekey._fail_stuck(v_rotation.pass_id);
+    v_unswept := array(select u.rotation_id from rekey._unswept(v_rotation.pass_id) u);
+    perform from rekey.rotations r
+    where r.state = 'running' and r.pass_id = v_rotation.pass_id and r.id <> all (v_unswept) order by r.id for no key update;
+    update rekey.rotations r set state = 'verifying', pass_id = null, barrier_at = null, blocked_by = null, blocked_since = null
+    where r.state = 'running' and r.pass_id = v_rotation.pass_id and r.id <> all (v_unswept);
+    get diagnostics v_count = row_count;
+    keyring_count := keyring_count + v_count;
+  end loop;
   if keyring_count > 0 then
     event := 'swept';
     return;
@@ -6370,7 +6851,7 @@ begin
         where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
       or exists (
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
-        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id)))
+        where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))
      and pg_try_advisory_xact_lock(0, 1) then
     select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
     if event = 'blocked' then
@@ -6402,7 +6883,8 @@ begin
   if event is null then
     -- Something is under way, and nothing to be done now: another worker has it in hand, or its time has not come.
     event := 'waiting';
-    select min(r.next_attempt_at) into v_next from rekey.rotations r where r.state in ('queued', 'running', 'verifying');
+    select least((select min(r.next_attempt_at) from rekey.rotations r where r.state in ('queued', 'running', 'verifying')),
+      (select min(c.next_attempt_at) from rekey._chunks c where not c.stuck)) into v_next;
     wait := greatest(interval '20 milliseconds', least(coalesce(v_next - clock_timestamp(), interval '20 milliseconds'), interval '1 second'));
   end if;
   keyring_count := coalesce(keyring_count, 0);
@@ -6513,8 +6995,24 @@ begin atomic
 end;
 comment on function rekey._ranges is 'The blocks of a relation in ranges, each with what is to be checked in it: as rekey._checked_since() says; NULL: all.';
 
-create or replace function rekey._open_rows(keyrings integer[], verification_id bigint)
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+create or replace function rekey._refused_rows(target text, relation regclass, ciphertexts bytea[], keys text[])
+returns table (place integer, keyring_id integer, version integer)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select u.place::integer, q.keyring_id, q.version
+  from unnest(ciphertexts, keys) with ordinality as u(ciphertext, row_key, place)
+  join rekey.rotation_failures q
+    on q.keyring_id = rekey._int4(u.ciphertext, 3) and q.target = _refused_rows.target and q.relation = _refused_rows.relation::text
+    and q.row_hash = rekey._row_hash(u.row_key)
+  where q.resolved_at is null and q.sqlstate is not null and q.version = rekey._int4(u.ciphertext, 7);
+end;
+comment on function rekey._refused_rows is
+  'Which of these rows are in quarantine because their table refused the new value, and still are as they were then.';
+
+create or replace function rekey._open_rows(keyrings integer[], verification_id bigint, locked oid[] = null, apart boolean = false)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
+               refused bigint, error text, code text)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
@@ -6527,98 +7025,150 @@ declare
   v_first bigint;
   v_from tid;
   v_found record;
+  v_bad record;
+  v_places integer[];
+  v_refused boolean;
+  v_context text;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
-  for v_target in select t.* from rekey._targets() t where t.problem is null loop
+  for v_target in select t.* from rekey._targets() t where t.problem is null and (locked is null or t.relation::oid = any (locked)) loop
     target := v_target.target;
     relation := v_target.relation;
+    v_refused := exists (select from rekey.rotation_failures q where q.target = v_target.target and q.resolved_at is null and q.sqlstate is not null);
     v_rows := 0;
     failed := 0;
-    for keyring_id, version, rows in
-      select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
-    loop
-      v_rows := v_rows + rows;
-      return next;
-    end loop;
-    -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
-    v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
-    for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
-      -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-      v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
-      v_first := v_range.first;
-      v_from := format('(%s,0)', v_first)::tid;
-      while v_first < least(v_range.until, v_blocks) loop
-        select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
-          format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
-        if v_found.ciphertexts is not null then
-          return query
-            select v_target.target, v_target.relation, rekey._int4(c.header, 3), rekey._int4(c.header, 7), 0::bigint,
-              cardinality(c.failed_places)::bigint,
-              array(select v_found.keys[f.place] from unnest(c.failed_places) with ordinality as f(place, rank) order by f.rank), c.problems
-            from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c;
-        end if;
-        if v_found.next is not null then
-          v_from := rekey._next_row(v_found.next);
-        else
-          v_first := v_first + v_step;
-          v_from := format('(%s,0)', least(v_first, 4294967294))::tid;
-        end if;
+    refused := 0;
+    begin
+      for keyring_id, version, rows in
+        select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
+      loop
+        v_rows := v_rows + rows;
+        return next;
       end loop;
-    end loop;
+      rows := 0;
+      -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
+      v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
+      for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
+        -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
+        v_first := v_range.first;
+        v_from := format('(%s,0)', v_first)::tid;
+        while v_first < least(v_range.until, v_blocks) loop
+          select s.* into v_found from rekey._call_scan(v_target.function_name, relation, v_from,
+            format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
+          if v_found.ciphertexts is not null then
+            v_places := '{}';
+            for v_bad in select c.* from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c loop
+              keyring_id := rekey._int4(v_bad.header, 3);
+              version := rekey._int4(v_bad.header, 7);
+              failed := cardinality(v_bad.failed_places);
+              failed_keys := array(select v_found.keys[f.place] from unnest(v_bad.failed_places) with ordinality as f(place, rank) order by f.rank);
+              failed_problems := v_bad.problems;
+              v_places := v_places || v_bad.failed_places;
+              return next;
+            end loop;
+            failed := 0;
+            failed_problems := null;
+            if v_refused then
+              for keyring_id, version, refused, failed_keys in
+                select r.keyring_id, r.version, count(*), array_agg(v_found.keys[r.place])
+                from rekey._refused_rows(v_target.target, v_target.relation, v_found.ciphertexts, v_found.keys) r
+                where r.place <> all (v_places)
+                group by r.keyring_id, r.version
+              loop
+                return next;
+              end loop;
+            end if;
+            refused := 0;
+            failed_keys := null;
+          end if;
+          if v_found.next is not null then
+            v_from := rekey._next_row(v_found.next);
+          else
+            v_first := v_first + v_step;
+            v_from := format('(%s,0)', least(v_first, 4294967294))::tid;
+          end if;
+        end loop;
+      end loop;
+    exception when assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      if not apart or sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
+        raise;
+      end if;
+      keyring_id := null;
+      error := rekey._explain_error(relation, sqlerrm, sqlstate, v_context, true);
+      code := sqlstate;
+      return next;
+      error := null;
+      code := null;
+    end;
   end loop;
 end
 $$;
 comment on function rekey._open_rows is
-  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open. A combination may come in several rows.';
+  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open; refused, with failed_keys, what opens and its table refused. A combination may come in several rows. locked: only these relations. apart: an error in a target is a row without keyring, and what came of it before is not to be trusted.';
 
 -- To a snapshot from before it was rewritten, a table may be empty (ALTER TABLE). So the locks come first, and the snapshot of
 -- the statement that counts after them.
-create or replace function rekey._lock_targets() returns oid[]
+create or replace function rekey._lock_targets(apart boolean = false, leaving_out oid[] = '{}', out locked oid[], out errors jsonb)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_target rekey._target;
-  v_locked oid[];
 begin
-  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
-    perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
-    v_locked := v_locked || v_target.relation::oid;
+  for v_target in select t.* from rekey._targets() t where t.problem is null and t.relation::oid <> all (leaving_out) order by t.relation loop
+    begin
+      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      locked := locked || v_target.relation::oid;
+    exception when others then
+      if not apart then
+        raise;
+      end if;
+      errors := coalesce(errors, '[]') || jsonb_build_object('target', v_target.target, 'relation', v_target.relation::oid, 'code', sqlstate,
+        'error', rekey._explain_error(v_target.relation, sqlerrm, sqlstate, '', true));
+    end;
   end loop;
-  return v_locked;
 end
 $$;
-comment on function rekey._lock_targets is 'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends; returns which.';
+comment on function rekey._lock_targets is
+  'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends. locked: which. apart: errors of one are told, and do not stop the others.';
 
-create or replace function rekey._count(keyrings integer[], opening boolean, verification_id bigint = null)
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[])
+create or replace function rekey._count(keyrings integer[], opening boolean, verification_id bigint = null, apart boolean = false)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
+               refused bigint, error text, code text)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state text;
-  v_locked oid[];
+  v_locks record;
+  v_left_out oid[];
 begin
   perform rekey._refuse_blocked(keyrings);
   v_state := rekey._target_state();
-  v_locked := rekey._lock_targets();
+  v_locks := rekey._lock_targets(apart);
+  v_left_out := array(select (e.value ->> 'relation')::oid from jsonb_array_elements(v_locks.errors) e);
+  return query
+    select e.target, e.relation::regclass, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint, e.error, e.code
+    from jsonb_to_recordset(v_locks.errors) as e(target text, relation oid, error text, code text);
   -- One statement, one snapshot: no row escapes by moving.
   if opening then
-    return query select o.* from rekey._open_rows(keyrings, verification_id) o;
+    return query select o.* from rekey._open_rows(keyrings, verification_id, v_locks.locked, apart) o;
   else
     return query
-      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[]
+      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[], 0::bigint, null::text, null::text
       from rekey._count_rows(keyrings) c where c.keyring_id is not null;
   end if;
   perform rekey._refuse_blocked(keyrings);
-  if rekey._target_state() is distinct from v_state or v_locked is distinct from rekey._lock_targets() then
+  if rekey._target_state() is distinct from v_state or v_locks.locked is distinct from (rekey._lock_targets(leaving_out => v_left_out)).locked then
     raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
   end if;
 end
 $$;
 comment on function rekey._count is
-  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before. A combination may come in several rows. RK005: a target is blocked.';
+  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before (rekey._open_rows() says more of the columns). A combination may come in several rows. RK005: a target is blocked.';
 
 create or replace function rekey._begin_verification(rotations bigint[], keyrings integer[]) returns bigint
 language plpgsql volatile
@@ -6627,14 +7177,15 @@ as $$
 declare
   v_id bigint := nextval('rekey._pass_id');
   v_due bigint := (select sum(r.rows_total) from rekey.rotations r where r.id = any (rotations));
+  v_locked oid[];
 begin
   -- The sizes are those of what a snapshot from before sees, or larger.
-  perform rekey._lock_targets();
+  v_locked := (rekey._lock_targets(apart => true)).locked;
   with large as (
     insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
     select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
     from rekey._targets() t
-    where t.problem is null and pg_table_size(t.relation) > 2097152
+    where t.problem is null and t.relation::oid = any (v_locked) and pg_table_size(t.relation) > 2097152
       -- A few rows of an indexed table: the index finds them, and the last step opens them. (They are counted where few are due.)
       and not (t.indexed and v_due < 5000 and (
         select coalesce(sum(c.rows), 0) from rekey._call_count(t.function_name, t.relation, keyrings) c
@@ -6671,11 +7222,13 @@ declare
   v_target rekey._target;
   v_until bigint;
   v_found record;
+  v_refused boolean;
+  v_error text;
 begin
   select c.* into v_chunk from rekey._chunks c
-  where c.kind = 'verify'
+  where c.kind = 'verify' and rekey._is_due(c.next_attempt_at)
     and exists (select from rekey.rotations r where r.verification_id = c.pass_id and r.state = 'verifying' and rekey._is_due(r.next_attempt_at))
-  order by c.id
+  order by c.attempts > 0, c.id
   limit 1 for update of c skip locked;
   if not found then
     return;
@@ -6708,12 +7261,14 @@ begin
       update rekey._chunks c set kind = 'doubtful' where c.id = v_chunk.id;
       return;
     end if;
+    v_refused := exists (select from rekey.rotation_failures q where q.target = v_chunk.target and q.resolved_at is null and q.sqlstate is not null);
     loop
       v_until := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
         format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, (2097152 * v_size)::bigint) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
-      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts)) then
+      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts))
+         or v_refused and exists (select from rekey._refused_rows(v_chunk.target, v_chunk.relation, v_found.ciphertexts, v_found.keys)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
         values (v_chunk.pass_id, false, 'doubtful', v_chunk.target, v_chunk.relation, v_chunk.first,
           coalesce(rekey._block(v_found.next) + 1, v_until), v_chunk.batch_blocks);
@@ -6723,15 +7278,11 @@ begin
         delete from rekey._chunks c where c.id = v_chunk.id;
         exit;
       elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
-        update rekey._chunks c set first = v_chunk.first where c.id = v_chunk.id;
+        update rekey._chunks c set first = v_chunk.first, attempts = 0, next_attempt_at = null where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
-    if exists (select from rekey.rotations r where r.id = any (v_ids) and r.attempts > 0) then
-      perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
-      update rekey.rotations r set attempts = 0 where r.id = any (v_ids);
-    end if;
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -6742,15 +7293,20 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      perform rekey._record_error(v_ids, sqlerrm, sqlstate);
+      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, true);
+      -- Whom it concerns is found out by the last step, which opens these rows, and waits for nobody else's.
+      update rekey._chunks c
+      set attempts = c.attempts + 1, last_error = v_error, next_attempt_at = clock_timestamp() + least(power(2, c.attempts), 300) * interval '1 second',
+          kind = case when not rekey._is_passing(sqlstate) or c.attempts >= 2 then 'doubtful' else c.kind end
+      where c.id = v_chunk.id;
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
-      detail := jsonb_build_object('rotations', v_ids[1:20], 'error', sqlerrm, 'sqlstate', sqlstate);
+      detail := jsonb_build_object('target', v_chunk.target, 'rotations', v_ids[1:20], 'error', v_error, 'sqlstate', sqlstate);
   end;
 end
 $$;
 comment on function rekey._verify_batch is
-  'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, or the relation is not as the verification found it, it leaves them to the last step.';
+  'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, the relation is not as the verification found it, or an error comes again, it leaves them to the last step.';
 
 -- To be taken for what it is, or for a table whose rows something hides: whoever emptied it says so.
 create or replace function rekey._emptied(counted jsonb, keyrings integer[]) returns jsonb
@@ -6863,6 +7419,17 @@ end
 $$;
 comment on function rekey._hold_blocked is 'Has the rotations wait that a blocked target may hold rows of; returns which targets these are, NULL: none.';
 
+create or replace function rekey._still_verifying(rotations bigint[]) returns integer[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
+  return array(select r.keyring_id from rekey.rotations r where r.id = any (rotations) and r.state = 'verifying');
+end
+$$;
+comment on function rekey._still_verifying is 'Locks these rotations, and returns the keyrings of those that were not paused, superseded or rolled back.';
+
 create or replace function rekey._verify(out event text, out keyring_count integer, out rows bigint, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -6875,7 +7442,19 @@ declare
   v_verification bigint;
   v_results jsonb;
   v_found record;
-  v_failure record;
+  v_count record;
+  v_error record;
+  v_live integer[];
+  v_targets text[];
+  v_places oid[];
+  v_of integer[];
+  v_versions integer[];
+  v_rows bigint[];
+  v_failed_rows bigint[];
+  v_refused_rows bigint[];
+  v_errors jsonb := '[]'::jsonb;
+  v_held jsonb;
+  v_held_ids bigint[] := '{}'::bigint[];
   v_failed bigint;
   v_completed bigint[] := '{}'::bigint[];
   v_blocked jsonb;
@@ -6916,41 +7495,87 @@ begin
         return;
       end if;
     end if;
-    with counted as materialized (
-      select c.* from rekey._count(v_keyrings, true, v_verification) c
+    for v_count in select c.* from rekey._count(v_keyrings, true, v_verification, apart => true) c loop
+      -- Everything is counted by now, and the names of what failed are noted as they come: they may be too many for one value.
+      if v_live is null then
+        v_live := rekey._still_verifying(v_ids);
+      end if;
+      if v_count.error is not null then
+        v_errors := v_errors || jsonb_build_object('target', v_count.target, 'relation', v_count.relation::oid, 'error', v_count.error, 'sqlstate', v_count.code);
+        continue;
+      end if;
+      v_places := v_places || v_count.relation::oid;
+      v_targets := v_targets || v_count.target;
+      v_of := v_of || v_count.keyring_id;
+      v_versions := v_versions || v_count.version;
+      v_rows := v_rows || v_count.rows;
+      v_failed_rows := v_failed_rows || v_count.failed;
+      v_refused_rows := v_refused_rows || v_count.refused;
+      if v_count.failed > 0 and v_count.keyring_id = any (v_live) then
+        perform rekey._quarantine(v_count.target, v_count.relation, array_fill(v_count.keyring_id, array[cardinality(v_count.failed_keys)]),
+          array_fill(v_count.version, array[cardinality(v_count.failed_keys)]), v_count.failed_keys, v_count.failed_problems,
+          verification_id => v_verification);
+      elsif v_count.refused > 0 then
+        update rekey.rotation_failures q set verification_id = v_verification
+        from unnest(v_count.failed_keys) as k(row_key)
+        where q.keyring_id = v_count.keyring_id and q.target = v_count.target and q.relation = v_count.relation::text
+          and q.row_hash = rekey._row_hash(k.row_key) and q.resolved_at is null;
+      end if;
+    end loop;
+    with counted as (
+      select u.* from unnest(v_targets, v_places, v_of, v_versions, v_rows, v_failed_rows, v_refused_rows)
+        as u(target, relation, keyring_id, version, rows, failed, refused)
     ), summed as (
-      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) filter (where c.version <> r.to_version) as behind,
-        jsonb_agg(jsonb_build_object('target', c.target, 'relation', c.relation::oid, 'version', c.version,
-          'keys', c.failed_keys, 'problems', c.failed_problems)) filter (where c.failed > 0) as failures
+      select c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed - c.refused) filter (where c.version <> r.to_version) as behind
       from counted c
       join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids)
       group by c.keyring_id
+    ), held as (
+      -- Whose rows are in what raised: as it counted them, or, where it did not count, as far as is known.
+      select distinct on (r.id) r.id, e.error, e.sqlstate, e.target, e.relation
+      from jsonb_to_recordset(v_errors) as e(target text, relation oid, error text, sqlstate text)
+      left join rekey.protected_columns p on p.label = e.target
+      join rekey.rotations r on r.id = any (v_ids)
+        and case when exists (select from counted c where c.relation = e.relation and c.target = e.target)
+                 then exists (select from counted c where c.relation = e.relation and c.target = e.target and c.keyring_id = r.keyring_id)
+                 else p.id is null or rekey._may_hold(p, array[r.keyring_id]) end
+      order by r.id, e.target, e.relation
     )
-    select (select jsonb_agg(to_jsonb(s)) from summed s),
+    select (select jsonb_agg(to_jsonb(s)) from summed s), (select coalesce(jsonb_agg(to_jsonb(h)), '[]') from held h),
       (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
         select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c group by c.target, c.keyring_id) t)
-    into v_results, v_seen;
+    into v_results, v_held, v_seen;
     v_emptied := rekey._emptied(v_seen, v_keyrings);
     -- Of an adoption, what is no envelope yet is behind.
     select jsonb_agg(to_jsonb(a)) into v_adoptions
     from (
       select r.id as rotation_id, p.label,
-        (select sum(d.rows) from rekey._due_rows(array[r.id]) d) as rows
+        (select sum(c.rows) from rekey._targets(p.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+         where t.problem is null and c.keyring_id is null) as rows
       from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
       where r.id = any (v_ids) and r.trigger = 'adoption') a;
 
-    perform from rekey.rotations r where r.id = any (v_ids) order by r.id for no key update;
+    if v_live is null then
+      v_live := rekey._still_verifying(v_ids);
+    end if;
+    for v_error in
+      select h.error, h.sqlstate, h.target, h.relation, array_agg(h.id) as ids
+      from jsonb_to_recordset(v_held) as h(id bigint, error text, sqlstate text, target text, relation oid) group by 1, 2, 3, 4
+    loop
+      perform rekey._record_error(v_error.ids, v_error.error, v_error.sqlstate, v_error.target, v_error.relation::regclass);
+      v_held_ids := v_held_ids || v_error.ids;
+    end loop;
     for v_found in
-      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, coalesce(s.failures, '[]') as failures, a.label as adopted,
+      select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, a.label as adopted,
         case when r.trigger <> 'adoption' then coalesce(s.behind, 0)
              else greatest(coalesce(a.rows, 0) - (
                select count(*) from rekey.rotation_failures q
                where q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
         coalesce(a.rows, 0) = 0 as adopted_all
       from rekey.rotations r
-      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint, failures jsonb) on s.keyring_id = r.keyring_id
+      left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint) on s.keyring_id = r.keyring_id
       left join jsonb_to_recordset(v_adoptions) as a(rotation_id bigint, label text, rows bigint) on a.rotation_id = r.id
-      where r.id = any (v_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
+      where r.id = any (v_ids) and r.id <> all (v_held_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
       order by r.id
     loop
       rows := rows + v_found.rows;
@@ -6961,28 +7586,13 @@ begin
         where r.id = v_found.id;
         continue;
       end if;
-      for v_failure in
-        select f.target, f.relation, array_agg(f.version) as versions, array_agg(k.row_key) as row_keys, array_agg(k.problem) as problems
-        from jsonb_to_recordset(v_found.failures) as f(target text, relation oid, version integer, keys text[], problems text[])
-        cross join lateral unnest(f.keys, f.problems) as k(row_key, problem)
-        group by f.target, f.relation
-      loop
-        perform rekey._quarantine(v_failure.target, v_failure.relation::regclass,
-          array_fill(v_found.keyring_id, array[cardinality(v_failure.row_keys)]), v_failure.versions, v_failure.row_keys, v_failure.problems);
-      end loop;
-      with failing as materialized (
-        select f.target, k.row_key
-        from jsonb_to_recordset(v_found.failures) as f(target text, keys text[])
-        cross join lateral unnest(f.keys) as k(row_key)
-      ), closed as (
-        select q.id from rekey.rotation_failures q
-        left join failing f on f.target = q.target and f.row_key = q.row_key
-        where q.keyring_id = v_found.keyring_id and q.resolved_at is null and f.row_key is null
-          and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all)
-      )
       update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
-      from closed c where c.id = q.id;
-      select count(*) into v_failed from rekey.rotation_failures q where q.rotation_id = v_found.id and q.resolved_at is null;
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.verification_id is distinct from v_verification
+        and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all);
+      update rekey.rotation_failures q set rotation_id = v_found.id
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.rotation_id <> v_found.id and q.verification_id = v_verification;
+      select count(*) into v_failed from rekey.rotation_failures q
+      where q.keyring_id = v_found.keyring_id and q.rotation_id = v_found.id and q.resolved_at is null;
       if v_found.behind > 0 then
         update rekey.rotations r
         set state = 'running', rows_failed = v_failed,
@@ -7007,9 +7617,9 @@ begin
         'details', jsonb_build_object('state', r.state, 'rows', r.rows_done, 'failures', r.rows_failed)) order by r.id)
       from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id
       where r.id = any (v_completed)), '[]'));
-    event := case when v_completed = '{}' then 'verified' else 'completed' end;
+    event := case when v_completed <> '{}' then 'completed' when v_held_ids @> v_ids then 'error' else 'verified' end;
     keyring_count := cardinality(v_ids);
-    detail := jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20]);
+    detail := jsonb_strip_nulls(jsonb_build_object('rotations', v_ids[1:20], 'completed', v_completed[1:20], 'errors', nullif(v_errors, '[]')));
   exception
     when query_canceled or assert_failure or others then
       get stacked diagnostics v_context = pg_exception_context;
@@ -7030,8 +7640,8 @@ comment on function rekey._verify is
 -- sql/code/62_destruction.sql
 -- Destroying key versions, and retiring keyrings.
 
--- Who writes into a protected table by other means than our functions and triggers takes no lock on a version. So whoever
--- writes there now is waited for, and what he stored is counted then.
+-- Who writes into a protected table by other means than our functions and triggers takes no lock on a version. He is waited
+-- for, so that a version that he stores is not scheduled; the destruction itself waits for every older transaction.
 create or replace function rekey._open_writers() returns text
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -7059,12 +7669,12 @@ end
 $$;
 comment on function rekey._open_writers is 'Waits 2 seconds for the transactions that write into protected tables now. NULL: they have ended.';
 
-create or replace function rekey._refuse_in_use(keyring rekey.keyrings, version integer) returns void
+create or replace function rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint = null) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_rows bigint;
+  v_rows bigint := counted;
   v_failures bigint;
 begin
   perform rekey._refuse_snapshot();
@@ -7075,7 +7685,9 @@ begin
       hint = format('Waiting for %s', rekey._lock_holders(keyring.id, array[version]));
   end if;
   -- After the barrier, and in a statement of its own: it sees every row that was ever written with this version.
-  select sum(c.rows) into v_rows from rekey._count(array[keyring.id], false) c where c.version = _refuse_in_use.version;
+  if counted is null then
+    select sum(c.rows) into v_rows from rekey._count(array[keyring.id], false) c where c.version = _refuse_in_use.version;
+  end if;
   select count(*) into v_failures from rekey.rotation_failures f
   where f.keyring_id = keyring.id and f.version = _refuse_in_use.version and f.resolved_at is null;
   if v_rows > 0 or v_failures > 0 then
@@ -7085,9 +7697,10 @@ begin
   end if;
 end
 $$;
-comment on function rekey._refuse_in_use is 'RK005 where a rotation, an open transaction, a row or a row in quarantine still needs the version.';
+comment on function rekey._refuse_in_use is 'RK005 where a rotation, an open transaction, a row or a row in quarantine still needs the version. counted: its rows, where they were counted after the last transaction had ended that could write one; NULL: count them.';
 
-create or replace function rekey.schedule_key_destruction(keyring text, version integer, wait interval = null) returns timestamptz
+-- From here on the triggers of protected columns refuse what stands on the version (52_protect.sql).
+create or replace function rekey._schedule_destruction(keyring text, version integer, wait interval) returns timestamptz
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -7100,12 +7713,12 @@ begin
   if v_wait not between '0 s' and '3650 days' then
     raise exception 'wait is between 0 and 3650 days' using errcode = 'invalid_parameter_value';
   end if;
+  v_writing := rekey._open_writers();  -- before anything is locked
   v_keyring := rekey._keyring(keyring, lock => true);
   v_key := rekey._key(v_keyring.id, version);
   if v_key.state not in ('decrypt_only', 'disabled', 'compromised') then
     raise exception 'version % is %: it cannot be scheduled for destruction', version, v_key.state using errcode = 'RK006';
   end if;
-  v_writing := rekey._open_writers();
   if v_writing is not null then
     raise exception '%: what it stores may need version %', v_writing, version using errcode = 'RK005', hint = 'Try again when it has ended.';
   end if;
@@ -7114,8 +7727,40 @@ begin
   return now() + v_wait;
 end
 $$;
+comment on function rekey._schedule_destruction is 'What rekey.schedule_key_destruction() does with the rights of rekey_owner.';
+grant execute on function rekey._schedule_destruction to rekey_admin;
+
+create or replace function rekey._destroyable_header(keyring text, version integer) returns bytea
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select rekey._header(k.keyring_id, k.version)
+    from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
+    where r.name = keyring and k.version = _destroyable_header.version and k.state in ('decrypt_only', 'disabled', 'compromised')
+      and (rekey._settings()).destroy_search = 'database');
+end
+$$;
+comment on function rekey._destroyable_header is 'What the envelopes of a version begin with; NULL where it cannot be destroyed, or is not looked for outside of protected columns.';
+grant execute on function rekey._destroyable_header to rekey_admin;
+
+create or replace function rekey.schedule_key_destruction(keyring text, version integer, wait interval = null) returns timestamptz
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_header bytea := rekey._destroyable_header(keyring, version);
+begin
+  -- Before anything is locked.
+  if v_header is not null then
+    perform rekey._look_ahead(v_header);
+  end if;
+  return rekey._schedule_destruction(keyring, version, wait);
+end
+$$;
 comment on function rekey.schedule_key_destruction is
-  'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, and can be cancelled. What rekey.encrypt() made, and an application keeps in a table of its own, is not counted. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
+  'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, nothing that stands on it can be stored in a protected column, and it can be cancelled. When the time has come, rekey.tick() looks for it in the whole database (rekey.search_status), and destroys it where nothing was found and everything could be read. Warnings tell where this call finds it already, with the rights of the caller, in 2 seconds at most. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
 grant execute on function rekey.schedule_key_destruction to rekey_admin;
 
 create or replace function rekey.cancel_key_destruction(keyring text, version integer) returns void
@@ -7130,62 +7775,160 @@ begin
     raise exception 'version % is %, not scheduled for destruction', version, v_key.state using errcode = 'RK006';
   end if;
   perform rekey._move_key(v_key, v_key.scheduled_from, 'key.destroy_cancelled', null);
+  -- Scheduled again, it is looked for again.
+  delete from rekey._search_versions v where (v.keyring_id, v.version) = (v_keyring.id, cancel_key_destruction.version);
 end
 $$;
 comment on function rekey.cancel_key_destruction is 'Cancels a scheduled destruction: the version returns to the state it came from. RK006: none is scheduled; RK007: there is no such version.';
 grant execute on function rekey.cancel_key_destruction to rekey_admin;
 
-create or replace function rekey._destroy_due(clock_jumped boolean) returns void
+create or replace function rekey._postpone(keyrings integer[], versions integer[], reason text) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_due record;
-  v_keyring rekey.keyrings;
-  v_key rekey.encryption_keys;
-  v_writing text;
-  v_postponed text;
-  -- After a jump of the clock, what is due within the day may only seem so too.
-  v_until timestamptz := now() + case when clock_jumped then interval '1 day' else interval '0' end;
-  v_events jsonb := '[]'::jsonb;
+  v_events jsonb;
 begin
-  if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled' and k.destroy_after <= v_until) then
-    return;
+  perform from rekey.keyrings r where r.id = any (keyrings) order by r.id for no key update;
+  with postponed as (
+    update rekey.encryption_keys k set destroy_after = now() + interval '1 day'
+    from unnest(keyrings, versions) as u(keyring_id, version)
+    where k.keyring_id = u.keyring_id and k.version = u.version and k.state = 'destroy_scheduled'
+    returning k.keyring_id, k.version
+  )
+  select jsonb_agg(jsonb_build_object('event', 'key.destroy_scheduled', 'keyring', r.name, 'version', p.version,
+    'details', jsonb_build_object('postponed', reason, 'destroy_after', now() + interval '1 day')) order by r.name, p.version)
+  into v_events
+  from postponed p join rekey.keyrings r on r.id = p.keyring_id;
+  if v_events is not null then
+    update rekey._worker w
+    set last_error = format('destructions: version %s of keyring %s%s waits another day: %s', v_events -> 0 ->> 'version', v_events -> 0 ->> 'keyring',
+          case when jsonb_array_length(v_events) > 1 then format(', and %s more,', jsonb_array_length(v_events) - 1) else '' end, reason),
+        last_error_at = clock_timestamp()
+    where w.singleton;
+    perform rekey._audit_all(v_events);
   end if;
-  v_writing := rekey._open_writers();
-  perform rekey._lock_kek();  -- first, as everywhere: a KEK rotation holds every key
-  for v_due in
-    select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
-    where k.state = 'destroy_scheduled' and k.destroy_after <= v_until
-    order by k.keyring_id, k.version
-  loop
-    v_keyring := rekey._keyring(v_due.name, lock => true);
-    v_key := rekey._key(v_keyring.id, v_due.version);
-    continue when v_key.state <> 'destroy_scheduled' or v_key.destroy_after > v_until;
-    v_postponed := case when clock_jumped then 'more than a day since the last tick: the clock may be wrong' else v_writing end;
-    if v_postponed is null then
-      begin
-        perform rekey._refuse_in_use(v_keyring, v_due.version);
-      exception when sqlstate 'RK005' then
-        v_postponed := sqlerrm;
-      end;
-    end if;
-    if v_postponed is not null then
-      update rekey.encryption_keys k set destroy_after = now() + interval '1 day' where k.id = v_key.id;
-      v_events := v_events || jsonb_build_object('event', 'key.destroy_scheduled', 'keyring', v_due.name, 'version', v_due.version,
-        'details', jsonb_build_object('postponed', v_postponed, 'destroy_after', now() + interval '1 day'));
-      continue;
-    end if;
-    update rekey.encryption_keys k
-    set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
-    where k.id = v_key.id;
-    v_events := v_events || jsonb_build_object('event', 'key.destroyed', 'keyring', v_due.name, 'version', v_due.version);
-  end loop;
-  perform rekey._audit_all(v_events);
 end
 $$;
-comment on function rekey._destroy_due is
-  'Destroys the versions whose time has come and that nothing needs; the others wait one more day, as all do after a jump of the clock.';
+comment on function rekey._postpone is 'Has versions wait one more day for their destruction, and says why: in the audit log and rekey.worker_status.';
+
+create or replace function rekey._destroy(keyring_id integer, version integer, rows bigint, elsewhere text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keyring rekey.keyrings;
+  v_key rekey.encryption_keys;
+  v_postponed text := elsewhere;
+begin
+  perform rekey._lock_kek();  -- first, as everywhere: a KEK rotation holds every key
+  v_keyring := rekey._keyring(rekey._keyring_name(keyring_id), lock => true);
+  v_key := rekey._key(keyring_id, version);
+  if v_key.state <> 'destroy_scheduled' or v_key.destroy_after > now() then
+    return;
+  end if;
+  if v_postponed is null then
+    begin
+      perform rekey._refuse_in_use(v_keyring, version, rows);
+    exception when sqlstate 'RK005' then
+      v_postponed := sqlerrm;
+    end;
+  end if;
+  if v_postponed is not null then
+    -- The next attempt looks anew.
+    delete from rekey._search_versions v where (v.keyring_id, v.version) = (_destroy.keyring_id, _destroy.version);
+    perform rekey._postpone(array[keyring_id], array[version], v_postponed);
+    return;
+  end if;
+  update rekey.encryption_keys k
+  set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
+  where k.id = v_key.id;
+  perform rekey._audit('key.destroyed', v_keyring.name, version);
+end
+$$;
+comment on function rekey._destroy is 'Destroys a version that is due, or postpones it where something needs it. rows: as counted; elsewhere: where the search found it, NULL: nowhere.';
+
+-- One key, one short transaction: who answers to a compromise does not wait behind those that are due.
+create or replace function rekey._destruction_step(clock_jumped boolean) returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_search rekey._searches;
+  v_keyrings integer[];
+  v_versions integer[];
+  v_covered integer;
+  v_next record;
+  v_problem text;
+begin
+  -- After a jump of the clock, what is due within the day may only seem so too.
+  select array_agg(k.keyring_id order by k.id), array_agg(k.version order by k.id) into v_keyrings, v_versions
+  from rekey.encryption_keys k
+  where k.state = 'destroy_scheduled' and k.destroy_after <= now() + case when clock_jumped then interval '1 day' else interval '0' end;
+  if v_keyrings is null then
+    return null;
+  elsif clock_jumped then
+    perform rekey._postpone(v_keyrings, v_versions, 'more than a day since the last tick: the clock may be wrong');
+    return null;
+  elsif not pg_try_advisory_xact_lock(0, 5) then
+    return null;  -- another worker is at it
+  end if;
+  v_search := rekey._open_search();
+  select count(*) into v_covered from unnest(v_keyrings, v_versions) as u(keyring_id, version)
+  join rekey._search_versions v on v.search_id = v_search.id and v.keyring_id = u.keyring_id and v.version = u.version;
+  if v_search.id is null or v_search.scope <> (rekey._settings()).destroy_search or v_covered = 0
+     or v_search.state = 'complete' and v_search.completed_at not between now() - interval '36 hours' and clock_timestamp()
+     or v_search.state <> 'complete' and v_search.postponed and v_covered < cardinality(v_keyrings) then
+    perform rekey._begin_search();
+    return 'search';
+  elsif v_search.state <> 'complete' and v_search.incomplete_since is null then
+    return 'search';
+  elsif v_search.state <> 'complete' and v_search.postponed then
+    -- The day after: somebody may have granted what was missing.
+    update rekey._search_relations r set tried_by = '{}', problem = null where r.search_id = v_search.id and r.problem is not null;
+    update rekey._searches s set incomplete_since = null, postponed = false where s.id = v_search.id;
+    return 'search';
+  elsif v_search.state <> 'complete' then
+    update rekey._searches s set postponed = true where s.id = v_search.id;
+    perform rekey._postpone(v_keyrings, v_versions, coalesce(rekey._search_problem(v_search.id), 'the search of the database is not complete'));
+    return null;
+  end if;
+
+  if v_search.counted_as is distinct from rekey._target_state() or v_search.counted_at not between now() - interval '1 hour' and clock_timestamp()
+     or exists (select from unnest(v_keyrings, v_versions) as u(keyring_id, version)
+                join rekey._search_versions v on v.search_id = v_search.id and v.keyring_id = u.keyring_id and v.version = u.version and v.rows is null) then
+    -- Once for all that are due; nobody is kept waiting by it.
+    begin
+      with counted as materialized (
+        select c.keyring_id, c.version, sum(c.rows) as rows from rekey._count(v_keyrings, false) c group by c.keyring_id, c.version
+      )
+      update rekey._search_versions v
+      set rows = coalesce((select c.rows from counted c where c.keyring_id = v.keyring_id and c.version = v.version), 0)
+      where v.search_id = v_search.id and v.keyring_id = any (v_keyrings);
+      update rekey._searches s set counted_at = now(), counted_as = rekey._target_state() where s.id = v_search.id;
+    exception when sqlstate 'RK005' then
+      v_problem := sqlerrm;
+    end;
+    if v_problem is not null then
+      perform rekey._postpone(v_keyrings, v_versions, v_problem);
+      return null;
+    end if;
+    return 'more';
+  end if;
+
+  select v.keyring_id, v.version, v.rows,
+    (select string_agg(format('%s.%I', f.relation_name, f.column_name), ', ' order by f.relation_name, f.column_name) || format(' holds envelopes of the version, in %s rows: see rekey.search_findings', sum(f.rows))
+     from rekey._search_finds f where f.search_id = v.search_id and f.keyring_id = v.keyring_id and f.version = v.version) as elsewhere
+  into v_next
+  from unnest(v_keyrings, v_versions) with ordinality as u(keyring_id, version, place)
+  join rekey._search_versions v on v.search_id = v_search.id and v.keyring_id = u.keyring_id and v.version = u.version
+  order by u.place limit 1;
+  perform rekey._destroy(v_next.keyring_id, v_next.version, v_next.rows, v_next.elsewhere);
+  return 'more';
+end
+$$;
+comment on function rekey._destruction_step is
+  'Destroys one version that is due, or does what has to be done before. search: it takes steps of the search, which read with the rights of who calls them; more: call again; NULL: there is nothing left to do now.';
 
 create or replace function rekey.retire_keyring(name text) returns void
 language plpgsql volatile security definer
@@ -7227,6 +7970,831 @@ $$;
 comment on function rekey.retire_keyring is
   'Retires a keyring that no row uses any more: it takes no new values and is not rotated, and its last version can be destroyed. 25001: not in READ COMMITTED; RK004: a rotation is under way; RK005: rows or open transactions use it; RK006: retired already; RK007: there is none.';
 grant execute on function rekey.retire_keyring to rekey_admin;
+
+-- sql/code/62_search.sql
+-- The search of the whole database for envelopes of versions that are to be destroyed.
+--
+-- Steps, each a transaction of its own. They read with the rights of whoever calls them, since rekey_owner may read nobody's
+-- tables; what they find is noted by definer functions that believe nobody but the step itself (_refuse_forger).
+--
+-- 1. Every relation of some size is read, some blocks at a turn. `since` is the oldest transaction under way at its first turn.
+-- 2. Every transaction that is older than the end of that has to end: what it stores, or a snapshot of its shows, is seen by 3.
+-- 3. A look at everything, in one snapshot: rows that `since` or a later transaction wrote, and whole relations that are
+--    small, or new. All other rows were there, under the same row pointer, when their blocks were read (61_verify.sql).
+--    What is large, and was made, rewritten, or given another column since its turns, goes back to 1.
+--
+-- Whatever is not read, for whatever reason, may hold an envelope.
+
+-- Patterns and why: 54_find.sql. JSON may have a backslash before a slash.
+create or replace function rekey._hits(place integer, value text, wanted bytea[]) returns text
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_backslash text := chr(92);  -- a literal depends on the settings of the session in which it is read first
+  v_pieces text[];
+  v_piece text;
+  v_header bytea;
+  v_found bytea[] := '{}'::bytea[];
+begin
+  -- Assignments: a value may be plain, and must not become the parameter of a statement.
+  if strpos(value collate "C", 'rk1:UksB') > 0 then
+    v_pieces := string_to_array(value, 'rk1:UksB');
+    foreach v_piece in array v_pieces[2:] loop
+      v_piece := replace(left(v_piece, 200), v_backslash || '/', '/');
+      if v_piece collate "C" ~ '^[A-Za-z0-9+/]{96}' then
+        v_header := substr(decode('UksB' || left(v_piece, 12), 'base64'), 1, 11);
+        if v_header = any (wanted) and v_header <> all (v_found) then
+          v_found := v_found || v_header;
+        end if;
+      end if;
+    end loop;
+  end if;
+  if strpos(value collate "C", v_backslash || 'x524b01') > 0 then
+    v_pieces := string_to_array(value, v_backslash || 'x524b01');
+    foreach v_piece in array v_pieces[2:] loop
+      if left(v_piece, 144) collate "C" ~ '^[0-9a-f]{144}' then
+        v_header := decode('524b01' || left(v_piece, 16), 'hex');
+        if v_header = any (wanted) and v_header <> all (v_found) then
+          v_found := v_found || v_header;
+        end if;
+      end if;
+    end loop;
+  end if;
+  v_piece := null;
+  foreach v_header in array v_found loop
+    v_piece := concat_ws(' ', v_piece, place || ':' || encode(v_header, 'hex'));
+  end loop;
+  return v_piece;
+end
+$$;
+comment on function rekey._hits(integer, text, bytea[]) is 'The wanted headers of envelopes that stand within a text, as place:hex, separated by spaces; NULL: none.';
+grant execute on function rekey._hits(integer, text, bytea[]) to rekey_operator;
+
+create or replace function rekey._hits(place integer, value bytea, wanted bytea[]) returns text
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rest bytea := value;
+  v_first bytea := decode('524b01', 'hex');
+  v_at integer;
+  v_text text;
+  v_header bytea;
+  v_found bytea[] := '{}'::bytea[];
+begin
+  loop
+    v_at := position(v_first in v_rest);
+    exit when v_at = 0;
+    v_header := substr(v_rest, v_at, 11);
+    if v_header = any (wanted) and v_header <> all (v_found) and octet_length(v_rest) >= v_at + 74 then
+      v_found := v_found || v_header;
+    end if;
+    -- (What it found does not bring it further: an envelope has hardly another one within.)
+    v_rest := substr(v_rest, v_at + 3);
+  end loop;
+  v_text := null;
+  foreach v_header in array v_found loop
+    v_text := concat_ws(' ', v_text, place || ':' || encode(v_header, 'hex'));
+  end loop;
+  if position(convert_to('rk1:UksB', 'UTF8') in value) > 0 then
+    v_text := concat_ws(' ', v_text, rekey._hits(place, replace(encode(value, 'escape'), repeat(chr(92), 2), chr(92)), wanted));
+  end if;
+  return nullif(v_text, '');
+end
+$$;
+comment on function rekey._hits(integer, bytea, bytea[]) is 'As for text, of bytes: envelopes at their beginning or within, and their text form.';
+grant execute on function rekey._hits(integer, bytea, bytea[]) to rekey_operator;
+
+-- Planning a query computes constant parts of the expressions of indexes and statistics, with the rights of who reads: code
+-- of whoever may make an index on a table, which a superuser would run.
+create or replace function rekey._code_of_others(relation oid, reader name) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('%s calls %s, of role %I', o.name, p.oid::regprocedure, w.rolname)
+  from (
+    select 'pg_class'::regclass as catalog, i.indexrelid as oid, format('index %s', i.indexrelid::regclass) as name
+    from pg_index i where i.indrelid = relation and (i.indexprs is not null or i.indpred is not null)
+    union all
+    select 'pg_statistic_ext'::regclass, s.oid, format('statistics %I.%I', n.nspname, s.stxname)
+    from pg_statistic_ext s join pg_namespace n on n.oid = s.stxnamespace where s.stxrelid = relation and s.stxexprs is not null
+  ) o
+  join pg_depend d on d.classid = o.catalog and d.objid = o.oid and d.refclassid in ('pg_proc'::regclass, 'pg_operator'::regclass)
+  left join pg_operator r on d.refclassid = 'pg_operator'::regclass and r.oid = d.refobjid
+  join pg_proc p on p.oid = coalesce(r.oprcode::oid, d.refobjid)
+  join pg_roles w on w.oid = p.proowner
+  where not w.rolsuper and w.rolname is distinct from reader
+  limit 1;
+end;
+comment on function rekey._code_of_others is 'A function of neither a superuser nor the reader that reading a relation may run; NULL: there is none.';
+grant execute on function rekey._code_of_others to rekey_operator, rekey_auditor;
+
+create or replace function rekey._hold(relation oid) returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '3 s'  -- longer than deadlock_timeout: autovacuum gives way
+as $$
+declare
+  v_name text := relation::regclass::text;
+  v_reader name;
+  v_owner record;
+  v_code text;
+begin
+  -- Whom a function runs as is not all: it can RESET ROLE to the one who logged in.
+  select case when a.usename = session_user and session_user = current_user then current_user end into v_reader
+  from pg_stat_activity a where a.pid = pg_backend_pid();
+  select c.relkind, r.rolname, r.rolsuper into v_owner from pg_class c join pg_roles r on r.oid = c.relowner where c.oid = relation;
+  if not found then
+    return 'it was dropped';
+  end if;
+  if not v_owner.rolsuper and v_owner.rolname is distinct from v_reader then
+    -- From here on nobody makes an index on it. (Who may only SELECT may not lock it so.)
+    if v_owner.relkind = 'r' and has_table_privilege(relation, 'update, delete, truncate') then
+      execute format('lock table only %s in share update exclusive mode', v_name);
+    elsif v_owner.relkind = 'm' and (select u.rolsuper from pg_roles u where u.rolname = current_user) then
+      execute format('comment on materialized view %s is null', v_name);  -- the only lock there is; the caller takes it back
+    end if;
+    v_name := relation::regclass::text;
+  end if;
+  v_code := rekey._code_of_others(relation, v_reader);
+  return v_code || ': it can have the table read by connecting itself; or, if you trust that code, give the function to a superuser';
+end
+$$;
+comment on function rekey._hold is 'Keeps a relation from being given code until the subtransaction of the caller ends, which he undoes, and says why he is not to read it; NULL: nothing.';
+grant execute on function rekey._hold to rekey_operator, rekey_auditor;
+
+
+-- What holds no rows here is left out: views, partitioned and foreign tables. So is what belongs to PostgreSQL itself, to
+-- pg_rekey, pg_cron and Supabase Vault: by owner or extension, since a name proves nothing.
+create or replace function rekey._searchable(only_one oid = null)
+returns table (relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, problem text)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    with counted as materialized (
+      -- Values of these are counted by their own functions. (In a text column, an envelope may stand within another text.)
+      select h.oid as relation, a.attname
+      from rekey.protected_columns p
+      cross join lateral rekey._column_shape(p.id) s
+      join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.places[1]]
+      cross join lateral rekey._relations_here(s.relation) as h(oid)
+      where not p.is_text
+    ), altered as materialized (
+      -- Asked for the size of these, we would wait.
+      select l.relation from pg_locks l where l.locktype = 'relation' and l.mode = 'AccessExclusiveLock' and l.granted and l.pid is distinct from pg_backend_pid()
+    )
+    select c.oid, c.oid::regclass::text,
+      case when c.oid in (select a.relation from altered a) then greatest(c.relpages, 0)::bigint * current_setting('block_size')::integer else pg_table_size(c.oid) end,
+      c.relfilenode, m.amname = 'heap',
+      format('select count(*) as rows, bool_and(t.tableoid = %s) as same, string_agg(f.hits, '' '') as hits from only %s t
+        cross join lateral (select nullif(array_to_string(array[%s], '' ''), '''') as hits offset 0) f%s',
+        c.oid, c.oid::regclass, k.hits,
+        case when m.amname = 'heap' then ' where t.ctid >= $2 and t.ctid < $3 and ($4 is null or age(t.xmin) <= age($4))' end),
+      case when rekey._is_of_citus(c.oid) then 'its rows are on other nodes of Citus' end
+    from pg_class c
+    join pg_namespace n on n.oid = c.relnamespace
+    left join pg_am m on m.oid = c.relam
+    cross join lateral (
+      select string_agg(format(case
+          when v.base = 'bytea'::regtype then
+            $q$case when position('\x524b01'::bytea in %1$s) > 0 or position('\x726b313a556b7342'::bytea in %1$s) > 0 then rekey._hits(%2$s, %1$s::bytea, $1) end$q$
+          when v.base in ('text'::regtype, 'varchar'::regtype) then
+            $q$case when strpos(%1$s collate "C", 'rk1:UksB') > 0 or strpos(%1$s collate "C", '\x524b01') > 0 then rekey._hits(%2$s, %1$s::text, $1) end$q$
+          else $q$case when format('%%s', %1$s) collate "C" ~ 'rk1:UksB|\\x524b01' then rekey._hits(%2$s, format('%%s', %1$s), $1) end$q$ end,
+        format('t.%I', a.attname), a.attnum), ', ' order by a.attnum) as hits
+      from pg_attribute a
+      join pg_type y on y.oid = a.atttypid
+      left join pg_type e on e.oid = y.typelem and y.typcategory = 'A'
+      cross join lateral (select case when y.typtype = 'd' and y.typnamespace = 'pg_catalog'::regnamespace then y.typbasetype else y.oid end as base) v
+      where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated <> 'v'
+        -- As in rekey.find_envelopes().
+        and coalesce(e.typlen, y.typlen) not between 1 and 74 and coalesce(e.typcategory, y.typcategory) not in ('N', 'B', 'D', 'T', 'E', 'G', 'I', 'V')
+        and not exists (select from counted p where p.relation = c.oid and p.attname = a.attname)
+    ) k
+    where (only_one is null or c.oid = only_one) and c.relkind in ('r', 'm') and c.relpersistence <> 't' and c.relispopulated and c.oid >= 16384 and k.hits is not null
+      and not (n.nspname in ('rekey', 'rekey_targets') and c.relowner = 'rekey_owner'::regrole)
+      and not rekey._is_extension_table(c.oid);
+end
+$$;
+comment on function rekey._searchable is
+  'The relations of this database, or only one, that have room for an envelope where no target counts it, and the statement that reads one: $1 the headers wanted, of a heap $2 and $3 a range of row pointers, $4 the transaction from which on rows are read, NULL: all. problem: why it cannot be read.';
+grant execute on function rekey._searchable to rekey_operator;
+
+-- Whom to believe. The call stack says who calls, in whatever language: its second line begins as the first one does.
+create or replace function rekey._refuse_forger(stack text, callee text, caller text) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not starts_with(split_part(stack, E'\n', 2), split_part(stack, callee, 1) || caller || ' ') then
+    raise exception 'only a step of the search may say what it found' using errcode = 'insufficient_privilege';
+  end if;
+end
+$$;
+comment on function rekey._refuse_forger is '42501 where a function was not called by the one that may, directly and in an assignment. stack: PG_CONTEXT of the function.';
+
+create or replace function rekey._older_transactions(older xid8, since timestamptz) returns jsonb
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pg_stat_clear_snapshot();
+  -- Who sends WAL or vacuums writes nothing into a table, and may have a snapshot for ever.
+  return (
+    select jsonb_agg(jsonb_strip_nulls(jsonb_build_object('pid', o.pid, 'role', o.role, 'prepared', o.gid,
+      'age_seconds', extract(epoch from clock_timestamp() - coalesce(o.begun, since))::bigint)))
+    from (
+      select a.pid, a.usename as role, null as gid, a.xact_start as begun
+      from pg_stat_activity a
+      where a.datname = current_database() and a.pid <> pg_backend_pid()
+        and (age(a.backend_xid) > age(older::xid) or age(a.backend_xmin) > age(older::xid))
+        and not exists (select from pg_stat_get_wal_senders() w where w.pid = a.pid)
+        and not exists (select from pg_stat_progress_vacuum v where v.pid = a.pid)
+      union all
+      select null, p.owner, p.gid, p.prepared from pg_prepared_xacts p
+      where p.database = current_database() and age(p.transaction) > age(older::xid)) o);
+end
+$$;
+comment on function rekey._older_transactions is
+  'Who in this database has a transaction older than this one, or a snapshot from before it; NULL: nobody. since: what counts as the beginning of a transaction whose own is hidden from us.';
+
+create or replace function rekey._open_search() returns rekey._searches
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_search rekey._searches;
+begin
+  -- (Restored from a dump, or made by the clock of another time, it says nothing.)
+  select s.* into v_search from rekey._searches s
+  where s.home = rekey._home() and s.begun_at <= clock_timestamp()
+    and coalesce(pg_snapshot_xmax(pg_current_snapshot())::text::bigint - s.begun_in::text::bigint, 0) between 0 and 1000000000
+  order by s.id desc limit 1;
+  return v_search;
+end
+$$;
+comment on function rekey._open_search is 'The last search of this database, whatever its state; no row: NULL.';
+
+create or replace function rekey._begin_search() returns rekey._searches
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_search rekey._searches;
+begin
+  delete from rekey._searches s where s.id is not null;
+  insert into rekey._searches (home, scope, begun_in)
+  values (rekey._home(), (rekey._settings()).destroy_search, pg_current_xact_id()) returning * into v_search;
+  insert into rekey._search_versions (search_id, keyring_id, version)
+  select v_search.id, k.keyring_id, k.version from rekey.encryption_keys k where k.state = 'destroy_scheduled';
+  if v_search.scope = 'database' then
+    -- Small relations are left to the look, up to 32 MB of them.
+    insert into rekey._search_relations (search_id, relation, name, bytes)
+    select v_search.id, r.relation, r.name, r.bytes
+    from (select t.*, sum(t.bytes) over (order by t.bytes, t.relation rows unbounded preceding) as total from rekey._searchable() t) r
+    where (r.bytes > 1048576 or r.total > 33554432) and r.problem is null and r.is_heap;
+  end if;
+  return v_search;
+end
+$$;
+comment on function rekey._begin_search is 'Begins a search for every version that is scheduled for destruction, in place of the last one.';
+
+create or replace function rekey.begin_search() returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_search rekey._searches;
+begin
+  perform rekey._refuse_snapshot();
+  if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled') then
+    raise exception 'no version is scheduled for destruction' using errcode = 'RK006', hint = 'rekey.schedule_key_destruction() schedules one.',
+      constraint = 'schedule_destruction';
+  end if;
+  perform pg_advisory_xact_lock(0, 5);
+  v_search := rekey._open_search();
+  if v_search.id is null or v_search.state = 'complete' or v_search.scope <> (rekey._settings()).destroy_search or exists (
+       select from rekey.encryption_keys k where k.state = 'destroy_scheduled'
+         and not exists (select from rekey._search_versions v where v.search_id = v_search.id and (v.keyring_id, v.version) = (k.keyring_id, k.version))) then
+    v_search := rekey._begin_search();
+  else
+    update rekey._search_relations r set tried_by = '{}', problem = null where r.search_id = v_search.id and r.problem is not null;
+    update rekey._searches s set incomplete_since = null where s.id = v_search.id;
+  end if;
+  return v_search.id;
+end
+$$;
+comment on function rekey.begin_search is
+  'Begins a search of the database for envelopes of every version that is scheduled for destruction; or has the one under way try again what it could not read. Returns its number. rekey.search_step(), repeated, does the work, with the rights of its caller. 25001: not in READ COMMITTED; RK006: none is scheduled.';
+grant execute on function rekey.begin_search to rekey_admin, rekey_operator;
+
+create or replace function rekey._search_turn(reader text, out event text, out search_id bigint, out relation oid, out name text, out statement text,
+  out first bigint, out until bigint, out wanted bytea[], out wait interval, out detail jsonb)
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_search rekey._searches;
+  v_relation rekey._search_relations;
+  v_found record;
+  v_rows integer;
+begin
+  perform rekey._refuse_snapshot();
+  if not pg_try_advisory_xact_lock(0, 5) then
+    event := 'waiting';
+    wait := '1 s';
+    return;
+  end if;
+  v_search := rekey._open_search();
+  if v_search.id is null or v_search.state = 'complete' then
+    event := 'idle';
+    return;
+  elsif v_search.begun_in = pg_current_xact_id_if_assigned() then
+    event := 'waiting';  -- until then nobody else knows that the versions are to be destroyed
+    wait := '0 s';
+    detail := jsonb_build_object('for', 'COMMIT of this transaction');
+    return;
+  end if;
+  search_id := v_search.id;
+  wanted := array(select rekey._header(v.keyring_id, v.version) from rekey._search_versions v where v.search_id = v_search.id);
+  select r.* into v_relation from rekey._search_relations r
+  where r.search_id = v_search.id and r.state = 'pending' and r.tried_by @> array[reader] is false
+  order by r.next_block > 0 desc, r.bytes, r.relation limit 1;
+  if found then
+    select t.* into v_found from rekey._searchable(v_relation.relation) t;
+    if not found then
+      delete from rekey._search_relations r where (r.search_id, r.relation) = (v_search.id, v_relation.relation);
+      event := 'begun';
+      return;
+    end if;
+    if v_relation.since is null or v_relation.statement is distinct from v_found.statement then
+      delete from rekey._search_finds f where (f.search_id, f.relation) = (v_search.id, v_relation.relation);
+      v_relation.next_block := 0;
+      v_relation.since := pg_snapshot_xmin(pg_current_snapshot());
+      -- (Of rows that come later, the look sees all.)
+      update rekey._search_relations r
+      set since = v_relation.since, statement = v_found.statement, name = v_found.name, next_block = 0, rows = 0, filenode = null,
+          blocks = pg_relation_size(v_relation.relation) / current_setting('block_size')::integer
+      where (r.search_id, r.relation) = (v_search.id, v_relation.relation);
+    end if;
+    -- Four rows that are read cost about what it costs to re-encrypt one.
+    select w.rows, w.wait into v_rows, wait from rekey._throttle(100000) w;
+    if v_rows is null then
+      event := 'waiting';
+      return;
+    end if;
+    event := 'read';
+    relation := v_relation.relation;
+    name := v_found.name;
+    statement := v_found.statement;
+    first := v_relation.next_block;
+    until := first + case when v_rows = 100000 then v_relation.batch_blocks else least(v_relation.batch_blocks, greatest(v_rows / 8, 1)) end;
+    return;
+  end if;
+  if exists (select from rekey._search_relations r where r.search_id = v_search.id and r.state = 'pending')
+     or exists (select from rekey._search_relations r where r.search_id = v_search.id and r.problem is not null and r.tried_by @> array[reader]) then
+    update rekey._searches s set incomplete_since = coalesce(s.incomplete_since, now()) where s.id = v_search.id;
+    event := 'incomplete';
+    return;
+  end if;
+  -- What these store, or show to a snapshot of theirs, the look is to see: so it comes after their end.
+  if v_search.older is null then
+    v_search.older := pg_snapshot_xmax(pg_current_snapshot());
+    update rekey._searches s set older = v_search.older, state = 'looking', blocked_since = null where s.id = v_search.id;
+  end if;
+  v_search.blocked_by := rekey._older_transactions(v_search.older, coalesce(v_search.blocked_since, now()));
+  update rekey._searches s
+  set blocked_by = v_search.blocked_by, blocked_since = case when v_search.blocked_by is not null then coalesce(s.blocked_since, now()) end
+  where s.id = v_search.id and s.blocked_by is distinct from v_search.blocked_by;
+  if v_search.blocked_by is not null then
+    event := 'waiting';
+    wait := '500 ms';
+    detail := jsonb_build_object('blocked_by', v_search.blocked_by);
+    return;
+  end if;
+  event := 'look';
+  if v_search.scope = 'columns' then
+    update rekey._searches s set state = 'complete', completed_at = clock_timestamp() where s.id = v_search.id;
+    event := 'complete';
+  end if;
+end
+$$;
+comment on function rekey._search_turn is 'What the search has to do next, as the role that reads can: read some blocks of a relation, look at everything, wait, or nothing (idle; incomplete: this role can do no more).';
+grant execute on function rekey._search_turn to rekey_operator;
+
+create or replace function rekey._note_finds(search_id bigint, relation oid, hits text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into rekey._search_finds as f (search_id, relation, attnum, keyring_id, version, relation_name, column_name, rows)
+  select _note_finds.search_id, _note_finds.relation, h.attnum, rekey._int4(h.header, 3), rekey._int4(h.header, 7),
+    _note_finds.relation::regclass::text, a.attname, count(*)
+  from (select split_part(x.hit, ':', 1)::smallint as attnum, decode(split_part(x.hit, ':', 2), 'hex') as header
+        from string_to_table(hits, ' ') as x(hit) where x.hit <> '') h
+  join pg_attribute a on a.attrelid = _note_finds.relation and a.attnum = h.attnum
+  group by h.attnum, h.header, a.attname
+  on conflict on constraint _search_finds_pkey do update set rows = f.rows + excluded.rows;
+end
+$$;
+comment on function rekey._note_finds is 'Notes where the search found envelopes. hits: of rekey._hits().';
+
+create or replace function rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid,
+  problem text, begun timestamptz) returns text
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stack text;
+  v_relation rekey._search_relations;
+  v_pace double precision;
+begin
+  get diagnostics v_stack = pg_context;
+  perform rekey._refuse_forger(v_stack, 'rekey._note_read(', 'rekey.search_step()');
+  select r.* into strict v_relation from rekey._search_relations r where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+  if problem is not null then
+    update rekey._search_relations r
+    set problem = _note_read.problem, role = reader, read_at = clock_timestamp(), tried_by = array_append(r.tried_by, reader)
+    where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+    return 'unread';
+  elsif _note_read.filenode = 0 or v_relation.filenode <> _note_read.filenode then
+    -- From the beginning: what has another file has other row pointers.
+    update rekey._search_relations r set since = null, filenode = null
+    where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+    return 'rewritten';
+  end if;
+  perform rekey._note_finds(search_id, relation, hits);
+  v_pace := extract(epoch from (rekey._settings()).batch_target) / greatest(extract(epoch from clock_timestamp() - begun), 0.001);
+  update rekey._search_relations r
+  set next_block = until, filenode = _note_read.filenode, rows = r.rows + _note_read.rows, role = reader, read_at = clock_timestamp(), problem = null,
+      state = case when until >= r.blocks then 'read' else 'pending' end,
+      batch_blocks = greatest(16, least(65536, r.batch_blocks * least(v_pace, 4)))::integer
+  where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+  perform rekey._note_pace(begun, rows / 4);
+  return 'read';
+end
+$$;
+comment on function rekey._note_read is 'Notes what a step of the search read. 42501: it is not the step that calls.';
+grant execute on function rekey._note_read to rekey_operator;
+
+-- In the snapshot of the statement that calls it: as STABLE.
+create or replace function rekey._to_look(search_id bigint)
+returns table (relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, since xid, problem text)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    select t.relation, t.name, t.bytes, t.filenode, t.is_heap, t.statement, case when r.filenode = t.filenode and r.statement = t.statement
+      and pg_snapshot_xmax(pg_current_snapshot())::text::bigint - r.since::text::bigint < 1000000000 then r.since::xid end, t.problem
+    from rekey._searchable() t
+    left join rekey._search_relations r on r.search_id = _to_look.search_id and r.relation = t.relation and r.state <> 'pending'
+    order by t.relation;
+end
+$$;
+comment on function rekey._to_look is 'What the look of a search has to read: the rows that this transaction or a later one wrote; NULL: all.';
+grant execute on function rekey._to_look to rekey_operator;
+
+create or replace function rekey._look(search_id bigint, wanted bytea[])
+returns table (relation oid, name text, problem text, again boolean, hits text)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_to_look record;
+  v_first bigint;
+  v_blocks bigint;
+  v_step bigint;
+  v_same boolean;
+  v_hits text;
+begin
+  for v_to_look in select t.* from rekey._to_look(search_id) t loop
+    relation := v_to_look.relation;
+    name := v_to_look.name;
+    problem := v_to_look.problem;
+    again := v_to_look.is_heap and v_to_look.since is null and v_to_look.bytes > 8388608;
+    hits := null;
+    if pg_relation_filenode(relation) is null then
+      again := true;  -- dropped since the snapshot: its rows may have gone elsewhere
+    elsif problem is null and not again then
+      begin
+        problem := rekey._hold(relation);
+        v_blocks := case when v_to_look.is_heap then pg_relation_size(relation) / current_setting('block_size')::integer else 1 end;
+        v_step := case when v_to_look.since is null then 512 else 8192 end;
+        v_first := 0;
+        while problem is null and v_first < v_blocks loop
+          execute format('select r.same, r.hits from (%s) r', v_to_look.statement) into v_same, v_hits
+          using wanted, format('(%s,0)', v_first)::tid, format('(%s,0)', v_first + v_step)::tid, v_to_look.since;
+          again := again or v_same is false;
+          hits := concat_ws(' ', hits, v_hits);
+          v_first := v_first + v_step;
+        end loop;
+        -- A table that was rewritten since the snapshot may seem empty to it. Its lock keeps it now, where it is not empty.
+        again := again or problem is null and (pg_relation_filenode(relation) is distinct from v_to_look.filenode
+          or v_blocks > 0 and to_regclass(v_to_look.name) is distinct from relation::regclass);
+        raise exception using errcode = 'RKEND';
+      exception
+        when sqlstate 'RKEND' then null;  -- gives the locks back
+        when undefined_table then again := true;
+        when others then problem := sqlerrm;
+      end;
+    end if;
+    return next;
+  end loop;
+end
+$$;
+comment on function rekey._look is 'Looks, in the snapshot of the statement that calls it and with the rights of who does, at all that the turns of a search have not read. again: it has to be read by turns, since it is large, or was rewritten.';
+grant execute on function rekey._look to rekey_operator;
+
+create or replace function rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) returns text
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stack text;
+  v_found record;
+  v_looks integer;
+begin
+  get diagnostics v_stack = pg_context;
+  perform rekey._refuse_forger(v_stack, 'rekey._note_look(', 'rekey.search_step()');
+  for v_found in
+    select u.relation, u.hits from unnest(relations, hits) as u(relation, hits) where u.hits is not null
+  loop
+    perform rekey._note_finds(search_id, v_found.relation, v_found.hits);
+  end loop;
+  delete from rekey._search_relations r where r.search_id = _note_look.search_id and not r.relation = any (coalesce(relations, '{}'));
+  update rekey._searches s set looks = s.looks + 1 where s.id = _note_look.search_id returning s.looks into v_looks;
+  if true = any (again) and v_looks < 20 then
+    insert into rekey._search_relations as r (search_id, relation, name, bytes)
+    select _note_look.search_id, u.relation, u.name, pg_table_size(u.relation)
+    from unnest(relations, names, again) as u(relation, name, again)
+    where u.again and exists (select from pg_class c where c.oid = u.relation)
+    on conflict on constraint _search_relations_pkey do update set state = 'pending', since = null, filenode = null, bytes = excluded.bytes, tried_by = '{}', problem = null;
+    update rekey._search_relations r set state = 'read' where r.search_id = _note_look.search_id and r.state = 'looked';
+    update rekey._searches s set state = 'reading', older = null where s.id = _note_look.search_id;
+    return 'again';
+  end if;
+  -- What another role has looked at since the same time counts; what this one could not, another may.
+  insert into rekey._search_relations as r (search_id, relation, name, bytes, state, problem, role, read_at, tried_by)
+  select _note_look.search_id, u.relation, u.name, pg_table_size(u.relation), case when l.problem is null then 'looked' else 'read' end, l.problem, reader,
+    clock_timestamp(), case when l.problem is null then '{}' else array[reader] end
+  from unnest(relations, names, problems, again) as u(relation, name, problem, again)
+  cross join lateral (select case when u.again then 'it is changed again and again' else u.problem end as problem) l
+  on conflict on constraint _search_relations_pkey do update
+  set state = case when r.state = 'looked' then r.state else excluded.state end,
+      problem = case when r.state = 'looked' then null else excluded.problem end,
+      role = case when r.state = 'looked' then r.role else excluded.role end,
+      read_at = case when r.state = 'looked' then r.read_at else excluded.read_at end,
+      tried_by = case when excluded.problem is null then r.tried_by else array_append(r.tried_by, reader) end;
+  if exists (select from rekey._search_relations r where r.search_id = _note_look.search_id and r.state <> 'looked') then
+    return 'looked';
+  end if;
+  update rekey._searches s set state = 'complete', completed_at = clock_timestamp() where s.id = _note_look.search_id;
+  return 'complete';
+end
+$$;
+comment on function rekey._note_look is 'Notes what a look found: complete; looked, where something is left that another role may read; again, where something is to be read by turns. 42501: it is not the step that calls.';
+grant execute on function rekey._note_look to rekey_operator;
+
+create or replace function rekey.search_step(out event text, out wait interval, out detail jsonb)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+-- What is hidden, or read otherwise, would count as not there.
+set row_security = off
+set standard_conforming_strings = on
+set bytea_output = hex
+set quote_all_identifiers = off
+-- CHECK constraints would be computed too: _code_of_others().
+set constraint_exclusion = off
+set lock_timeout = '3 s'
+as $$
+declare
+  v_begun timestamptz := clock_timestamp();
+  v_turn record;
+  v_reader text := current_user;
+  v_relations oid[];
+  v_names text[];
+  v_problems text[];
+  v_again boolean[];
+  v_all_hits text[];
+  v_rows bigint;
+  v_same boolean;
+  v_hits text;
+  v_filenode oid;
+  v_problem text;
+begin
+  select t.* into v_turn from rekey._search_turn(v_reader) t;
+  event := v_turn.event;
+  wait := v_turn.wait;
+  detail := v_turn.detail;
+  if event = 'read' then
+    begin
+      v_problem := rekey._hold(v_turn.relation);
+      if v_problem is null then
+        execute v_turn.statement into v_rows, v_same, v_hits
+        using v_turn.wanted, format('(%s,0)', v_turn.first)::tid, format('(%s,0)', v_turn.until)::tid, null::xid;
+        -- The statement goes by the name, which may have become another relation's. Now its lock keeps it.
+        v_filenode := case when v_same is not false and to_regclass(v_turn.name) = v_turn.relation then pg_relation_filenode(v_turn.relation) else 0 end;
+      end if;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;  -- gives the locks back
+      when undefined_table then v_filenode := 0;
+      when others then v_problem := sqlerrm;
+    end;
+    event := rekey._note_read(v_turn.search_id, v_turn.relation, v_reader, v_turn.until, v_rows, v_hits, v_filenode, v_problem, v_begun);
+    detail := jsonb_strip_nulls(jsonb_build_object('relation', v_turn.relation::regclass::text, 'rows', v_rows, 'problem', v_problem));
+  elsif event = 'look' then
+    -- One statement, one snapshot: no row escapes by moving.
+    select array_agg(l.relation), array_agg(l.name), array_agg(l.problem), array_agg(l.again), array_agg(l.hits)
+    into v_relations, v_names, v_problems, v_again, v_all_hits
+    from rekey._look(v_turn.search_id, v_turn.wanted) l;
+    event := rekey._note_look(v_turn.search_id, v_reader, v_relations, v_names, v_problems, v_again, v_all_hits);
+  end if;
+end
+$$;
+comment on function rekey.search_step is
+  'One step of the search that rekey.begin_search() or rekey.tick() began, in a transaction of its own, with the rights of whoever calls it: reads some blocks of a relation, or looks at everything in the end. event: read, unread (it may not read a relation), rewritten, again, looked, complete; waiting (for wait: detail says for whom); incomplete (what is left takes another role: rekey.search_findings); idle (there is nothing to do). 25001: not in READ COMMITTED.';
+grant execute on function rekey.search_step to rekey_operator;
+
+create or replace function rekey._search_on(begun timestamptz) returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_step record;
+begin
+  begin
+    select s.* into v_step from rekey.search_step() s;
+  exception when others then
+    raise warning 'the search of the database: %', sqlerrm;
+    return null;  -- the other duties are not to wait for it
+  end;
+  if v_step.event in ('complete', 'incomplete', 'idle') then
+    return 'more';
+  elsif v_step.event = 'waiting' and v_step.detail is not null and clock_timestamp() > begun + interval '2 s' or clock_timestamp() > begun + interval '20 s' then
+    return null;
+  end if;
+  perform pg_sleep(extract(epoch from least(v_step.wait, interval '200 ms')));
+  return 'search';
+end
+$$;
+comment on function rekey._search_on is 'A step of the search as a part of rekey.tick(), for 20 seconds of it; where transactions have to end, 2. What comes next: search, more (the duty goes on), NULL (the next tick does).';
+grant execute on function rekey._search_on to rekey_operator;
+
+create or replace function rekey._search_advice(relation oid, role text) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table record;
+begin
+  select n.nspname, c.relrowsecurity, pg_get_userbyid(c.relowner) as owner into v_table
+  from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = relation;
+  if not found or not exists (select from pg_roles r where r.rolname = role) then
+    return null;
+  elsif not has_schema_privilege(role, v_table.nspname, 'usage') then
+    return format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %s TO %2$I', v_table.nspname, role, relation::regclass);
+  elsif not has_table_privilege(role, relation, 'select') then
+    return format('GRANT SELECT ON %s TO %I', relation::regclass, role);
+  elsif v_table.relrowsecurity and not (select r.rolbypassrls or r.rolsuper from pg_roles r where r.rolname = role) then
+    return format('ALTER ROLE %I BYPASSRLS', role);
+  end if;
+  return null;
+end
+$$;
+comment on function rekey._search_advice is 'What lets a role read a relation; NULL: nothing that could be granted.';
+grant execute on function rekey._search_advice to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace function rekey._search_problem(search_id bigint) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('%s relations were not searched, %s the first: %s, as %s. %s', count(*) over (), r.name, r.problem, r.role,
+    coalesce(rekey._search_advice(r.relation, r.role) || ', or ', '') || 'have it read by another role: pg-rekey keys search')
+  from rekey._search_relations r where r.search_id = _search_problem.search_id and r.problem is not null
+  order by r.name limit 1;
+end;
+comment on function rekey._search_problem is 'What a search could not read, by which role, and what lets it; NULL: it could read everything so far.';
+
+create or replace view rekey.search_status as
+select case when s.incomplete_since is not null and s.state <> 'complete' then 'incomplete' else s.state end as state, s.scope, s.begun_at, s.completed_at,
+  (select count(*) from rekey._search_versions v where v.search_id = s.id) as versions,
+  r.relations_read, r.relations, r.bytes_read, r.bytes, r.not_read,
+  (select count(distinct (f.keyring_id, f.version)) from rekey._search_finds f where f.search_id = s.id) as versions_found,
+  case when s.state = 'looking' then s.blocked_by end as blocked_by, case when s.state = 'looking' then s.blocked_since end as blocked_since
+from rekey._searches s
+cross join lateral (
+  select count(*) filter (where r.state <> 'pending' and r.problem is null) as relations_read, count(*) as relations,
+    coalesce(sum(case when r.state <> 'pending' then r.bytes else r.bytes * least(r.next_block::numeric / greatest(r.blocks, 1), 1) end), 0)::bigint as bytes_read,
+    coalesce(sum(r.bytes), 0)::bigint as bytes, count(*) filter (where r.problem is not null) as not_read
+  from rekey._search_relations r where r.search_id = s.id) r;
+comment on view rekey.search_status is 'The last search of the database for envelopes of versions that are to be destroyed, and how far it is. No row: there was none.';
+comment on column rekey.search_status.state is 'reading (relations of some size, by turns), looking (waits for older transactions, then looks at everything in one snapshot), incomplete (what is left takes another role: rekey.search_findings), complete.';
+comment on column rekey.search_status.scope is 'Where it looks: the setting destroy_search when it began.';
+comment on column rekey.search_status.begun_at is 'When it began.';
+comment on column rekey.search_status.completed_at is 'When it ended; NULL: it is under way.';
+comment on column rekey.search_status.versions is 'Key versions that it looks for.';
+comment on column rekey.search_status.relations_read is 'Relations that are read by turns, those that have been. (Small ones are left to the look.)';
+comment on column rekey.search_status.relations is 'Relations that are read by turns, all.';
+comment on column rekey.search_status.bytes_read is 'Their size, as far as they have been read.';
+comment on column rekey.search_status.bytes is 'Their size.';
+comment on column rekey.search_status.not_read is 'Relations that could not be read: rekey.search_findings.';
+comment on column rekey.search_status.versions_found is 'Of the versions, those that it found.';
+comment on column rekey.search_status.blocked_by is 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds.';
+comment on column rekey.search_status.blocked_since is 'Since when it waits for them.';
+grant select on rekey.search_status to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace view rekey.search_findings as
+select r.name as relation, null::text as column_name, null::text as keyring, null::integer as version, null::bigint as rows, r.problem, r.role,
+  coalesce(rekey._search_advice(r.relation, r.role) || ', or ', '') || format('have it read by another role, the owner or a superuser, with pg-rekey keys search') as advice
+from rekey._search_relations r where r.problem is not null
+union all
+select f.relation_name, f.column_name::text, k.name, f.version, f.rows,
+  'holds envelopes of the version', null, 'Protect the column and rotate the keyring, or delete these copies.'
+from rekey._search_finds f join rekey.keyrings k on k.id = f.keyring_id;
+comment on view rekey.search_findings is 'What keeps versions from being destroyed: relations that the last search could not read, and where it found envelopes.';
+comment on column rekey.search_findings.relation is 'The table or materialized view.';
+comment on column rekey.search_findings.column_name is 'The column that holds envelopes; NULL: the relation was not read.';
+comment on column rekey.search_findings.keyring is 'Keyring of the version that was found.';
+comment on column rekey.search_findings.version is 'The version.';
+comment on column rekey.search_findings.rows is 'Rows in which it was found.';
+comment on column rekey.search_findings.problem is 'What is wrong.';
+comment on column rekey.search_findings.role is 'Role that could not read it.';
+comment on column rekey.search_findings.advice is 'What to do.';
+grant select on rekey.search_findings to rekey_admin, rekey_operator, rekey_auditor;
+
+-- What a call that schedules a destruction says at once. It has no time for everything.
+create or replace function rekey._look_ahead(header bytea) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set standard_conforming_strings = on
+set bytea_output = hex
+set quote_all_identifiers = off
+set constraint_exclusion = off
+set lock_timeout = '3 s'
+as $$
+declare
+  v_until timestamptz := clock_timestamp() + interval '2 s';
+  v_to_look record;
+  v_first bigint;
+  v_blocks bigint;
+  v_hits text;
+  v_found boolean;
+  v_problem text;
+  v_unread text[] := '{}'::text[];
+  v_left bigint := 0;
+  v_bytes bigint := 0;
+begin
+  for v_to_look in select t.* from rekey._searchable() t order by t.bytes, t.relation loop
+    if clock_timestamp() > v_until then
+      v_left := v_left + 1;
+      v_bytes := v_bytes + v_to_look.bytes;
+      continue;
+    end if;
+    v_problem := v_to_look.problem;
+    v_found := false;
+    begin
+      v_problem := coalesce(v_problem, rekey._hold(v_to_look.relation));
+      v_blocks := case when v_to_look.is_heap then pg_relation_size(v_to_look.relation) / current_setting('block_size')::integer else 1 end;
+      v_first := 0;
+      while v_problem is null and v_first < v_blocks and not v_found and clock_timestamp() < v_until loop
+        execute format('select r.hits from (%s) r', v_to_look.statement) into v_hits
+        using array[header], format('(%s,0)', v_first)::tid, format('(%s,0)', v_first + 1024)::tid, null::xid;
+        v_found := v_hits is not null;
+        v_first := v_first + 1024;
+      end loop;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;
+      when others then v_problem := sqlerrm;
+    end;
+    if v_found then
+      raise warning '% holds envelopes of the version: while it does, the version is not destroyed', v_to_look.name
+        using hint = 'Protect the column and rotate the keyring, or delete these copies: rekey.protect_column().', constraint = 'protect_copies';
+    elsif v_problem is not null then
+      v_unread := v_unread || format('%s (%s)', v_to_look.name, v_problem);
+    elsif v_first < v_blocks then
+      v_left := v_left + 1;
+      v_bytes := v_bytes + v_to_look.bytes;
+    end if;
+  end loop;
+  if v_unread <> '{}' then
+    raise warning '% cannot read % relations: while no role can that runs the worker, the version is not destroyed: %', current_user, cardinality(v_unread),
+      array_to_string(v_unread[1:5], ', ') || case when cardinality(v_unread) > 5 then ', ...' else '' end;
+  end if;
+  if v_left > 0 then
+    raise notice '% relations (%) are looked at when the time comes', v_left, pg_size_pretty(v_bytes)
+      using hint = 'rekey.begin_search(), and rekey.search_step() until it says complete, look now.', constraint = 'search_now';
+  end if;
+end
+$$;
+comment on function rekey._look_ahead is 'Says in warnings where envelopes of this header are outside of protected columns, as far as 2 seconds and the rights of the caller go.';
+grant execute on function rekey._look_ahead to rekey_admin;
 
 -- sql/code/63_adopt.sql
 -- Adoption: values that are there already, plain or encrypted by other means, become envelopes. It is a rotation with the
@@ -7383,7 +8951,7 @@ begin
     v_place := v_place + 1;
     v_plaintext := null;
     v_problem := null;
-    v_bytes := rekey._legacy_bytes(v_value);
+    v_bytes := rekey._legacy_bytes(v_value);  -- NULL: too large to be read
     v_format := rekey._legacy_format(v_bytes);
     if v_format = 'plaintext' and 'aes_gcm' = any (formats) and octet_length(v_bytes) >= 28 and not is_text then
       v_format := 'aes_gcm';
@@ -7391,7 +8959,9 @@ begin
       v_format := 'plaintext';
       v_bytes := v_value;
     end if;
-    if v_format = 'envelope' then
+    if v_value is null then
+      v_problem := 'has more than 64 MiB, and was not read';
+    elsif v_format = 'envelope' then
       v_problem := 'is a damaged envelope';
     elsif not v_format = any (formats) then
       v_problem := case v_format when 'plaintext' then 'is in none of the formats' else format('looks like %s, which is not among the formats', v_format) end;
@@ -7522,7 +9092,7 @@ declare
   v_until_block bigint;
   v_max_rows integer;
   v_adoption rekey._adoption;
-  v_done bigint;
+  v_apart record;
   v_failed record;
   v_begin timestamptz := clock_timestamp();
 begin
@@ -7548,15 +9118,23 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  v_done := rekey._write_rows(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts);
-  select array_agg(v_adoption.keys[u.place]) as keys, array_agg(u.problem) as problems into v_failed
-  from unnest(v_adoption.problems) with ordinality as u(problem, place) where u.problem is not null;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts, true) a;
+  select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
+  from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
+  left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
+  where u.problem is not null or a.row is not null;
   if rekey._target_state() <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_chunk.target, v_chunk.relation, v_failed.keys, v_failed.problems);
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_apart.written, v_chunk.target, v_chunk.relation,
+    v_failed.keys, v_failed.problems, v_failed.codes);
+  perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
   perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
-  perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  if v_apart.undone is null then
+    perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
+  else
+    update rekey._chunks c set first = v_apart.undone, batch_rows = 32 where c.id = v_chunk.id;
+  end if;
   return v_adoption;
 end
 $$;
@@ -7564,7 +9142,7 @@ comment on function rekey._adoption_batch is 'One batch of an adoption: adopts w
 grant execute on function rekey._adoption_batch to rekey_admin;
 
 create or replace function rekey._note_adopted(
-  rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[]
+  rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]
 ) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -7572,7 +9150,7 @@ as $$
 begin
   perform rekey._note_batch(array[rotation_id], case when rows_done > 0 then array[keyring_id] end, array[rows_done], target, relation,
     case when failed_keys is not null then array_fill(keyring_id, array[cardinality(failed_keys)]) end,
-    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems);
+    case when failed_keys is not null then array_fill(null::integer, array[cardinality(failed_keys)]) end, failed_keys, failed_problems, failed_codes);
 end
 $$;
 comment on function rekey._note_adopted is 'rekey._note_batch() for an adoption.';
@@ -7592,8 +9170,10 @@ declare
   v_contexts bytea[];
   v_failed_keys text[];
   v_failed_problems text[];
+  v_failed_codes text[];
   v_sealing rekey._sealing;
   v_made rekey._sealed;
+  v_apart record;
   v_done bigint := 0;
 begin
   select r.*, p.label into v_rotation from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
@@ -7629,12 +9209,19 @@ begin
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
       end if;
     end loop;
-    v_done := rekey._write_rows(v_target, relation, v_rows, v_made.ciphertexts);
+    -- (What it does not come to, the next pass does.)
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, v_made.ciphertexts, true) a;
+    v_done := v_apart.written;
+    v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
+    v_failed_keys := v_failed_keys || array(
+      select v_batch.keys[array_position(v_batch.rows, u.row)] from unnest(v_apart.refused) with ordinality as u(row, place) order by u.place);
+    v_failed_problems := v_failed_problems || v_apart.problems;
   end if;
   if rekey._target_state() <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_rotation.label using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation, v_failed_keys, v_failed_problems);
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation,
+    nullif(v_failed_keys, '{}'), v_failed_problems, v_failed_codes);
   return v_done;
 end
 $$;
@@ -7877,12 +9464,13 @@ $$;
 comment on function rekey._rotate_due is 'Begins the rotations whose time has come; the next one is due a cryptoperiod from now.';
 
 -- Executable by operators because rekey.tick(), which commits, runs with its caller's rights.
-create or replace function rekey._tick_duty(duty text, begun timestamptz) returns void
+create or replace function rekey._tick_duty(duty text, begun timestamptz) returns text
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker rekey._worker;
+  v_next text;
 begin
   -- Before the block that notes errors: what is made up here is nobody's entry.
   if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
@@ -7895,12 +9483,12 @@ begin
   perform rekey._refuse_hidden();
   select * into v_worker from rekey._worker;
   if not found then
-    return;  -- not set up yet
+    return null;  -- not set up yet
   end if;
   begin
     case duty
       when 'schedules' then perform rekey._rotate_due();
-      when 'destructions' then perform rekey._destroy_due(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
+      when 'destructions' then v_next := rekey._destruction_step(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
       when 'census' then
         if coalesce(v_worker.last_census_at not between now() - interval '1 day' and now(), true) then
           perform rekey._census();
@@ -7936,10 +9524,12 @@ begin
             and a.details ->> 'duty' = _tick_duty.duty and a.details ->> 'sqlstate' = sqlstate) then
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
+      v_next := null;
   end;
+  return v_next;
 end
 $$;
-comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
+comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
 grant execute on function rekey._tick_duty to rekey_operator;
 
 create or replace function rekey._prune_run_details() returns void
@@ -7965,6 +9555,7 @@ as $$
 declare
   v_begun timestamptz := pg_catalog.clock_timestamp();
   v_duty text;
+  v_next text;
 begin
   foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end'] loop
     commit;
@@ -7973,7 +9564,16 @@ begin
       call rekey.run_rotations('50 s');
       perform rekey._prune_run_details();
     else
-      perform rekey._tick_duty(v_duty, v_begun);
+      v_next := rekey._tick_duty(v_duty, v_begun);
+      while v_next is not null and pg_catalog.clock_timestamp() operator(pg_catalog.<) (v_begun operator(pg_catalog.+) interval '50 s') loop
+        commit;
+        set transaction isolation level read committed;
+        if v_next operator(pg_catalog.=) 'search' then
+          v_next := rekey._search_on(v_begun);
+        else
+          v_next := rekey._tick_duty(v_duty, v_begun);
+        end if;
+      end loop;
     end if;
   end loop;
 end

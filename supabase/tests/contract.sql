@@ -2,7 +2,7 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(56 + 1);
+select plan(58 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
@@ -30,6 +30,7 @@ insert into contract values
   ('find_envelopes', '', 'TABLE(relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint)'),
   ('find_unprotected', '', 'TABLE(relation regclass, column_name name, finding text, rows bigint, advice text)'),
   ('get_secret', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'text'),
+  ('is_sweeping', 'relation regclass', 'boolean'),
   ('key_usage', 'keyring text DEFAULT NULL::text', 'SETOF rekey.key_rows'),
   ('lock', '', 'void'),
   ('mark_key_compromised', 'keyring text, version integer, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
@@ -37,6 +38,7 @@ insert into contract values
   ('pause_rotation', 'id bigint', 'void'),
   ('protect_column', 'target regclass, column_name name, keyring text DEFAULT ''default''::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false', 'text'),
   ('prune_audit_log', 'first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb', 'bigint'),
+  ('rebind_column', 'target regclass, column_name name, label text DEFAULT NULL::text', 'text'),
   ('read_secrets', 'names text[] DEFAULT NULL::text[], tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'TABLE(name text, value text)'),
   ('register_kek', 'replace_lost boolean DEFAULT false', 'integer'),
   ('resolve_failure', 'id bigint, action text, reason text DEFAULT NULL::text', 'void'),
