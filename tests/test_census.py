@@ -7,7 +7,7 @@ import pytest
 from cli_fixtures import Cli
 from column_fixtures import protect
 from driving import refused
-from helpers import Connection, value
+from helpers import Connection, connect, value
 
 pytest_plugins = ["cli_fixtures", "column_fixtures"]
 
@@ -107,6 +107,29 @@ def test_what_the_census_put_into_quarantine_leaves_it(
     assert [row[1] for row in ready.execute(FAILURES)] == [2]
     census(ready)
     assert len(ready.execute(FAILURES).fetchall()) == 1
+
+
+def test_a_row_on_the_active_version_that_is_damaged(ready: Connection, db: str) -> None:
+    ready.execute("select rekey.set_secret('s' || n, 'v') from generate_series(1, 3) n")
+    census(ready)
+    assert ready.execute(FAILURES).fetchall() == []
+    damage: LiteralString = (
+        "update rekey.secrets set ciphertext = set_byte(ciphertext, 40, get_byte(ciphertext, 40) # 1)"
+    )
+    ready.execute(damage + " where name = 's2'")
+    for _ in range(2):
+        census(ready)
+        [(_, rotation, version, reason)] = ready.execute(FAILURES).fetchall()
+        assert (rotation, version) == (None, 1)
+        assert "does not open" in reason
+        assert metric(ready, "pg_rekey_census_rows", kind="unopenable") == 1
+    ready.execute(damage + " where name = 's2'")
+    census(ready)
+    assert ready.execute(FAILURES).fetchall() == []
+    ready.execute(damage + " where name = 's3'")
+    with connect(db) as locked:
+        census(locked)  # without the KEK it counts only
+        assert locked.execute(FAILURES).fetchall() == []
 
 
 def test_versions_and_keyrings_that_there_are_not(ready: Connection, app: Connection, held: bytes) -> None:

@@ -9677,13 +9677,15 @@ comment on function rekey.confirm_emptied is
   'Confirms that the secrets of a keyring are gone, all of them, because they were deleted: its rotation, which held 1,000 or more at its last complete count, then completes without them. Returns how many there were. RK007: no such keyring.';
 grant execute on function rekey.confirm_emptied to rekey_admin;
 
-create or replace function rekey._census_target(target rekey._target, keyrings integer[], active bytea[])
+create or replace function rekey._census_target(
+  target rekey._target, keyrings integer[], active bytea[], first bigint = 0, until bigint = 4294967294, deadline timestamptz = 'infinity'
+)
 returns table (keyring_id integer, version integer, problem text, failed bigint, stale bigint)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_from tid := '(0,0)'::tid;
+  v_from tid := format('(%s,0)', first)::tid;
   v_found record;
   v_batch record;
   v_still bigint[] := '{}'::bigint[];
@@ -9691,7 +9693,7 @@ declare
   v_counted jsonb := '[]'::jsonb;
 begin
   while v_from is not null loop
-    select s.* into v_found from rekey._call_scan(target.function_name, target.relation, v_from, '(4294967294,0)', keyrings, null, 4000, 2097152) s;
+    select s.* into v_found from rekey._call_scan(target.function_name, target.relation, v_from, format('(%s,0)', until)::tid, keyrings, null, 4000, 2097152) s;
     if v_found.rows is not null then
       with rows as materialized (
         select u.place::integer as place, rekey._int4(u.header, 3) as keyring_id, rekey._int4(u.header, 7) as version, u.header = any (active) as active, u.row_key
@@ -9746,10 +9748,10 @@ begin
           group by a.keyring_id, a.version) n);
       v_counted := v_counted || coalesce(v_batch.counted, '[]');
     end if;
-    v_from := rekey._next_row(v_found.next);
+    v_from := case when clock_timestamp() < deadline then rekey._next_row(v_found.next) end;
   end loop;
   update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
-  where q.rotation_id is null and q.resolved_at is null and q.target = _census_target.target.target
+  where deadline = 'infinity' and q.rotation_id is null and q.resolved_at is null and q.target = _census_target.target.target
     and q.relation = _census_target.target.relation::text and q.keyring_id = any (keyrings) and not q.id = any (v_still);
   perform rekey._audit_all((
     select coalesce(jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', k.name, 'version', a.version,
@@ -9764,7 +9766,7 @@ begin
 end
 $$;
 comment on function rekey._census_target is
-  'Opens the rows of these keyrings in one target. What does not open enters the quarantine, with one audit entry for each keyring and version; what the census had put there and opens again leaves it. failed: rows that do not open and that nobody has discarded; stale: rows that open and are not on an active version (headers in active). Takes the KEK.';
+  'Opens the rows of these keyrings in one target. What does not open enters the quarantine, with one audit entry for each keyring and version; what the census had put there and opens again leaves it. failed: rows that do not open and that nobody has discarded; stale: rows that open and are not on an active version (headers in active). first, until: only these blocks; deadline: as far as it comes by then, where nothing leaves the quarantine. Takes the KEK.';
 
 create or replace function rekey._note_findings(findings jsonb) returns void
 language plpgsql volatile
@@ -9806,7 +9808,11 @@ as $$
 declare
   v_target rekey._target;
   v_keyrings integer[];
+  v_current integer[];
   v_active bytea[];
+  v_open boolean := true;
+  v_seconds double precision;
+  v_blocks bigint;
   v_state text := rekey._target_state();
   v_found jsonb := '[]'::jsonb;
   v_rows jsonb := '[]'::jsonb;
@@ -9817,16 +9823,23 @@ begin
   perform rekey._refuse_snapshot();
   perform rekey._note_names();
   select array_agg(rekey._header(k.keyring_id, k.version)) into v_active from rekey.encryption_keys k where k.state = 'active';
+  begin
+    perform from rekey._kek();
+  exception when sqlstate 'RK001' or sqlstate 'RK002' then
+    v_open := false;
+  end;
+  select 20.0 / greatest(count(*), 1) into v_seconds from rekey._targets() t where t.problem is null;
   -- A target that cannot be counted is told of, and keeps nobody from looking at the others.
   for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
     begin
       -- Locked first, counted by the next statement: as rekey._lock_targets().
       perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
-      select array_agg(distinct c.keyring_id) into v_keyrings
+      select array_agg(distinct c.keyring_id) filter (where not coalesce(rekey._header(c.keyring_id, c.version) = any (v_active), false)),
+        array_agg(distinct c.keyring_id)
+      into v_keyrings, v_current
       from rekey._call_count(v_target.function_name, v_target.relation, null) c
-      where c.keyring_id is not null and not coalesce(rekey._header(c.keyring_id, c.version) = any (v_active), false)
-        and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
-      -- The few that do not open among those on an active version: where the quarantine of the census has them.
+      where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
+      -- And where the census has put rows into quarantine: they may open again.
       v_keyrings := array(
         select unnest(v_keyrings) union
         select q.keyring_id from rekey.rotation_failures q where q.target = v_target.target and q.rotation_id is null and q.resolved_at is null);
@@ -9834,6 +9847,15 @@ begin
         v_rows := v_rows || coalesce((
           select jsonb_agg(to_jsonb(c) || jsonb_build_object('target', v_target.target))
           from rekey._census_target(v_target, v_keyrings, v_active) c), '[]');
+      end if;
+      -- Those on the active version, where they open too: of a large table another part each day, for a few seconds.
+      v_current := array(select unnest(v_current) except select unnest(v_keyrings));
+      if v_open and v_current <> '{}' then
+        v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
+        v_blocks := (random() * greatest(v_blocks - 8192, 0))::bigint;
+        v_rows := v_rows || coalesce((
+          select jsonb_agg(to_jsonb(c) || jsonb_build_object('target', v_target.target))
+          from rekey._census_target(v_target, v_current, v_active, v_blocks, v_blocks + 8192, clock_timestamp() + v_seconds * interval '1 second') c), '[]');
       end if;
     exception
       when sqlstate 'RK001' or sqlstate 'RK002' or sqlstate 'RK005' then
@@ -9891,7 +9913,7 @@ begin
 end
 $$;
 comment on function rekey._census is
-  'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep; puts rows that do not open into the quarantine; and notes what else is not as it should be. The KEK is needed only where a row is not on an active version.';
+  'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep; puts rows that do not open into the quarantine; and notes what else is not as it should be. Of rows on active versions it opens 64 MB of each target, for 20 seconds in all, where the KEK is at hand. The KEK is needed only where a row is not on an active version.';
 
 create or replace view rekey.census_status as
 select f.kind, f.severity, f.target, nullif(f.keyring, '') as keyring, nullif(f.version, 0) as version, f.rows, f.finding, f.advice, f.since
