@@ -79,6 +79,12 @@ SETUP: LiteralString = """
     select rekey.protect_column('app.parts', 'v');
     select rekey.protect_column('app.letters', 'v', encrypt_on_write => true);
     create table app.copies (t text, b bytea, j jsonb);  -- nobody told pg_rekey of it
+    create table app.ran (who text);  -- by whom the owner's code was run
+    create function app.run() returns trigger language plpgsql as $$
+    begin
+      insert into app.ran values (current_user);
+      return null;
+    end $$;
     create table app.broken (reason text);
     create function app.break_down() returns trigger language plpgsql as $$
     begin
@@ -116,6 +122,15 @@ TARGETS = {
     "app.letters.v": "letters",
     "app.parts.v": "parts",
 }
+
+# What has the names of pg_cron, which is not here.
+PLANT: LiteralString = """
+    create schema cron;
+    create table cron.job (jobid bigint, command text, database text);
+    create table cron.job_run_details (command text, end_time timestamptz);
+    create trigger run after delete on cron.job_run_details for each statement execute function app.run();
+    grant usage on schema cron to public;
+    grant all on all tables in schema cron to public"""
 
 # What people do to tables, without a word to pg_rekey.
 REBUILD: LiteralString = """
@@ -315,6 +330,7 @@ class Lab:
         with connect(self.server.dsn()) as connection:
             # Else PostgreSQL takes the sequences of the copy for logged ahead, and a crash turns them back.
             connection.execute("checkpoint")
+            connection.execute(f"grant create on database walk_{self.count} to stateful_owner".encode())
         return f"walk_{self.count}"
 
     def break_product(self, flaw: str) -> None:
@@ -1175,6 +1191,15 @@ class Walk(RuleBasedStateMachine):
         if broken:
             self.eye.execute("insert into app.broken values ('it fails')")
 
+    @move(planted=st.booleans())
+    def a_schema_is_planted(self, planted: bool) -> None:
+        """Nobody's code runs with the rights of whoever does the unattended work."""
+        with self.eye.transaction():
+            self.eye.execute("set local role stateful_owner")
+            self.eye.execute("drop schema if exists cron cascade")
+            if planted:
+                self.eye.execute(PLANT)
+
     @move(lambda self: not self.astray, how=st.sampled_from(sorted(ASTRAY)))
     def a_table_goes_astray(self, how: str) -> None:
         """Until it is mended, no rotation completes that it may hold rows of, and no key is destroyed."""
@@ -1448,6 +1473,7 @@ class Walk(RuleBasedStateMachine):
 
     def look_at_keys(self) -> None:
         assert not any(self.now.state_of(row) == "destroyed" for row in self.copies), "a copy was lost"
+        assert self.eye.execute("select distinct who from app.ran").fetchall() == [], "foreign code was run"
         found: dict[str, Ring] = {}
         for name, number, tenant, retired, version, state, wrap in self.eye.execute(KEYS):
             ring = found.setdefault(name, Ring(name, tenant, number, {}, retired))
