@@ -275,6 +275,36 @@ def test_another_access_method_is_refused(ready: Connection, app: Connection) ->
     assert "other_heap" in refused(app, "select rekey.protect_column('app.mine', 'v')", "22023")
 
 
+def test_a_table_that_moves_to_another_access_method_is_blocked(ready: Connection, app: Connection) -> None:
+    ready.execute("create access method other_heap type table handler heap_tableam_handler")
+    label = fill(app, "mine")
+    app.execute("alter table app.mine set access method other_heap")
+    assert "other_heap" in (problem(ready, label) or "")
+    assert rotate(ready) == "verifying"
+
+
+def test_foreign_tables_are_refused_and_blocked(ready: Connection, app: Connection) -> None:
+    """By themselves, and as partitions, whose rows are elsewhere too."""
+    ready.execute(
+        "create foreign data wrapper elsewhere; create server elsewhere foreign data wrapper elsewhere"
+    )
+    ready.execute("grant usage on foreign server elsewhere to public")
+    app.execute("create foreign table app.far (id int, v text) server elsewhere")
+    refused(app, "select rekey.protect_column('app.far', 'v', context_columns => '{id}')", "22023")
+    app.execute("create table app.parts (id int not null, v text) partition by range (id)")
+    app.execute("create table app.near partition of app.parts for values from (0) to (10)")
+    protect(app, "app.parts", context_columns=["id"])
+    app.execute(
+        "create foreign table app.later partition of app.parts for values from (10) to (20) server elsewhere"
+    )
+    assert "app.later is a foreign table" in (problem(ready, "app.parts.v") or "")
+    assert rotate(ready) == "verifying"
+    app.execute("create table app.more (id int not null, v text) partition by range (id)")
+    app.execute("create foreign table app.afar partition of app.more default server elsewhere")
+    said = refused(app, "select rekey.protect_column('app.more', 'v', context_columns => '{id}')", "22023")
+    assert "app.afar is a foreign table" in said
+
+
 def test_nothing_comes_to_stand_on_a_version_that_is_to_be_destroyed(
     ready: Connection, app: Connection
 ) -> None:

@@ -257,7 +257,7 @@ begin
     returning id, rotation_id, keyring_id, row_key, version, reason
   ), failed as (
     select n.rotation_id, count(*) as rows
-    from (select a.rotation_id from added a union all select f.rotation_id from found f where f.before <> f.rotation_id) n
+    from (select a.rotation_id from added a union all select f.rotation_id from found f where f.id is not null and f.before is distinct from f.rotation_id) n
     group by n.rotation_id
   ), counted as (
     update rekey.rotations r set rows_failed = r.rows_failed + f.rows from failed f where r.id = f.rotation_id

@@ -50,7 +50,8 @@ begin
         -- Discarded by somebody who has seen it, or in quarantine.
         select r.place, q.id, q.resolution
         from rows r
-        join rekey.rotation_failures q on q.keyring_id = r.keyring_id and q.target = _census_target.target.target and q.row_key = r.row_key
+        join rekey.rotation_failures q on q.keyring_id = r.keyring_id and q.target = _census_target.target.target
+          and q.relation = _census_target.target.relation::text and q.row_hash = rekey._row_hash(r.row_key)
           and (q.resolved_at is null or q.resolution = 'discard' and q.version = r.version)
       ), added as (
         insert into rekey.rotation_failures (keyring_id, target, relation, row_key, version, reason)
@@ -85,7 +86,7 @@ begin
               o.value -> 'first' as first, o.value ->> 'reason' as reason, 0 as place
             from jsonb_array_elements(v_added) o
             union all
-            select b.keyring_id, b.version, count(*), to_jsonb((array_agg(left(b.row_key, 100) order by b.id))[1:5]), (array_agg(b.reason order by b.id))[1], 1
+            select b.keyring_id, b.version, count(*), to_jsonb((array_agg(rekey._cut(b.row_key, 100) order by b.id))[1:5]), (array_agg(b.reason order by b.id))[1], 1
             from jsonb_to_recordset(coalesce(v_batch.added, '[]')) as b(id bigint, keyring_id integer, version integer, row_key text, reason text)
             group by b.keyring_id, b.version) a
           group by a.keyring_id, a.version) n);

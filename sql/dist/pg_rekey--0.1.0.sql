@@ -6160,7 +6160,7 @@ begin
     returning id, rotation_id, keyring_id, row_key, version, reason
   ), failed as (
     select n.rotation_id, count(*) as rows
-    from (select a.rotation_id from added a union all select f.rotation_id from found f where f.before <> f.rotation_id) n
+    from (select a.rotation_id from added a union all select f.rotation_id from found f where f.id is not null and f.before is distinct from f.rotation_id) n
     group by n.rotation_id
   ), counted as (
     update rekey.rotations r set rows_failed = r.rows_failed + f.rows from failed f where r.id = f.rotation_id
@@ -7591,7 +7591,7 @@ begin
       where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.verification_id is distinct from v_verification
         and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all);
       update rekey.rotation_failures q set rotation_id = v_found.id
-      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.rotation_id <> v_found.id and q.verification_id = v_verification;
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.rotation_id is distinct from v_found.id and q.verification_id = v_verification;
       select count(*) into v_failed from rekey.rotation_failures q
       where q.keyring_id = v_found.keyring_id and q.rotation_id = v_found.id and q.resolved_at is null;
       if v_found.behind > 0 then
@@ -9707,7 +9707,8 @@ begin
         -- Discarded by somebody who has seen it, or in quarantine.
         select r.place, q.id, q.resolution
         from rows r
-        join rekey.rotation_failures q on q.keyring_id = r.keyring_id and q.target = _census_target.target.target and q.row_key = r.row_key
+        join rekey.rotation_failures q on q.keyring_id = r.keyring_id and q.target = _census_target.target.target
+          and q.relation = _census_target.target.relation::text and q.row_hash = rekey._row_hash(r.row_key)
           and (q.resolved_at is null or q.resolution = 'discard' and q.version = r.version)
       ), added as (
         insert into rekey.rotation_failures (keyring_id, target, relation, row_key, version, reason)
@@ -9742,7 +9743,7 @@ begin
               o.value -> 'first' as first, o.value ->> 'reason' as reason, 0 as place
             from jsonb_array_elements(v_added) o
             union all
-            select b.keyring_id, b.version, count(*), to_jsonb((array_agg(left(b.row_key, 100) order by b.id))[1:5]), (array_agg(b.reason order by b.id))[1], 1
+            select b.keyring_id, b.version, count(*), to_jsonb((array_agg(rekey._cut(b.row_key, 100) order by b.id))[1:5]), (array_agg(b.reason order by b.id))[1], 1
             from jsonb_to_recordset(coalesce(v_batch.added, '[]')) as b(id bigint, keyring_id integer, version integer, row_key text, reason text)
             group by b.keyring_id, b.version) a
           group by a.keyring_id, a.version) n);
