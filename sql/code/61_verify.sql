@@ -309,6 +309,7 @@ begin
   if v_ids is null then
     return;
   end if;
+  perform rekey._take_in_hand(v_chunk.relation);
   begin
     event := 'checked';
     keyring_count := cardinality(v_ids);
@@ -643,7 +644,7 @@ begin
       where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.verification_id is distinct from v_verification
         and (q.version is not null or q.target = v_found.adopted and v_found.adopted_all);
       update rekey.rotation_failures q set rotation_id = v_found.id
-      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.rotation_id <> v_found.id and q.verification_id = v_verification;
+      where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.rotation_id is distinct from v_found.id and q.verification_id = v_verification;
       select count(*) into v_failed from rekey.rotation_failures q
       where q.keyring_id = v_found.keyring_id and q.rotation_id = v_found.id and q.resolved_at is null;
       if v_found.behind > 0 then
