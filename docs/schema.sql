@@ -472,6 +472,7 @@ begin
   if v_max_rows is null then
     return null;
   end if;
+  perform rekey._take_in_hand(v_chunk.relation);
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
@@ -2895,10 +2896,10 @@ COMMENT ON FUNCTION rekey._context(parts text[]) IS 'A whole context: its parts 
 
 
 --
--- Name: _coordinate(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _coordinate(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb) RETURNS record
+CREATE FUNCTION rekey._coordinate(planning boolean, OUT event text, OUT keyring_count integer, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -2953,18 +2954,25 @@ begin
     return;
   end if;
 
-  select p.event, p.keyring_count, p.detail into event, keyring_count, detail from rekey._plan() p;
+  if planning then
+    select p.event, p.keyring_count, p.detail into event, keyring_count, detail from rekey._plan() p;
+  else
+    -- As _plan() will find them: who holds one up does not hold up the batches.
+    perform from rekey.rotations r
+    where r.state in ('queued', 'running') and r.pass_id is null and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
+    event := case when found then 'whole' end;
+  end if;
 end
 $$;
 
 
-ALTER FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._coordinate(planning boolean, OUT event text, OUT keyring_count integer, OUT detail jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _coordinate(planning boolean, OUT event text, OUT keyring_count integer, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb) IS 'What one worker does for all: ends passes, tries the barrier, begins passes.';
+COMMENT ON FUNCTION rekey._coordinate(planning boolean, OUT event text, OUT keyring_count integer, OUT detail jsonb) IS 'What one worker does for all: ends passes, tries the barrier, begins passes; without planning, says that one is to be begun (event whole).';
 
 
 --
@@ -3632,6 +3640,7 @@ CREATE TABLE rekey.settings (
     destroy_wait interval DEFAULT '45 days'::interval NOT NULL,
     destroy_search text DEFAULT 'database'::text NOT NULL,
     batch_target interval DEFAULT '00:00:00.2'::interval NOT NULL,
+    step_limit interval,
     max_rows_per_second integer,
     max_attempts integer DEFAULT 8 NOT NULL,
     apply_plaintext text DEFAULT 'refuse'::text NOT NULL,
@@ -3651,7 +3660,8 @@ CREATE TABLE rekey.settings (
     CONSTRAINT settings_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 1000))),
     CONSTRAINT settings_max_rows_per_second_check CHECK ((max_rows_per_second > 0)),
     CONSTRAINT settings_postgrest_login_check CHECK ((postgrest_login <> ''::text)),
-    CONSTRAINT settings_singleton_check CHECK (singleton)
+    CONSTRAINT settings_singleton_check CHECK (singleton),
+    CONSTRAINT settings_step_limit_check CHECK (((step_limit >= '00:00:00.1'::interval) AND (step_limit <= '1 day'::interval)))
 );
 
 
@@ -3711,6 +3721,13 @@ COMMENT ON COLUMN rekey.settings.destroy_search IS 'Where a key version is looke
 --
 
 COMMENT ON COLUMN rekey.settings.batch_target IS 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
+
+
+--
+-- Name: COLUMN settings.step_limit; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.step_limit IS 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. NULL: 100 times batch_target. Under pg_cron, rekey.watch() looks for it.';
 
 
 --
@@ -7221,7 +7238,7 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
-      where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$, 'cron');
+      where d.command in ('call rekey.tick()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
   end if;
 exception when insufficient_privilege then
   null;  -- somebody else's job
@@ -9855,6 +9872,47 @@ COMMENT ON FUNCTION rekey._shape_problem(ciphertext bytea) IS 'What is wrong wit
 
 
 --
+-- Name: _step_limit(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._step_limit() RETURNS interval
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._step_limit() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _step_limit(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._step_limit() IS 'Time after which a batch is cancelled; NULL before rekey.register_kek().';
+
+
+--
+-- Name: _steps_in_hand(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._steps_in_hand() RETURNS TABLE(pid integer, relation oid, since timestamp with time zone, hangs boolean, overdue boolean)
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._steps_in_hand() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _steps_in_hand(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._steps_in_hand() IS 'The sessions that have a batch in hand: in which relation, and since when. hangs: for a tenth of step_limit; overdue: for all of it.';
+
+
+--
 -- Name: _still_verifying(bigint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10055,6 +10113,7 @@ begin
     return;  -- paused or superseded since
   end if;
   v_size := rekey._batch_size(cardinality(v_ids));
+  perform rekey._take_in_hand(v_chunk.relation);
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 
@@ -10163,6 +10222,32 @@ ALTER FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT
 --
 
 COMMENT ON FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Sweeps one batch of one chunk, if there is one that no other worker has in hand.';
+
+
+--
+-- Name: _take_in_hand(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._take_in_hand(relation regclass) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_oid bigint := relation::oid;
+begin
+  perform pg_advisory_xact_lock_shared(-1, (case when v_oid < 2147483648 then v_oid else v_oid - 4294967296 end)::integer);
+  perform pg_advisory_xact_lock_shared(-2, (extract(epoch from clock_timestamp())::bigint - 1700000000)::integer);
+end
+$$;
+
+
+ALTER FUNCTION rekey._take_in_hand(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _take_in_hand(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._take_in_hand(relation regclass) IS 'Shows until the end of the transaction that this session is at work in a relation, for rekey._steps_in_hand().';
 
 
 --
@@ -10953,6 +11038,7 @@ begin
   if v_ids is null then
     return;
   end if;
+  perform rekey._take_in_hand(v_chunk.relation);
   begin
     event := 'checked';
     keyring_count := cardinality(v_ids);
@@ -11438,7 +11524,7 @@ COMMENT ON COLUMN rekey.rotation_status.next_attempt_at IS 'It goes on after thi
 -- Name: COLUMN rotation_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), or tables in which a step fails (target, relation, error, sqlstate).';
+COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 
 
 --
@@ -13492,13 +13578,14 @@ COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boole
 
 
 --
--- Name: rotation_step(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: rotation_step(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
+CREATE FUNCTION rekey.rotation_step(whole boolean DEFAULT NULL::boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
+    SET lock_timeout TO '2 s'
     SET row_security TO 'off'
     AS $$
 declare
@@ -13526,7 +13613,7 @@ begin
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
         where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))
      and pg_try_advisory_xact_lock(0, 1) then
-    select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
+    select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate(whole is distinct from false) c;
     if event = 'blocked' then
       v_blocked := detail;
       event := null;
@@ -13534,14 +13621,21 @@ begin
   end if;
   if event is null and exists (select from rekey.rotations r where r.state = 'verifying' and r.barrier_at is not null)
      and pg_try_advisory_xact_lock(0, 2) then
-    select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
-    if event = 'blocked' then
-      v_blocked := detail;
-      event := null;
+    if whole is not distinct from false then
+      event := case when exists (
+        select from rekey.rotations r
+        where r.state = 'verifying' and r.barrier_at is not null and rekey._is_due(r.next_attempt_at)
+          and not exists (select from rekey._chunks c where c.pass_id = r.verification_id and c.kind = 'verify')) then 'whole' end;
+    else
+      select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
+      if event = 'blocked' then
+        v_blocked := detail;
+        event := null;
+      end if;
     end if;
   end if;
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
-    exit when event is not null;
+    exit when event is not null or whole;
     if v_kind = 'verify' then
       select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
     else
@@ -13579,13 +13673,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+ALTER FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+COMMENT ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
 
 
 --
@@ -13667,11 +13761,12 @@ declare
   v_version text;
   v_schedule text;
   v_job bigint;
+  v_watch bigint;
 begin
   select e.extversion into v_version from pg_extension e where e.extname = 'pg_cron';
   if not found then
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
-      hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
+      hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''), and the same as ''pg_rekey_watch'' for ''select rekey.watch()''. Or run pg-rekey work --forever.',
                     current_database()), constraint = 'schedule_worker';
   elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
      or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
@@ -13692,10 +13787,14 @@ begin
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
   end;
+  execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'select rekey.watch()' and j.database = current_database() $sql$, 'cron') into v_watch;
+  if v_watch is null then
+    execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_watch using 'pg_rekey_watch', '* * * * *', 'select rekey.watch()';
+  end if;
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_job, 'rekey_worker';
+    execute format('select %I.alter_job(j::bigint, null::text, null::text, null::text, $2::text, null::boolean) from unnest($1) j', 'cron') using array[v_job, v_watch], 'rekey_worker';
   end if;
   return v_job;
 end
@@ -13708,7 +13807,7 @@ ALTER FUNCTION rekey.schedule_worker(schedule text) OWNER TO rekey_owner;
 -- Name: FUNCTION schedule_worker(schedule text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
+COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job; a second job, pg_rekey_watch, calls rekey.watch() every minute. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
 
 
 --
@@ -14123,7 +14222,7 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
-  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') loop
+  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
     execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
@@ -14138,7 +14237,7 @@ ALTER FUNCTION rekey.unschedule_worker() OWNER TO rekey_owner;
 -- Name: FUNCTION unschedule_worker(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.unschedule_worker() IS 'Ends the pg_cron job of rekey.schedule_worker(); false where there was none.';
+COMMENT ON FUNCTION rekey.unschedule_worker() IS 'Ends the pg_cron jobs of rekey.schedule_worker(); false where there was none.';
 
 
 --
@@ -14260,6 +14359,43 @@ ALTER FUNCTION rekey.version() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.version() IS 'Version of pg_rekey in this database.';
+
+
+--
+-- Name: watch(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.watch() RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_step record;
+  v_count integer := 0;
+begin
+  for v_step in select s.pid, s.since from rekey._steps_in_hand() s where s.overdue and s.pid <> pg_backend_pid() loop
+    begin
+      -- Looked at again: it may have ended since.
+      if exists (select from rekey._steps_in_hand() s where s.pid = v_step.pid and s.since = v_step.since) then
+        -- Who catches that it is cancelled, and goes on, is ended.
+        v_count := v_count + case when clock_timestamp() - v_step.since > 5 * rekey._step_limit() then pg_terminate_backend(v_step.pid) else pg_cancel_backend(v_step.pid) end::integer;
+      end if;
+    exception when insufficient_privilege then
+      null;  -- a worker of another role
+    end;
+  end loop;
+  return v_count;
+end
+$$;
+
+
+ALTER FUNCTION rekey.watch() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION watch(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.watch() IS 'Cancels batches that take longer than the setting step_limit, as far as they are sessions of the caller''s roles, and returns how many. One that goes on for five times as long is ended. The job of pg_cron beside rekey.tick() calls it; pg-rekey work has a limit of its own.';
 
 
 --
@@ -16451,10 +16587,10 @@ REVOKE ALL ON FUNCTION rekey._context(parts text[]) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _coordinate(planning boolean, OUT event text, OUT keyring_count integer, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._coordinate(OUT event text, OUT keyring_count integer, OUT detail jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._coordinate(planning boolean, OUT event text, OUT keyring_count integer, OUT detail jsonb) FROM PUBLIC;
 
 
 --
@@ -17693,6 +17829,23 @@ REVOKE ALL ON FUNCTION rekey._shape_problem(ciphertext bytea) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _step_limit(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._step_limit() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _steps_in_hand(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._steps_in_hand() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._steps_in_hand() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._steps_in_hand() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._steps_in_hand() TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION _still_verifying(rotations bigint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -17726,6 +17879,13 @@ REVOKE ALL ON FUNCTION rekey._subject() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _take_in_hand(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._take_in_hand(relation regclass) FROM PUBLIC;
 
 
 --
@@ -18308,12 +18468,12 @@ GRANT ALL ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boo
 
 
 --
--- Name: FUNCTION rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_admin;
-GRANT ALL ON FUNCTION rekey.rotation_step(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_operator;
+REVOKE ALL ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_operator;
 
 
 --
@@ -18452,6 +18612,15 @@ GRANT ALL ON FUNCTION rekey.version() TO rekey_admin;
 GRANT ALL ON FUNCTION rekey.version() TO rekey_operator;
 GRANT ALL ON FUNCTION rekey.version() TO rekey_auditor;
 GRANT ALL ON FUNCTION rekey.version() TO rekey_app;
+
+
+--
+-- Name: FUNCTION watch(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.watch() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.watch() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.watch() TO rekey_operator;
 
 
 --

@@ -1,6 +1,7 @@
 """`pg-rekey init`: from nothing to ready, again and again."""
 
 import os
+from typing import LiteralString
 
 import psycopg
 import pytest
@@ -135,16 +136,23 @@ def test_pg_cron_in_this_database(cli: Cli, kek: bytes, monkeypatch: pytest.Monk
         findings = {row["finding"] for row in cli.json("doctor", code=5)}
         assert "pg_cron rotates nothing: the server itself has no KEK" in findings
         with connect(server.dsn()) as connection:
-            assert value(connection, "select username from cron.job") == "rekey_worker"
+            owners: LiteralString = "select username, command from cron.job order by jobid"
+            assert connection.execute(owners).fetchall() == [
+                ("rekey_worker", "call rekey.tick()"),
+                ("rekey_worker", "select rekey.watch()"),
+            ]
             connection.execute(
                 "update cron.job set active = false, username = 'postgres', command = 'call rekey.tick(), 1'"
+                " where command like 'call %'"
             )
+            connection.execute("delete from cron.job where command like '%watch%'")
             connection.execute("select cron.schedule('other', '* * * * *', 'call rekey.tick()')")
         text = "\n".join(row["finding"] for row in cli.json("doctor", code=5))
         assert "is not active" in text
         assert "runs as the superuser postgres" in text
         assert "is not one bare `call rekey.tick()`" in text
         assert "pg_cron has 2 jobs" in text
+        assert "pg_cron has no job of one bare `select rekey.watch()`" in text
 
         # The same server's other database has its job in this one.
         with connect(server.dsn()) as connection:

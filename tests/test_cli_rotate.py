@@ -16,7 +16,7 @@ from cli_fixtures import Cli, eventually, process
 from helpers import Connection, connect, unlock, value
 from pg_rekey import worker
 from pg_rekey.cli import rotate
-from pg_rekey.cli.rotate import describe
+from pg_rekey.cli.rotate import _held_up, describe
 from pg_rekey.errors import INTERRUPTED, LOCKED, UNFINISHED, USAGE
 
 pytest_plugins = ["cli_fixtures"]
@@ -311,3 +311,26 @@ def test_killed_worker_leaves_nothing_half_done(cli_ready: Cli, ready: Connectio
     with connect(db) as connection:
         assert states(connection) == ["completed"]
     assert {row["failed"] for row in cli_ready.json("verify")} == {0}
+
+
+def test_both_say_which_table_held_a_rotation_up(cli_ready: Cli, ready: Connection) -> None:
+    ready.execute(SECRETS, [3])
+    ready.execute("update rekey.secrets set ciphertext = set_byte(ciphertext, 40, 1) where name = 's1'")
+    cli_ready("rotate", "--wait", code=UNFINISHED)
+    said = "rotation 1 of keyring default left 1 rows of rekey.secrets: `pg-rekey rotations failures 1`"
+    assert said in cli_ready.err
+    cli_ready("rotate")
+    lines = [json.loads(line) for line in cli_ready("work", code=UNFINISHED).splitlines()]
+    [held] = [line for line in lines if line["event"] == "held up"]
+    assert (held["id"], held["state"], held["relations"]) == (2, "completed_with_failures", ["rekey.secrets"])
+    # What was so before is nothing that this one did.
+    cli_ready("work")
+
+
+def test_what_a_rotation_waits_for_in_a_table() -> None:
+    assert describe([{"target": "a.b.c", "relation": "a.b", "error": "a.b: no", "sqlstate": "40001"}]) == (
+        "another attempt: a.b: no"
+    )
+    assert _held_up({"id": 1, "keyring": "k", "state": "failed", "last_error": "a.b: no"}) == (
+        "rotation 1 of keyring k failed: a.b: no"
+    )

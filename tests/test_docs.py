@@ -28,7 +28,7 @@ CHANGING = (
     (r"\b[0-9a-f]{32}\b", "FINGERPRINT"),
     (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ", "TIME"),
     (r"(?m)^database .*$", "DATABASE"),
-    (r"(?m)^  (pg_cron|there is no pg_cron).*\n(    select cron\..*\n)?", ""),
+    (r"(?m)^  (pg_cron|there is no pg_cron).*\n(    select cron\..*\n)*", ""),
     (r"(?m) +$", ""),
 )
 

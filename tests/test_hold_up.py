@@ -1,13 +1,20 @@
 """One row, one table, one client: none holds up the rest."""
 
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, LiteralString
 
 import pytest
 from psycopg.rows import dict_row
 
+from cli_fixtures import eventually
 from column_fixtures import protect
 from driving import check, events, fill, on_versions, refused, rotate, rotation, run, step, step_until
 from helpers import Connection, connect, unlock, value
+from pg_rekey import worker
+from pg_rekey.cli.rotate import describe
 from pg_rekey.vacuum import Vacuum
 
 pytest_plugins = ["column_fixtures"]
@@ -377,3 +384,105 @@ def test_what_a_table_says_of_plain_values_is_not_kept(ready: Connection, app: C
     ]
     said: LiteralString = "select count(*) from rekey.audit_log where details::text like '%%secret%%'"
     assert value(ready, said) == 0
+
+
+SLEEPING: LiteralString = """
+    create function sleep() returns trigger language plpgsql as
+      $$ begin perform pg_sleep(1000); return new; end $$;
+    create trigger sleeps before update on docs for each row execute function sleep()
+"""
+HANGS: LiteralString = "select pid, relation::regclass::text from rekey._steps_in_hand() where hangs"
+
+
+@contextmanager
+def stepping(db: str, kek: bytes, steps: int) -> Iterator[Connection]:
+    """Take steps in another session meanwhile."""
+    with connect(db) as session, ThreadPoolExecutor(1) as pool:
+        unlock(session, kek)
+        done = pool.submit(lambda: [step(session) for _ in range(steps)])
+        try:
+            yield session
+        finally:
+            while not done.done():
+                session.cancel()
+                time.sleep(0.1)
+            done.result()
+
+
+def test_a_trigger_that_sleeps_is_named_and_cancelled(
+    ready: Connection, app: Connection, db: str, kek: bytes, other: dict[str, str]
+) -> None:
+    """As under pg_cron, where a second job watches the first."""
+    docs(app, 5)
+    app.execute(SLEEPING)
+    ready.execute("select rekey.set_setting('step_limit', '2 s')")
+    ours, others = both(ready)
+    step_until(ready, "planned")
+    with stepping(db, kek, 2) as session:  # whichever of the two chunks comes first
+        pid = session.info.backend_pid
+        eventually(lambda: ready.execute(HANGS).fetchall() == [(pid, "app.docs")])
+        [blocker] = rotation(ready, ours, "blocked_by")
+        assert (blocker["pid"], blocker["target"], blocker["relation"]) == (pid, "app.docs.v", "app.docs")
+        assert rotation(ready, others, "blocked_by") is None
+        blocked: LiteralString = (
+            "select value from rekey.metrics() where name = 'pg_rekey_rotation_blocked_seconds'"
+        )
+        assert value(ready, blocked) > 0
+        assert describe([blocker]).startswith(f"a batch in app.docs (pid {pid}), at work for ")
+        eventually(lambda: value(ready, "select rekey.watch()"))
+        eventually(lambda: rotation(ready, ours, "attempts") == 1)
+    error = rotation(ready, ours, "last_error")
+    assert error == "app.docs: canceling statement due to user request (trigger sleeps), in app.sleep()"
+    assert value(ready, "select rekey.watch()") == 0
+    # The other one does not wait for the next attempt.
+    ready.execute("update rekey._chunks set next_attempt_at = now() + '5 min' where target = 'app.docs.v'")
+    step_until(ready, "completed")
+    assert rotation(ready, others, "state") == "completed"
+    app.execute("drop trigger sleeps on docs")
+    ready.execute("update rekey._chunks set next_attempt_at = null")
+    run(ready)
+    assert rotation(ready, ours, "state", "attempts", "blocked_by") == ("completed", 0, None)
+
+
+def test_the_watch_leaves_sessions_of_other_roles_alone(
+    ready: Connection, app: Connection, db: str, kek: bytes
+) -> None:
+    docs(app, 5)
+    app.execute(SLEEPING)
+    ready.execute("select rekey.set_setting('step_limit', '100 ms')")
+    rotate(ready)
+    step_until(ready, "planned")
+    with stepping(db, kek, 1), connect(db, user="rekey_worker") as worker:
+        eventually(lambda: ready.execute(HANGS).fetchall())
+        assert value(worker, "select rekey.watch()") == 0
+
+
+def test_a_worker_has_a_limit_for_its_batches(
+    ready: Connection, app: Connection, db: str, kek: bytes, other: dict[str, str]
+) -> None:
+    """And none for what reads whole tables."""
+    model = docs(app, 5)
+    app.execute(SLEEPING)
+    ready.execute("select rekey.set_setting('step_limit', '300 ms')")
+    ready.execute("select rekey.set_setting('max_attempts', '1')")
+    ours, others = both(ready)
+    with connect(db) as session:
+        unlock(session, kek)
+        session.row_factory = dict_row
+        steps = worker.Steps(session)
+        seen: list[str] = []
+        while not seen or seen[-1] != "idle":
+            seen.append(steps.take()["event"])
+        [row] = worker.held_up(session)
+    assert "whole" not in seen
+    assert seen.count("canceled") == 1
+    assert rotation(ready, others, "state") == "completed"
+    assert rotation(ready, ours, "state", "last_error") == (
+        "failed",
+        "app.docs: canceling statement due to statement timeout (trigger sleeps), in app.sleep()",
+    )
+    assert (row["id"], row["last_error"]) == (ours, rotation(ready, ours, "last_error"))
+    app.execute("drop trigger sleeps on docs")
+    ready.execute("select rekey.retry_rotation(%s)", [ours])
+    run(ready)
+    check(ready, other, columns={"app.docs": model})

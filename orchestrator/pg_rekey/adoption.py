@@ -61,7 +61,7 @@ def advance(connection: db.Connection, number: int, keys: Keys) -> Iterator[None
             return
         try:
             # False: nothing is left of this pass, or somebody else has the last of it in hand.
-            if state["state"] != "running" or not _batch(connection, number, keys):
+            if state["state"] != "running" or not _batch(connection, steps, number, keys):
                 step = steps.take()
                 if step["event"] == "locked":
                     raise Problem(f"{step['detail']['error']}: it stays queued", None, LOCKED)
@@ -105,9 +105,10 @@ def preview(
         first = batch["next"] or "(0,0)"
 
 
-def _batch(connection: db.Connection, number: int, keys: Keys) -> bool:
+def _batch(connection: db.Connection, steps: worker.Steps, number: int, keys: Keys) -> bool:
     """Adopt a batch in a transaction; tell whether there was one."""
     with worker.transaction(connection):
+        steps.limit()
         _send_passphrases(connection, keys)
         batch = connection.execute(db.query("adoption batch"), [number]).fetchone()
         if batch is None or batch["relation"] is None:

@@ -130,12 +130,19 @@ def _cron(connection: db.Connection) -> Iterator[Finding]:
     fix = "Run `pg-rekey init` again: it puts the job right."
     if not jobs:
         yield Finding("info", "pg_cron has no job for this database that this role can see", fix)
-    if len(jobs) > 1:
-        yield Finding("warning", f"pg_cron has {len(jobs)} jobs for the worker", "cron.unschedule() others.")
+    kinds = {"call rekey.tick()": "rekey.tick", "select rekey.watch()": "rekey.watch"}
+    for bare, called in kinds.items():
+        alike = [job for job in jobs if called in job["command"].lower()]
+        if len(alike) > 1:
+            said = f"pg_cron has {len(alike)} jobs for the worker"
+            yield Finding("warning", f"{said}, by `{bare}`", "cron.unschedule() others.")
+        elif jobs and not alike:
+            yield Finding("warning", f"pg_cron has no job of one bare `{bare}`", fix)
+        for job in alike:
+            if job["command"].strip().rstrip(";").lower() != bare:
+                yield Finding("warning", f"pg_cron's job {job['jobid']} is not one bare `{bare}`", fix)
     for job in jobs:
         name = f"pg_cron's job {job['jobid']}"
-        if job["command"].strip().rstrip(";").lower() != "call rekey.tick()":
-            yield Finding("warning", f"{name} is not one bare `call rekey.tick()`", fix)
         if not job["active"]:
             yield Finding("warning", f"{name} is not active", fix)
         if job["superuser"]:

@@ -59,10 +59,10 @@ select value from rekey.setting_status where name = 'kek_provider'
 
 -- name: cron elsewhere
 -- description: The call that schedules the worker of this database from the one that pg_cron lives in.
-select format(
-  'select cron.schedule_in_database(%L, %L, %L, %L, %L);',
-  'pg_rekey', '* * * * *', 'call rekey.tick()', current_database(),
-  case when exists (select from pg_roles where rolname = 'rekey_worker') then 'rekey_worker' else current_user end)
+select string_agg(format(
+  'select cron.schedule_in_database(%L, %L, %L, %L, %L);', j.name, '* * * * *', j.command, current_database(),
+  case when exists (select from pg_roles where rolname = 'rekey_worker') then 'rekey_worker' else current_user end), E'\n    ' order by j.name)
+from (values ('pg_rekey', 'call rekey.tick()'), ('pg_rekey_watch', 'select rekey.watch()')) as j(name, command)
 
 -- name: set schedule
 -- description: A schedule that begins after one interval.
@@ -143,6 +143,20 @@ where c.oid = %s
   and coalesce((select o.option_value::integer from pg_options_to_table(c.reloptions) o where o.option_name = 'fillfactor'), 100) > 60
   and (pg_has_role(c.relowner, 'usage') or exists (
     select from pg_database d where d.datname = current_database() and pg_has_role(d.datdba, 'usage')))
+
+-- name: step limit
+-- description: How long a batch may take; 0, for ever, before pg_rekey is set up.
+select coalesce(extract(epoch from coalesce(
+  (select value::interval from rekey.setting_status where name = 'step_limit'),
+  (select 100 * value::interval from rekey.setting_status where name = 'batch_target'))) * 1000, 0)::bigint as milliseconds
+
+-- name: held up
+-- description: Rotations that failed or left failures, and the tables whose rows are in quarantine.
+select r.id, r.keyring, r.state, r.rows_failed, case when r.state = 'failed' then r.last_error end as last_error,
+  (select array_agg(distinct f.relation) from rekey.failure_status f where f.rotation_id = r.id and f.resolved_at is null) as relations
+from rekey.rotation_status r
+where r.state in ('failed', 'completed_with_failures') and (%s::bigint[] is null or r.id = any (%s))
+order by r.id
 
 -- name: relation name
 -- description: What a relation is called now.
@@ -376,7 +390,8 @@ select exists (
 select j.jobid, j.command, j.active, j.username, r.rolsuper as superuser
 from cron.job j
 left join pg_roles r on r.rolname = j.username
-where j.database = %s and position('rekey.tick' in lower(j.command)) > 0
+where j.database = %s and lower(j.command) ~ 'rekey\.(tick|watch)'
+order by j.jobid
 
 -- name: set secrets
 -- description: Store many secrets of one tenant.

@@ -19,7 +19,7 @@ from pg_rekey.errors import Problem, explain
 
 LOCK_ATTEMPTS = 20
 PASSING = ("40001", "40P01", "55P03")  # another attempt may succeed
-TICK = "call rekey.tick()"
+JOBS = ("call rekey.tick()", "select rekey.watch()")
 OPENING = ("active", "decrypt_only", "compromised")  # states of key versions that open for everybody
 
 Row = dict[str, Any]
@@ -365,7 +365,7 @@ def unschedule(connection: db.Connection, here: Row) -> tuple[list[int], list[in
     with _cron(connection, here) as cron:
         found = _jobs(cron, here)
         for job in found:
-            if cron and job["command"] == TICK:
+            if cron and job["command"] in JOBS:
                 with suppress(psycopg.Error), cron.transaction():
                     if db.trusts(cron, "pg_cron", "cron.job", "cron.unschedule(bigint)", events=8):
                         cron.execute("select cron.unschedule(%s::bigint)", [job["jobid"]])

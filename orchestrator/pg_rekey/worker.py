@@ -61,14 +61,33 @@ class Steps:
     def __init__(self, connection: db.Connection) -> None:
         self._connection = connection
         self._vacuum = Vacuum(connection)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Heed what the setting step_limit is now."""
+        [row] = self._connection.execute(db.query("step limit")).fetchall()
+        self._limit = f"{row['milliseconds']} ms"
 
     def take(self) -> dict[str, Any]:
         """Take one."""
-        with transaction(self._connection):
-            [row] = self._connection.execute("select * from rekey.rotation_step()").fetchall()
+        # A trigger may sleep in a batch; what reads whole tables takes long for good reason.
+        row = self._take(whole=False)
+        if row["event"] == "whole":
+            row = self._take(whole=True)
         if row["event"] == "batch" and row["rows"]:
             self._vacuum.swept(row["detail"]["relation"], row["rows"])
         return row
+
+    def _take(self, *, whole: bool) -> dict[str, Any]:
+        with transaction(self._connection):
+            if not whole:
+                self.limit()
+            [row] = self._connection.execute("select * from rekey.rotation_step(%s)", [whole]).fetchall()
+            return row
+
+    def limit(self) -> None:
+        """Have the server cancel statements of this transaction that take too long for a batch."""
+        self._connection.execute("select set_config('statement_timeout', %s, true)", [self._limit])
 
 
 def _do(connection: db.Connection, duty: str, begun: datetime) -> str | None:
@@ -82,6 +101,11 @@ def search(connection: db.Connection) -> dict[str, Any]:
     with transaction(connection):
         [row] = connection.execute("select * from rekey.search_step()").fetchall()
     return row
+
+
+def held_up(connection: db.Connection, ids: list[int] | None = None) -> list[dict[str, Any]]:
+    """Return the rotations that failed or have failures, and the tables that held them up."""
+    return connection.execute(db.query("held up"), [ids, ids]).fetchall()
 
 
 def log(event: str, **fields: Any) -> None:
@@ -100,6 +124,7 @@ class Worker:
         self._stop = threading.Event()
         self._batches = 0
         self._pause = 1.0
+        self.held_up: list[dict[str, Any]] = []  # rotations that ended failed, or with failures, meanwhile
 
     def stop(self, *_: object) -> None:
         """End after the batch in hand."""
@@ -128,7 +153,9 @@ class Worker:
 
     def _work(self, connection: db.Connection) -> None:
         steps = Steps(connection)
+        before = {(row["id"], row["state"]) for row in held_up(connection)}
         while not self._stop.is_set():
+            steps.refresh()
             [clock] = connection.execute("select clock_timestamp() as now").fetchall()
             begun = clock["now"]
             until = time.monotonic() + TICK_SECONDS
@@ -138,6 +165,9 @@ class Worker:
             idle = self._sweep(steps, time.monotonic() + TICK_SECONDS) and done
             _do(connection, "end", begun)
             if idle and not self._forever:
+                self.held_up = [row for row in held_up(connection) if (row["id"], row["state"]) not in before]
+                for row in self.held_up:
+                    log("held up", **row)
                 return
             if idle:
                 self._stop.wait(max(0.0, until - time.monotonic()))

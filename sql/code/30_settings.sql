@@ -15,6 +15,12 @@ end
 $$;
 comment on function rekey._settings is 'The settings. RK001 before rekey.register_kek().';
 
+create or replace function rekey._step_limit() returns interval
+language sql stable
+set search_path = pg_catalog, pg_temp
+return (select coalesce(s.step_limit, 100 * s.batch_target) from rekey.settings s);
+comment on function rekey._step_limit is 'Time after which a batch is cancelled; NULL before rekey.register_kek().';
+
 create or replace function rekey._ensure_rows() returns void
 language sql
 set search_path = pg_catalog, pg_temp

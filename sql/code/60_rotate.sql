@@ -1,15 +1,53 @@
 -- Beginning a rotation: a new version, active at once; the rows follow (61_engine.sql).
 
+-- What a step is at work in nobody sees before it commits, but its locks: the relation that it has in hand, and since when
+-- (in seconds, from a time on that leaves room in an int4). Nobody takes them exclusively, so nobody waits.
+create or replace function rekey._take_in_hand(relation regclass) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_oid bigint := relation::oid;
+begin
+  perform pg_advisory_xact_lock_shared(-1, (case when v_oid < 2147483648 then v_oid else v_oid - 4294967296 end)::integer);
+  perform pg_advisory_xact_lock_shared(-2, (extract(epoch from clock_timestamp())::bigint - 1700000000)::integer);
+end
+$$;
+comment on function rekey._take_in_hand is 'Shows until the end of the transaction that this session is at work in a relation, for rekey._steps_in_hand().';
+
+create or replace function rekey._steps_in_hand() returns table (pid integer, relation oid, since timestamptz, hangs boolean, overdue boolean)
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select r.pid, r.objid, b.since, clock_timestamp() - b.since > rekey._step_limit() / 10, clock_timestamp() - b.since > rekey._step_limit()
+  from pg_locks r
+  join pg_locks t on t.pid = r.pid and t.database = r.database and t.locktype = 'advisory' and t.objsubid = 2 and t.classid = 4294967294 and t.granted
+  cross join lateral (select to_timestamp(t.objid::bigint + 1700000000) as since) b
+  where r.locktype = 'advisory' and r.objsubid = 2 and r.classid = 4294967295 and r.granted
+    and r.database = (select d.oid from pg_database d where d.datname = current_database());
+end;
+comment on function rekey._steps_in_hand is
+  'The sessions that have a batch in hand: in which relation, and since when. hangs: for a tenth of step_limit; overdue: for all of it.';
+grant execute on function rekey._steps_in_hand to rekey_admin, rekey_operator, rekey_auditor;
+
 create or replace view rekey.rotation_status as
 select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
   r.attempts, r.last_error,
   coalesce(r.next_attempt_at, case when r.attempts > 0 then (
     select min(c.next_attempt_at) from rekey._chunks c where c.pass_id = r.pass_id and c.attempts > 0 and not c.stuck) end) as next_attempt_at,
-  r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
+  coalesce(r.blocked_by, h.steps) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
   p.label as adopts, r.formats, r.forced
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
-left join rekey.protected_columns p on p.id = r.column_id;
+left join rekey.protected_columns p on p.id = r.column_id
+left join (
+  select u.id, jsonb_agg(distinct jsonb_build_object('pid', s.pid, 'target', d.target, 'relation', d.relation::text,
+    'age_seconds', extract(epoch from clock_timestamp() - s.since)::bigint)) as steps
+  from rekey._steps_in_hand() s
+  join rekey._due d on d.relation = s.relation
+  cross join unnest(d.rotations) as u(id)
+  where s.hangs
+  group by u.id) h on h.id = r.id and r.state = 'running';
 comment on view rekey.rotation_status is 'Every rotation and how far it is.';
 comment on column rekey.rotation_status.id is 'Number of the rotation.';
 comment on column rekey.rotation_status.keyring is 'Keyring that is rotated.';
@@ -24,7 +62,7 @@ comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: reke
 comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), or tables in which a step fails (target, relation, error, sqlstate).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';

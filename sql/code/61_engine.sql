@@ -731,6 +731,7 @@ begin
     return;  -- paused or superseded since
   end if;
   v_size := rekey._batch_size(cardinality(v_ids));
+  perform rekey._take_in_hand(v_chunk.relation);
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 
@@ -859,7 +860,7 @@ $$;
 comment on function rekey._clear_chunks is
   'Deletes what passes and verifications leave whose rotations were all paused, superseded, rolled back or completed.';
 
-create or replace function rekey._coordinate(out event text, out keyring_count integer, out detail jsonb)
+create or replace function rekey._coordinate(planning boolean, out event text, out keyring_count integer, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -914,17 +915,25 @@ begin
     return;
   end if;
 
-  select p.event, p.keyring_count, p.detail into event, keyring_count, detail from rekey._plan() p;
+  if planning then
+    select p.event, p.keyring_count, p.detail into event, keyring_count, detail from rekey._plan() p;
+  else
+    -- As _plan() will find them: who holds one up does not hold up the batches.
+    perform from rekey.rotations r
+    where r.state in ('queued', 'running') and r.pass_id is null and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
+    event := case when found then 'whole' end;
+  end if;
 end
 $$;
-comment on function rekey._coordinate is 'What one worker does for all: ends passes, tries the barrier, begins passes.';
+comment on function rekey._coordinate is 'What one worker does for all: ends passes, tries the barrier, begins passes; without planning, says that one is to be begun (event whole).';
 
 create or replace function rekey.rotation_step(
-  out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
+  whole boolean = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 set jit = off  -- which takes 10 MB of each session that counts a large table, and saves no time
+set lock_timeout = '2 s'  -- whoever locks a table holds up nothing else
 as $$
 declare
   v_next timestamptz;
@@ -951,7 +960,7 @@ begin
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
         where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))
      and pg_try_advisory_xact_lock(0, 1) then
-    select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
+    select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate(whole is distinct from false) c;
     if event = 'blocked' then
       v_blocked := detail;
       event := null;
@@ -959,14 +968,21 @@ begin
   end if;
   if event is null and exists (select from rekey.rotations r where r.state = 'verifying' and r.barrier_at is not null)
      and pg_try_advisory_xact_lock(0, 2) then
-    select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
-    if event = 'blocked' then
-      v_blocked := detail;
-      event := null;
+    if whole is not distinct from false then
+      event := case when exists (
+        select from rekey.rotations r
+        where r.state = 'verifying' and r.barrier_at is not null and rekey._is_due(r.next_attempt_at)
+          and not exists (select from rekey._chunks c where c.pass_id = r.verification_id and c.kind = 'verify')) then 'whole' end;
+    else
+      select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
+      if event = 'blocked' then
+        v_blocked := detail;
+        event := null;
+      end if;
     end if;
   end if;
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
-    exit when event is not null;
+    exit when event is not null or whole;
     if v_kind = 'verify' then
       select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
     else
@@ -1003,7 +1019,7 @@ when deadlock_detected or serialization_failure or lock_not_available or query_c
 end
 $$;
 comment on function rekey.rotation_step is
-  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
 grant execute on function rekey.rotation_step to rekey_admin, rekey_operator;
 
 create or replace procedure rekey.run_rotations(max_duration interval = '50 s')

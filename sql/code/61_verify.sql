@@ -309,6 +309,7 @@ begin
   if v_ids is null then
     return;
   end if;
+  perform rekey._take_in_hand(v_chunk.relation);
   begin
     event := 'checked';
     keyring_count := cardinality(v_ids);

@@ -316,6 +316,7 @@ begin
   if v_max_rows is null then
     return null;
   end if;
+  perform rekey._take_in_hand(v_chunk.relation);
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);

@@ -171,7 +171,7 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
-      where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$, 'cron');
+      where d.command in ('call rekey.tick()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
   end if;
 exception when insufficient_privilege then
   null;  -- somebody else's job
@@ -213,6 +213,34 @@ comment on procedure rekey.tick is
   'The unattended work: rotations that are due, their re-encryption for up to 50 seconds, retries, due destructions, and once a day a count of all rows. pg_cron or pg-rekey work calls it. Call it outside a transaction.';
 grant execute on procedure rekey.tick to rekey_operator;
 
+-- A CALL of pg_cron is one statement, whose statement_timeout would end the tick and not the batch. So a second job cancels
+-- the batch. Whoever it cancels too late is not harmed: a step that is undone is done again.
+create or replace function rekey.watch() returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_step record;
+  v_count integer := 0;
+begin
+  for v_step in select s.pid, s.since from rekey._steps_in_hand() s where s.overdue and s.pid <> pg_backend_pid() loop
+    begin
+      -- Looked at again: it may have ended since.
+      if exists (select from rekey._steps_in_hand() s where s.pid = v_step.pid and s.since = v_step.since) then
+        -- Who catches that it is cancelled, and goes on, is ended.
+        v_count := v_count + case when clock_timestamp() - v_step.since > 5 * rekey._step_limit() then pg_terminate_backend(v_step.pid) else pg_cancel_backend(v_step.pid) end::integer;
+      end if;
+    exception when insufficient_privilege then
+      null;  -- a worker of another role
+    end;
+  end loop;
+  return v_count;
+end
+$$;
+comment on function rekey.watch is
+  'Cancels batches that take longer than the setting step_limit, as far as they are sessions of the caller''s roles, and returns how many. One that goes on for five times as long is ended. The job of pg_cron beside rekey.tick() calls it; pg-rekey work has a limit of its own.';
+grant execute on function rekey.watch to rekey_admin, rekey_operator;
+
 create or replace function rekey.schedule_worker(schedule text = null) returns bigint
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -221,11 +249,12 @@ declare
   v_version text;
   v_schedule text;
   v_job bigint;
+  v_watch bigint;
 begin
   select e.extversion into v_version from pg_extension e where e.extname = 'pg_cron';
   if not found then
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
-      hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
+      hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''), and the same as ''pg_rekey_watch'' for ''select rekey.watch()''. Or run pg-rekey work --forever.',
                     current_database()), constraint = 'schedule_worker';
   elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
      or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
@@ -246,16 +275,20 @@ begin
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
   end;
+  execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'select rekey.watch()' and j.database = current_database() $sql$, 'cron') into v_watch;
+  if v_watch is null then
+    execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_watch using 'pg_rekey_watch', '* * * * *', 'select rekey.watch()';
+  end if;
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_job, 'rekey_worker';
+    execute format('select %I.alter_job(j::bigint, null::text, null::text, null::text, $2::text, null::boolean) from unnest($1) j', 'cron') using array[v_job, v_watch], 'rekey_worker';
   end if;
   return v_job;
 end
 $$;
 comment on function rekey.schedule_worker is
-  'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
+  'Has pg_cron call rekey.tick(), and returns the number of the job; a second job, pg_rekey_watch, calls rekey.watch() every minute. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
 grant execute on function rekey.schedule_worker to rekey_admin;
 
 create or replace function rekey.unschedule_worker() returns boolean
@@ -269,12 +302,12 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
-  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') loop
+  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
     execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
   return v_count > 0;
 end
 $$;
-comment on function rekey.unschedule_worker is 'Ends the pg_cron job of rekey.schedule_worker(); false where there was none.';
+comment on function rekey.unschedule_worker is 'Ends the pg_cron jobs of rekey.schedule_worker(); false where there was none.';
 grant execute on function rekey.unschedule_worker to rekey_admin;

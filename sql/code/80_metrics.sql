@@ -41,8 +41,9 @@ begin atomic
     union all select 'pg_rekey_last_census_timestamp_seconds', '{}', coalesce(extract(epoch from w.last_census_at), 0) from rekey._worker w
     union all select 'pg_rekey_oldest_unfinished_rotation_seconds', '{}', coalesce(extract(epoch from now() - min(r.created_at)), 0)
       from rekey.rotations r where rekey._is_under_way(r.state)
-    union all select 'pg_rekey_rotation_blocked_seconds', '{}', coalesce(extract(epoch from now() - min(r.blocked_since)), 0)
-      from rekey.rotations r where rekey._is_under_way(r.state) and r.blocked_since is not null
+    union all select 'pg_rekey_rotation_blocked_seconds', '{}', coalesce(extract(epoch from now() - min(b.since)), 0)
+      from (select r.blocked_since as since from rekey.rotations r where rekey._is_under_way(r.state) and r.blocked_since is not null
+            union all select s.since from rekey._steps_in_hand() s where s.hangs) b
     union all select 'pg_rekey_last_tick_timestamp_seconds', '{}', coalesce(extract(epoch from w.last_tick_at), 0) from rekey._worker w
     union all select 'pg_rekey_last_tick_duration_seconds', '{}', coalesce(w.last_tick_seconds, 0) from rekey._worker w
     union all select 'pg_rekey_locked', '{}', (w.locked_since is not null)::integer from rekey._worker w

@@ -104,6 +104,8 @@ create table rekey.settings (
     constraint settings_destroy_search_check check (destroy_search in ('database', 'columns')),
   batch_target interval not null default '200 ms'
     constraint settings_batch_target_check check (batch_target between '10 ms' and '60 s'),
+  step_limit interval
+    constraint settings_step_limit_check check (step_limit between '100 ms' and '1 day'),
   max_rows_per_second integer
     constraint settings_max_rows_per_second_check check (max_rows_per_second > 0),
   max_attempts integer not null default 8
@@ -126,6 +128,7 @@ comment on column rekey.settings.kek_file is 'File of the KEK, relative to the d
 comment on column rekey.settings.destroy_wait is 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
 comment on column rekey.settings.destroy_search is 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
+comment on column rekey.settings.step_limit is 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. NULL: 100 times batch_target. Under pg_cron, rekey.watch() looks for it.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
 comment on column rekey.settings.max_attempts is 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
 comment on column rekey.settings.apply_plaintext is 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
@@ -1391,6 +1394,12 @@ begin
 end
 $$;
 comment on function rekey._settings is 'The settings. RK001 before rekey.register_kek().';
+
+create or replace function rekey._step_limit() returns interval
+language sql stable
+set search_path = pg_catalog, pg_temp
+return (select coalesce(s.step_limit, 100 * s.batch_target) from rekey.settings s);
+comment on function rekey._step_limit is 'Time after which a batch is cancelled; NULL before rekey.register_kek().';
 
 create or replace function rekey._ensure_rows() returns void
 language sql
@@ -5429,16 +5438,54 @@ grant execute on function rekey.findings to rekey_admin, rekey_operator, rekey_a
 -- sql/code/60_rotate.sql
 -- Beginning a rotation: a new version, active at once; the rows follow (61_engine.sql).
 
+-- What a step is at work in nobody sees before it commits, but its locks: the relation that it has in hand, and since when
+-- (in seconds, from a time on that leaves room in an int4). Nobody takes them exclusively, so nobody waits.
+create or replace function rekey._take_in_hand(relation regclass) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_oid bigint := relation::oid;
+begin
+  perform pg_advisory_xact_lock_shared(-1, (case when v_oid < 2147483648 then v_oid else v_oid - 4294967296 end)::integer);
+  perform pg_advisory_xact_lock_shared(-2, (extract(epoch from clock_timestamp())::bigint - 1700000000)::integer);
+end
+$$;
+comment on function rekey._take_in_hand is 'Shows until the end of the transaction that this session is at work in a relation, for rekey._steps_in_hand().';
+
+create or replace function rekey._steps_in_hand() returns table (pid integer, relation oid, since timestamptz, hangs boolean, overdue boolean)
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select r.pid, r.objid, b.since, clock_timestamp() - b.since > rekey._step_limit() / 10, clock_timestamp() - b.since > rekey._step_limit()
+  from pg_locks r
+  join pg_locks t on t.pid = r.pid and t.database = r.database and t.locktype = 'advisory' and t.objsubid = 2 and t.classid = 4294967294 and t.granted
+  cross join lateral (select to_timestamp(t.objid::bigint + 1700000000) as since) b
+  where r.locktype = 'advisory' and r.objsubid = 2 and r.classid = 4294967295 and r.granted
+    and r.database = (select d.oid from pg_database d where d.datname = current_database());
+end;
+comment on function rekey._steps_in_hand is
+  'The sessions that have a batch in hand: in which relation, and since when. hangs: for a tenth of step_limit; overdue: for all of it.';
+grant execute on function rekey._steps_in_hand to rekey_admin, rekey_operator, rekey_auditor;
+
 create or replace view rekey.rotation_status as
 select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
   r.attempts, r.last_error,
   coalesce(r.next_attempt_at, case when r.attempts > 0 then (
     select min(c.next_attempt_at) from rekey._chunks c where c.pass_id = r.pass_id and c.attempts > 0 and not c.stuck) end) as next_attempt_at,
-  r.blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
+  coalesce(r.blocked_by, h.steps) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
   p.label as adopts, r.formats, r.forced
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
-left join rekey.protected_columns p on p.id = r.column_id;
+left join rekey.protected_columns p on p.id = r.column_id
+left join (
+  select u.id, jsonb_agg(distinct jsonb_build_object('pid', s.pid, 'target', d.target, 'relation', d.relation::text,
+    'age_seconds', extract(epoch from clock_timestamp() - s.since)::bigint)) as steps
+  from rekey._steps_in_hand() s
+  join rekey._due d on d.relation = s.relation
+  cross join unnest(d.rotations) as u(id)
+  where s.hangs
+  group by u.id) h on h.id = r.id and r.state = 'running';
 comment on view rekey.rotation_status is 'Every rotation and how far it is.';
 comment on column rekey.rotation_status.id is 'Number of the rotation.';
 comment on column rekey.rotation_status.keyring is 'Keyring that is rotated.';
@@ -5453,7 +5500,7 @@ comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: reke
 comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), or tables in which a step fails (target, relation, error, sqlstate).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
@@ -6634,6 +6681,7 @@ begin
     return;  -- paused or superseded since
   end if;
   v_size := rekey._batch_size(cardinality(v_ids));
+  perform rekey._take_in_hand(v_chunk.relation);
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
 
@@ -6762,7 +6810,7 @@ $$;
 comment on function rekey._clear_chunks is
   'Deletes what passes and verifications leave whose rotations were all paused, superseded, rolled back or completed.';
 
-create or replace function rekey._coordinate(out event text, out keyring_count integer, out detail jsonb)
+create or replace function rekey._coordinate(planning boolean, out event text, out keyring_count integer, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -6817,17 +6865,25 @@ begin
     return;
   end if;
 
-  select p.event, p.keyring_count, p.detail into event, keyring_count, detail from rekey._plan() p;
+  if planning then
+    select p.event, p.keyring_count, p.detail into event, keyring_count, detail from rekey._plan() p;
+  else
+    -- As _plan() will find them: who holds one up does not hold up the batches.
+    perform from rekey.rotations r
+    where r.state in ('queued', 'running') and r.pass_id is null and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
+    event := case when found then 'whole' end;
+  end if;
 end
 $$;
-comment on function rekey._coordinate is 'What one worker does for all: ends passes, tries the barrier, begins passes.';
+comment on function rekey._coordinate is 'What one worker does for all: ends passes, tries the barrier, begins passes; without planning, says that one is to be begun (event whole).';
 
 create or replace function rekey.rotation_step(
-  out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
+  whole boolean = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 set jit = off  -- which takes 10 MB of each session that counts a large table, and saves no time
+set lock_timeout = '2 s'  -- whoever locks a table holds up nothing else
 as $$
 declare
   v_next timestamptz;
@@ -6854,7 +6910,7 @@ begin
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
         where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))
      and pg_try_advisory_xact_lock(0, 1) then
-    select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate() c;
+    select c.event, c.keyring_count, c.detail into event, keyring_count, detail from rekey._coordinate(whole is distinct from false) c;
     if event = 'blocked' then
       v_blocked := detail;
       event := null;
@@ -6862,14 +6918,21 @@ begin
   end if;
   if event is null and exists (select from rekey.rotations r where r.state = 'verifying' and r.barrier_at is not null)
      and pg_try_advisory_xact_lock(0, 2) then
-    select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
-    if event = 'blocked' then
-      v_blocked := detail;
-      event := null;
+    if whole is not distinct from false then
+      event := case when exists (
+        select from rekey.rotations r
+        where r.state = 'verifying' and r.barrier_at is not null and rekey._is_due(r.next_attempt_at)
+          and not exists (select from rekey._chunks c where c.pass_id = r.verification_id and c.kind = 'verify')) then 'whole' end;
+    else
+      select v.event, v.keyring_count, v.rows, v.detail into event, keyring_count, rows, detail from rekey._verify() v;
+      if event = 'blocked' then
+        v_blocked := detail;
+        event := null;
+      end if;
     end if;
   end if;
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
-    exit when event is not null;
+    exit when event is not null or whole;
     if v_kind = 'verify' then
       select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
     else
@@ -6906,7 +6969,7 @@ when deadlock_detected or serialization_failure or lock_not_available or query_c
 end
 $$;
 comment on function rekey.rotation_step is
-  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
 grant execute on function rekey.rotation_step to rekey_admin, rekey_operator;
 
 create or replace procedure rekey.run_rotations(max_duration interval = '50 s')
@@ -7248,6 +7311,7 @@ begin
   if v_ids is null then
     return;
   end if;
+  perform rekey._take_in_hand(v_chunk.relation);
   begin
     event := 'checked';
     keyring_count := cardinality(v_ids);
@@ -9121,6 +9185,7 @@ begin
   if v_max_rows is null then
     return null;
   end if;
+  perform rekey._take_in_hand(v_chunk.relation);
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
@@ -9546,7 +9611,7 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
-      where d.command = 'call rekey.tick()' and d.end_time < now() - interval '7 days'$sql$, 'cron');
+      where d.command in ('call rekey.tick()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
   end if;
 exception when insufficient_privilege then
   null;  -- somebody else's job
@@ -9588,6 +9653,34 @@ comment on procedure rekey.tick is
   'The unattended work: rotations that are due, their re-encryption for up to 50 seconds, retries, due destructions, and once a day a count of all rows. pg_cron or pg-rekey work calls it. Call it outside a transaction.';
 grant execute on procedure rekey.tick to rekey_operator;
 
+-- A CALL of pg_cron is one statement, whose statement_timeout would end the tick and not the batch. So a second job cancels
+-- the batch. Whoever it cancels too late is not harmed: a step that is undone is done again.
+create or replace function rekey.watch() returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_step record;
+  v_count integer := 0;
+begin
+  for v_step in select s.pid, s.since from rekey._steps_in_hand() s where s.overdue and s.pid <> pg_backend_pid() loop
+    begin
+      -- Looked at again: it may have ended since.
+      if exists (select from rekey._steps_in_hand() s where s.pid = v_step.pid and s.since = v_step.since) then
+        -- Who catches that it is cancelled, and goes on, is ended.
+        v_count := v_count + case when clock_timestamp() - v_step.since > 5 * rekey._step_limit() then pg_terminate_backend(v_step.pid) else pg_cancel_backend(v_step.pid) end::integer;
+      end if;
+    exception when insufficient_privilege then
+      null;  -- a worker of another role
+    end;
+  end loop;
+  return v_count;
+end
+$$;
+comment on function rekey.watch is
+  'Cancels batches that take longer than the setting step_limit, as far as they are sessions of the caller''s roles, and returns how many. One that goes on for five times as long is ended. The job of pg_cron beside rekey.tick() calls it; pg-rekey work has a limit of its own.';
+grant execute on function rekey.watch to rekey_admin, rekey_operator;
+
 create or replace function rekey.schedule_worker(schedule text = null) returns bigint
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -9596,11 +9689,12 @@ declare
   v_version text;
   v_schedule text;
   v_job bigint;
+  v_watch bigint;
 begin
   select e.extversion into v_version from pg_extension e where e.extname = 'pg_cron';
   if not found then
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
-      hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''). Or run pg-rekey work --forever.',
+      hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''), and the same as ''pg_rekey_watch'' for ''select rekey.watch()''. Or run pg-rekey work --forever.',
                     current_database()), constraint = 'schedule_worker';
   elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
      or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
@@ -9621,16 +9715,20 @@ begin
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
   end;
+  execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'select rekey.watch()' and j.database = current_database() $sql$, 'cron') into v_watch;
+  if v_watch is null then
+    execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_watch using 'pg_rekey_watch', '* * * * *', 'select rekey.watch()';
+  end if;
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_job, 'rekey_worker';
+    execute format('select %I.alter_job(j::bigint, null::text, null::text, null::text, $2::text, null::boolean) from unnest($1) j', 'cron') using array[v_job, v_watch], 'rekey_worker';
   end if;
   return v_job;
 end
 $$;
 comment on function rekey.schedule_worker is
-  'Has pg_cron call rekey.tick(), and returns the number of the job. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
+  'Has pg_cron call rekey.tick(), and returns the number of the job; a second job, pg_rekey_watch, calls rekey.watch() every minute. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
 grant execute on function rekey.schedule_worker to rekey_admin;
 
 create or replace function rekey.unschedule_worker() returns boolean
@@ -9644,14 +9742,14 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
-  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') loop
+  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
     execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
   return v_count > 0;
 end
 $$;
-comment on function rekey.unschedule_worker is 'Ends the pg_cron job of rekey.schedule_worker(); false where there was none.';
+comment on function rekey.unschedule_worker is 'Ends the pg_cron jobs of rekey.schedule_worker(); false where there was none.';
 grant execute on function rekey.unschedule_worker to rekey_admin;
 
 -- sql/code/71_census.sql
@@ -9975,8 +10073,9 @@ begin atomic
     union all select 'pg_rekey_last_census_timestamp_seconds', '{}', coalesce(extract(epoch from w.last_census_at), 0) from rekey._worker w
     union all select 'pg_rekey_oldest_unfinished_rotation_seconds', '{}', coalesce(extract(epoch from now() - min(r.created_at)), 0)
       from rekey.rotations r where rekey._is_under_way(r.state)
-    union all select 'pg_rekey_rotation_blocked_seconds', '{}', coalesce(extract(epoch from now() - min(r.blocked_since)), 0)
-      from rekey.rotations r where rekey._is_under_way(r.state) and r.blocked_since is not null
+    union all select 'pg_rekey_rotation_blocked_seconds', '{}', coalesce(extract(epoch from now() - min(b.since)), 0)
+      from (select r.blocked_since as since from rekey.rotations r where rekey._is_under_way(r.state) and r.blocked_since is not null
+            union all select s.since from rekey._steps_in_hand() s where s.hangs) b
     union all select 'pg_rekey_last_tick_timestamp_seconds', '{}', coalesce(extract(epoch from w.last_tick_at), 0) from rekey._worker w
     union all select 'pg_rekey_last_tick_duration_seconds', '{}', coalesce(w.last_tick_seconds, 0) from rekey._worker w
     union all select 'pg_rekey_locked', '{}', (w.locked_since is not null)::integer from rekey._worker w

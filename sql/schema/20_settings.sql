@@ -13,6 +13,8 @@ create table rekey.settings (
     constraint settings_destroy_search_check check (destroy_search in ('database', 'columns')),
   batch_target interval not null default '200 ms'
     constraint settings_batch_target_check check (batch_target between '10 ms' and '60 s'),
+  step_limit interval
+    constraint settings_step_limit_check check (step_limit between '100 ms' and '1 day'),
   max_rows_per_second integer
     constraint settings_max_rows_per_second_check check (max_rows_per_second > 0),
   max_attempts integer not null default 8
@@ -35,6 +37,7 @@ comment on column rekey.settings.kek_file is 'File of the KEK, relative to the d
 comment on column rekey.settings.destroy_wait is 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
 comment on column rekey.settings.destroy_search is 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
+comment on column rekey.settings.step_limit is 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. NULL: 100 times batch_target. Under pg_cron, rekey.watch() looks for it.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
 comment on column rekey.settings.max_attempts is 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
 comment on column rekey.settings.apply_plaintext is 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';

@@ -2,7 +2,7 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(64 + 1);
+select plan(65 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
@@ -53,7 +53,7 @@ insert into contract values
   ('rollback_rotation', 'id bigint, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
   ('rotate_kek', '', 'integer'),
   ('rotate_keys', 'keyring text DEFAULT NULL::text, reason text DEFAULT NULL::text, supersede boolean DEFAULT false', 'SETOF rekey.rotation_status'),
-  ('rotation_step', 'OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb', 'record'),
+  ('rotation_step', 'whole boolean DEFAULT NULL::boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb', 'record'),
   ('run_rotations', 'IN max_duration interval DEFAULT ''00:00:50''::interval', 'procedure'),
   ('schedule_key_destruction', 'keyring text, version integer, wait interval DEFAULT NULL::interval', 'timestamp with time zone'),
   ('schedule_worker', 'schedule text DEFAULT NULL::text', 'bigint'),
@@ -69,7 +69,8 @@ insert into contract values
   ('unschedule_worker', '', 'boolean'),
   ('verify_audit_log', 'anchor jsonb DEFAULT NULL::jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text', 'record'),
   ('verify_ciphertexts', 'keyring text DEFAULT NULL::text', 'SETOF rekey.verified_rows'),
-  ('version', '', 'text');
+  ('version', '', 'text'),
+  ('watch', '', 'integer');
 
 select is(
   array(select pg_get_function_result(p.oid) from pg_proc p

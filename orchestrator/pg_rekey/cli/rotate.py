@@ -75,9 +75,20 @@ def rotate(
             steps = worker.Steps(connection)
             rotations = follow(connection, list(passed_by), lambda: _work(steps))
             rotations = [{**row, "passed_by": passed_by[row["id"]]} for row in rotations]
+            for row in worker.held_up(connection, list(passed_by)):
+                click.echo(_held_up(row), err=True)
         out.table(rotations, COLUMNS, empty="there is no keyring to rotate")
     if any(passed_by.values()) or (wait and any(row["state"] != "completed" for row in rotations)):
         raise click.exceptions.Exit(UNFINISHED)
+
+
+def _held_up(row: Row) -> str:
+    """Say which table held a rotation up."""
+    said = f"rotation {row['id']} of keyring {row['keyring']}"
+    if row["state"] == "failed":
+        return f"{said} failed: {row['last_error']}"
+    where = f" of {', '.join(row['relations'])}" if row["relations"] else ""
+    return f"{said} left {row['rows_failed']} rows{where}: `pg-rekey rotations failures {row['id']}` says why"
 
 
 def _choose(connection: db.Connection, keyring: str | None) -> str:
@@ -180,6 +191,11 @@ def describe(blockers: list[dict[str, Any]] | None) -> str:
 def _describe_one(blocker: dict[str, Any]) -> str:
     if "rows" in blocker:
         return f"{blocker['rows']} rows that are {blocker['why']}"
+    if "error" in blocker:
+        return f"another attempt: {blocker['error']}"
+    if "relation" in blocker:
+        where = f"a batch in {blocker['relation']} (pid {blocker['pid']})"
+        return f"{where}, at work for {blocker['age_seconds']} s"
     if "target" in blocker:
         return f"the column {blocker['target']}, which is blocked: {blocker['why']}"
     age = f"open for {blocker.get('age_seconds', 0)} s"

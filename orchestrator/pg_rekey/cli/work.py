@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from pg_rekey.cli.base import FilePath, Output, output
+from pg_rekey.errors import UNFINISHED
 from pg_rekey.worker import Worker
 
 
@@ -18,6 +19,11 @@ def work(out: Output, forever: bool, health_file: Path | None) -> None:
     """Do what is due: scheduled rotations, re-encryption, retries, destructions.
 
     For servers without pg_cron, and for KEKs that the server must not have. SIGTERM and Ctrl-C end it after
-    the batch in hand. It prints JSON log lines, with or without --json.
+    the batch in hand. It prints JSON log lines, with or without --json. A batch that takes longer than
+    the setting step_limit is cancelled. Exit code 4 says that a rotation failed, or left rows that it could
+    not re-encrypt.
     """
-    Worker(forever=forever, health_file=health_file).run()
+    worker = Worker(forever=forever, health_file=health_file)
+    worker.run()
+    if worker.held_up:
+        raise click.exceptions.Exit(UNFINISHED)
