@@ -78,6 +78,13 @@ SETUP: LiteralString = """
     select rekey.protect_column('app.notes', 'v');
     select rekey.protect_column('app.parts', 'v');
     select rekey.protect_column('app.letters', 'v', encrypt_on_write => true);
+    create table app.copies (t text, b bytea, j jsonb);  -- nobody told pg_rekey of it
+    create table app.ran (who text);  -- by whom the owner's code was run
+    create function app.run() returns trigger language plpgsql as $$
+    begin
+      insert into app.ran values (current_user);
+      return null;
+    end $$;
     create table app.broken (reason text);
     create function app.break_down() returns trigger language plpgsql as $$
     begin
@@ -115,6 +122,15 @@ TARGETS = {
     "app.letters.v": "letters",
     "app.parts.v": "parts",
 }
+
+# What has the names of pg_cron, which is not here.
+PLANT: LiteralString = """
+    create schema cron;
+    create table cron.job (jobid bigint, command text, database text);
+    create table cron.job_run_details (command text, end_time timestamptz);
+    create trigger run after delete on cron.job_run_details for each statement execute function app.run();
+    grant usage on schema cron to public;
+    grant all on all tables in schema cron to public"""
 
 # What people do to tables, without a word to pg_rekey.
 REBUILD: LiteralString = """
@@ -314,6 +330,7 @@ class Lab:
         with connect(self.server.dsn()) as connection:
             # Else PostgreSQL takes the sequences of the copy for logged ahead, and a crash turns them back.
             connection.execute("checkpoint")
+            connection.execute(f"grant create on database walk_{self.count} to stateful_owner".encode())
         return f"walk_{self.count}"
 
     def break_product(self, flaw: str) -> None:
@@ -375,7 +392,8 @@ class Walk(RuleBasedStateMachine):
         self.expected: list[tuple[str, str | None, int | None, Rotation | None]] = []
         self.broken = self.noted = False
         self.astray = ""  # what became of a table
-        self.may_note = False  # whether a duty that failed may have left an entry
+        self.copies: list[Envelope] = []  # in app.copies
+        self.may_be: list[tuple[str, str | None, int | None, int | None]] = []  # as expected
         self.claims = "none"
         self.open_sessions()
         self.audited = value(self.eye, "select max(id) from rekey.audit_log")
@@ -598,6 +616,49 @@ class Walk(RuleBasedStateMachine):
             self.call(self.admin, code, PUT_LETTER, number, as_text(held.envelope))
         if code is None:
             self.store(target, held.value)
+
+    @move(lambda self: self.now.rows, place=st.integers(0, 20), form=st.sampled_from(["t", "b", "j"]))
+    def copy_somewhere(self, place: int, form: str) -> None:
+        """Into a table that no registry knows; it keeps its version from destruction, and nothing else."""
+        row = sorted(self.now.rows.items())[place % len(self.now.rows)][1]
+        value: object = row.raw
+        if form != "b":
+            value = as_text(row) if form == "t" else json.dumps({"kept": ["see", as_text(row)]})
+        self.call(self.admin, None, COPY[form], value)
+        self.copies.append(row)
+
+    @move(lambda self: self.copies)
+    def drop_copies(self) -> None:
+        self.call(self.admin, None, "truncate app.copies")
+        self.copies = []
+
+    def is_copied(self, ring: Ring, version: int) -> bool:
+        return any((row.ring, row.version) == (ring.number, version) for row in self.copies)
+
+    @move(lambda self: not self.has_writer() and not self.astray and not self.broken, number=ids)
+    def a_snapshot_meets_a_destruction(self, number: str) -> None:
+        """It shows envelopes that are gone, copies them, and then they are found."""
+        ring = self.now.rings["default"]
+        self.write_row(number=number, kind="letters")
+        self.holds()
+        place: Place = ("letters", "", number)
+        self.a_writer_begins(level="repeatable read")
+        writer, seen, before = self.writer(False), self.now.rows.get(place), ring.active
+        self.rotate(ring="default", supersede=False)
+        self.run()
+        self.schedule_destruction(ring="default", version=before, wait="0 s")
+        self.tick(days=True, jumped=False)
+        self.holds()
+        self.eye.execute(
+            "update rekey.encryption_keys set destroy_after = now() where state = 'destroy_scheduled'"
+        )
+        if seen:
+            writer.connection.execute(
+                "insert into app.copies (t) select v from app.letters where id = %s", (number,)
+            )
+            self.copies.append(seen)
+        self.a_writer_ends(which=False, commits=True)
+        self.tick(days=True, jumped=False)
 
     def is_guarded(self, place: Place) -> bool:
         """Whether the triggers of its column are on the table of a row."""
@@ -948,14 +1009,14 @@ class Walk(RuleBasedStateMachine):
         it = next((it for it in self.rotations if failure and it.number == failure[4]), None)
         code = "22023" if action == "ignore" else "RK007" if failure is None else None
         again = failure and action == "retry" and not self.current(failure[0])
-        if failure and it and code is None:
-            code = "RK006" if failure[5] or (again and self.is_over(it)) else None
+        if failure and code is None:
+            code = "RK006" if failure[5] or (it and again and self.is_over(it)) else None
         self.call(self.admin, code, "select rekey.resolve_failure(%s, %s)", number, action)
-        if failure and it and code is None:
+        if failure and code is None:
             self.failures[number] = (*failure[:5], action)
-            if again:
+            if it and again:
                 it.state, it.attempts = "queued", 0
-            self.expect("rotation.failure_resolved", it.ring, failure[3], it)
+            self.expect("rotation.failure_resolved", failure[0], failure[3], it)
 
     def rotation_refuses(self, it: Rotation | None, of: set[str]) -> str | None:
         return "RK007" if it is None else None if it.state in of else "RK006"
@@ -1030,7 +1091,7 @@ class Walk(RuleBasedStateMachine):
                 self.begin(ring, "schedule")
                 ring.due = False
         for ring in self.now.rings.values():
-            self.destroy(ring, jumped)
+            self.destroy(ring, jumped, any(writer.past for writer in self.writers))
         refused |= self.census(locked)
         if refused and not self.noted:
             self.expect("rotation.error", None, None)
@@ -1039,9 +1100,11 @@ class Walk(RuleBasedStateMachine):
             "update rekey.rotations set next_attempt_at = null where next_attempt_at is not null"
         )
         if self.astray:  # a whole tick waits for it to be mended
-            self.may_note = True
+            self.may_be.append(("rotation.error", None, None, None))
             for duty in ("schedules", "destructions", "census", "end"):
-                self.call(self.admin, None, "select rekey._tick_duty(%s, now())", duty)
+                [(more,)] = self.call(self.admin, None, DUTY, duty)
+                while more:
+                    [(more,)] = self.call(self.admin, None, *(SEARCH if more == "search" else (DUTY, duty)))
             self.call(self.admin, None, "call rekey.run_rotations('0 s')")
         else:
             self.call(self.admin, None, "call rekey.tick()")
@@ -1052,11 +1115,14 @@ class Walk(RuleBasedStateMachine):
                 if it.state in EDGES and not self.astray:
                     self.edges[it.state] = {"completed", "completed_with_failures"}
 
-    def destroy(self, ring: Ring, jumped: bool) -> None:
+    def destroy(self, ring: Ring, jumped: bool, snapshot: bool) -> None:
         """What a tick does to the versions of a keyring that are to be destroyed."""
         for version, key in ring.keys.items():
             if key.state == "destroy_scheduled" and (key.due == "now" or (jumped and key.due == "day")):
-                if jumped or self.in_use(ring, version):
+                if snapshot and not jumped:  # the search waits for it, or finds it in use
+                    self.may_be.append(("key.destroy_scheduled", ring.name, version, None))
+                    continue
+                if jumped or self.in_use(ring, version) or self.is_copied(ring, version):
                     key.due = "day"
                     self.become(ring, version, key.state)
                     self.expect("key.destroy_scheduled", ring.name, version)
@@ -1067,7 +1133,10 @@ class Walk(RuleBasedStateMachine):
         """What a tick does about rows that came to stand on an older version; whether it lacks the KEK."""
         idle = [ring for ring in self.now.rings.values() if not self.current(ring.name)]
         if locked:
-            return any(row.version != ring.active for ring in idle for row in self.now.on(ring).values())
+            found = any(f[4] is None and f[5] is None for f in self.failures.values())
+            return found or any(
+                row.version != ring.active for ring in idle for row in self.now.on(ring).values()
+            )
         for ring in sorted(idle, key=lambda ring: ring.number):
             stale = [p for p, row in self.now.on(ring).items() if row.version != ring.active]
             if ring.active and any(map(self.now.sweepable, stale)):
@@ -1121,6 +1190,15 @@ class Walk(RuleBasedStateMachine):
         self.eye.execute("delete from app.broken where true")
         if broken:
             self.eye.execute("insert into app.broken values ('it fails')")
+
+    @move(planted=st.booleans())
+    def a_schema_is_planted(self, planted: bool) -> None:
+        """Nobody's code runs with the rights of whoever does the unattended work."""
+        with self.eye.transaction():
+            self.eye.execute("set local role stateful_owner")
+            self.eye.execute("drop schema if exists cron cascade")
+            if planted:
+                self.eye.execute(PLANT)
 
     @move(lambda self: not self.astray, how=st.sampled_from(sorted(ASTRAY)))
     def a_table_goes_astray(self, how: str) -> None:
@@ -1391,9 +1469,11 @@ class Walk(RuleBasedStateMachine):
         self.look_at_failures(finished)
         self.look_at_audit()
         self.look_at_values()
-        self.edges, self.written, self.expected, self.may_note = {}, set(), [], False
+        self.edges, self.written, self.expected, self.may_be = {}, set(), [], []
 
     def look_at_keys(self) -> None:
+        assert not any(self.now.state_of(row) == "destroyed" for row in self.copies), "a copy was lost"
+        assert self.eye.execute("select distinct who from app.ran").fetchall() == [], "foreign code was run"
         found: dict[str, Ring] = {}
         for name, number, tenant, retired, version, state, wrap in self.eye.execute(KEYS):
             ring = found.setdefault(name, Ring(name, tenant, number, {}, retired))
@@ -1472,7 +1552,7 @@ class Walk(RuleBasedStateMachine):
             assert found == self.failures
         for number in found.keys() - self.failures.keys():
             ring, _, _, version, rotation, _ = found[number]
-            self.expect("rotation.row_failed", ring, version, self.numbered(rotation))
+            self.expect("rotation.row_failed", ring, version, self.numbered(rotation) if rotation else None)
         assert self.failures.keys() <= found.keys()
         self.failures = found
         for it, (state, total, done, failed) in finished:
@@ -1496,8 +1576,12 @@ class Walk(RuleBasedStateMachine):
         self.audited = found[-1][4] if found else self.audited
         said = Counter((e, ring, v, it.number if it else None) for e, ring, v, it in self.expected)
         there = Counter(row[:4] for row in found)
-        if self.may_note:
-            said["rotation.error", None, None, None] = there["rotation.error", None, None, None]
+        for entry in [("census.found", None, None, None), *self.may_be]:
+            said[entry] = there[entry]
+        # One entry tells of the rows of a batch.
+        for entries in (there, said):
+            for entry in [entry for entry in entries if entry[0] == "rotation.row_failed"]:
+                entries[entry] = 1
         assert there == said, f"audited but not done: {there - said}, done but not audited: {said - there}"
         assert self.eye.execute("select valid, reason from rekey.verify_audit_log()").fetchone() == (
             True,
@@ -1536,6 +1620,8 @@ def from_text(raw: bytes) -> bytes:
 
 
 ROTATE: LiteralString = "select id from rekey.rotate_keys(%s, supersede => %s)"
+DUTY: LiteralString = "select rekey._tick_duty(%s, now())"
+SEARCH: tuple[LiteralString] = ("select rekey._search_on(now())",)
 SCHEDULE: LiteralString = "select rekey.schedule_key_destruction(%s, %s, %s::interval)"
 PUT_NOTE: LiteralString = (
     "insert into app.notes values (%s, %s) on conflict (id) do update set v = excluded.v"
@@ -1547,6 +1633,9 @@ ENCRYPT_NOTE: LiteralString = """
     insert into app.notes values (%s, rekey.encrypt(%s::text, 'default', array['app.notes.v', %s]))
     on conflict (id) do update set v = excluded.v"""
 PUT: dict[str, LiteralString] = {"notes": PUT_NOTE, "parts": "select app.put_part(%s, %s)"}
+COPY: dict[str, LiteralString] = {
+    form: f"insert into app.copies ({form}) values (%s)" for form in ("t", "b", "j")
+}
 ENCRYPT_PART: LiteralString = (
     "select app.put_part(%s, rekey.encrypt(%s::text, 'default', array['app.parts.v', %s]))"
 )

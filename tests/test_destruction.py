@@ -158,6 +158,33 @@ def test_a_copy_keeps_the_key(ready: Connection, old: str, copy: str) -> None:
     assert state(ready) == "destroy_scheduled"
 
 
+def test_a_table_of_another_access_method_is_read(ready: Connection, old: str) -> None:
+    ready.execute("create access method other_heap type table handler heap_tableam_handler")
+    ready.execute("create table copy using other_heap as select %s::text as v", [old])
+    scheduled(ready)
+    assert "copy.v holds" in (tick(ready) or "")
+
+
+def test_rows_on_other_nodes_keep_the_key(ready: Connection, old: str) -> None:
+    ready.execute("create table shell (v text)")
+    ready.execute("set allow_system_table_mods = on")
+    ready.execute("create table pg_catalog.pg_dist_partition (logicalrelid regclass)")
+    ready.execute("insert into pg_catalog.pg_dist_partition values ('shell')")
+    assert any("shell (its rows are on other nodes" in said for said in scheduled(ready))
+    assert "other nodes of Citus" in (tick(ready) or "")
+    assert state(ready) == "destroy_scheduled"
+
+
+def test_code_that_reading_runs_has_no_rights_of_ours(ready: Connection) -> None:
+    """Who may only read a table cannot keep its owner from giving it code between the look and the read."""
+    # As if it ran in a look.
+    ready.execute(
+        "create function rekey._look(x int) returns text language plpgsql as"
+        " $$ begin return rekey._caller(); end $$"
+    )
+    assert value(ready, "select rekey._look(1)") == "rekey_sweeper"
+
+
 def test_other_versions_and_text_about_them_do_not(ready: Connection, old: str) -> None:
     ready.execute("create table other as select rekey.encrypt_text('x', 'default', '{a}') as v")
     ready.execute("insert into other values ('rk1:UksB is how they begin'), (%s)", [old[:60]])
@@ -608,6 +635,9 @@ def test_the_command_line_searches(ready: Connection, old: str, cli_ready: Cli) 
     assert said["state"] == "complete"
     assert [one["relation"] for one in said["findings"]] == ["public.copy"]
     ready.execute("drop table copy")
+    assert cli_ready.json("status")["search"]["versions_found"] == 1
+    ready.execute("select rekey.begin_search()")
+    assert "to be destroyed" in cli_ready("status")
     assert "nothing was found" in cli_ready("keys", "search")
     assert tick(ready) is None
     assert state(ready) == "destroyed"

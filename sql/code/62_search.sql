@@ -184,12 +184,17 @@ begin
     join pg_namespace n on n.oid = c.relnamespace
     left join pg_am m on m.oid = c.relam
     cross join lateral (
+      -- An envelope has 75 bytes or more, which no compression of values makes fewer.
       select string_agg(format(case
           when v.base = 'bytea'::regtype then
-            $q$case when position('\x524b01'::bytea in %1$s) > 0 or position('\x726b313a556b7342'::bytea in %1$s) > 0 then rekey._hits(%2$s, %1$s::bytea, $1) end$q$
+            $q$case when pg_column_size(%1$s) >= 75 and (position('\x524b01'::bytea in %1$s) > 0 or position('\x726b313a556b7342'::bytea in %1$s) > 0)
+              then rekey._hits(%2$s, %1$s::bytea, $1) end$q$
           when v.base in ('text'::regtype, 'varchar'::regtype) then
-            $q$case when strpos(%1$s collate "C", 'rk1:UksB') > 0 or strpos(%1$s collate "C", '\x524b01') > 0 then rekey._hits(%2$s, %1$s::text, $1) end$q$
-          else $q$case when format('%%s', %1$s) collate "C" ~ 'rk1:UksB|\\x524b01' then rekey._hits(%2$s, format('%%s', %1$s), $1) end$q$ end,
+            -- Most values that have one are one, of another version.
+            $q$case when pg_column_size(%1$s) >= 75 and (strpos(%1$s collate "C", 'rk1:UksB') > 0 or strpos(%1$s collate "C", '\x524b01') > 0)
+              and case when %1$s collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12,}={0,2}$' then substr(decode(substr(%1$s, 5, 16), 'base64'), 1, 11) = any ($1) else true end
+              then rekey._hits(%2$s, %1$s::text, $1) end$q$
+          else $q$case when pg_column_size(%1$s) >= 75 and format('%%s', %1$s) collate "C" ~ 'rk1:UksB|\\x524b01' then rekey._hits(%2$s, format('%%s', %1$s), $1) end$q$ end,
         format('t.%I', a.attname), a.attnum), ', ' order by a.attnum) as hits
       from pg_attribute a
       join pg_type y on y.oid = a.atttypid
