@@ -364,6 +364,8 @@ def test_an_exception_that_nobody_foresaw(
     def fail(_: object) -> None:
         raise ValueError("canary")
 
+    assert api("GET", "/api/keys").status_code == 200  # has a connection, which takes queries too
+    capsys.readouterr()
     monkeypatch.setattr(database, "query", fail)
     assert_error(api("GET", "/api/keys"), 500, "internal")
     [error, request] = lines(capsys)

@@ -261,11 +261,11 @@ def test_find_counts_what_was_forgotten(columns: Cli, ready: Connection) -> None
     columns("columns", "find", code=5)
     assert "canary" not in columns.out
     found = {(one["relation"], one["column_name"]): one for one in columns.json("columns", "find", code=5)}
-    assert set(found) == {("accounts", "api_key"), ("accounts", "stored")}
-    assert "holds envelopes" in found["accounts", "stored"]["finding"]
+    assert set(found) == {("public.accounts", "api_key"), ("public.accounts", "stored")}
+    assert "holds envelopes" in found["public.accounts", "stored"]["finding"]
     columns("columns", "protect", "accounts", "api_key")
     found = {(one["relation"], one["column_name"]): one for one in columns.json("columns", "find", code=5)}
-    assert "adopt_column" in found["accounts", "api_key"]["advice"]
+    assert "adopt_column" in found["public.accounts", "api_key"]["advice"]
 
 
 def test_find_looks_into_other_values_too(columns: Cli, ready: Connection) -> None:

@@ -298,9 +298,9 @@ def test_everything_that_would_be_lost_is_in_the_way(
         "public.copied.v, of a materialized view, holds envelopes",
         f"app.t.v: its 5 encrypted rows are for {owner} to decrypt, who owns the table",
         "view app.t_decrypted uses pg_rekey",
-        "default value for column v of table defaults uses pg_rekey",
+        "default value for column v of table public.defaults uses pg_rekey",
         "rekey.users_own is no part of pg_rekey 0.1.0",
-        "table rekeys_own belongs to rekey_owner",
+        "table public.rekeys_own belongs to rekey_owner",
         "1 rows of public.mine on version 1 of keyring default do not open",
         f"{files[0]} exists already",
     ):
@@ -418,7 +418,7 @@ def test_roles_with_another_use_stay_and_a_repeat_drops_them(
         connection.execute("create table t (v text); grant select on t to rekey_app")
         connection.execute("create role a_member in role rekey_app, rekey_operator")
         printed = cli("uninstall", "--audit-log", files[1], "--yes")
-        assert "role rekey_app stays: privileges for table t" in printed
+        assert "role rekey_app stays: privileges for table public.t" in printed
         assert "role rekey_operator dropped, which had the members a_member" in printed
         assert connection.execute("select rolname from pg_roles where rolname ~ '^rekey_'").fetchall() == [
             ("rekey_app",)
@@ -639,7 +639,7 @@ def test_what_comes_between_plan_and_drop_is_found(
     protect(ready, "t")
     monkeypatch.setattr(command, "_decrypt", between(view))
     cli_ready("uninstall", *exported, "--yes", code=1)
-    assert "view late uses pg_rekey: nothing was dropped" in cli_ready.err
+    assert "view public.late uses pg_rekey: nothing was dropped" in cli_ready.err
     ready.execute("drop view late; create function rekey_targets.column_99_guard() returns int return 1")
     ready.execute("alter function rekey_targets.column_99_guard() owner to rekey_admin")
     cli_ready("uninstall", *exported, "--yes", code=1)

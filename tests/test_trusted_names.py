@@ -10,6 +10,7 @@ from typing import LiteralString
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from cli_fixtures import Cli
 from driving import refused
@@ -271,3 +272,27 @@ def test_the_installation_refuses_what_is_not_pgcryptos(empty: str) -> None:
         admin.execute("alter extension pgcrypto drop function gen_random_bytes(integer)")
     with psycopg.connect(empty) as installer, refused("42725"):
         installer.execute(release.assemble("plain").encode())
+
+
+def test_functions_in_a_schema_of_the_search_path(
+    mallory: Mallory, ready: Connection, cli_ready: Cli, monkeypatch: pytest.MonkeyPatch, db: str
+) -> None:
+    """What fits a call of ours better than PostgreSQL's own; the tables of the user are still found."""
+    ready.execute(f"create schema app; grant usage, create on schema app to {mallory.name}".encode())
+    mallory.plants("""
+        create function app.format(text, text) returns text language sql as 'select mallory.tell()::text';
+        create function app.format(text, text, timestamptz) returns text
+        language sql as 'select mallory.tell()::text';
+    """)
+    ready.execute("create table app.t (id int primary key, v text)")
+    monkeypatch.setenv("PG_REKEY_DSN", make_conninfo(db, options="-c search_path=app,public"))
+    cli_ready("doctor", code=5)
+    assert "keyring default has no schedule" in cli_ready.out
+    cli_ready("columns", "protect", "t", "v")
+    assert "app.t.v is protected" in cli_ready.out
+    cli_ready("columns", "view", "t")
+    cli_ready("columns", "adopt", "t", "v", "--from", "plaintext")
+    cli_ready("columns", "unprotect", "t", "v", "--yes")
+    cli_ready("columns", "protect", "nowhere", "v", code=1)
+    assert "42P01" in cli_ready.err
+    assert mallory.saw() == []

@@ -78,9 +78,10 @@ def connect(*, autocommit: bool = False, database: str | None = None) -> Connect
 
 def _refuse_impostor(connection: Connection) -> None:
     """Refuse to go on where schema rekey is somebody else's: his functions would run with our rights."""
+    autocommit = connection.autocommit
+    connection.autocommit = True
     row = connection.execute(query("owner")).fetchone()
-    if not connection.autocommit:
-        connection.rollback()
+    connection.autocommit = autocommit
     if row and row["owner"] != OWNER:
         raise Problem(
             f"schema rekey in this database is not pg_rekey's: it belongs to {row['owner']}",
@@ -112,11 +113,28 @@ def pool() -> Pool:
 
 def _configure(connection: Connection) -> None:
     connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+    # Functions and operators in our statements are PostgreSQL's, and not what somebody put into a schema of
+    # this login's path, where it fits a call better. A pooler hands its sessions to others: theirs stays.
+    autocommit = connection.autocommit
+    connection.autocommit = True
+    if not is_pooled(connection):
+        connection.execute(query("pin"))
+    connection.autocommit = autocommit
+
+
+def named(connection: Connection, table: str) -> str:
+    """Return a table's name with its schema, found by the search path that this login has."""
+    with connection.transaction():
+        connection.execute(query("login path"))
+        row = connection.execute(query("named"), [table]).fetchone()
+        if not is_pooled(connection):
+            connection.execute(query("pin"))
+    return str(row["name"]) if row else table
 
 
 def is_pooled(connection: Connection) -> bool:
     """Tell whether there is a pooler in between: to its clients it names another process than serves them."""
-    row = connection.execute("select pg_backend_pid() as pid").fetchone()
+    row = connection.execute("select pg_catalog.pg_backend_pid() as pid").fetchone()
     return row is not None and row["pid"] != connection.info.backend_pid
 
 

@@ -223,6 +223,23 @@ where s.name = %s
 select 'critical' as severity, 'pg_rekey is not installed in this database' as finding, 'Run `pg-rekey init`.' as advice
 where to_regclass('rekey.settings') is null
 
+-- name: pin
+-- description: From now on, names are PostgreSQL's own; what the path of the login was is kept.
+select pg_catalog.set_config('pg_rekey.login_path', pg_catalog.current_setting('search_path'), false),
+  pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false)
+where pg_catalog.current_setting('search_path') operator(pg_catalog.<>) 'pg_catalog, pg_temp'
+
+-- name: login path
+-- description: The path of the login again, where it was kept.
+select pg_catalog.set_config('search_path', pg_catalog.current_setting('pg_rekey.login_path', true), false)
+where pg_catalog.current_setting('pg_rekey.login_path', true) operator(pg_catalog.<>) ''
+
+-- name: named
+-- description: A table's name with its schema.
+select pg_catalog.format('%%I.%%I'::pg_catalog.text, n.nspname, c.relname) as name
+from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid operator(pg_catalog.=) c.relnamespace
+where c.oid operator(pg_catalog.=) %s::pg_catalog.regclass::pg_catalog.oid
+
 -- name: owner
 -- description: Who owns schema rekey; no row: there is none.
 select pg_catalog.pg_get_userbyid(n.nspowner)::pg_catalog.text as owner from pg_catalog.pg_namespace n

@@ -51,6 +51,7 @@ def protect(
 ) -> None:
     """Put a bytea or text column under rotation; no value changes yet. What envelopes break: warnings."""
     names = [name.strip() for name in context.split(",")] if context is not None else None
+    table = db.named(connection, table)
     label = scalar(connection, db.query("protect column"), table, column, keyring, names, encrypt_on_write)
     out.done(
         f"{label} is protected; `pg-rekey columns adopt` encrypts what is there", label=label, keyring=keyring
@@ -91,6 +92,7 @@ def adopt(
     formats = tuple(dict.fromkeys(formats))
     keys = Keys.from_environment(formats)
     with worker.connect() as connection:
+        table = db.named(connection, table)
         if dry_run:
             _dry_run(connection, out, table, column, formats, force, keys)
             return
@@ -149,6 +151,7 @@ def unprotect(out: Output, table: str, column: str, decrypt: bool, yes: bool) ->
         if decrypt:
             confirm(connection, f"Write the plain values of {table}.{column} back?", yes)
         total = 0
+        table = db.named(connection, table)
         for count in release(connection, table, column, decrypt):
             total += count
             click.echo(f"{total} rows decrypted", err=True)
@@ -193,6 +196,7 @@ def rebind(
     public.accounts api_key
     """
     confirm(connection, f"Bind the protected column to {table}.{column}?", yes)
+    table = db.named(connection, table)
     name = scalar(connection, db.query("rebind column"), table, column, label)
     out.done(f"{name} is bound to {table}.{column}", label=name, table=table, column=column)
 
@@ -202,6 +206,7 @@ def rebind(
 @database()
 def view(connection: db.Connection, out: Output, table: str) -> None:
     """Make the view TABLE_decrypted, which shows the rows opened, under the rights of whoever reads it."""
+    table = db.named(connection, table)
     name = scalar(connection, "select rekey.create_decrypted_view(%s::regclass)", table)
     out.done(f"view {name} made; grant SELECT on it to its readers", view=name)
 
