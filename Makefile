@@ -7,10 +7,12 @@ PG_CONFIG = pg_config
 PYTHON = python3 python3.13 python3.12 python3.11 python3.14
 TARGET =
 ARGS =
+LOCK = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock'
 KILLS = 20
 MINUTES = 2
 
-.PHONY: help demo test test-matrix prove bench lint sql install uninstall kek dev clean
+.PHONY: help demo test test-matrix prove bench lint sql lock install uninstall kek dev clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-11s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -42,6 +44,11 @@ sql: $(STAMP) ## assemble the SQL and write what is generated from it: sql/dist,
 	@$(BIN)/python -m pg_rekey.release $(ARGS)
 	@$(BIN)/python docs/generate.py
 
+lock: $(STAMP) ## resolve the ranges of pyproject.toml anew into requirements/, with hashes
+	@$(LOCK) --extra api --output-file requirements/api.txt pyproject.toml
+	@$(LOCK) --extra dev --output-file requirements/dev.txt pyproject.toml
+	@$(LOCK) --constraint requirements/dev.txt --output-file requirements/build.txt requirements/build.in
+
 install: ## put the extension into the server that PG_CONFIG belongs to; no Python needed
 	@$(MAKE) --no-print-directory -C sql install PG_CONFIG='$(PG_CONFIG)'
 	@echo 'now, in the database: create extension pg_rekey cascade (or alter extension pg_rekey update)'
@@ -68,7 +75,7 @@ FIND_PYTHON = find_python() { \
 	done; \
 	return 1; }
 
-$(STAMP): pyproject.toml sql/pg_rekey.control
+$(STAMP): pyproject.toml requirements/dev.txt sql/pg_rekey.control
 	@set -e; $(FIND_PYTHON); \
 	if ! python=`find_python` && test "`id -u`" = 0 && test -f /etc/debian_version; then \
 		echo 'installing python3 and python3-venv with apt' >&2; \
@@ -80,5 +87,6 @@ $(STAMP): pyproject.toml sql/pg_rekey.control
 	fi; \
 	echo "making $(VENV) with $$python" >&2; \
 	"$$python" -m venv $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/dev.txt; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .; \
 	touch $@

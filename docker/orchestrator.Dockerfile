@@ -2,12 +2,15 @@
 #   docker build -f docker/orchestrator.Dockerfile -t pg-rekey .
 FROM python:3.13-slim-trixie AS build
 WORKDIR /src
+COPY requirements requirements
+RUN pip install --quiet --no-cache-dir --require-hashes --requirement requirements/build.txt \
+ && python -m venv --without-pip /opt/pg-rekey \
+ && pip --python /opt/pg-rekey/bin/python install --quiet --no-cache-dir --require-hashes --requirement requirements/api.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY sql sql
 COPY orchestrator orchestrator
-RUN pip wheel --quiet --no-cache-dir --no-deps --wheel-dir /wheels . \
- && python -m venv --without-pip /opt/pg-rekey \
- && pip --python /opt/pg-rekey/bin/python install --quiet --no-cache-dir "$(echo /wheels/*.whl)[api]"
+RUN pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels . \
+ && pip --python /opt/pg-rekey/bin/python install --quiet --no-cache-dir --no-deps /wheels/*.whl
 
 FROM python:3.13-slim-trixie
 COPY --from=build /opt/pg-rekey /opt/pg-rekey

@@ -201,6 +201,7 @@ COMMENT ON TYPE rekey.verified_rows IS 'Result of rekey.verify_ciphertexts(): ro
 CREATE FUNCTION rekey._rpc_key_rotation_status() RETURNS jsonb
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_status jsonb;
@@ -266,6 +267,7 @@ COMMENT ON FUNCTION public.key_rotation_status() IS 'How rotation stands, for Po
 CREATE FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) RETURNS jsonb
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_answer jsonb;
@@ -437,6 +439,7 @@ COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rek
 CREATE FUNCTION rekey._adoption_batch(rotation_id bigint) RETURNS rekey._adoption
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation record;
@@ -511,6 +514,7 @@ COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint) IS 'One batch of a
 CREATE FUNCTION rekey._adoption_preview(target regclass, column_name name, relation regclass, first tid, formats text[], forced boolean) RETURNS rekey._adoption
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_column rekey.protected_columns;
@@ -613,6 +617,7 @@ COMMENT ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass
 CREATE FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation record;
@@ -1083,7 +1088,7 @@ CREATE TABLE rekey.audit_log (
     details jsonb DEFAULT '{}'::jsonb NOT NULL,
     prev_hash bytea NOT NULL,
     hash bytea NOT NULL,
-    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text, 'audit.pruned'::text])))
+    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'keyring.emptied'::text, 'census.found'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text, 'audit.pruned'::text])))
 );
 
 
@@ -1291,6 +1296,77 @@ COMMENT ON FUNCTION rekey._batch_size(keyrings integer) IS 'By how much a batch 
 
 
 --
+-- Name: _searches; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._searches (
+    id bigint NOT NULL,
+    home text NOT NULL,
+    scope text NOT NULL,
+    state text DEFAULT 'reading'::text NOT NULL,
+    begun_in xid8 NOT NULL,
+    begun_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    older xid8,
+    blocked_by jsonb,
+    blocked_since timestamp with time zone,
+    looks integer DEFAULT 0 NOT NULL,
+    incomplete_since timestamp with time zone,
+    postponed boolean DEFAULT false NOT NULL,
+    completed_at timestamp with time zone,
+    counted_at timestamp with time zone,
+    counted_as text,
+    CONSTRAINT _searches_scope_check CHECK ((scope = ANY (ARRAY['database'::text, 'columns'::text]))),
+    CONSTRAINT _searches_state_check CHECK ((state = ANY (ARRAY['reading'::text, 'looking'::text, 'complete'::text])))
+);
+
+
+ALTER TABLE rekey._searches OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _searches; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._searches IS 'Searches of the database: how far the last one is. older: transactions before this one are waited for.';
+
+
+--
+-- Name: _begin_search(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._begin_search() RETURNS rekey._searches
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_search rekey._searches;
+begin
+  delete from rekey._searches s where s.id is not null;
+  insert into rekey._searches (home, scope, begun_in)
+  values (rekey._home(), (rekey._settings()).destroy_search, pg_current_xact_id()) returning * into v_search;
+  insert into rekey._search_versions (search_id, keyring_id, version)
+  select v_search.id, k.keyring_id, k.version from rekey.encryption_keys k where k.state = 'destroy_scheduled';
+  if v_search.scope = 'database' then
+    -- Small relations are left to the look, up to 32 MB of them.
+    insert into rekey._search_relations (search_id, relation, name, bytes)
+    select v_search.id, r.relation, r.name, r.bytes
+    from (select t.*, sum(t.bytes) over (order by t.bytes, t.relation rows unbounded preceding) as total from rekey._searchable() t) r
+    where (r.bytes > 1048576 or r.total > 33554432) and r.problem is null and r.is_heap;
+  end if;
+  return v_search;
+end
+$$;
+
+
+ALTER FUNCTION rekey._begin_search() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _begin_search(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._begin_search() IS 'Begins a search for every version that is scheduled for destruction, in place of the last one.';
+
+
+--
 -- Name: _begin_verification(bigint[], integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -1391,6 +1467,7 @@ COMMENT ON FUNCTION rekey._blocked_targets(keyrings integer[]) IS 'The targets t
 CREATE FUNCTION rekey._call_count(function_name name, relation regclass, keyrings integer[]) RETURNS TABLE(keyring_id integer, version integer, rows bigint)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_state text[];
@@ -1433,6 +1510,7 @@ COMMENT ON FUNCTION rekey._call_count(function_name name, relation regclass, key
 CREATE FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_state text[];
@@ -1473,6 +1551,7 @@ COMMENT ON FUNCTION rekey._call_read(function_name name, relation regclass, firs
 CREATE FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_state text[];
@@ -1513,6 +1592,7 @@ COMMENT ON FUNCTION rekey._call_scan(function_name name, relation regclass, firs
 CREATE FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_answer boolean;
@@ -1548,6 +1628,7 @@ COMMENT ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid)
 CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'on'
     AS $_$
 declare
   v_count bigint;
@@ -1619,31 +1700,100 @@ CREATE FUNCTION rekey._census() RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+  v_target rekey._target;
   v_keyrings integer[];
+  v_current integer[];
+  v_active bytea[];
+  v_open boolean := true;
+  v_seconds double precision;
+  v_blocks bigint;
+  v_state text := rekey._target_state();
+  v_found jsonb := '[]'::jsonb;
+  v_rows jsonb := '[]'::jsonb;
   v_stale record;
   v_id bigint;
   v_events jsonb := '[]'::jsonb;
 begin
   perform rekey._refuse_snapshot();
   perform rekey._note_names();
-  select array_agg(distinct c.keyring_id) into v_keyrings
-  from rekey._count(null, false) c
-  join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
-  where k.state <> 'active'
-    and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
-  if v_keyrings is null then
-    update rekey._worker w set last_census_at = now() where w.singleton;
-    return;  -- and the KEK was not needed
+  select array_agg(rekey._header(k.keyring_id, k.version)) into v_active from rekey.encryption_keys k where k.state = 'active';
+  begin
+    perform from rekey._kek();
+  exception when sqlstate 'RK001' or sqlstate 'RK002' then
+    v_open := false;
+  end;
+  select 20.0 / greatest(count(*), 1) into v_seconds from rekey._targets() t where t.problem is null;
+  -- A target that cannot be counted is told of, and keeps nobody from looking at the others.
+  for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
+    begin
+      -- Locked first, counted by the next statement: as rekey._lock_targets().
+      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      select array_agg(distinct c.keyring_id) filter (where not coalesce(rekey._header(c.keyring_id, c.version) = any (v_active), false)),
+        array_agg(distinct c.keyring_id)
+      into v_keyrings, v_current
+      from rekey._call_count(v_target.function_name, v_target.relation, null) c
+      where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
+      -- And where the census has put rows into quarantine: they may open again.
+      v_keyrings := array(
+        select unnest(v_keyrings) union
+        select q.keyring_id from rekey.rotation_failures q where q.target = v_target.target and q.rotation_id is null and q.resolved_at is null);
+      if v_keyrings <> '{}' then
+        v_rows := v_rows || coalesce((
+          select jsonb_agg(to_jsonb(c) || jsonb_build_object('target', v_target.target))
+          from rekey._census_target(v_target, v_keyrings, v_active) c), '[]');
+      end if;
+      -- Those on the active version, where they open too: of a large table another part each day, for a few seconds.
+      v_current := array(select unnest(v_current) except select unnest(v_keyrings));
+      if v_open and v_current <> '{}' then
+        v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
+        v_blocks := (random() * greatest(v_blocks - 8192, 0))::bigint;
+        v_rows := v_rows || coalesce((
+          select jsonb_agg(to_jsonb(c) || jsonb_build_object('target', v_target.target))
+          from rekey._census_target(v_target, v_current, v_active, v_blocks, v_blocks + 8192, clock_timestamp() + v_seconds * interval '1 second') c), '[]');
+      end if;
+    exception
+      when sqlstate 'RK001' or sqlstate 'RK002' or sqlstate 'RK005' then
+        raise;
+      when others then
+        v_found := v_found || jsonb_build_object('kind', 'uncounted', 'severity', 'critical', 'target', v_target.target,
+          'finding', format('%s cannot be counted: %s', v_target.target, sqlerrm), 'advice', 'Read it as its owner: an index, a function or a policy of the table may be the reason.');
+    end;
+  end loop;
+  if rekey._target_state() is distinct from v_state then
+    raise exception 'a protected column was changed while its rows were counted' using errcode = 'RK005', hint = 'Try again.';
   end if;
+
+  -- What does not open, by keyring; a keyring that does not exist was made up, or is that of another database.
+  v_found := v_found || coalesce((
+    select jsonb_agg(jsonb_build_object('kind', f.kind, 'severity', 'critical', 'target', f.target, 'keyring', f.keyring, 'version', f.version, 'rows', f.rows,
+      'finding', case f.kind
+        when 'destroyed' then format('%s rows of %s stand on version %s of keyring %s, which is destroyed', f.rows, f.target, f.version, f.keyring)
+        when 'unknown' then format('%s rows of %s stand on version %s of keyring %s, which there is not', f.rows, f.target, f.version, f.keyring)
+        else format('%s rows of %s do not open: version %s of keyring %s', f.rows, f.target, f.version, f.keyring) end,
+      'advice', case f.kind
+        when 'unopenable' then '`pg-rekey rotations failures` names them. Restore them, or give them up: `pg-rekey rotations resolve`.'
+        else 'Nothing in this database opens them: restore them, or the key, from a backup. `pg-rekey rotations failures` names them.' end))
+    from (
+      select c.target, coalesce(r.name, format('no. %s', c.keyring_id)) as keyring, c.version, sum(c.failed) as rows,
+        case when k.state = 'destroyed' then 'destroyed' when k.state is null then 'unknown' else 'unopenable' end as kind
+      from jsonb_to_recordset(v_rows) as c(target text, keyring_id integer, version integer, failed bigint)
+      left join rekey.keyrings r on r.id = c.keyring_id
+      left join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
+      where c.failed > 0
+      group by 1, 2, 3, k.state) f), '[]');
+  v_found := v_found || coalesce((
+    select jsonb_agg(jsonb_build_object('kind', f.kind, 'severity', f.severity, 'target', f.target, 'keyring', f.keyring, 'version', f.version,
+      'finding', f.finding, 'advice', f.advice))
+    from rekey.findings() f where f.rows is null), '[]');
+  perform rekey._note_findings(v_found);
+
   for v_stale in
-    -- Rows that do not open, or that their table refuses, are known, from the quarantine.
-    select c.keyring_id, r.name, sum(c.rows - c.failed - c.refused) as rows, a.version
-    from rekey._count(v_keyrings, true) c
+    select c.keyring_id, r.name, sum(c.stale) as rows, a.version
+    from jsonb_to_recordset(v_rows) as c(keyring_id integer, stale bigint)
     join rekey.keyrings r on r.id = c.keyring_id
     join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
-    where c.version <> a.version
     group by c.keyring_id, r.name, a.version
-    having sum(c.rows - c.failed - c.refused) > 0
+    having sum(c.stale) > 0
     order by c.keyring_id
   loop
     perform rekey._keyring(v_stale.name, lock => true);
@@ -1664,7 +1814,108 @@ ALTER FUNCTION rekey._census() OWNER TO rekey_owner;
 -- Name: FUNCTION _census(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep.';
+COMMENT ON FUNCTION rekey._census() IS 'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep; puts rows that do not open into the quarantine; and notes what else is not as it should be. Of rows on active versions it opens 64 MB of each target, for 20 seconds in all, where the KEK is at hand. The KEK is needed only where a row is not on an active version.';
+
+
+--
+-- Name: _census_target(rekey._target, integer[], bytea[], bigint, bigint, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[], first bigint DEFAULT 0, until bigint DEFAULT '4294967294'::bigint, deadline timestamp with time zone DEFAULT 'infinity'::timestamp with time zone) RETURNS TABLE(keyring_id integer, version integer, problem text, failed bigint, stale bigint)
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_from tid := format('(%s,0)', first)::tid;
+  v_found record;
+  v_batch record;
+  v_still bigint[] := '{}'::bigint[];
+  v_added jsonb := '[]'::jsonb;
+  v_counted jsonb := '[]'::jsonb;
+begin
+  while v_from is not null loop
+    select s.* into v_found from rekey._call_scan(target.function_name, target.relation, v_from, format('(%s,0)', until)::tid, keyrings, null, 4000, 2097152) s;
+    if v_found.rows is not null then
+      with rows as materialized (
+        select u.place::integer as place, rekey._int4(u.header, 3) as keyring_id, rekey._int4(u.header, 7) as version, u.header = any (active) as active, u.row_key
+        from (select o.place, substr(o.ciphertext, 1, 11) as header, o.row_key
+              from unnest(v_found.ciphertexts, v_found.keys) with ordinality as o(ciphertext, row_key, place)) u
+      ), failing as materialized (
+        select f.place, f.problem
+        from rekey._check(v_found.ciphertexts, target.prefix, v_found.contexts) c
+        cross join lateral unnest(c.failed_places, c.problems) as f(place, problem)
+      ), noted as materialized (
+        -- Discarded by somebody who has seen it, or in quarantine.
+        select r.place, q.id, q.resolution
+        from rows r
+        join rekey.rotation_failures q on q.keyring_id = r.keyring_id and q.target = _census_target.target.target
+          and q.relation = _census_target.target.relation::text and q.row_hash = rekey._row_hash(r.row_key)
+          and (q.resolved_at is null or q.resolution = 'discard' and q.version = r.version)
+      ), added as (
+        insert into rekey.rotation_failures (keyring_id, target, relation, row_key, version, reason)
+        select r.keyring_id, _census_target.target.target, _census_target.target.relation::text, r.row_key, r.version, f.problem
+        from failing f
+        join rows r on r.place = f.place
+        join rekey.keyrings k on k.id = r.keyring_id
+        where not exists (select from noted n where n.place = f.place)
+        on conflict do nothing
+        returning id, rotation_failures.keyring_id, rotation_failures.version, row_key, reason
+      )
+      select
+        (select array_agg(n.id) from noted n join failing f on f.place = n.place where n.resolution is null) as still,
+        (select jsonb_agg(to_jsonb(a)) from added a) as added,
+        (select jsonb_agg(to_jsonb(t)) from (
+          select r.keyring_id, r.version, f.problem, count(f.place) as failed, count(*) - count(f.place) as stale
+          from rows r left join failing f on f.place = r.place
+          -- What is in quarantine and opens is refused by its table; what was discarded is known.
+          where not exists (select from noted n where n.place = r.place and (n.resolution = 'discard' or f.place is null))
+            and (f.place is not null or not r.active)
+          group by r.keyring_id, r.version, f.problem) t) as counted
+      into v_batch;
+      v_still := v_still || coalesce(v_batch.still, '{}')
+        || array(select (a.value ->> 'id')::bigint from jsonb_array_elements(coalesce(v_batch.added, '[]')) a);
+      -- Five of each keyring and version are enough for the audit log.
+      v_added := (
+        select coalesce(jsonb_agg(jsonb_build_object('keyring_id', n.keyring_id, 'version', n.version, 'rows', n.rows, 'first', n.first, 'reason', n.reason)), '[]')
+        from (
+          select a.keyring_id, a.version, sum(a.rows) as rows, (jsonb_agg(a.first order by a.place) -> 0) as first, (array_agg(a.reason order by a.place))[1] as reason
+          from (
+            select (o.value ->> 'keyring_id')::integer as keyring_id, (o.value ->> 'version')::integer as version, (o.value ->> 'rows')::bigint as rows,
+              o.value -> 'first' as first, o.value ->> 'reason' as reason, 0 as place
+            from jsonb_array_elements(v_added) o
+            union all
+            select b.keyring_id, b.version, count(*), to_jsonb((array_agg(rekey._cut(b.row_key, 100) order by b.id))[1:5]), (array_agg(b.reason order by b.id))[1], 1
+            from jsonb_to_recordset(coalesce(v_batch.added, '[]')) as b(id bigint, keyring_id integer, version integer, row_key text, reason text)
+            group by b.keyring_id, b.version) a
+          group by a.keyring_id, a.version) n);
+      v_counted := v_counted || coalesce(v_batch.counted, '[]');
+    end if;
+    v_from := case when clock_timestamp() < deadline then rekey._next_row(v_found.next) end;
+  end loop;
+  update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
+  where deadline = 'infinity' and q.rotation_id is null and q.resolved_at is null and q.target = _census_target.target.target
+    and q.relation = _census_target.target.relation::text and q.keyring_id = any (keyrings) and not q.id = any (v_still);
+  perform rekey._audit_all((
+    select coalesce(jsonb_agg(jsonb_build_object('event', 'rotation.row_failed', 'keyring', k.name, 'version', a.version,
+      'details', jsonb_build_object('found_by', 'census', 'target', target.target, 'relation', target.relation::text, 'rows', a.rows,
+        'first', a.first, 'problem', a.reason)) order by k.name, a.version), '[]')
+    from jsonb_to_recordset(v_added) as a(keyring_id integer, version integer, rows bigint, first jsonb, reason text)
+    join rekey.keyrings k on k.id = a.keyring_id));
+  return query
+    select c.keyring_id, c.version, min(c.problem), sum(c.failed)::bigint, sum(c.stale)::bigint
+    from jsonb_to_recordset(v_counted) as c(keyring_id integer, version integer, problem text, failed bigint, stale bigint)
+    group by c.keyring_id, c.version;
+end
+$$;
+
+
+ALTER FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[], first bigint, until bigint, deadline timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _census_target(target rekey._target, keyrings integer[], active bytea[], first bigint, until bigint, deadline timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[], first bigint, until bigint, deadline timestamp with time zone) IS 'Opens the rows of these keyrings in one target. What does not open enters the quarantine, with one audit entry for each keyring and version; what the census had put there and opens again leaves it. failed: rows that do not open and that nobody has discarded; stale: rows that open and are not on an active version (headers in active). first, until: only these blocks; deadline: as far as it comes by then, where nothing leaves the quarantine. Takes the KEK.';
 
 
 --
@@ -1763,8 +2014,15 @@ begin
   perform rekey._check_tenant(keyring_tenant);
   -- The label of a protected column: who may not read the column may not open its values either.
   for v_shape in
-    select s.relation, s.attnums[c.places[1]] as attnum
-    from rekey.protected_columns c cross join lateral rekey._column_shape(c.id) s
+    select coalesce(s.relation, n.relation) as relation, coalesce(s.attnums[c.places[1]], n.attnum) as attnum
+    from rekey.protected_columns c
+    cross join lateral rekey._column_shape(c.id) s
+    -- Where its owner dropped the table and made it anew, the new one goes on being read until it is bound.
+    left join lateral (
+      select r.oid::regclass as relation, a.attnum
+      from pg_class r
+      join pg_attribute a on a.attrelid = r.oid and a.attname = c.column_name and a.attnum > 0 and not a.attisdropped
+      where r.oid = rekey._relation_named(c.relation_name) and pg_get_userbyid(r.relowner) = c.owner) n on s.relation is null
     where c.label = context[array_lower(context, 1)]
   loop
     if not coalesce(has_column_privilege(rekey._caller(), v_shape.relation, v_shape.attnum, 'select'), false) then
@@ -2034,6 +2292,26 @@ ALTER FUNCTION rekey._clear_chunks() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._clear_chunks() IS 'Deletes what passes and verifications leave whose rotations were all paused, superseded, rolled back or completed.';
+
+
+--
+-- Name: _code_of_others(oid, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._code_of_others(relation oid, reader name) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._code_of_others(relation oid, reader name) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _code_of_others(relation oid, reader name); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._code_of_others(relation oid, reader name) IS 'A function of neither a superuser nor the reader that reading a relation may run; NULL: there is none.';
 
 
 --
@@ -2315,10 +2593,37 @@ COMMENT ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) IS '
 
 
 --
+-- Name: _relations_here(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._relations_here(relation regclass) RETURNS SETOF regclass
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
+    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
+  elsif relation is not null then
+    return next relation;
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._relations_here(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _relations_here(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._relations_here(relation regclass) IS 'The relations of a table that have rows in this database: itself, or the leaves of its partitions.';
+
+
+--
 -- Name: _column_findings(regclass, smallint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint) RETURNS TABLE(fatal boolean, finding text, advice text)
+CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint) RETURNS TABLE(kind text, fatal boolean, finding text, advice text)
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     -- in sql/code
@@ -2548,6 +2853,7 @@ COMMENT ON FUNCTION rekey._column_statements(protected rekey.protected_columns, 
 CREATE FUNCTION rekey._column_status() RETURNS TABLE(label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, problem text)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   return query
@@ -2915,67 +3221,173 @@ COMMENT ON FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping
 
 
 --
--- Name: _destroy_due(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _destroy(integer, integer, bigint, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._destroy_due(clock_jumped boolean) RETURNS void
+CREATE FUNCTION rekey._destroy(keyring_id integer, version integer, rows bigint, elsewhere text) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_due record;
   v_keyring rekey.keyrings;
   v_key rekey.encryption_keys;
-  v_writing text;
-  v_postponed text;
-  -- After a jump of the clock, what is due within the day may only seem so too.
-  v_until timestamptz := now() + case when clock_jumped then interval '1 day' else interval '0' end;
-  v_events jsonb := '[]'::jsonb;
+  v_postponed text := elsewhere;
 begin
-  if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled' and k.destroy_after <= v_until) then
+  perform rekey._lock_kek();  -- first, as everywhere: a KEK rotation holds every key
+  v_keyring := rekey._keyring(rekey._keyring_name(keyring_id), lock => true);
+  v_key := rekey._key(keyring_id, version);
+  if v_key.state <> 'destroy_scheduled' or v_key.destroy_after > now() then
     return;
   end if;
-  v_writing := rekey._open_writers();
-  perform rekey._lock_kek();  -- first, as everywhere: a KEK rotation holds every key
-  for v_due in
-    select r.name, k.version from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
-    where k.state = 'destroy_scheduled' and k.destroy_after <= v_until
-    order by k.keyring_id, k.version
-  loop
-    v_keyring := rekey._keyring(v_due.name, lock => true);
-    v_key := rekey._key(v_keyring.id, v_due.version);
-    continue when v_key.state <> 'destroy_scheduled' or v_key.destroy_after > v_until;
-    v_postponed := case when clock_jumped then 'more than a day since the last tick: the clock may be wrong' else v_writing end;
-    if v_postponed is null then
-      begin
-        perform rekey._refuse_in_use(v_keyring, v_due.version);
-      exception when sqlstate 'RK005' then
-        v_postponed := sqlerrm;
-      end;
-    end if;
-    if v_postponed is not null then
-      update rekey.encryption_keys k set destroy_after = now() + interval '1 day' where k.id = v_key.id;
-      v_events := v_events || jsonb_build_object('event', 'key.destroy_scheduled', 'keyring', v_due.name, 'version', v_due.version,
-        'details', jsonb_build_object('postponed', v_postponed, 'destroy_after', now() + interval '1 day'));
-      continue;
-    end if;
-    update rekey.encryption_keys k
-    set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
-    where k.id = v_key.id;
-    v_events := v_events || jsonb_build_object('event', 'key.destroyed', 'keyring', v_due.name, 'version', v_due.version);
-  end loop;
-  perform rekey._audit_all(v_events);
+  if v_postponed is null then
+    begin
+      perform rekey._refuse_in_use(v_keyring, version, rows);
+    exception when sqlstate 'RK005' then
+      v_postponed := sqlerrm;
+    end;
+  end if;
+  if v_postponed is not null then
+    -- The next attempt looks anew.
+    delete from rekey._search_versions v where (v.keyring_id, v.version) = (_destroy.keyring_id, _destroy.version);
+    perform rekey._postpone(array[keyring_id], array[version], v_postponed);
+    return;
+  end if;
+  update rekey.encryption_keys k
+  set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
+  where k.id = v_key.id;
+  perform rekey._audit('key.destroyed', v_keyring.name, version);
 end
 $$;
 
 
-ALTER FUNCTION rekey._destroy_due(clock_jumped boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._destroy(keyring_id integer, version integer, rows bigint, elsewhere text) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _destroy_due(clock_jumped boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _destroy(keyring_id integer, version integer, rows bigint, elsewhere text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._destroy_due(clock_jumped boolean) IS 'Destroys the versions whose time has come and that nothing needs; the others wait one more day, as all do after a jump of the clock.';
+COMMENT ON FUNCTION rekey._destroy(keyring_id integer, version integer, rows bigint, elsewhere text) IS 'Destroys a version that is due, or postpones it where something needs it. rows: as counted; elsewhere: where the search found it, NULL: nowhere.';
+
+
+--
+-- Name: _destroyable_header(text, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._destroyable_header(keyring text, version integer) RETURNS bytea
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+begin
+  return (
+    select rekey._header(k.keyring_id, k.version)
+    from rekey.encryption_keys k join rekey.keyrings r on r.id = k.keyring_id
+    where r.name = keyring and k.version = _destroyable_header.version and k.state in ('decrypt_only', 'disabled', 'compromised')
+      and (rekey._settings()).destroy_search = 'database');
+end
+$$;
+
+
+ALTER FUNCTION rekey._destroyable_header(keyring text, version integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _destroyable_header(keyring text, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._destroyable_header(keyring text, version integer) IS 'What the envelopes of a version begin with; NULL where it cannot be destroyed, or is not looked for outside of protected columns.';
+
+
+--
+-- Name: _destruction_step(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._destruction_step(clock_jumped boolean) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_search rekey._searches;
+  v_keyrings integer[];
+  v_versions integer[];
+  v_covered integer;
+  v_next record;
+  v_problem text;
+begin
+  -- After a jump of the clock, what is due within the day may only seem so too.
+  select array_agg(k.keyring_id order by k.id), array_agg(k.version order by k.id) into v_keyrings, v_versions
+  from rekey.encryption_keys k
+  where k.state = 'destroy_scheduled' and k.destroy_after <= now() + case when clock_jumped then interval '1 day' else interval '0' end;
+  if v_keyrings is null then
+    return null;
+  elsif clock_jumped then
+    perform rekey._postpone(v_keyrings, v_versions, 'more than a day since the last tick: the clock may be wrong');
+    return null;
+  elsif not pg_try_advisory_xact_lock(0, 5) then
+    return null;  -- another worker is at it
+  end if;
+  v_search := rekey._open_search();
+  select count(*) into v_covered from unnest(v_keyrings, v_versions) as u(keyring_id, version)
+  join rekey._search_versions v on v.search_id = v_search.id and v.keyring_id = u.keyring_id and v.version = u.version;
+  if v_search.id is null or v_search.scope <> (rekey._settings()).destroy_search or v_covered = 0
+     or v_search.state = 'complete' and v_search.completed_at not between now() - interval '36 hours' and clock_timestamp()
+     or v_search.state <> 'complete' and v_search.postponed and v_covered < cardinality(v_keyrings) then
+    perform rekey._begin_search();
+    return 'search';
+  elsif v_search.state <> 'complete' and v_search.incomplete_since is null then
+    return 'search';
+  elsif v_search.state <> 'complete' and v_search.postponed then
+    -- The day after: somebody may have granted what was missing.
+    update rekey._search_relations r set tried_by = '{}', problem = null where r.search_id = v_search.id and r.problem is not null;
+    update rekey._searches s set incomplete_since = null, postponed = false where s.id = v_search.id;
+    return 'search';
+  elsif v_search.state <> 'complete' then
+    update rekey._searches s set postponed = true where s.id = v_search.id;
+    perform rekey._postpone(v_keyrings, v_versions, coalesce(rekey._search_problem(v_search.id), 'the search of the database is not complete'));
+    return null;
+  end if;
+
+  if v_search.counted_as is distinct from rekey._target_state() or v_search.counted_at not between now() - interval '1 hour' and clock_timestamp()
+     or exists (select from unnest(v_keyrings, v_versions) as u(keyring_id, version)
+                join rekey._search_versions v on v.search_id = v_search.id and v.keyring_id = u.keyring_id and v.version = u.version and v.rows is null) then
+    -- Once for all that are due; nobody is kept waiting by it.
+    begin
+      with counted as materialized (
+        select c.keyring_id, c.version, sum(c.rows) as rows from rekey._count(v_keyrings, false) c group by c.keyring_id, c.version
+      )
+      update rekey._search_versions v
+      set rows = coalesce((select c.rows from counted c where c.keyring_id = v.keyring_id and c.version = v.version), 0)
+      where v.search_id = v_search.id and v.keyring_id = any (v_keyrings);
+      update rekey._searches s set counted_at = now(), counted_as = rekey._target_state() where s.id = v_search.id;
+    exception when sqlstate 'RK005' then
+      v_problem := sqlerrm;
+    end;
+    if v_problem is not null then
+      perform rekey._postpone(v_keyrings, v_versions, v_problem);
+      return null;
+    end if;
+    return 'more';
+  end if;
+
+  select v.keyring_id, v.version, v.rows,
+    (select string_agg(format('%s.%I', f.relation_name, f.column_name), ', ' order by f.relation_name, f.column_name) || format(' holds envelopes of the version, in %s rows: see rekey.search_findings', sum(f.rows))
+     from rekey._search_finds f where f.search_id = v.search_id and f.keyring_id = v.keyring_id and f.version = v.version) as elsewhere
+  into v_next
+  from unnest(v_keyrings, v_versions) with ordinality as u(keyring_id, version, place)
+  join rekey._search_versions v on v.search_id = v_search.id and v.keyring_id = u.keyring_id and v.version = u.version
+  order by u.place limit 1;
+  perform rekey._destroy(v_next.keyring_id, v_next.version, v_next.rows, v_next.elsewhere);
+  return 'more';
+end
+$$;
+
+
+ALTER FUNCTION rekey._destruction_step(clock_jumped boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _destruction_step(clock_jumped boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._destruction_step(clock_jumped boolean) IS 'Destroys one version that is due, or does what has to be done before. search: it takes steps of the search, which read with the rights of who calls them; more: call again; NULL: there is nothing left to do now.';
 
 
 --
@@ -3064,6 +3476,112 @@ COMMENT ON FUNCTION rekey._due_rows(rotations bigint[]) IS 'What these rotations
 
 
 --
+-- Name: _secrets_seen; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._secrets_seen (
+    keyring_id integer NOT NULL,
+    rows bigint NOT NULL
+);
+
+
+ALTER TABLE rekey._secrets_seen OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _secrets_seen; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._secrets_seen IS 'How many secrets of a keyring the last complete count saw: where there are none any more, a rotation asks whether that is meant.';
+
+
+--
+-- Name: keyrings; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.keyrings (
+    id integer NOT NULL,
+    name text NOT NULL,
+    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
+    rotate_every interval,
+    next_rotation_at timestamp with time zone,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    rotated_at timestamp with time zone DEFAULT now() NOT NULL,
+    retired_at timestamp with time zone,
+    CONSTRAINT keyrings_id_check CHECK ((id > 0)),
+    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[\u0001-\u001F\u007F]'::text))),
+    CONSTRAINT keyrings_next_rotation_at_check CHECK (isfinite(next_rotation_at)),
+    CONSTRAINT keyrings_retired_check CHECK (((retired_at IS NULL) OR (rotate_every IS NULL))),
+    CONSTRAINT keyrings_rotate_every_check CHECK (((rotate_every >= '00:01:00'::interval) AND (rotate_every <= '36500 days'::interval))),
+    CONSTRAINT keyrings_schedule_check CHECK (((rotate_every IS NULL) = (next_rotation_at IS NULL)))
+);
+
+
+ALTER TABLE rekey.keyrings OWNER TO rekey_owner;
+
+--
+-- Name: TABLE keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.keyrings IS 'Named lines of DEK versions: one a tenant, one an application, or just default.';
+
+
+--
+-- Name: COLUMN keyrings.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.id IS 'Random positive number; part of every ciphertext.';
+
+
+--
+-- Name: COLUMN keyrings.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.name IS 'Unique name, 1 to 63 bytes without control characters.';
+
+
+--
+-- Name: COLUMN keyrings.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.tenant_id IS 'Tenant the keyring belongs to; the nil UUID: all of them.';
+
+
+--
+-- Name: COLUMN keyrings.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.rotate_every IS 'Cryptoperiod (SP 800-57): time between scheduled rotations, one minute or more; NULL: none.';
+
+
+--
+-- Name: COLUMN keyrings.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.next_rotation_at IS 'When the next scheduled rotation is due.';
+
+
+--
+-- Name: COLUMN keyrings.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.created_at IS 'When it was created.';
+
+
+--
+-- Name: COLUMN keyrings.rotated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.rotated_at IS 'When its active version was made.';
+
+
+--
+-- Name: COLUMN keyrings.retired_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.retired_at IS 'When it was retired: it takes no new values.';
+
+
+--
 -- Name: _emptied(jsonb, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3080,7 +3598,7 @@ ALTER FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) OWNER TO rekey_
 -- Name: FUNCTION _emptied(counted jsonb, keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) IS 'By keyring, the protected columns that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
+COMMENT ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) IS 'By keyring, the protected columns, and rekey.secrets, that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
 
 
 --
@@ -3120,6 +3638,7 @@ CREATE TABLE rekey.settings (
     kek_secret_name text DEFAULT 'pg_rekey_kek'::text NOT NULL,
     kek_file text DEFAULT 'pg_rekey.kek'::text NOT NULL,
     destroy_wait interval DEFAULT '45 days'::interval NOT NULL,
+    destroy_search text DEFAULT 'database'::text NOT NULL,
     batch_target interval DEFAULT '00:00:00.2'::interval NOT NULL,
     step_limit interval,
     max_rows_per_second integer,
@@ -3132,6 +3651,7 @@ CREATE TABLE rekey.settings (
     CONSTRAINT settings_apply_plaintext_check CHECK ((apply_plaintext = ANY (ARRAY['refuse'::text, 'pass'::text]))),
     CONSTRAINT settings_audit_keep_check CHECK (((('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) >= '2002-01-01 00:00:00'::timestamp without time zone) AND (('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) <= '2101-01-01 00:00:00'::timestamp without time zone))),
     CONSTRAINT settings_batch_target_check CHECK (((batch_target >= '00:00:00.01'::interval) AND (batch_target <= '00:01:00'::interval))),
+    CONSTRAINT settings_destroy_search_check CHECK ((destroy_search = ANY (ARRAY['database'::text, 'columns'::text]))),
     CONSTRAINT settings_destroy_wait_check CHECK (((destroy_wait >= '00:00:00'::interval) AND (destroy_wait <= '3650 days'::interval))),
     CONSTRAINT settings_jwt_admin_claim_check CHECK ((jwt_admin_claim <> ''::text)),
     CONSTRAINT settings_kek_file_check CHECK (((kek_file <> ''::text) AND (kek_file !~ '^/|^[A-Za-z]:|(^|/)\.\.(/|$)'::text))),
@@ -3187,6 +3707,13 @@ COMMENT ON COLUMN rekey.settings.kek_file IS 'File of the KEK, relative to the d
 --
 
 COMMENT ON COLUMN rekey.settings.destroy_wait IS 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
+
+
+--
+-- Name: COLUMN settings.destroy_search; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.destroy_search IS 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
 
 
 --
@@ -3419,6 +3946,7 @@ CREATE FUNCTION rekey._find_rebind(target regclass, column_name name, label text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_id integer := rekey._column_id(target, column_name);
@@ -3489,6 +4017,7 @@ COMMENT ON FUNCTION rekey._fingerprint(kek bytea) IS 'By which a KEK is recognis
 CREATE FUNCTION rekey._finish_column(id integer) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -3545,6 +4074,7 @@ COMMENT ON FUNCTION rekey._finish_column(id integer) IS 'Takes back what rekey._
 CREATE FUNCTION rekey._finish_rebind(id integer, from_relation text, settled regclass[], settled_columns name[]) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -3638,6 +4168,7 @@ CREATE FUNCTION rekey._forget_column(id integer) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -3777,6 +4308,156 @@ COMMENT ON FUNCTION rekey._headers(ciphertexts bytea[]) IS 'The different header
 
 
 --
+-- Name: _hits(integer, bytea, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rest bytea := value;
+  v_first bytea := decode('524b01', 'hex');
+  v_at integer;
+  v_text text;
+  v_header bytea;
+  v_found bytea[] := '{}'::bytea[];
+begin
+  loop
+    v_at := position(v_first in v_rest);
+    exit when v_at = 0;
+    v_header := substr(v_rest, v_at, 11);
+    if v_header = any (wanted) and v_header <> all (v_found) and octet_length(v_rest) >= v_at + 74 then
+      v_found := v_found || v_header;
+    end if;
+    -- (What it found does not bring it further: an envelope has hardly another one within.)
+    v_rest := substr(v_rest, v_at + 3);
+  end loop;
+  v_text := null;
+  foreach v_header in array v_found loop
+    v_text := concat_ws(' ', v_text, place || ':' || encode(v_header, 'hex'));
+  end loop;
+  if position(convert_to('rk1:UksB', 'UTF8') in value) > 0 then
+    v_text := concat_ws(' ', v_text, rekey._hits(place, replace(encode(value, 'escape'), repeat(chr(92), 2), chr(92)), wanted));
+  end if;
+  return nullif(v_text, '');
+end
+$$;
+
+
+ALTER FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _hits(place integer, value bytea, wanted bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) IS 'As for text, of bytes: envelopes at their beginning or within, and their text form.';
+
+
+--
+-- Name: _hits(integer, text, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._hits(place integer, value text, wanted bytea[]) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_backslash text := chr(92);  -- a literal depends on the settings of the session in which it is read first
+  v_pieces text[];
+  v_piece text;
+  v_header bytea;
+  v_found bytea[] := '{}'::bytea[];
+begin
+  -- Assignments: a value may be plain, and must not become the parameter of a statement.
+  if strpos(value collate "C", 'rk1:UksB') > 0 then
+    v_pieces := string_to_array(value, 'rk1:UksB');
+    foreach v_piece in array v_pieces[2:] loop
+      v_piece := replace(left(v_piece, 200), v_backslash || '/', '/');
+      if v_piece collate "C" ~ '^[A-Za-z0-9+/]{96}' then
+        v_header := substr(decode('UksB' || left(v_piece, 12), 'base64'), 1, 11);
+        if v_header = any (wanted) and v_header <> all (v_found) then
+          v_found := v_found || v_header;
+        end if;
+      end if;
+    end loop;
+  end if;
+  if strpos(value collate "C", v_backslash || 'x524b01') > 0 then
+    v_pieces := string_to_array(value, v_backslash || 'x524b01');
+    foreach v_piece in array v_pieces[2:] loop
+      if left(v_piece, 144) collate "C" ~ '^[0-9a-f]{144}' then
+        v_header := decode('524b01' || left(v_piece, 16), 'hex');
+        if v_header = any (wanted) and v_header <> all (v_found) then
+          v_found := v_found || v_header;
+        end if;
+      end if;
+    end loop;
+  end if;
+  v_piece := null;
+  foreach v_header in array v_found loop
+    v_piece := concat_ws(' ', v_piece, place || ':' || encode(v_header, 'hex'));
+  end loop;
+  return v_piece;
+end
+$$;
+
+
+ALTER FUNCTION rekey._hits(place integer, value text, wanted bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _hits(place integer, value text, wanted bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._hits(place integer, value text, wanted bytea[]) IS 'The wanted headers of envelopes that stand within a text, as place:hex, separated by spaces; NULL: none.';
+
+
+--
+-- Name: _hold(oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._hold(relation oid) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET lock_timeout TO '3 s'
+    AS $$
+declare
+  v_name text := relation::regclass::text;
+  v_reader name;
+  v_owner record;
+  v_code text;
+begin
+  -- Whom a function runs as is not all: it can RESET ROLE to the one who logged in.
+  select case when a.usename = session_user and session_user = current_user then current_user end into v_reader
+  from pg_stat_activity a where a.pid = pg_backend_pid();
+  select c.relkind, r.rolname, r.rolsuper into v_owner from pg_class c join pg_roles r on r.oid = c.relowner where c.oid = relation;
+  if not found then
+    return 'it was dropped';
+  end if;
+  if not v_owner.rolsuper and v_owner.rolname is distinct from v_reader then
+    -- From here on nobody makes an index on it. (Who may only SELECT may not lock it so.)
+    if v_owner.relkind = 'r' and has_table_privilege(relation, 'update, delete, truncate') then
+      execute format('lock table only %s in share update exclusive mode', v_name);
+    elsif v_owner.relkind = 'm' and (select u.rolsuper from pg_roles u where u.rolname = current_user) then
+      execute format('comment on materialized view %s is null', v_name);  -- the only lock there is; the caller takes it back
+    end if;
+    v_name := relation::regclass::text;
+  end if;
+  v_code := rekey._code_of_others(relation, v_reader);
+  return v_code || ': it can have the table read by connecting itself; or, if you trust that code, give the function to a superuser';
+end
+$$;
+
+
+ALTER FUNCTION rekey._hold(relation oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _hold(relation oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._hold(relation oid) IS 'Keeps a relation from being given code until the subtransaction of the caller ends, which he undoes, and says why he is not to read it; NULL: nothing.';
+
+
+--
 -- Name: _hold_blocked(bigint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3873,7 +4554,7 @@ begin
       hint = 'Set standard_conforming_strings to on.';
   end if;
   get diagnostics v_stack = pg_context;
-  return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(' or rekey._in_maintenance();
+  return v_stack ~ '\mrekey"?\."?(_call_(count|scan|read|write|tenant_check)|search_step|_look|_look_ahead|find_envelopes)"?\(' or rekey._in_maintenance();
 end
 $$;
 
@@ -3958,6 +4639,7 @@ COMMENT ON FUNCTION rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad b
 CREATE FUNCTION rekey._is_doomed(value bytea) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_header bytea;
@@ -3990,6 +4672,7 @@ COMMENT ON FUNCTION rekey._is_doomed(value bytea) IS 'Whether a value is an enve
 CREATE FUNCTION rekey._is_doomed(value text) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_header bytea;
@@ -4045,6 +4728,26 @@ ALTER FUNCTION rekey._is_envelope(value bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._is_envelope(value bytea) IS 'Whether value has the shape of an envelope. Says nothing of its tag.';
+
+
+--
+-- Name: _is_extension_table(oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_extension_table(relation oid) RETURNS boolean
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._is_extension_table(relation oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_extension_table(relation oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_extension_table(relation oid) IS 'Whether a table belongs to pg_cron or Supabase Vault, which hold no envelopes.';
 
 
 --
@@ -4167,6 +4870,40 @@ COMMENT ON FUNCTION rekey._is_service_role(caller name) IS 'Whether the caller i
 
 
 --
+-- Name: _is_trusted(name, regclass, oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_trusted(extension name, class regclass, object oid) RETURNS boolean
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_super boolean := (select r.rolsuper from pg_roles r where r.rolname = current_user);
+begin
+  return exists (
+    select from pg_extension e
+    join pg_depend d on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
+    cross join lateral (
+      select c.relowner as owner from pg_class c where d.classid = 'pg_class'::regclass and c.oid = d.objid
+      union all
+      select p.proowner from pg_proc p where d.classid = 'pg_proc'::regclass and p.oid = d.objid) o
+    where e.extname = extension and d.classid = class and d.objid = object
+      -- Who owns it can replace it. A superuser runs what superusers own; others, what belongs to who made the extension too.
+      and (o.owner = e.extowner and not v_super or (select r.rolsuper from pg_roles r where r.oid = o.owner)));
+end
+$$;
+
+
+ALTER FUNCTION rekey._is_trusted(extension name, class regclass, object oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_trusted(extension name, class regclass, object oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) IS 'Whether an extension owns a relation or function, and nobody but superusers, or who made the extension, can replace it.';
+
+
+--
 -- Name: _is_under_way(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4192,6 +4929,7 @@ COMMENT ON FUNCTION rekey._is_under_way(state text) IS 'Whether a rotation in th
 CREATE FUNCTION rekey._keep_passphrases(passphrases bytea[]) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_seal bytea := rekey._session_seal();
@@ -4497,93 +5235,6 @@ COMMENT ON FUNCTION rekey._key_problem(version integer, state text, kek_id integ
 
 
 --
--- Name: keyrings; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.keyrings (
-    id integer NOT NULL,
-    name text NOT NULL,
-    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
-    rotate_every interval,
-    next_rotation_at timestamp with time zone,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    rotated_at timestamp with time zone DEFAULT now() NOT NULL,
-    retired_at timestamp with time zone,
-    CONSTRAINT keyrings_id_check CHECK ((id > 0)),
-    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[\u0001-\u001F\u007F]'::text))),
-    CONSTRAINT keyrings_next_rotation_at_check CHECK (isfinite(next_rotation_at)),
-    CONSTRAINT keyrings_retired_check CHECK (((retired_at IS NULL) OR (rotate_every IS NULL))),
-    CONSTRAINT keyrings_rotate_every_check CHECK (((rotate_every >= '00:01:00'::interval) AND (rotate_every <= '36500 days'::interval))),
-    CONSTRAINT keyrings_schedule_check CHECK (((rotate_every IS NULL) = (next_rotation_at IS NULL)))
-);
-
-
-ALTER TABLE rekey.keyrings OWNER TO rekey_owner;
-
---
--- Name: TABLE keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.keyrings IS 'Named lines of DEK versions: one a tenant, one an application, or just default.';
-
-
---
--- Name: COLUMN keyrings.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.id IS 'Random positive number; part of every ciphertext.';
-
-
---
--- Name: COLUMN keyrings.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.name IS 'Unique name, 1 to 63 bytes without control characters.';
-
-
---
--- Name: COLUMN keyrings.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.tenant_id IS 'Tenant the keyring belongs to; the nil UUID: all of them.';
-
-
---
--- Name: COLUMN keyrings.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.rotate_every IS 'Cryptoperiod (SP 800-57): time between scheduled rotations, one minute or more; NULL: none.';
-
-
---
--- Name: COLUMN keyrings.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.next_rotation_at IS 'When the next scheduled rotation is due.';
-
-
---
--- Name: COLUMN keyrings.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.created_at IS 'When it was created.';
-
-
---
--- Name: COLUMN keyrings.rotated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.rotated_at IS 'When its active version was made.';
-
-
---
--- Name: COLUMN keyrings.retired_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.retired_at IS 'When it was retired: it takes no new values.';
-
-
---
 -- Name: _keyring(text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4841,30 +5492,165 @@ COMMENT ON FUNCTION rekey._lock_targets(apart boolean, leaving_out oid[], OUT lo
 
 
 --
--- Name: _relations_here(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _look(bigint, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._relations_here(relation regclass) RETURNS SETOF regclass
+CREATE FUNCTION rekey._look(search_id bigint, wanted bytea[]) RETURNS TABLE(relation oid, name text, problem text, again boolean, hits text)
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
+declare
+  v_to_look record;
+  v_first bigint;
+  v_blocks bigint;
+  v_step bigint;
+  v_same boolean;
+  v_hits text;
 begin
-  if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
-    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
-  elsif relation is not null then
-    return next relation;
+  for v_to_look in select t.* from rekey._to_look(search_id) t loop
+    relation := v_to_look.relation;
+    name := v_to_look.name;
+    problem := v_to_look.problem;
+    again := v_to_look.is_heap and v_to_look.since is null and v_to_look.bytes > 8388608;
+    hits := null;
+    if pg_relation_filenode(relation) is null then
+      again := true;  -- dropped since the snapshot: its rows may have gone elsewhere
+    elsif problem is null and not again then
+      begin
+        problem := rekey._hold(relation);
+        v_blocks := case when v_to_look.is_heap then pg_relation_size(relation) / current_setting('block_size')::integer else 1 end;
+        v_step := case when v_to_look.since is null then 512 else 8192 end;
+        v_first := 0;
+        while problem is null and v_first < v_blocks loop
+          execute format('select r.same, r.hits from (%s) r', v_to_look.statement) into v_same, v_hits
+          using wanted, format('(%s,0)', v_first)::tid, format('(%s,0)', v_first + v_step)::tid, v_to_look.since;
+          again := again or v_same is false;
+          hits := concat_ws(' ', hits, v_hits);
+          v_first := v_first + v_step;
+        end loop;
+        -- A table that was rewritten since the snapshot may seem empty to it. Its lock keeps it now, where it is not empty.
+        again := again or problem is null and (pg_relation_filenode(relation) is distinct from v_to_look.filenode
+          or v_blocks > 0 and to_regclass(v_to_look.name) is distinct from relation::regclass);
+        raise exception using errcode = 'RKEND';
+      exception
+        when sqlstate 'RKEND' then null;  -- gives the locks back
+        when undefined_table then again := true;
+        when others then problem := sqlerrm;
+      end;
+    end if;
+    return next;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._look(search_id bigint, wanted bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _look(search_id bigint, wanted bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._look(search_id bigint, wanted bytea[]) IS 'Looks, in the snapshot of the statement that calls it and with the rights of who does, at all that the turns of a search have not read. again: it has to be read by turns, since it is large, or was rewritten.';
+
+
+--
+-- Name: _look_ahead(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._look_ahead(header bytea) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    SET standard_conforming_strings TO 'on'
+    SET bytea_output TO 'hex'
+    SET quote_all_identifiers TO 'off'
+    SET constraint_exclusion TO 'off'
+    SET lock_timeout TO '3 s'
+    AS $$
+declare
+  v_until timestamptz := clock_timestamp() + interval '2 s';
+  v_to_look record;
+  v_first bigint;
+  v_blocks bigint;
+  v_hits text;
+  v_found boolean;
+  v_problem text;
+  v_unread text[] := '{}'::text[];
+  v_left bigint := 0;
+  v_bytes bigint := 0;
+begin
+  for v_to_look in select t.* from rekey._searchable() t order by t.bytes, t.relation loop
+    if clock_timestamp() > v_until then
+      v_left := v_left + 1;
+      v_bytes := v_bytes + v_to_look.bytes;
+      continue;
+    end if;
+    v_problem := v_to_look.problem;
+    v_found := false;
+    begin
+      v_problem := coalesce(v_problem, rekey._hold(v_to_look.relation));
+      v_blocks := case when v_to_look.is_heap then pg_relation_size(v_to_look.relation) / current_setting('block_size')::integer else 1 end;
+      v_first := 0;
+      while v_problem is null and v_first < v_blocks and not v_found and clock_timestamp() < v_until loop
+        execute format('select r.hits from (%s) r', v_to_look.statement) into v_hits
+        using array[header], format('(%s,0)', v_first)::tid, format('(%s,0)', v_first + 1024)::tid, null::xid;
+        v_found := v_hits is not null;
+        v_first := v_first + 1024;
+      end loop;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;
+      when others then v_problem := sqlerrm;
+    end;
+    if v_found then
+      raise warning '% holds envelopes of the version: while it does, the version is not destroyed', v_to_look.name
+        using hint = 'Protect the column and rotate the keyring, or delete these copies: rekey.protect_column().', constraint = 'protect_copies';
+    elsif v_problem is not null then
+      v_unread := v_unread || format('%s (%s)', v_to_look.name, v_problem);
+    elsif v_first < v_blocks then
+      v_left := v_left + 1;
+      v_bytes := v_bytes + v_to_look.bytes;
+    end if;
+  end loop;
+  if v_unread <> '{}' then
+    raise warning '% cannot read % relations: while no role can that runs the worker, the version is not destroyed: %', current_user, cardinality(v_unread),
+      array_to_string(v_unread[1:5], ', ') || case when cardinality(v_unread) > 5 then ', ...' else '' end;
+  end if;
+  if v_left > 0 then
+    raise notice '% relations (%) are looked at when the time comes', v_left, pg_size_pretty(v_bytes)
+      using hint = 'rekey.begin_search(), and rekey.search_step() until it says complete, look now.', constraint = 'search_now';
   end if;
 end
 $$;
 
 
-ALTER FUNCTION rekey._relations_here(relation regclass) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._look_ahead(header bytea) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _relations_here(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _look_ahead(header bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._relations_here(relation regclass) IS 'The relations of a table that have rows in this database: itself, or the leaves of its partitions.';
+COMMENT ON FUNCTION rekey._look_ahead(header bytea) IS 'Says in warnings where envelopes of this header are outside of protected columns, as far as 2 seconds and the rights of the caller go.';
+
+
+--
+-- Name: _relation_named(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._relation_named(name text) RETURNS oid
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._relation_named(name text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _relation_named(name text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._relation_named(name text) IS 'The relation that has this name, with its schema, now; NULL: none.';
 
 
 --
@@ -4990,6 +5776,7 @@ CREATE FUNCTION rekey._move_column(id integer, target regclass, column_name name
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns;
@@ -5170,6 +5957,43 @@ COMMENT ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) IS '
 
 
 --
+-- Name: _newest_problem(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._newest_problem(protected rekey.protected_columns) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_shape record;
+  v_relation regclass;
+begin
+  select s.* into v_shape from rekey._column_shape(protected.id) s;
+  if protected.encrypt_on_write and not exists (
+       select from pg_proc p
+       where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = format('column_%s_trigger', protected.id)
+         and p.prosrc = rekey._write_trigger_body(protected, v_shape.relation, v_shape.attnums)) then
+    return 'the trigger that encrypts on write is not as this version of pg_rekey makes it, or a column was renamed';
+  end if;
+  select g.tgrelid into v_relation
+  from (select v_shape.relation as relation union select h from rekey._relations_here(v_shape.relation) h) t
+  join pg_trigger g on g.tgrelid = t.relation and g.tgname = any (rekey._trigger_names(protected)) and g.tgenabled <> 'A'
+  limit 1;
+  return case when v_relation is not null then format('the triggers of %s do not fire in the replica role', v_relation) end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._newest_problem(protected rekey.protected_columns) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _newest_problem(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._newest_problem(protected rekey.protected_columns) IS 'In what the triggers of a protected column that is not blocked are behind; NULL: in nothing.';
+
+
+--
 -- Name: _next_row(tid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5258,6 +6082,7 @@ CREATE FUNCTION rekey._note_denied(details jsonb) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET lock_timeout TO '1s'
+    SET row_security TO 'off'
     AS $$
 declare
   v_subject text := rekey._subject();
@@ -5293,6 +6118,145 @@ ALTER FUNCTION rekey._note_denied(details jsonb) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._note_denied(details jsonb) IS 'Notes in the audit log that the caller was refused, at most once a minute for each (role, subject of the JWT, and client where details name one) and 60 times for all. Not in a read-only transaction, nor where somebody holds the end of the log for more than a second.';
+
+
+--
+-- Name: _note_findings(jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_findings(findings jsonb) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_new jsonb;
+begin
+  with now as (
+    -- (How many rows there are changes, and is no new finding.)
+    select distinct on (f.kind, f.target, 3, 4, 5)
+      f.kind, f.target, coalesce(f.keyring, '') as keyring, coalesce(f.version, 0) as version, case when f.rows is null then f.finding else '' end as item, f.severity, f.rows, f.finding, f.advice
+    from jsonb_to_recordset(findings) as f(kind text, target text, keyring text, version integer, severity text, rows bigint, finding text, advice text)
+    order by f.kind, f.target, 3, 4, 5
+  ), gone as (
+    delete from rekey._census_findings o
+    where not exists (select from now n where (n.kind, n.target, n.keyring, n.version, n.item) = (o.kind, o.target, o.keyring, o.version, o.item))
+  ), kept as (
+    insert into rekey._census_findings as o (kind, target, keyring, version, item, severity, rows, finding, advice)
+    select n.kind, n.target, n.keyring, n.version, n.item, n.severity, n.rows, n.finding, n.advice from now n
+    on conflict (kind, target, keyring, version, item) do update
+    set severity = excluded.severity, rows = excluded.rows, finding = excluded.finding, advice = excluded.advice
+    returning o.kind, o.target, o.finding, o.since
+  )
+  select jsonb_agg(jsonb_build_object('event', 'census.found', 'details', jsonb_build_object('kind', k.kind, 'count', k.count, 'first', k.first)) order by k.kind)
+  into v_new
+  from (
+    select k.kind, count(*) as count, to_jsonb((array_agg(left(k.finding, 200) order by k.target))[1:5]) as first
+    from kept k where k.since = now() group by k.kind) k;
+  perform rekey._audit_all(coalesce(v_new, '[]'));
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_findings(findings jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_findings(findings jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_findings(findings jsonb) IS 'Makes these the findings of the census, and notes in the audit log what is new among them, one entry for each kind.';
+
+
+--
+-- Name: _note_finds(bigint, oid, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_finds(search_id bigint, relation oid, hits text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  insert into rekey._search_finds as f (search_id, relation, attnum, keyring_id, version, relation_name, column_name, rows)
+  select _note_finds.search_id, _note_finds.relation, h.attnum, rekey._int4(h.header, 3), rekey._int4(h.header, 7),
+    _note_finds.relation::regclass::text, a.attname, count(*)
+  from (select split_part(x.hit, ':', 1)::smallint as attnum, decode(split_part(x.hit, ':', 2), 'hex') as header
+        from string_to_table(hits, ' ') as x(hit) where x.hit <> '') h
+  join pg_attribute a on a.attrelid = _note_finds.relation and a.attnum = h.attnum
+  group by h.attnum, h.header, a.attname
+  on conflict on constraint _search_finds_pkey do update set rows = f.rows + excluded.rows;
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_finds(search_id bigint, relation oid, hits text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_finds(search_id bigint, relation oid, hits text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_finds(search_id bigint, relation oid, hits text) IS 'Notes where the search found envelopes. hits: of rekey._hits().';
+
+
+--
+-- Name: _note_look(bigint, text, oid[], text[], text[], boolean[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_stack text;
+  v_found record;
+  v_looks integer;
+begin
+  get diagnostics v_stack = pg_context;
+  perform rekey._refuse_forger(v_stack, 'rekey._note_look(', 'rekey.search_step()');
+  for v_found in
+    select u.relation, u.hits from unnest(relations, hits) as u(relation, hits) where u.hits is not null
+  loop
+    perform rekey._note_finds(search_id, v_found.relation, v_found.hits);
+  end loop;
+  delete from rekey._search_relations r where r.search_id = _note_look.search_id and not r.relation = any (coalesce(relations, '{}'));
+  update rekey._searches s set looks = s.looks + 1 where s.id = _note_look.search_id returning s.looks into v_looks;
+  if true = any (again) and v_looks < 20 then
+    insert into rekey._search_relations as r (search_id, relation, name, bytes)
+    select _note_look.search_id, u.relation, u.name, pg_table_size(u.relation)
+    from unnest(relations, names, again) as u(relation, name, again)
+    where u.again and exists (select from pg_class c where c.oid = u.relation)
+    on conflict on constraint _search_relations_pkey do update set state = 'pending', since = null, filenode = null, bytes = excluded.bytes, tried_by = '{}', problem = null;
+    update rekey._search_relations r set state = 'read' where r.search_id = _note_look.search_id and r.state = 'looked';
+    update rekey._searches s set state = 'reading', older = null where s.id = _note_look.search_id;
+    return 'again';
+  end if;
+  -- What another role has looked at since the same time counts; what this one could not, another may.
+  insert into rekey._search_relations as r (search_id, relation, name, bytes, state, problem, role, read_at, tried_by)
+  select _note_look.search_id, u.relation, u.name, pg_table_size(u.relation), case when l.problem is null then 'looked' else 'read' end, l.problem, reader,
+    clock_timestamp(), case when l.problem is null then '{}' else array[reader] end
+  from unnest(relations, names, problems, again) as u(relation, name, problem, again)
+  cross join lateral (select case when u.again then 'it is changed again and again' else u.problem end as problem) l
+  on conflict on constraint _search_relations_pkey do update
+  set state = case when r.state = 'looked' then r.state else excluded.state end,
+      problem = case when r.state = 'looked' then null else excluded.problem end,
+      role = case when r.state = 'looked' then r.role else excluded.role end,
+      read_at = case when r.state = 'looked' then r.read_at else excluded.read_at end,
+      tried_by = case when excluded.problem is null then r.tried_by else array_append(r.tried_by, reader) end;
+  if exists (select from rekey._search_relations r where r.search_id = _note_look.search_id and r.state <> 'looked') then
+    return 'looked';
+  end if;
+  update rekey._searches s set state = 'complete', completed_at = clock_timestamp() where s.id = _note_look.search_id;
+  return 'complete';
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) IS 'Notes what a look found: complete; looked, where something is left that another role may read; again, where something is to be read by turns. 42501: it is not the step that calls.';
 
 
 --
@@ -5431,6 +6395,56 @@ COMMENT ON FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[], re
 
 
 --
+-- Name: _note_read(bigint, oid, text, bigint, bigint, text, oid, text, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_stack text;
+  v_relation rekey._search_relations;
+  v_pace double precision;
+begin
+  get diagnostics v_stack = pg_context;
+  perform rekey._refuse_forger(v_stack, 'rekey._note_read(', 'rekey.search_step()');
+  select r.* into strict v_relation from rekey._search_relations r where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+  if problem is not null then
+    update rekey._search_relations r
+    set problem = _note_read.problem, role = reader, read_at = clock_timestamp(), tried_by = array_append(r.tried_by, reader)
+    where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+    return 'unread';
+  elsif _note_read.filenode = 0 or v_relation.filenode <> _note_read.filenode then
+    -- From the beginning: what has another file has other row pointers.
+    update rekey._search_relations r set since = null, filenode = null
+    where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+    return 'rewritten';
+  end if;
+  perform rekey._note_finds(search_id, relation, hits);
+  v_pace := extract(epoch from (rekey._settings()).batch_target) / greatest(extract(epoch from clock_timestamp() - begun), 0.001);
+  update rekey._search_relations r
+  set next_block = until, filenode = _note_read.filenode, rows = r.rows + _note_read.rows, role = reader, read_at = clock_timestamp(), problem = null,
+      state = case when until >= r.blocks then 'read' else 'pending' end,
+      batch_blocks = greatest(16, least(65536, r.batch_blocks * least(v_pace, 4)))::integer
+  where (r.search_id, r.relation) = (_note_read.search_id, _note_read.relation);
+  perform rekey._note_pace(begun, rows / 4);
+  return 'read';
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) IS 'Notes what a step of the search read. 42501: it is not the step that calls.';
+
+
+--
 -- Name: _note_seen(jsonb, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5445,6 +6459,11 @@ begin
   if keyrings = '{}' then
     return;
   end if;
+  insert into rekey._secrets_seen (keyring_id, rows)
+  select k.id, coalesce(f.opened, 0)
+  from unnest(keyrings) as k(id)
+  left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = 'rekey.secrets' and f.keyring_id = k.id
+  on conflict (keyring_id) do update set rows = excluded.rows where _secrets_seen.rows <> excluded.rows;
   for v_column in select c.* from rekey.protected_columns c where rekey._column_problem(c) is null order by c.id loop
     -- The first complete count: of the other keyrings that stand there, those of which a row opens.
     if v_column.seen is null then
@@ -5470,7 +6489,7 @@ ALTER FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) OWNER TO reke
 -- Name: FUNCTION _note_seen(counted jsonb, keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) IS 'Notes how many rows of these keyrings a complete count saw in each protected column. counted: objects with target, keyring_id, opened.';
+COMMENT ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) IS 'Notes how many rows of these keyrings a complete count saw in each protected column, and in rekey.secrets. counted: objects with target, keyring_id, opened.';
 
 
 --
@@ -5532,6 +6551,43 @@ ALTER FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, code text)
 --
 
 COMMENT ON FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, code text) IS 'Notes an error in a chunk of a sweep: its next attempt comes after a growing pause, after max_attempts it is stuck, and only rotations with rows in its relation have to do with it. (More than 20 have one audit entry together.)';
+
+
+--
+-- Name: _older_transactions(xid8, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._older_transactions(older xid8, since timestamp with time zone) RETURNS jsonb
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform pg_stat_clear_snapshot();
+  -- Who sends WAL or vacuums writes nothing into a table, and may have a snapshot for ever.
+  return (
+    select jsonb_agg(jsonb_strip_nulls(jsonb_build_object('pid', o.pid, 'role', o.role, 'prepared', o.gid,
+      'age_seconds', extract(epoch from clock_timestamp() - coalesce(o.begun, since))::bigint)))
+    from (
+      select a.pid, a.usename as role, null as gid, a.xact_start as begun
+      from pg_stat_activity a
+      where a.datname = current_database() and a.pid <> pg_backend_pid()
+        and (age(a.backend_xid) > age(older::xid) or age(a.backend_xmin) > age(older::xid))
+        and not exists (select from pg_stat_get_wal_senders() w where w.pid = a.pid)
+        and not exists (select from pg_stat_progress_vacuum v where v.pid = a.pid)
+      union all
+      select null, p.owner, p.gid, p.prepared from pg_prepared_xacts p
+      where p.database = current_database() and age(p.transaction) > age(older::xid)) o);
+end
+$$;
+
+
+ALTER FUNCTION rekey._older_transactions(older xid8, since timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _older_transactions(older xid8, since timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._older_transactions(older xid8, since timestamp with time zone) IS 'Who in this database has a transaction older than this one, or a snapshot from before it; NULL: nobody. since: what counts as the beginning of a transaction whose own is hidden from us.';
 
 
 --
@@ -5737,6 +6793,36 @@ COMMENT ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigint,
 
 
 --
+-- Name: _open_search(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._open_search() RETURNS rekey._searches
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_search rekey._searches;
+begin
+  -- (Restored from a dump, or made by the clock of another time, it says nothing.)
+  select s.* into v_search from rekey._searches s
+  where s.home = rekey._home() and s.begun_at <= clock_timestamp()
+    and coalesce(pg_snapshot_xmax(pg_current_snapshot())::text::bigint - s.begun_in::text::bigint, 0) between 0 and 1000000000
+  order by s.id desc limit 1;
+  return v_search;
+end
+$$;
+
+
+ALTER FUNCTION rekey._open_search() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _open_search(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._open_search() IS 'The last search of this database, whatever its state; no row: NULL.';
+
+
+--
 -- Name: _open_target(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -5814,6 +6900,46 @@ ALTER FUNCTION rekey._open_writers() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._open_writers() IS 'Waits 2 seconds for the transactions that write into protected tables now. NULL: they have ended.';
+
+
+--
+-- Name: _table_problem(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._table_problem(relation regclass) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._table_problem(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _table_problem(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._table_problem(relation regclass) IS 'What hides or changes rows of a table of ours, and what to do about it; NULL: nothing.';
+
+
+--
+-- Name: _own_problem(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._own_problem() RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._own_problem() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _own_problem(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._own_problem() IS 'As rekey._table_problem(), of the first of our tables that has one.';
 
 
 --
@@ -5988,6 +7114,49 @@ COMMENT ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT d
 
 
 --
+-- Name: _postpone(integer[], integer[], text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._postpone(keyrings integer[], versions integer[], reason text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_events jsonb;
+begin
+  perform from rekey.keyrings r where r.id = any (keyrings) order by r.id for no key update;
+  with postponed as (
+    update rekey.encryption_keys k set destroy_after = now() + interval '1 day'
+    from unnest(keyrings, versions) as u(keyring_id, version)
+    where k.keyring_id = u.keyring_id and k.version = u.version and k.state = 'destroy_scheduled'
+    returning k.keyring_id, k.version
+  )
+  select jsonb_agg(jsonb_build_object('event', 'key.destroy_scheduled', 'keyring', r.name, 'version', p.version,
+    'details', jsonb_build_object('postponed', reason, 'destroy_after', now() + interval '1 day')) order by r.name, p.version)
+  into v_events
+  from postponed p join rekey.keyrings r on r.id = p.keyring_id;
+  if v_events is not null then
+    update rekey._worker w
+    set last_error = format('destructions: version %s of keyring %s%s waits another day: %s', v_events -> 0 ->> 'version', v_events -> 0 ->> 'keyring',
+          case when jsonb_array_length(v_events) > 1 then format(', and %s more,', jsonb_array_length(v_events) - 1) else '' end, reason),
+        last_error_at = clock_timestamp()
+    where w.singleton;
+    perform rekey._audit_all(v_events);
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._postpone(keyrings integer[], versions integer[], reason text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _postpone(keyrings integer[], versions integer[], reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._postpone(keyrings integer[], versions integer[], reason text) IS 'Has versions wait one more day for their destruction, and says why: in the audit log and rekey.worker_status.';
+
+
+--
 -- Name: _prepared(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6026,6 +7195,9 @@ declare
   v_next bytea;
 begin
   if v_settings.kek_provider = 'vault' then
+    if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
+      raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
+    end if;
     execute 'select (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1),
                     (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1 || ''_new'')'
       into v_text, v_next_text using v_settings.kek_secret_name;
@@ -6063,7 +7235,7 @@ CREATE FUNCTION rekey._prune_run_details() RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 begin
-  if to_regclass('cron.job_run_details') is not null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
       where d.command in ('call rekey.tick()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
@@ -6080,7 +7252,7 @@ ALTER FUNCTION rekey._prune_run_details() OWNER TO rekey_owner;
 -- Name: FUNCTION _prune_run_details(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._prune_run_details() IS 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller.';
+COMMENT ON FUNCTION rekey._prune_run_details() IS 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller. Where cron.job_run_details is not pg_cron''s, or a trigger of others would fire: nothing.';
 
 
 --
@@ -6582,15 +7754,67 @@ COMMENT ON FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) IS 'RK0
 
 
 --
--- Name: _refuse_in_use(rekey.keyrings, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _refuse_forger(text, text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) RETURNS void
+CREATE FUNCTION rekey._refuse_forger(stack text, callee text, caller text) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if not starts_with(split_part(stack, E'\n', 2), split_part(stack, callee, 1) || caller || ' ') then
+    raise exception 'only a step of the search may say what it found' using errcode = 'insufficient_privilege';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_forger(stack text, callee text, caller text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_forger(stack text, callee text, caller text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_forger(stack text, callee text, caller text) IS '42501 where a function was not called by the one that may, directly and in an assignment. stack: PG_CONTEXT of the function.';
+
+
+--
+-- Name: _refuse_hidden(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_hidden() RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_problem text := rekey._own_problem();
+begin
+  if v_problem is not null then
+    raise exception '%', v_problem using errcode = 'RK005', hint = 'What is hidden would count as absent: nothing goes on until that is done.', constraint = 'own_tables';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_hidden() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_hidden(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_hidden() IS 'RK005 where a table of ours is not as we made it, so that rows may be hidden.';
+
+
+--
+-- Name: _refuse_in_use(rekey.keyrings, integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint DEFAULT NULL::bigint) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_rows bigint;
+  v_rows bigint := counted;
   v_failures bigint;
 begin
   perform rekey._refuse_snapshot();
@@ -6601,7 +7825,9 @@ begin
       hint = format('Waiting for %s', rekey._lock_holders(keyring.id, array[version]));
   end if;
   -- After the barrier, and in a statement of its own: it sees every row that was ever written with this version.
-  select sum(c.rows) into v_rows from rekey._count(array[keyring.id], false) c where c.version = _refuse_in_use.version;
+  if counted is null then
+    select sum(c.rows) into v_rows from rekey._count(array[keyring.id], false) c where c.version = _refuse_in_use.version;
+  end if;
   select count(*) into v_failures from rekey.rotation_failures f
   where f.keyring_id = keyring.id and f.version = _refuse_in_use.version and f.resolved_at is null;
   if v_rows > 0 or v_failures > 0 then
@@ -6613,13 +7839,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _refuse_in_use(keyring rekey.keyrings, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _refuse_in_use(keyring rekey.keyrings, version integer, counted bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) IS 'RK005 where a rotation, an open transaction, a row or a row in quarantine still needs the version.';
+COMMENT ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint) IS 'RK005 where a rotation, an open transaction, a row or a row in quarantine still needs the version. counted: its rows, where they were counted after the last transaction had ended that could write one; NULL: count them.';
 
 
 --
@@ -7069,11 +8295,11 @@ begin
   from rekey.audit_log a where a.id = (checkpoint -> 'checkpoint' ->> 'id')::bigint;
   if v_until is null or exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and a.at >= v_until) then
     raise exception 'entries up to % are not older than % before the checkpoint', last, v_keep using errcode = 'RK006',
-      hint = 'The setting audit_keep says how long entries stay. Export fewer of them, or wait.', constraint = 'wait';
+      hint = 'The setting audit_keep says how long entries stay. Export fewer of them, or wait.';
   end if;
   if not exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and not rekey._is_kept(a.event)) then
     raise exception 'up to entry % there is nothing to remove', last using errcode = 'RK006',
-      hint = 'Entries key.*, kek.* and audit.pruned stay for ever. Export more of them, or wait.', constraint = 'wait';
+      hint = 'Entries key.*, kek.* and audit.pruned stay for ever. Export more of them, or wait.';
   end if;
 end
 $$;
@@ -7289,7 +8515,7 @@ COMMENT ON FUNCTION rekey._row_hash(row_key text) IS 'What a row in quarantine i
 
 CREATE TABLE rekey.rotation_failures (
     id bigint NOT NULL,
-    rotation_id bigint NOT NULL,
+    rotation_id bigint,
     keyring_id integer NOT NULL,
     target text NOT NULL,
     relation text NOT NULL,
@@ -7329,7 +8555,7 @@ COMMENT ON COLUMN rekey.rotation_failures.id IS 'Number of the entry.';
 -- Name: COLUMN rotation_failures.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_failures.rotation_id IS 'Rotation in which the row failed, the last one.';
+COMMENT ON COLUMN rekey.rotation_failures.rotation_id IS 'Rotation in which the row failed, the last one; NULL: the census found it, and no rotation has met it.';
 
 
 --
@@ -7458,6 +8684,7 @@ CREATE FUNCTION rekey._register_column(target regclass, column_name name, keyrin
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_owner name := rekey._refuse_stranger(target);
@@ -7615,6 +8842,7 @@ COMMENT ON FUNCTION rekey._register_column(target regclass, column_name name, ke
 CREATE FUNCTION rekey._release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_protected rekey.protected_columns;
@@ -7984,6 +9212,49 @@ COMMENT ON FUNCTION rekey._rpc_refusal() IS 'The answer to whoever may not: 403 
 
 
 --
+-- Name: _schedule_destruction(text, integer, interval); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) RETURNS timestamp with time zone
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_wait interval := coalesce(wait, (rekey._settings()).destroy_wait);
+  v_writing text;
+  v_keyring rekey.keyrings;
+  v_key rekey.encryption_keys;
+begin
+  if v_wait not between '0 s' and '3650 days' then
+    raise exception 'wait is between 0 and 3650 days' using errcode = 'invalid_parameter_value';
+  end if;
+  v_writing := rekey._open_writers();  -- before anything is locked
+  v_keyring := rekey._keyring(keyring, lock => true);
+  v_key := rekey._key(v_keyring.id, version);
+  if v_key.state not in ('decrypt_only', 'disabled', 'compromised') then
+    raise exception 'version % is %: it cannot be scheduled for destruction', version, v_key.state using errcode = 'RK006';
+  end if;
+  if v_writing is not null then
+    raise exception '%: what it stores may need version %', v_writing, version using errcode = 'RK005', hint = 'Try again when it has ended.';
+  end if;
+  perform rekey._refuse_in_use(v_keyring, version);
+  perform rekey._move_key(v_key, 'destroy_scheduled', 'key.destroy_scheduled', null, now() + v_wait);
+  return now() + v_wait;
+end
+$$;
+
+
+ALTER FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _schedule_destruction(keyring text, version integer, wait interval); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) IS 'What rekey.schedule_key_destruction() does with the rights of rekey_owner.';
+
+
+--
 -- Name: _sealing(integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8063,6 +9334,311 @@ COMMENT ON FUNCTION rekey._sealing_on_write(keyring_id integer, bytes integer) I
 
 
 --
+-- Name: _search_advice(oid, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._search_advice(relation oid, role text) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_table record;
+begin
+  select n.nspname, c.relrowsecurity, pg_get_userbyid(c.relowner) as owner into v_table
+  from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = relation;
+  if not found or not exists (select from pg_roles r where r.rolname = role) then
+    return null;
+  elsif not has_schema_privilege(role, v_table.nspname, 'usage') then
+    return format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %s TO %2$I', v_table.nspname, role, relation::regclass);
+  elsif not has_table_privilege(role, relation, 'select') then
+    return format('GRANT SELECT ON %s TO %I', relation::regclass, role);
+  elsif v_table.relrowsecurity and not (select r.rolbypassrls or r.rolsuper from pg_roles r where r.rolname = role) then
+    return format('ALTER ROLE %I BYPASSRLS', role);
+  end if;
+  return null;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._search_advice(relation oid, role text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _search_advice(relation oid, role text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._search_advice(relation oid, role text) IS 'What lets a role read a relation; NULL: nothing that could be granted.';
+
+
+--
+-- Name: _search_on(timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._search_on(begun timestamp with time zone) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_step record;
+begin
+  begin
+    select s.* into v_step from rekey.search_step() s;
+  exception when others then
+    raise warning 'the search of the database: %', sqlerrm;
+    return null;  -- the other duties are not to wait for it
+  end;
+  if v_step.event in ('complete', 'incomplete', 'idle') then
+    return 'more';
+  elsif v_step.event = 'waiting' and v_step.detail is not null and clock_timestamp() > begun + interval '2 s' or clock_timestamp() > begun + interval '20 s' then
+    return null;
+  end if;
+  perform pg_sleep(extract(epoch from least(v_step.wait, interval '200 ms')));
+  return 'search';
+end
+$$;
+
+
+ALTER FUNCTION rekey._search_on(begun timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _search_on(begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._search_on(begun timestamp with time zone) IS 'A step of the search as a part of rekey.tick(), for 20 seconds of it; where transactions have to end, 2. What comes next: search, more (the duty goes on), NULL (the next tick does).';
+
+
+--
+-- Name: _search_relations; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._search_relations (
+    search_id bigint NOT NULL,
+    relation oid NOT NULL,
+    name text NOT NULL,
+    bytes bigint NOT NULL,
+    state text DEFAULT 'pending'::text NOT NULL,
+    statement text,
+    filenode oid,
+    since xid8,
+    next_block bigint DEFAULT 0 NOT NULL,
+    blocks bigint DEFAULT 0 NOT NULL,
+    batch_blocks integer DEFAULT 256 NOT NULL,
+    rows bigint DEFAULT 0 NOT NULL,
+    role text,
+    read_at timestamp with time zone,
+    problem text,
+    tried_by text[] DEFAULT '{}'::text[] NOT NULL,
+    CONSTRAINT _search_relations_state_check CHECK ((state = ANY (ARRAY['pending'::text, 'read'::text, 'looked'::text])))
+);
+
+
+ALTER TABLE rekey._search_relations OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _search_relations; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._search_relations IS 'Relations of a search: what is read of each by its turns, by which role, as what it was found (filenode, statement), and why it was not read.';
+
+
+--
+-- Name: _search_problem(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._search_problem(search_id bigint) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._search_problem(search_id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _search_problem(search_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._search_problem(search_id bigint) IS 'What a search could not read, by which role, and what lets it; NULL: it could read everything so far.';
+
+
+--
+-- Name: _search_turn(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_search rekey._searches;
+  v_relation rekey._search_relations;
+  v_found record;
+  v_rows integer;
+begin
+  perform rekey._refuse_snapshot();
+  if not pg_try_advisory_xact_lock(0, 5) then
+    event := 'waiting';
+    wait := '1 s';
+    return;
+  end if;
+  v_search := rekey._open_search();
+  if v_search.id is null or v_search.state = 'complete' then
+    event := 'idle';
+    return;
+  elsif v_search.begun_in = pg_current_xact_id_if_assigned() then
+    event := 'waiting';  -- until then nobody else knows that the versions are to be destroyed
+    wait := '0 s';
+    detail := jsonb_build_object('for', 'COMMIT of this transaction');
+    return;
+  end if;
+  search_id := v_search.id;
+  wanted := array(select rekey._header(v.keyring_id, v.version) from rekey._search_versions v where v.search_id = v_search.id);
+  select r.* into v_relation from rekey._search_relations r
+  where r.search_id = v_search.id and r.state = 'pending' and r.tried_by @> array[reader] is false
+  order by r.next_block > 0 desc, r.bytes, r.relation limit 1;
+  if found then
+    select t.* into v_found from rekey._searchable(v_relation.relation) t;
+    if not found then
+      delete from rekey._search_relations r where (r.search_id, r.relation) = (v_search.id, v_relation.relation);
+      event := 'begun';
+      return;
+    end if;
+    if v_relation.since is null or v_relation.statement is distinct from v_found.statement then
+      delete from rekey._search_finds f where (f.search_id, f.relation) = (v_search.id, v_relation.relation);
+      v_relation.next_block := 0;
+      v_relation.since := pg_snapshot_xmin(pg_current_snapshot());
+      -- (Of rows that come later, the look sees all.)
+      update rekey._search_relations r
+      set since = v_relation.since, statement = v_found.statement, name = v_found.name, next_block = 0, rows = 0, filenode = null,
+          blocks = pg_relation_size(v_relation.relation) / current_setting('block_size')::integer
+      where (r.search_id, r.relation) = (v_search.id, v_relation.relation);
+    end if;
+    -- Four rows that are read cost about what it costs to re-encrypt one.
+    select w.rows, w.wait into v_rows, wait from rekey._throttle(100000) w;
+    if v_rows is null then
+      event := 'waiting';
+      return;
+    end if;
+    event := 'read';
+    relation := v_relation.relation;
+    name := v_found.name;
+    statement := v_found.statement;
+    first := v_relation.next_block;
+    until := first + case when v_rows = 100000 then v_relation.batch_blocks else least(v_relation.batch_blocks, greatest(v_rows / 8, 1)) end;
+    return;
+  end if;
+  if exists (select from rekey._search_relations r where r.search_id = v_search.id and r.state = 'pending')
+     or exists (select from rekey._search_relations r where r.search_id = v_search.id and r.problem is not null and r.tried_by @> array[reader]) then
+    update rekey._searches s set incomplete_since = coalesce(s.incomplete_since, now()) where s.id = v_search.id;
+    event := 'incomplete';
+    return;
+  end if;
+  -- What these store, or show to a snapshot of theirs, the look is to see: so it comes after their end.
+  if v_search.older is null then
+    v_search.older := pg_snapshot_xmax(pg_current_snapshot());
+    update rekey._searches s set older = v_search.older, state = 'looking', blocked_since = null where s.id = v_search.id;
+  end if;
+  v_search.blocked_by := rekey._older_transactions(v_search.older, coalesce(v_search.blocked_since, now()));
+  update rekey._searches s
+  set blocked_by = v_search.blocked_by, blocked_since = case when v_search.blocked_by is not null then coalesce(s.blocked_since, now()) end
+  where s.id = v_search.id and s.blocked_by is distinct from v_search.blocked_by;
+  if v_search.blocked_by is not null then
+    event := 'waiting';
+    wait := '500 ms';
+    detail := jsonb_build_object('blocked_by', v_search.blocked_by);
+    return;
+  end if;
+  event := 'look';
+  if v_search.scope = 'columns' then
+    update rekey._searches s set state = 'complete', completed_at = clock_timestamp() where s.id = v_search.id;
+    event := 'complete';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) IS 'What the search has to do next, as the role that reads can: read some blocks of a relation, look at everything, wait, or nothing (idle; incomplete: this role can do no more).';
+
+
+--
+-- Name: _searchable(oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._searchable(only_one oid DEFAULT NULL::oid) RETURNS TABLE(relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, problem text)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $_$
+begin
+  return query
+    with counted as materialized (
+      -- Values of these are counted by their own functions. (In a text column, an envelope may stand within another text.)
+      select h.oid as relation, a.attname
+      from rekey.protected_columns p
+      cross join lateral rekey._column_shape(p.id) s
+      join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.places[1]]
+      cross join lateral rekey._relations_here(s.relation) as h(oid)
+      where not p.is_text
+    ), altered as materialized (
+      -- Asked for the size of these, we would wait.
+      select l.relation from pg_locks l where l.locktype = 'relation' and l.mode = 'AccessExclusiveLock' and l.granted and l.pid is distinct from pg_backend_pid()
+    )
+    select c.oid, c.oid::regclass::text,
+      case when c.oid in (select a.relation from altered a) then greatest(c.relpages, 0)::bigint * current_setting('block_size')::integer else pg_table_size(c.oid) end,
+      c.relfilenode, m.amname = 'heap',
+      format('select count(*) as rows, bool_and(t.tableoid = %s) as same, string_agg(f.hits, '' '') as hits from only %s t
+        cross join lateral (select nullif(array_to_string(array[%s], '' ''), '''') as hits offset 0) f%s',
+        c.oid, c.oid::regclass, k.hits,
+        case when m.amname = 'heap' then ' where t.ctid >= $2 and t.ctid < $3 and ($4 is null or age(t.xmin) <= age($4))' end),
+      case when rekey._is_of_citus(c.oid) then 'its rows are on other nodes of Citus' end
+    from pg_class c
+    join pg_namespace n on n.oid = c.relnamespace
+    left join pg_am m on m.oid = c.relam
+    cross join lateral (
+      -- An envelope has 75 bytes or more, which no compression of values makes fewer.
+      select string_agg(format(case
+          when v.base = 'bytea'::regtype then
+            $q$case when pg_column_size(%1$s) >= 75 and (position('\x524b01'::bytea in %1$s) > 0 or position('\x726b313a556b7342'::bytea in %1$s) > 0)
+              then rekey._hits(%2$s, %1$s::bytea, $1) end$q$
+          when v.base in ('text'::regtype, 'varchar'::regtype) then
+            -- Most values that have one are one, of another version.
+            $q$case when pg_column_size(%1$s) >= 75 and (strpos(%1$s collate "C", 'rk1:UksB') > 0 or strpos(%1$s collate "C", '\x524b01') > 0)
+              and case when %1$s collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12,}={0,2}$' then substr(decode(substr(%1$s, 5, 16), 'base64'), 1, 11) = any ($1) else true end
+              then rekey._hits(%2$s, %1$s::text, $1) end$q$
+          else $q$case when pg_column_size(%1$s) >= 75 and format('%%s', %1$s) collate "C" ~ 'rk1:UksB|\\x524b01' then rekey._hits(%2$s, format('%%s', %1$s), $1) end$q$ end,
+        format('t.%I', a.attname), a.attnum), ', ' order by a.attnum) as hits
+      from pg_attribute a
+      join pg_type y on y.oid = a.atttypid
+      left join pg_type e on e.oid = y.typelem and y.typcategory = 'A'
+      cross join lateral (select case when y.typtype = 'd' and y.typnamespace = 'pg_catalog'::regnamespace then y.typbasetype else y.oid end as base) v
+      where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated <> 'v'
+        -- As in rekey.find_envelopes().
+        and coalesce(e.typlen, y.typlen) not between 1 and 74 and coalesce(e.typcategory, y.typcategory) not in ('N', 'B', 'D', 'T', 'E', 'G', 'I', 'V')
+        and not exists (select from counted p where p.relation = c.oid and p.attname = a.attname)
+    ) k
+    where (only_one is null or c.oid = only_one) and c.relkind in ('r', 'm') and c.relpersistence <> 't' and c.relispopulated and c.oid >= 16384 and k.hits is not null
+      and not (n.nspname in ('rekey', 'rekey_targets') and c.relowner = 'rekey_owner'::regrole)
+      and not rekey._is_extension_table(c.oid);
+end
+$_$;
+
+
+ALTER FUNCTION rekey._searchable(only_one oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _searchable(only_one oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._searchable(only_one oid) IS 'The relations of this database, or only one, that have room for an envelope where no target counts it, and the statement that reads one: $1 the headers wanted, of a heap $2 and $3 a range of row pointers, $4 the transaction from which on rows are read, NULL: all. problem: why it cannot be read.';
+
+
+--
 -- Name: _secret_context(uuid, uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8079,6 +9655,47 @@ ALTER FUNCTION rekey._secret_context(tenant_id uuid, id uuid) OWNER TO rekey_own
 --
 
 COMMENT ON FUNCTION rekey._secret_context(tenant_id uuid, id uuid) IS 'What the ciphertext of a secret is bound to.';
+
+
+--
+-- Name: _sequences_behind(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._sequences_behind() RETURNS TABLE(sequence regclass, at bigint, needed bigint)
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_column record;
+begin
+  for v_column in
+    select a.attrelid::regclass as relation, a.attname, pg_get_serial_sequence(a.attrelid::regclass::text, a.attname)::regclass as sequence
+    from pg_class c
+    join pg_attribute a on a.attrelid = c.oid and a.attidentity <> '' and not a.attisdropped
+    where c.relnamespace = 'rekey'::regnamespace and c.relkind = 'r'
+    union all
+    select r.relation, r.attname, 'rekey._pass_id'::regclass
+    from (values ('rekey.rotations'::regclass, 'pass_id'), ('rekey.rotations', 'verification_id'), ('rekey._chunks', 'pass_id'), ('rekey._verified', 'verification_id'))
+      as r(relation, attname)
+  loop
+    sequence := v_column.sequence;
+    execute format('select max(t.%I) from %s t', v_column.attname, v_column.relation) into needed;
+    execute format('select case when s.is_called then s.last_value else s.last_value - 1 end from %s s', sequence) into at;
+    if needed > at then
+      return next;
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._sequences_behind() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _sequences_behind(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._sequences_behind() IS 'Sequences of our tables whose next number is taken: where they are, and where they would have to be.';
 
 
 --
@@ -8281,6 +9898,7 @@ COMMENT ON FUNCTION rekey._step_limit() IS 'Time after which a batch is cancelle
 CREATE FUNCTION rekey._steps_in_hand() RETURNS TABLE(pid integer, relation oid, since timestamp with time zone, hangs boolean, overdue boolean)
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     -- in sql/code
 ;
 
@@ -8355,6 +9973,7 @@ COMMENT ON FUNCTION rekey._storage_problem(relation regclass) IS 'Why the rows o
 CREATE FUNCTION rekey._store_setting(name text, value text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_type regtype;
@@ -8674,7 +10293,7 @@ declare
   v_table regclass;
 begin
   if only_target is null or only_target = 'rekey.secrets' then
-    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, null);
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
     return next v_target;
   end if;
   for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop
@@ -8765,12 +10384,14 @@ COMMENT ON FUNCTION rekey._through_postgrest() IS 'Whether PostgREST calls: it s
 -- Name: _tick_duty(text, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) RETURNS void
+CREATE FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_worker rekey._worker;
+  v_next text;
 begin
   -- Before the block that notes errors: what is made up here is nobody's entry.
   if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
@@ -8780,14 +10401,15 @@ begin
     raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
   end if;
   perform rekey._refuse_snapshot();
+  perform rekey._refuse_hidden();
   select * into v_worker from rekey._worker;
   if not found then
-    return;  -- not set up yet
+    return null;  -- not set up yet
   end if;
   begin
     case duty
       when 'schedules' then perform rekey._rotate_due();
-      when 'destructions' then perform rekey._destroy_due(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
+      when 'destructions' then v_next := rekey._destruction_step(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
       when 'census' then
         if coalesce(v_worker.last_census_at not between now() - interval '1 day' and now(), true) then
           perform rekey._census();
@@ -8823,7 +10445,9 @@ begin
             and a.details ->> 'duty' = _tick_duty.duty and a.details ->> 'sqlstate' = sqlstate) then
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
+      v_next := null;
   end;
+  return v_next;
 end
 $$;
 
@@ -8834,7 +10458,36 @@ ALTER FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) OWNER
 -- Name: FUNCTION _tick_duty(duty text, begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been.';
+COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
+
+
+--
+-- Name: _to_look(bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._to_look(search_id bigint) RETURNS TABLE(relation oid, name text, bytes bigint, filenode oid, is_heap boolean, statement text, since xid, problem text)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+begin
+  return query
+    select t.relation, t.name, t.bytes, t.filenode, t.is_heap, t.statement, case when r.filenode = t.filenode and r.statement = t.statement
+      and pg_snapshot_xmax(pg_current_snapshot())::text::bigint - r.since::text::bigint < 1000000000 then r.since::xid end, t.problem
+    from rekey._searchable() t
+    left join rekey._search_relations r on r.search_id = _to_look.search_id and r.relation = t.relation and r.state <> 'pending'
+    order by t.relation;
+end
+$$;
+
+
+ALTER FUNCTION rekey._to_look(search_id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _to_look(search_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._to_look(search_id bigint) IS 'What the look of a search has to read: the rows that this transaction or a later one wrote; NULL: all.';
 
 
 --
@@ -8896,12 +10549,78 @@ COMMENT ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, re
 
 
 --
+-- Name: _trusted_function(name, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trusted_function(extension name, signature text) RETURNS regprocedure
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_function regprocedure := to_regprocedure(signature);
+begin
+  return case when rekey._is_trusted(extension, 'pg_proc', v_function) then v_function end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._trusted_function(extension name, signature text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trusted_function(extension name, signature text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trusted_function(extension name, signature text) IS 'The function of this signature, where it is the extension''s; NULL: there is none.';
+
+
+--
+-- Name: _trusted_relation(name, name, name, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer DEFAULT 0) RETURNS regclass
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_relation regclass;
+  v_locked regclass;
+begin
+  -- Its lock keeps the extension, and so every name of it, as it is until the transaction ends: looked at, locked, looked at again.
+  loop
+    select c.oid into v_relation
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where n.nspname = schema and c.relname = name and c.relkind in ('r', 'v') and rekey._is_trusted(extension, 'pg_class', c.oid)
+      -- Whoever has the privilege TRIGGER on a table can have his code run by who writes into it.
+      and not exists (
+        select from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+        where t.tgrelid = c.oid and not t.tgisinternal and t.tgtype::integer & events <> 0
+          and not rekey._is_trusted(extension, 'pg_proc', p.oid) and not (select r.rolsuper from pg_roles r where r.oid = p.proowner));
+    exit when v_relation is null or v_relation = v_locked;
+    execute format('lock table %s in access share mode', v_relation);
+    v_locked := v_relation;
+  end loop;
+  return v_relation;
+end
+$$;
+
+
+ALTER FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trusted_relation(extension name, schema name, name name, events integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) IS 'A table or view, locked until the transaction ends, where it is the extension''s; NULL: there is none. events: no trigger of others may fire on these (4 INSERT, 8 DELETE, 16 UPDATE; bits of pg_trigger.tgtype). 42501: the caller may not read it.';
+
+
+--
 -- Name: _unlock(bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, OUT problem text) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_first text;
@@ -8957,6 +10676,7 @@ COMMENT ON FUNCTION rekey._unlock(kek bytea, scope text, OUT fingerprint text, O
 CREATE FUNCTION rekey._unsettled(id integer) RETURNS TABLE(relation regclass, column_name name)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_protected rekey.protected_columns := (select c from rekey.protected_columns c where c.id = _unsettled.id);
@@ -9395,6 +11115,7 @@ COMMENT ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count intege
 CREATE FUNCTION rekey._view_columns(target regclass) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 begin
   return (
@@ -9869,6 +11590,7 @@ COMMENT ON COLUMN rekey.rotation_status.forced IS 'Whether values that look like
 CREATE FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[] DEFAULT '{plaintext}'::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_column rekey.protected_columns;
@@ -9927,7 +11649,7 @@ declare
   v_names text[];
   v_count bigint;
 begin
-  if to_regclass('vault.decrypted_secrets') is null then
+  if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
     raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
   end if;
   select array_agg(s.value || n.suffix) into v_names
@@ -9949,7 +11671,7 @@ ALTER FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) OWNER TO rekey_ow
 -- Name: FUNCTION adopt_vault(keyring text, tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault; and the errors of rekey.set_secret().';
+COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
 
 
 --
@@ -10067,6 +11789,7 @@ COMMENT ON TABLE rekey._audit_head IS 'One row: number and hash of the last entr
 CREATE FUNCTION rekey.audit_checkpoint() RETURNS jsonb
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     -- in sql/code
 ;
 
@@ -10081,12 +11804,54 @@ COMMENT ON FUNCTION rekey.audit_checkpoint() IS 'The end of the audit log now: n
 
 
 --
+-- Name: begin_search(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.begin_search() RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_search rekey._searches;
+begin
+  perform rekey._refuse_snapshot();
+  if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled') then
+    raise exception 'no version is scheduled for destruction' using errcode = 'RK006', hint = 'rekey.schedule_key_destruction() schedules one.',
+      constraint = 'schedule_destruction';
+  end if;
+  perform pg_advisory_xact_lock(0, 5);
+  v_search := rekey._open_search();
+  if v_search.id is null or v_search.state = 'complete' or v_search.scope <> (rekey._settings()).destroy_search or exists (
+       select from rekey.encryption_keys k where k.state = 'destroy_scheduled'
+         and not exists (select from rekey._search_versions v where v.search_id = v_search.id and (v.keyring_id, v.version) = (k.keyring_id, k.version))) then
+    v_search := rekey._begin_search();
+  else
+    update rekey._search_relations r set tried_by = '{}', problem = null where r.search_id = v_search.id and r.problem is not null;
+    update rekey._searches s set incomplete_since = null where s.id = v_search.id;
+  end if;
+  return v_search.id;
+end
+$$;
+
+
+ALTER FUNCTION rekey.begin_search() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION begin_search(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.begin_search() IS 'Begins a search of the database for envelopes of every version that is scheduled for destruction; or has the one under way try again what it could not read. Returns its number. rekey.search_step(), repeated, does the work, with the rights of its caller. 25001: not in READ COMMITTED; RK006: none is scheduled.';
+
+
+--
 -- Name: can_access_tenant(uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.can_access_tenant(tenant_id uuid) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_caller name := rekey._caller();
@@ -10132,6 +11897,7 @@ COMMENT ON FUNCTION rekey.can_access_tenant(tenant_id uuid) IS 'Whether the call
 CREATE FUNCTION rekey.cancel_key_destruction(keyring text, version integer) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -10141,6 +11907,8 @@ begin
     raise exception 'version % is %, not scheduled for destruction', version, v_key.state using errcode = 'RK006';
   end if;
   perform rekey._move_key(v_key, v_key.scheduled_from, 'key.destroy_cancelled', null);
+  -- Scheduled again, it is looked for again.
+  delete from rekey._search_versions v where (v.keyring_id, v.version) = (v_keyring.id, cancel_key_destruction.version);
 end
 $$;
 
@@ -10161,6 +11929,7 @@ COMMENT ON FUNCTION rekey.cancel_key_destruction(keyring text, version integer) 
 CREATE FUNCTION rekey.clear_schedule(keyring text DEFAULT 'default'::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -10180,6 +11949,38 @@ ALTER FUNCTION rekey.clear_schedule(keyring text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.clear_schedule(keyring text) IS 'Ends the schedule of a keyring. RK007: there is none.';
+
+
+--
+-- Name: confirm_emptied(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.confirm_emptied(keyring text) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_keyring rekey.keyrings := rekey._keyring(keyring);
+  v_rows bigint;
+begin
+  select s.rows into v_rows from rekey._secrets_seen s where s.keyring_id = v_keyring.id for update;
+  if v_rows > 0 then
+    update rekey._secrets_seen s set rows = 0 where s.keyring_id = v_keyring.id;
+    perform rekey._audit('keyring.emptied', keyring, details => jsonb_build_object('seen', v_rows));
+  end if;
+  return coalesce(v_rows, 0);
+end
+$$;
+
+
+ALTER FUNCTION rekey.confirm_emptied(keyring text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION confirm_emptied(keyring text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.confirm_emptied(keyring text) IS 'Confirms that the secrets of a keyring are gone, all of them, because they were deleted: its rotation, which held 1,000 or more at its last complete count, then completes without them. Returns how many there were. RK007: no such keyring.';
 
 
 --
@@ -10221,6 +12022,7 @@ COMMENT ON FUNCTION rekey.create_decrypted_view(target regclass) IS 'Makes the v
 CREATE FUNCTION rekey.create_keyring(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, rotate_every interval DEFAULT NULL::interval) RETURNS rekey.keyrings
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -10275,6 +12077,7 @@ COMMENT ON FUNCTION rekey.create_keyring(name text, tenant_id uuid, rotate_every
 CREATE FUNCTION rekey.decrypt(ciphertext bytea, context text[] DEFAULT '{}'::text[]) RETURNS bytea
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_tenant uuid;
@@ -10310,6 +12113,7 @@ COMMENT ON FUNCTION rekey.decrypt(ciphertext bytea, context text[]) IS 'Opens wh
 CREATE FUNCTION rekey.decrypt(ciphertext text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_plaintext bytea;
@@ -10339,6 +12143,7 @@ COMMENT ON FUNCTION rekey.decrypt(ciphertext text, context text[]) IS 'As rekey.
 CREATE FUNCTION rekey.decrypt_text(ciphertext bytea, context text[] DEFAULT '{}'::text[]) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_plaintext bytea := rekey.decrypt(ciphertext, context);
@@ -10369,6 +12174,7 @@ COMMENT ON FUNCTION rekey.decrypt_text(ciphertext bytea, context text[]) IS 'As 
 CREATE FUNCTION rekey.decrypt_text(ciphertext text, context text[] DEFAULT '{}'::text[]) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   return rekey.decrypt_text(case when ciphertext is not null then coalesce(rekey._from_text(ciphertext), ''::bytea) end, context);
@@ -10392,6 +12198,7 @@ COMMENT ON FUNCTION rekey.decrypt_text(ciphertext text, context text[]) IS 'As r
 CREATE FUNCTION rekey.delete_secret(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   perform rekey._check_tenant(tenant_id);
@@ -10417,6 +12224,7 @@ COMMENT ON FUNCTION rekey.delete_secret(name text, tenant_id uuid) IS 'Deletes a
 CREATE FUNCTION rekey.disable_key(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -10447,6 +12255,7 @@ COMMENT ON FUNCTION rekey.disable_key(keyring text, version integer, reason text
 CREATE FUNCTION rekey.enable_key(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -10476,6 +12285,7 @@ COMMENT ON FUNCTION rekey.enable_key(keyring text, version integer, reason text)
 CREATE FUNCTION rekey.encrypt(plaintext bytea, keyring text DEFAULT 'default'::text, context text[] DEFAULT '{}'::text[]) RETURNS bytea
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -10554,6 +12364,7 @@ CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE(relation regclass, column_n
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
     SET bytea_output TO 'hex'
+    SET constraint_exclusion TO 'off'
     AS $_$
 declare
   -- Conditions on a value.
@@ -10563,10 +12374,11 @@ declare
   v_within text := $q$(strpos(%1$s collate "C", 'rk1:UksB') > 0 and %1$s collate "C" ~ 'rk1:UksB[A-Za-z0-9+/]{96}'
     or strpos(%1$s collate "C", '\x524b01') > 0 and %1$s collate "C" ~ '\\x524b01[0-9a-f]{144}')$q$;
   v_table record;
+  v_part oid;
   v_counts bigint[];
 begin
   for v_table in
-    select c.oid::regclass as relation, array_agg(a.attname order by a.attnum) as names,
+    select c.oid, c.oid::regclass as relation, array_agg(a.attname order by a.attnum) as names,
       string_agg(case
         when a.atttypid = 'bytea'::regtype then
           format($q$count(*) filter (where %2$s), 0, count(*) filter (where substr(%1$s, 1, 3) <> '\x524b01')$q$, v.value, format(v_of_bytes, v.value))
@@ -10582,29 +12394,39 @@ begin
     join pg_type y on y.oid = a.atttypid
     left join pg_type e on e.oid = y.typelem and y.typcategory = 'A'
     where c.relkind in ('r', 'p', 'm') and not c.relispartition and c.relpersistence <> 't' and c.relispopulated
-      and n.nspname !~ '^(pg_|information_schema$|rekey(_targets)?$|vault$|cron$)' and n.nspowner::regrole::text !~ '^"?supabase'
+      and c.oid >= 16384 and not (n.nspname in ('rekey', 'rekey_targets') and c.relowner = 'rekey_owner'::regrole) and rekey._is_extension_table(c.oid) is false
       -- Numbers, times, network addresses and the like have no room for one.
       and coalesce(e.typlen, y.typlen) not between 1 and 74 and coalesce(e.typcategory, y.typcategory) not in ('N', 'B', 'D', 'T', 'E', 'G', 'I', 'V')
     group by c.oid
     order by c.oid::regclass::text
   loop
     relation := v_table.relation;
+    v_counts := null;
     begin
-      execute format('select array[%s] from %s t', v_table.counts, relation) into v_counts;
-      for v_place in 1 .. cardinality(v_table.names) loop
-        column_name := v_table.names[v_place];
-        envelopes := v_counts[3 * v_place - 2];
-        embedded := v_counts[3 * v_place - 1];
-        others := v_counts[3 * v_place];
-        return next;
+      for v_part in
+        with recursive parts as (
+          select v_table.oid as oid
+          union select i.inhrelid from pg_inherits i join parts p on p.oid = i.inhparent
+        )
+        select p.oid from parts p
+      loop
+        if rekey._hold(v_part) is not null then
+          raise exception using errcode = 'RKEND';
+        end if;
       end loop;
-    exception when insufficient_privilege then
-      column_name := null;
-      envelopes := null;
-      embedded := null;
-      others := null;
-      return next;
+      execute format('select array[%s] from %s t', v_table.counts, relation) into v_counts;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;  -- gives the locks back
+      when others then null;  -- nothing is known of it
     end;
+    for v_place in 1 .. case when v_counts is null then 1 else cardinality(v_table.names) end loop
+      column_name := case when v_counts is not null then v_table.names[v_place] end;
+      envelopes := v_counts[3 * v_place - 2];
+      embedded := v_counts[3 * v_place - 1];
+      others := v_counts[3 * v_place];
+      return next;
+    end loop;
   end loop;
 end
 $_$;
@@ -10616,7 +12438,7 @@ ALTER FUNCTION rekey.find_envelopes() OWNER TO rekey_owner;
 -- Name: FUNCTION find_envelopes(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.find_envelopes() IS 'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); and, of text and bytea columns, others. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole there is a row without a column. Left out are system schemas, those of Supabase, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
+COMMENT ON FUNCTION rekey.find_envelopes() IS 'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); and, of text and bytea columns, others. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole, or that has an index or statistics over a function that is neither a superuser''s nor his, which reading it may run, there is a row without a column. Left out are tables of PostgreSQL, pg_rekey, pg_cron and Supabase Vault, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
 
 
 --
@@ -10633,7 +12455,9 @@ begin
     from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, place)
     left join rekey.column_status s on s.relation = f.relation and s.column_name = f.column_name
     cross join lateral (
-      select f.column_name ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)' as telling,
+      select f.column_name ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)'
+          -- Those of Supabase's own schemas are its own affair.
+          and (select s.nspowner::regrole::text !~ '^"?supabase' from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = f.relation) as telling,
         format('%L, %L', f.relation, f.column_name) as names) n
     cross join lateral (values
       (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.'),
@@ -10663,12 +12487,83 @@ COMMENT ON FUNCTION rekey.find_unprotected() IS 'Columns that were forgotten: th
 
 
 --
+-- Name: findings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.findings() RETURNS TABLE(kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+begin
+  return query
+    select 'own tables', 'critical', 'rekey', null::text, null::integer, null::bigint, o.problem, 'Nothing completes and no key is destroyed until that is done.'
+    from rekey._own_problem() as o(problem) where o.problem is not null
+    union all
+    -- 1: for each row, 2: before. Whoever made it may want it; it could also keep rows as they are, and say nothing.
+    select 'own tables', 'warning', t.tgrelid::regclass::text, null, null, null,
+      format('trigger %I of %s may change what pg_rekey writes', t.tgname, t.tgrelid::regclass), format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass)
+    from pg_depend d
+    join pg_trigger t on d.classid = 'pg_class'::regclass and t.tgrelid = d.objid and not t.tgisinternal and t.tgtype::integer & 3 = 3
+    join pg_proc p on p.oid = t.tgfoid and p.pronamespace <> 'rekey'::regnamespace
+    where d.refclassid = 'pg_namespace'::regclass and d.refobjid = 'rekey'::regnamespace
+    union all
+    select c.kind, c.severity, c.label, null, null, null, format('%s: %s', c.label, c.finding), c.advice from rekey.protection_findings() c
+    union all
+    select 'sequence', 'critical', s.sequence::text, null, null, null,
+      format('the sequence %s is at %s, and its table at %s: rotations will fail with 23505', s.sequence, s.at, s.needed),
+      format('select rekey.resync_sequences(), or: select setval(%L, %s)', s.sequence::text, s.needed)
+    from rekey._sequences_behind() s
+    union all
+    select 'name', 'warning', n.nspname::text, null, null, null,
+      format('schema %I belongs to %s, and not to the extension %s', n.nspname, pg_get_userbyid(n.nspowner), s.extension),
+      'pg_rekey passes it by. Whoever reads or calls what is in it runs the code of that role: DROP SCHEMA, or REVOKE CREATE ON DATABASE.'
+    from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
+    join pg_namespace n on n.nspname = s.schema
+    where not exists (
+      select from pg_extension e
+      where e.extname = s.extension and (e.extnamespace = n.oid or exists (
+        select from pg_depend d
+        where d.classid = 'pg_namespace'::regclass and d.objid = n.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')))
+    union all
+    select 'name', 'warning', o.name, null, null, null,
+      format('%s of %s is in a schema of the extension %s, and not of the extension', o.name, pg_get_userbyid(o.owner), s.extension),
+      'pg_rekey passes it by. Look at what it is for, and who may CREATE in that schema.'
+    from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
+    join pg_namespace n on n.nspname = s.schema
+    join pg_extension e on e.extname = s.extension
+    join (
+      select c.relnamespace, c.oid, c.relowner, 'pg_class'::regclass, c.oid::regclass::text from pg_class c where c.relkind in ('r', 'p', 'v', 'm', 'f')
+      union all
+      select p.pronamespace, p.oid, p.proowner, 'pg_proc'::regclass, p.oid::regprocedure::text from pg_proc p
+    ) as o(namespace, oid, owner, class, name) on o.namespace = n.oid
+    where not exists (
+      select from pg_depend d
+      where d.classid = o.class and d.objid = o.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')
+    union all
+    select f.kind, f.severity, f.target, nullif(f.keyring, ''), nullif(f.version, 0), f.rows, f.finding, f.advice
+    from rekey._census_findings f where f.rows is not null;
+end
+$$;
+
+
+ALTER FUNCTION rekey.findings() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION findings(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.findings() IS 'What is not as it should be: tables of ours that hide rows, protected columns (rekey.protection_findings()), sequences that are behind, schemas and objects that only have the names of pg_cron or the Vault, and rows that the last census found not to open, or on versions that are destroyed or unknown. severity: critical or warning. pg-rekey doctor shows it.';
+
+
+--
 -- Name: get_secret(text, uuid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.get_secret(name text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_id uuid;
@@ -10705,6 +12600,7 @@ COMMENT ON FUNCTION rekey.get_secret(name text, tenant_id uuid) IS 'The value of
 CREATE FUNCTION rekey.is_sweeping(relation regclass) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 begin
   -- The setting saves the look; it proves nothing, since anybody can make it.
@@ -10732,6 +12628,7 @@ COMMENT ON FUNCTION rekey.is_sweeping(relation regclass) IS 'Whether it is a rot
 CREATE FUNCTION rekey.key_usage(keyring text DEFAULT NULL::text) RETURNS SETOF rekey.key_rows
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_ids integer[] := case when key_usage.keyring is not null then array[(rekey._keyring(key_usage.keyring)).id] end;
@@ -10791,6 +12688,7 @@ COMMENT ON FUNCTION rekey.lock() IS 'Forgets the KEK of this session and transac
 CREATE FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -10849,6 +12747,33 @@ ALTER FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason 
 --
 
 COMMENT ON FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text) IS 'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+
+
+--
+-- Name: _census_findings; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._census_findings (
+    kind text NOT NULL,
+    target text NOT NULL,
+    keyring text DEFAULT ''::text NOT NULL,
+    version integer DEFAULT 0 NOT NULL,
+    item text NOT NULL,
+    severity text NOT NULL,
+    rows bigint,
+    finding text NOT NULL,
+    advice text NOT NULL,
+    since timestamp with time zone DEFAULT now() NOT NULL
+);
+
+
+ALTER TABLE rekey._census_findings OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _census_findings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._census_findings IS 'What the last census found, and since when; what it does not find any more is not here.';
 
 
 --
@@ -10918,6 +12843,7 @@ COMMENT ON COLUMN rekey.keks.retired_at IS 'When it was replaced or declared los
 CREATE FUNCTION rekey.metrics() RETURNS TABLE(name text, labels jsonb, value double precision)
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     -- in sql/code
 ;
 
@@ -10938,6 +12864,7 @@ COMMENT ON FUNCTION rekey.metrics() IS 'Figures for monitoring (docs/operations.
 CREATE FUNCTION rekey.pause_rotation(id bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -10994,12 +12921,65 @@ COMMENT ON FUNCTION rekey.protect_column(target regclass, column_name name, keyr
 
 
 --
+-- Name: protection_findings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.protection_findings() RETURNS TABLE(label text, kind text, severity text, finding text, advice text)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_column rekey.protected_columns;
+  v_shape record;
+begin
+  for v_column in select * from rekey.protected_columns c order by c.label loop
+    label := v_column.label;
+    select s.* into v_shape from rekey._column_shape(v_column.id) s;
+    finding := rekey._column_problem(v_column);
+    if finding is not null then
+      kind := 'blocked';
+      severity := 'critical';
+      advice := 'As long as it cannot be counted, rotations of keyrings that it may hold do not complete, and no key is destroyed.';
+      return next;
+    else
+      finding := rekey._newest_problem(v_column);
+      if finding is not null then
+        kind := 'write trigger';
+        severity := 'warning';
+        advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name,
+          case when v_column.encrypt_on_write then ', encrypt_on_write => true' end);
+        return next;
+      end if;
+    end if;
+    if v_shape.relation is not null then
+      return query
+        select v_column.label, f.kind, 'warning', f.finding, f.advice
+        from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]]) f
+        order by f.kind, f.finding;
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey.protection_findings() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION protection_findings(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.protection_findings() IS 'What blocks protected columns, and what rekey.protect_column() warned of or would warn of now: triggers, rules and publications that came later too. severity: critical (blocked) or warning.';
+
+
+--
 -- Name: prune_audit_log(bigint, bigint, text, text, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_start bigint := (rekey._audit_start()).last;
@@ -11055,6 +13035,7 @@ CREATE FUNCTION rekey.read_secrets(names text[] DEFAULT NULL::text[], tenant_id 
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '2000000kB'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 declare
   v_unreadable text;
@@ -11122,7 +13103,7 @@ declare
   v_protected rekey.protected_columns := rekey._find_rebind(target, column_name, label);
   v_old regclass := (select s.relation from rekey.column_status s where s.label = v_protected.label);
   v_old_column name := (select s.column_name from rekey.column_status s where s.label = v_protected.label);
-  v_stays boolean := v_old = target and v_old_column = rebind_column.column_name;
+  v_stays boolean := coalesce(v_old = target and v_old_column = rebind_column.column_name, false);
   v_statement text;
   v_other record;
   v_settled regclass[];
@@ -11175,6 +13156,7 @@ COMMENT ON FUNCTION rekey.rebind_column(target regclass, column_name name, label
 CREATE FUNCTION rekey.register_kek(replace_lost boolean DEFAULT false) RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_active rekey.keks;
@@ -11221,6 +13203,7 @@ COMMENT ON FUNCTION rekey.register_kek(replace_lost boolean) IS 'Registers the K
 CREATE FUNCTION rekey.resolve_failure(id bigint, action text, reason text DEFAULT NULL::text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_failure rekey.rotation_failures;
@@ -11233,7 +13216,10 @@ begin
   if not found then
     raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.', constraint = 'failures';
   end if;
-  v_rotation := rekey._rotation(v_failure.rotation_id);
+  -- What the census found is of no rotation.
+  if v_failure.rotation_id is not null then
+    v_rotation := rekey._rotation(v_failure.rotation_id);
+  end if;
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
   where f.id = resolve_failure.id and f.resolved_at is null;
@@ -11241,14 +13227,14 @@ begin
     raise exception 'failure % is resolved already', id using errcode = 'RK006';
   end if;
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
-  if action = 'retry' and not exists (
+  if action = 'retry' and v_failure.rotation_id is not null and not exists (
        select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
     perform rekey._refuse_over(v_rotation);
     update rekey.rotations r
     set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
     where r.id = v_failure.rotation_id;
   end if;
-  perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_rotation.keyring_id), v_failure.version, v_failure.rotation_id,
+  perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_failure.keyring_id), v_failure.version, v_failure.rotation_id,
     jsonb_build_object('target', v_failure.target, 'row', v_failure.row_key, 'action', action, 'reason', reason));
 end
 $$;
@@ -11260,7 +13246,7 @@ ALTER FUNCTION rekey.resolve_failure(id bigint, action text, reason text) OWNER 
 -- Name: FUNCTION resolve_failure(id bigint, action text, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) IS 'Closes an entry of the quarantine. action: retry (the row is tried again) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
+COMMENT ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) IS 'Closes an entry of the quarantine. action: retry (the row is tried again; one that the census found, by the next one) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
 
 
 --
@@ -11270,6 +13256,7 @@ COMMENT ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text) I
 CREATE FUNCTION rekey.resume_rotation(id bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -11294,12 +13281,44 @@ COMMENT ON FUNCTION rekey.resume_rotation(id bigint) IS 'Lets a paused rotation 
 
 
 --
+-- Name: resync_sequences(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.resync_sequences() RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_behind record;
+  v_count bigint := 0;
+begin
+  for v_behind in select s.sequence, max(s.needed) as needed from rekey._sequences_behind() s group by s.sequence loop
+    perform setval(v_behind.sequence, v_behind.needed);
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end
+$$;
+
+
+ALTER FUNCTION rekey.resync_sequences() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION resync_sequences(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.resync_sequences() IS 'Moves the sequences of pg_rekey on to where their tables are, and returns how many were behind. After a switch-over by logical replication, which brings rows and no sequences: without it, rotations fail with 23505.';
+
+
+--
 -- Name: retire_keyring(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
 CREATE FUNCTION rekey.retire_keyring(name text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(name, lock => true);
@@ -11352,6 +13371,7 @@ COMMENT ON FUNCTION rekey.retire_keyring(name text) IS 'Retires a keyring that n
 CREATE FUNCTION rekey.retry_rotation(id bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -11388,6 +13408,7 @@ COMMENT ON FUNCTION rekey.retry_rotation(id bigint) IS 'Lets a failed rotation g
 CREATE FUNCTION rekey.rollback_rotation(id bigint, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_rotation rekey.rotations;
@@ -11444,6 +13465,7 @@ COMMENT ON FUNCTION rekey.rollback_rotation(id bigint, reason text) IS 'Makes th
 CREATE FUNCTION rekey.rotate_kek() RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_old_id integer;
@@ -11511,6 +13533,7 @@ COMMENT ON FUNCTION rekey.rotate_kek() IS 'Wraps every DEK anew under the next K
 CREATE FUNCTION rekey.rotate_keys(keyring text DEFAULT NULL::text, reason text DEFAULT NULL::text, supersede boolean DEFAULT false) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -11518,6 +13541,7 @@ declare
   v_new bigint[];
   v_rotation bigint;
 begin
+  perform rekey._refuse_hidden();
   if keyring is not null then
     v_keyring := rekey._keyring(keyring);
     if v_keyring.retired_at is not null then
@@ -11550,7 +13574,7 @@ ALTER FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) O
 -- Name: FUNCTION rotate_keys(keyring text, reason text, supersede boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
+COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
 
 
 --
@@ -11562,6 +13586,7 @@ CREATE FUNCTION rekey.rotation_step(whole boolean DEFAULT NULL::boolean, OUT eve
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
     SET lock_timeout TO '2 s'
+    SET row_security TO 'off'
     AS $$
 declare
   v_next timestamptz;
@@ -11700,30 +13725,17 @@ COMMENT ON PROCEDURE rekey.run_rotations(IN max_duration interval) IS 'Works on 
 --
 
 CREATE FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval DEFAULT NULL::interval) RETURNS timestamp with time zone
-    LANGUAGE plpgsql SECURITY DEFINER
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_wait interval := coalesce(wait, (rekey._settings()).destroy_wait);
-  v_writing text;
-  v_keyring rekey.keyrings;
-  v_key rekey.encryption_keys;
+  v_header bytea := rekey._destroyable_header(keyring, version);
 begin
-  if v_wait not between '0 s' and '3650 days' then
-    raise exception 'wait is between 0 and 3650 days' using errcode = 'invalid_parameter_value';
+  -- Before anything is locked.
+  if v_header is not null then
+    perform rekey._look_ahead(v_header);
   end if;
-  v_keyring := rekey._keyring(keyring, lock => true);
-  v_key := rekey._key(v_keyring.id, version);
-  if v_key.state not in ('decrypt_only', 'disabled', 'compromised') then
-    raise exception 'version % is %: it cannot be scheduled for destruction', version, v_key.state using errcode = 'RK006';
-  end if;
-  v_writing := rekey._open_writers();
-  if v_writing is not null then
-    raise exception '%: what it stores may need version %', v_writing, version using errcode = 'RK005', hint = 'Try again when it has ended.';
-  end if;
-  perform rekey._refuse_in_use(v_keyring, version);
-  perform rekey._move_key(v_key, 'destroy_scheduled', 'key.destroy_scheduled', null, now() + v_wait);
-  return now() + v_wait;
+  return rekey._schedule_destruction(keyring, version, wait);
 end
 $$;
 
@@ -11734,7 +13746,7 @@ ALTER FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wai
 -- Name: FUNCTION schedule_key_destruction(keyring text, version integer, wait interval); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval) IS 'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, and can be cancelled. What rekey.encrypt() made, and an application keeps in a table of its own, is not counted. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
+COMMENT ON FUNCTION rekey.schedule_key_destruction(keyring text, version integer, wait interval) IS 'Schedules a version for destruction and returns the time before which it is not destroyed. wait: 0 to 3650 days; NULL: the setting destroy_wait. Until then it opens nothing, nothing that stands on it can be stored in a protected column, and it can be cancelled. When the time has come, rekey.tick() looks for it in the whole database (rekey.search_status), and destroys it where nothing was found and everything could be read. Warnings tell where this call finds it already, with the rights of the caller, in 2 seconds at most. 25001: not in READ COMMITTED; RK005: something still needs it; RK006: its state does not allow it; RK007: there is none.';
 
 
 --
@@ -11756,6 +13768,11 @@ begin
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
       hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''), and the same as ''pg_rekey_watch'' for ''select rekey.watch()''. Or run pg-rekey work --forever.',
                     current_database()), constraint = 'schedule_worker';
+  elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
+     or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
+     or rekey._trusted_function('pg_cron', 'cron.alter_job(bigint,text,text,text,text,boolean)') is null then
+    raise exception 'cron.job or its functions are not pg_cron''s, or have a trigger of somebody else''s' using errcode = 'undefined_object',
+      hint = 'Before pg_cron 1.4 there is no cron.alter_job(): update the extension. Else drop those triggers.';
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
   -- (Formatted, so that whoever checks all functions does not stumble where pg_cron is missing.)
@@ -11763,21 +13780,22 @@ begin
   execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') into v_job;
   begin
     if v_job is null then
-      execute format('select %I.schedule($1, $2, $3)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+      execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
     else
-      execute format('select %I.alter_job($1, schedule => $2, active => true)', 'cron') using v_job, v_schedule;
+      execute format('select %I.alter_job($1::bigint, $2::text, null::text, null::text, null::text, true)', 'cron') using v_job, v_schedule;
     end if;
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
   end;
   execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'select rekey.watch()' and j.database = current_database() $sql$, 'cron') into v_watch;
   if v_watch is null then
-    execute format('select %I.schedule($1, $2, $3)', 'cron') into v_watch using 'pg_rekey_watch', '* * * * *', 'select rekey.watch()';
+    execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_watch using 'pg_rekey_watch', '* * * * *', 'select rekey.watch()';
   end if;
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job(j, username => $2) from unnest($1) j', 'cron') using array[v_job, v_watch], 'rekey_worker';
+    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_job, 'rekey_worker';
+    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_watch, 'rekey_worker';
   end if;
   return v_job;
 end
@@ -11790,7 +13808,77 @@ ALTER FUNCTION rekey.schedule_worker(schedule text) OWNER TO rekey_owner;
 -- Name: FUNCTION schedule_worker(schedule text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job; a second job, pg_rekey_watch, calls rekey.watch() every minute. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database; 22023: it does not take the schedule.';
+COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job; a second job, pg_rekey_watch, calls rekey.watch() every minute. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
+
+
+--
+-- Name: search_step(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail jsonb) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    SET standard_conforming_strings TO 'on'
+    SET bytea_output TO 'hex'
+    SET quote_all_identifiers TO 'off'
+    SET constraint_exclusion TO 'off'
+    SET lock_timeout TO '3 s'
+    AS $$
+declare
+  v_begun timestamptz := clock_timestamp();
+  v_turn record;
+  v_reader text := current_user;
+  v_relations oid[];
+  v_names text[];
+  v_problems text[];
+  v_again boolean[];
+  v_all_hits text[];
+  v_rows bigint;
+  v_same boolean;
+  v_hits text;
+  v_filenode oid;
+  v_problem text;
+begin
+  select t.* into v_turn from rekey._search_turn(v_reader) t;
+  event := v_turn.event;
+  wait := v_turn.wait;
+  detail := v_turn.detail;
+  if event = 'read' then
+    begin
+      v_problem := rekey._hold(v_turn.relation);
+      if v_problem is null then
+        execute v_turn.statement into v_rows, v_same, v_hits
+        using v_turn.wanted, format('(%s,0)', v_turn.first)::tid, format('(%s,0)', v_turn.until)::tid, null::xid;
+        -- The statement goes by the name, which may have become another relation's. Now its lock keeps it.
+        v_filenode := case when v_same is not false and to_regclass(v_turn.name) = v_turn.relation then pg_relation_filenode(v_turn.relation) else 0 end;
+      end if;
+      raise exception using errcode = 'RKEND';
+    exception
+      when sqlstate 'RKEND' then null;  -- gives the locks back
+      when undefined_table then v_filenode := 0;
+      when others then v_problem := sqlerrm;
+    end;
+    event := rekey._note_read(v_turn.search_id, v_turn.relation, v_reader, v_turn.until, v_rows, v_hits, v_filenode, v_problem, v_begun);
+    detail := jsonb_strip_nulls(jsonb_build_object('relation', v_turn.relation::regclass::text, 'rows', v_rows, 'problem', v_problem));
+  elsif event = 'look' then
+    -- One statement, one snapshot: no row escapes by moving.
+    select array_agg(l.relation), array_agg(l.name), array_agg(l.problem), array_agg(l.again), array_agg(l.hits)
+    into v_relations, v_names, v_problems, v_again, v_all_hits
+    from rekey._look(v_turn.search_id, v_turn.wanted) l;
+    event := rekey._note_look(v_turn.search_id, v_reader, v_relations, v_names, v_problems, v_again, v_all_hits);
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION search_step(OUT event text, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail jsonb) IS 'One step of the search that rekey.begin_search() or rekey.tick() began, in a transaction of its own, with the rights of whoever calls it: reads some blocks of a relation, or looks at everything in the end. event: read, unread (it may not read a relation), rewritten, again, looked, complete; waiting (for wait: detail says for whom); incomplete (what is left takes another role: rekey.search_findings); idle (there is nothing to do). 25001: not in READ COMMITTED.';
 
 
 --
@@ -11800,6 +13888,7 @@ COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call re
 CREATE FUNCTION rekey.set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS timestamp with time zone
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings := rekey._keyring(keyring, lock => true);
@@ -11841,6 +13930,7 @@ COMMENT ON FUNCTION rekey.set_schedule(keyring text, rotate_every interval, firs
 CREATE FUNCTION rekey.set_secret(name text, value text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, keyring text DEFAULT 'default'::text, description text DEFAULT NULL::text) RETURNS uuid
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
@@ -11914,14 +14004,14 @@ CREATE FUNCTION rekey.set_setting(name text, value text) RETURNS void
     AS $$
 begin
   perform rekey._store_setting(name, value);
-  if name = 'kek_provider' and value = 'vault' and to_regclass('vault.decrypted_secrets') is not null then
+  if name = 'kek_provider' and value = 'vault' and rekey._is_trusted('supabase_vault', 'pg_class', to_regclass('vault.decrypted_secrets')) then
     if not (has_schema_privilege('rekey_owner', 'vault', 'usage')
             and has_table_privilege('rekey_owner', 'vault.decrypted_secrets', 'select')) then
       grant usage on schema vault to rekey_owner;
       grant select on vault.decrypted_secrets to rekey_owner;
     end if;
     -- Supabase's view decrypts with its reader's rights.
-    if to_regprocedure('vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
+    if rekey._trusted_function('supabase_vault', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
        and not has_function_privilege('rekey_owner', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)', 'execute') then
       execute 'grant execute on function vault._crypto_aead_det_decrypt(bytea, bytea, bigint, bytea, bytea) to rekey_owner';
     end if;
@@ -11952,6 +14042,7 @@ CREATE PROCEDURE rekey.tick()
 declare
   v_begun timestamptz := pg_catalog.clock_timestamp();
   v_duty text;
+  v_next text;
 begin
   foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end'] loop
     commit;
@@ -11960,7 +14051,16 @@ begin
       call rekey.run_rotations('50 s');
       perform rekey._prune_run_details();
     else
-      perform rekey._tick_duty(v_duty, v_begun);
+      v_next := rekey._tick_duty(v_duty, v_begun);
+      while v_next is not null and pg_catalog.clock_timestamp() operator(pg_catalog.<) (v_begun operator(pg_catalog.+) interval '50 s') loop
+        commit;
+        set transaction isolation level read committed;
+        if v_next operator(pg_catalog.=) 'search' then
+          v_next := rekey._search_on(v_begun);
+        else
+          v_next := rekey._tick_duty(v_duty, v_begun);
+        end if;
+      end loop;
     end if;
   end loop;
 end
@@ -12040,6 +14140,7 @@ COMMENT ON FUNCTION rekey.unlock_copied(scope text) IS 'As rekey.unlock(), with 
 CREATE FUNCTION rekey.unprotect_column(label text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_id integer := (select c.id from rekey.protected_columns c where c.label = unprotect_column.label);
@@ -12119,11 +14220,11 @@ declare
   v_count integer := 0;
   v_job bigint;
 begin
-  if to_regclass('cron.job') is null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
   for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
-    execute format('select %I.unschedule($1)', 'cron') using v_job;
+    execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
   return v_count > 0;
@@ -12147,6 +14248,7 @@ COMMENT ON FUNCTION rekey.unschedule_worker() IS 'Ends the pg_cron jobs of rekey
 CREATE FUNCTION rekey.verify_audit_log(anchor jsonb DEFAULT NULL::jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $_$
 declare
   v_head record;
@@ -12216,6 +14318,7 @@ COMMENT ON FUNCTION rekey.verify_audit_log(anchor jsonb, OUT valid boolean, OUT 
 CREATE FUNCTION rekey.verify_ciphertexts(keyring text DEFAULT NULL::text) RETURNS SETOF rekey.verified_rows
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_ids integer[] := case when verify_ciphertexts.keyring is not null then array[(rekey._keyring(verify_ciphertexts.keyring)).id] end;
@@ -12304,6 +14407,7 @@ CREATE FUNCTION rekey_targets.secrets_count(relation regclass, keyrings integer[
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then
@@ -12335,6 +14439,7 @@ CREATE FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until t
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then
@@ -12387,6 +14492,7 @@ CREATE FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until t
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
+    SET row_security TO 'off'
     AS $$
 begin
   if relation <> 'rekey.secrets'::regclass then
@@ -12437,6 +14543,7 @@ COMMENT ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, unt
 CREATE FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
     AS $$
 declare
   v_count bigint;
@@ -12492,6 +14599,66 @@ CREATE SEQUENCE rekey._pass_id
 ALTER TABLE rekey._pass_id OWNER TO rekey_owner;
 
 --
+-- Name: _search_finds; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._search_finds (
+    search_id bigint NOT NULL,
+    relation oid NOT NULL,
+    attnum smallint NOT NULL,
+    keyring_id integer NOT NULL,
+    version integer NOT NULL,
+    relation_name text NOT NULL,
+    column_name name NOT NULL,
+    rows bigint NOT NULL
+);
+
+
+ALTER TABLE rekey._search_finds OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _search_finds; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._search_finds IS 'Columns in which a search found envelopes of the versions that it looks for.';
+
+
+--
+-- Name: _search_versions; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._search_versions (
+    search_id bigint NOT NULL,
+    keyring_id integer NOT NULL,
+    version integer NOT NULL,
+    rows bigint
+);
+
+
+ALTER TABLE rekey._search_versions OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _search_versions; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._search_versions IS 'Versions that a search looks for: they were scheduled for destruction before it began, and are since. rows: those of protected columns and secrets, once they are counted.';
+
+
+--
+-- Name: _searches_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey._searches ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME rekey._searches_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+
+--
 -- Name: _session_key; Type: TABLE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12529,6 +14696,87 @@ ALTER TABLE rekey._sweeping OWNER TO rekey_owner;
 --
 
 COMMENT ON TABLE rekey._sweeping IS 'What rekey.is_sweeping() goes by: into which relation this transaction writes a batch of a rotation now.';
+
+
+--
+-- Name: census_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.census_status AS
+ -- in sql/code
+;
+
+
+ALTER TABLE rekey.census_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW census_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.census_status IS 'What the last census (rekey.worker_status.last_census_at) found not to be as it should be. rekey.findings() looks now, but does not count rows.';
+
+
+--
+-- Name: COLUMN census_status.kind; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.kind IS 'unopenable, destroyed, unknown (rows that do not open: damaged, on a version that is destroyed, or that there is not), uncounted, or as rekey.findings().';
+
+
+--
+-- Name: COLUMN census_status.severity; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.severity IS 'critical or warning.';
+
+
+--
+-- Name: COLUMN census_status.target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.target IS 'Protected column, table or sequence.';
+
+
+--
+-- Name: COLUMN census_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.keyring IS 'Keyring of the rows.';
+
+
+--
+-- Name: COLUMN census_status.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.version IS 'Their key version.';
+
+
+--
+-- Name: COLUMN census_status.rows; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.rows IS 'How many rows; NULL: it is not about rows.';
+
+
+--
+-- Name: COLUMN census_status.finding; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.finding IS 'What was found.';
+
+
+--
+-- Name: COLUMN census_status.advice; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.advice IS 'What to do about it.';
+
+
+--
+-- Name: COLUMN census_status.since; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.census_status.since IS 'Which census found it first.';
 
 
 --
@@ -12808,7 +15056,7 @@ COMMENT ON COLUMN rekey.failure_status.id IS 'Number of the entry.';
 -- Name: COLUMN failure_status.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.failure_status.rotation_id IS 'Last rotation in which the row failed.';
+COMMENT ON COLUMN rekey.failure_status.rotation_id IS 'Last rotation in which the row failed; NULL: the census found it, and no rotation has met it.';
 
 
 --
@@ -13107,6 +15355,189 @@ COMMENT ON COLUMN rekey.schedule_status.overdue IS 'Whether that was more than 1
 
 
 --
+-- Name: search_findings; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.search_findings AS
+ -- in sql/code
+;
+
+
+ALTER TABLE rekey.search_findings OWNER TO rekey_owner;
+
+--
+-- Name: VIEW search_findings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.search_findings IS 'What keeps versions from being destroyed: relations that the last search could not read, and where it found envelopes.';
+
+
+--
+-- Name: COLUMN search_findings.relation; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.relation IS 'The table or materialized view.';
+
+
+--
+-- Name: COLUMN search_findings.column_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.column_name IS 'The column that holds envelopes; NULL: the relation was not read.';
+
+
+--
+-- Name: COLUMN search_findings.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.keyring IS 'Keyring of the version that was found.';
+
+
+--
+-- Name: COLUMN search_findings.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.version IS 'The version.';
+
+
+--
+-- Name: COLUMN search_findings.rows; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.rows IS 'Rows in which it was found.';
+
+
+--
+-- Name: COLUMN search_findings.problem; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.problem IS 'What is wrong.';
+
+
+--
+-- Name: COLUMN search_findings.role; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.role IS 'Role that could not read it.';
+
+
+--
+-- Name: COLUMN search_findings.advice; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_findings.advice IS 'What to do.';
+
+
+--
+-- Name: search_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.search_status AS
+ -- in sql/code
+;
+
+
+ALTER TABLE rekey.search_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW search_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.search_status IS 'The last search of the database for envelopes of versions that are to be destroyed, and how far it is. No row: there was none.';
+
+
+--
+-- Name: COLUMN search_status.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.state IS 'reading (relations of some size, by turns), looking (waits for older transactions, then looks at everything in one snapshot), incomplete (what is left takes another role: rekey.search_findings), complete.';
+
+
+--
+-- Name: COLUMN search_status.scope; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.scope IS 'Where it looks: the setting destroy_search when it began.';
+
+
+--
+-- Name: COLUMN search_status.begun_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.begun_at IS 'When it began.';
+
+
+--
+-- Name: COLUMN search_status.completed_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.completed_at IS 'When it ended; NULL: it is under way.';
+
+
+--
+-- Name: COLUMN search_status.versions; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.versions IS 'Key versions that it looks for.';
+
+
+--
+-- Name: COLUMN search_status.relations_read; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.relations_read IS 'Relations that are read by turns, those that have been. (Small ones are left to the look.)';
+
+
+--
+-- Name: COLUMN search_status.relations; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.relations IS 'Relations that are read by turns, all.';
+
+
+--
+-- Name: COLUMN search_status.bytes_read; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.bytes_read IS 'Their size, as far as they have been read.';
+
+
+--
+-- Name: COLUMN search_status.bytes; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.bytes IS 'Their size.';
+
+
+--
+-- Name: COLUMN search_status.not_read; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.not_read IS 'Relations that could not be read: rekey.search_findings.';
+
+
+--
+-- Name: COLUMN search_status.versions_found; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.versions_found IS 'Of the versions, those that it found.';
+
+
+--
+-- Name: COLUMN search_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.blocked_by IS 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds.';
+
+
+--
+-- Name: COLUMN search_status.blocked_since; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.search_status.blocked_since IS 'Since when it waits for them.';
+
+
+--
 -- Name: setting_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13207,6 +15638,14 @@ ALTER TABLE ONLY rekey._audit_head
 
 
 --
+-- Name: _census_findings _census_findings_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._census_findings
+    ADD CONSTRAINT _census_findings_pkey PRIMARY KEY (kind, target, keyring, version, item);
+
+
+--
 -- Name: _chunks _chunks_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13228,6 +15667,46 @@ ALTER TABLE ONLY rekey._column_relations
 
 ALTER TABLE ONLY rekey._due
     ADD CONSTRAINT _due_pkey PRIMARY KEY (pass_id, kind, target, relation);
+
+
+--
+-- Name: _search_finds _search_finds_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_finds
+    ADD CONSTRAINT _search_finds_pkey PRIMARY KEY (search_id, relation, attnum, keyring_id, version);
+
+
+--
+-- Name: _search_relations _search_relations_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_relations
+    ADD CONSTRAINT _search_relations_pkey PRIMARY KEY (search_id, relation);
+
+
+--
+-- Name: _search_versions _search_versions_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_versions
+    ADD CONSTRAINT _search_versions_pkey PRIMARY KEY (search_id, keyring_id, version);
+
+
+--
+-- Name: _searches _searches_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._searches
+    ADD CONSTRAINT _searches_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: _secrets_seen _secrets_seen_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._secrets_seen
+    ADD CONSTRAINT _secrets_seen_pkey PRIMARY KEY (keyring_id);
 
 
 --
@@ -13492,6 +15971,38 @@ CREATE TRIGGER encryption_keys_state BEFORE UPDATE ON rekey.encryption_keys FOR 
 
 ALTER TABLE ONLY rekey._column_relations
     ADD CONSTRAINT _column_relations_column_fkey FOREIGN KEY (column_id) REFERENCES rekey.protected_columns(id) ON DELETE CASCADE;
+
+
+--
+-- Name: _search_finds _search_finds_search_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_finds
+    ADD CONSTRAINT _search_finds_search_fkey FOREIGN KEY (search_id) REFERENCES rekey._searches(id) ON DELETE CASCADE;
+
+
+--
+-- Name: _search_relations _search_relations_search_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_relations
+    ADD CONSTRAINT _search_relations_search_fkey FOREIGN KEY (search_id) REFERENCES rekey._searches(id) ON DELETE CASCADE;
+
+
+--
+-- Name: _search_versions _search_versions_search_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._search_versions
+    ADD CONSTRAINT _search_versions_search_fkey FOREIGN KEY (search_id) REFERENCES rekey._searches(id) ON DELETE CASCADE;
+
+
+--
+-- Name: _secrets_seen _secrets_seen_keyring_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._secrets_seen
+    ADD CONSTRAINT _secrets_seen_keyring_fkey FOREIGN KEY (keyring_id) REFERENCES rekey.keyrings(id);
 
 
 --
@@ -13835,6 +16346,13 @@ REVOKE ALL ON FUNCTION rekey._batch_size(keyrings integer) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _begin_search(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._begin_search() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _begin_verification(rotations bigint[], keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13907,6 +16425,13 @@ REVOKE ALL ON FUNCTION rekey._caller() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._census() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _census_target(target rekey._target, keyrings integer[], active bytea[], first bigint, until bigint, deadline timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._census_target(target rekey._target, keyrings integer[], active bytea[], first bigint, until bigint, deadline timestamp with time zone) FROM PUBLIC;
 
 
 --
@@ -13988,10 +16513,26 @@ REVOKE ALL ON FUNCTION rekey._clear_chunks() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _code_of_others(relation oid, reader name); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._code_of_others(relation oid, reader name) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._code_of_others(relation oid, reader name) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._code_of_others(relation oid, reader name) TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION _column_bodies(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
 REVOKE ALL ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _relations_here(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._relations_here(relation regclass) FROM PUBLIC;
 
 
 --
@@ -14111,10 +16652,25 @@ REVOKE ALL ON FUNCTION rekey._deks(keyrings integer[], versions integer[], sweep
 
 
 --
--- Name: FUNCTION _destroy_due(clock_jumped boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _destroy(keyring_id integer, version integer, rows bigint, elsewhere text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._destroy_due(clock_jumped boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._destroy(keyring_id integer, version integer, rows bigint, elsewhere text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _destroyable_header(keyring text, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._destroyable_header(keyring text, version integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._destroyable_header(keyring text, version integer) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _destruction_step(clock_jumped boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._destruction_step(clock_jumped boolean) FROM PUBLIC;
 
 
 --
@@ -14130,6 +16686,16 @@ GRANT ALL ON FUNCTION rekey._drop_triggers(target regclass, id integer) TO rekey
 --
 
 REVOKE ALL ON FUNCTION rekey._due_rows(rotations bigint[]) FROM PUBLIC;
+
+
+--
+-- Name: TABLE keyrings; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_admin;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_operator;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_auditor;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_app;
 
 
 --
@@ -14263,6 +16829,31 @@ REVOKE ALL ON FUNCTION rekey._headers(ciphertexts bytea[]) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _hits(place integer, value bytea, wanted bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _hits(place integer, value text, wanted bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._hits(place integer, value text, wanted bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._hits(place integer, value text, wanted bytea[]) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _hold(relation oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._hold(relation oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._hold(relation oid) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._hold(relation oid) TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION _hold_blocked(rotations bigint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14326,6 +16917,15 @@ REVOKE ALL ON FUNCTION rekey._is_envelope(value bytea) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _is_extension_table(relation oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_extension_table(relation oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._is_extension_table(relation oid) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._is_extension_table(relation oid) TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION _is_of_citus(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14358,6 +16958,15 @@ REVOKE ALL ON FUNCTION rekey._is_postgrest() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._is_service_role(caller name) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _is_trusted(extension name, class regclass, object oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._is_trusted(extension name, class regclass, object oid) TO rekey_operator;
 
 
 --
@@ -14408,16 +17017,6 @@ REVOKE ALL ON FUNCTION rekey._key(keyring_id integer, version integer) FROM PUBL
 --
 
 REVOKE ALL ON FUNCTION rekey._key_problem(version integer, state text, kek_id integer, kek_state text, sweeping boolean) FROM PUBLIC;
-
-
---
--- Name: TABLE keyrings; Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_admin;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_operator;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_auditor;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_app;
 
 
 --
@@ -14484,10 +17083,26 @@ REVOKE ALL ON FUNCTION rekey._lock_targets(apart boolean, leaving_out oid[], OUT
 
 
 --
--- Name: FUNCTION _relations_here(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _look(search_id bigint, wanted bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._relations_here(relation regclass) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._look(search_id bigint, wanted bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._look(search_id bigint, wanted bytea[]) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _look_ahead(header bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._look_ahead(header bytea) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._look_ahead(header bytea) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _relation_named(name text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._relation_named(name text) FROM PUBLIC;
 
 
 --
@@ -14555,6 +17170,13 @@ REVOKE ALL ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) F
 
 
 --
+-- Name: FUNCTION _newest_problem(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._newest_problem(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _next_row(pointer tid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14581,6 +17203,28 @@ REVOKE ALL ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integ
 
 REVOKE ALL ON FUNCTION rekey._note_denied(details jsonb) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._note_denied(details jsonb) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _note_findings(findings jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_findings(findings jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _note_finds(search_id bigint, relation oid, hits text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_finds(search_id bigint, relation oid, hits text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) TO rekey_operator;
 
 
 --
@@ -14612,6 +17256,14 @@ REVOKE ALL ON FUNCTION rekey._note_passed_by(keyrings integer[], begun bigint[],
 
 
 --
+-- Name: FUNCTION _note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._note_read(search_id bigint, relation oid, reader text, until bigint, rows bigint, hits text, filenode oid, problem text, begun timestamp with time zone) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _note_seen(counted jsonb, keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14623,6 +17275,13 @@ REVOKE ALL ON FUNCTION rekey._note_seen(counted jsonb, keyrings integer[]) FROM 
 --
 
 REVOKE ALL ON FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, code text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _older_transactions(older xid8, since timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._older_transactions(older xid8, since timestamp with time zone) FROM PUBLIC;
 
 
 --
@@ -14647,6 +17306,13 @@ REVOKE ALL ON FUNCTION rekey._open_rows(keyrings integer[], verification_id bigi
 
 
 --
+-- Name: FUNCTION _open_search(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._open_search() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _open_target(label text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14658,6 +17324,20 @@ REVOKE ALL ON FUNCTION rekey._open_target(label text) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._open_writers() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _table_problem(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._table_problem(relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _own_problem(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._own_problem() FROM PUBLIC;
 
 
 --
@@ -14686,6 +17366,13 @@ REVOKE ALL ON FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) FROM P
 --
 
 REVOKE ALL ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _postpone(keyrings integer[], versions integer[], reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._postpone(keyrings integer[], versions integer[], reason text) FROM PUBLIC;
 
 
 --
@@ -14805,10 +17492,24 @@ REVOKE ALL ON FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) FROM
 
 
 --
--- Name: FUNCTION _refuse_in_use(keyring rekey.keyrings, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _refuse_forger(stack text, callee text, caller text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._refuse_forger(stack text, callee text, caller text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_hidden(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_hidden() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_in_use(keyring rekey.keyrings, version integer, counted bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint) FROM PUBLIC;
 
 
 --
@@ -15009,6 +17710,14 @@ REVOKE ALL ON FUNCTION rekey._rpc_refusal() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _schedule_destruction(keyring text, version integer, wait interval); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._schedule_destruction(keyring text, version integer, wait interval) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION _sealing(keyring_id integer, bytes integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15023,10 +17732,58 @@ REVOKE ALL ON FUNCTION rekey._sealing_on_write(keyring_id integer, bytes integer
 
 
 --
+-- Name: FUNCTION _search_advice(relation oid, role text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._search_advice(relation oid, role text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._search_advice(relation oid, role text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._search_advice(relation oid, role text) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._search_advice(relation oid, role text) TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _search_on(begun timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._search_on(begun timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._search_on(begun timestamp with time zone) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _search_problem(search_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._search_problem(search_id bigint) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _searchable(only_one oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._searchable(only_one oid) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._searchable(only_one oid) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _secret_context(tenant_id uuid, id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
 REVOKE ALL ON FUNCTION rekey._secret_context(tenant_id uuid, id uuid) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _sequences_behind(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._sequences_behind() FROM PUBLIC;
 
 
 --
@@ -15169,6 +17926,14 @@ GRANT ALL ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone
 
 
 --
+-- Name: FUNCTION _to_look(search_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._to_look(search_id bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._to_look(search_id bigint) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _to_text(envelope bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15187,6 +17952,24 @@ REVOKE ALL ON FUNCTION rekey._trigger_names(protected rekey.protected_columns) F
 --
 
 REVOKE ALL ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _trusted_function(extension name, signature text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trusted_function(extension name, signature text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._trusted_function(extension name, signature text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._trusted_function(extension name, signature text) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _trusted_relation(extension name, schema name, name name, events integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) TO rekey_operator;
 
 
 --
@@ -15344,6 +18127,15 @@ GRANT ALL ON FUNCTION rekey.audit_checkpoint() TO rekey_operator;
 
 
 --
+-- Name: FUNCTION begin_search(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.begin_search() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.begin_search() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.begin_search() TO rekey_operator;
+
+
+--
 -- Name: FUNCTION can_access_tenant(tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15365,6 +18157,14 @@ GRANT ALL ON FUNCTION rekey.cancel_key_destruction(keyring text, version integer
 
 REVOKE ALL ON FUNCTION rekey.clear_schedule(keyring text) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.clear_schedule(keyring text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION confirm_emptied(keyring text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.confirm_emptied(keyring text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.confirm_emptied(keyring text) TO rekey_admin;
 
 
 --
@@ -15484,6 +18284,16 @@ GRANT ALL ON FUNCTION rekey.find_unprotected() TO rekey_auditor;
 
 
 --
+-- Name: FUNCTION findings(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.findings() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.findings() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.findings() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.findings() TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION get_secret(name text, tenant_id uuid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15554,6 +18364,16 @@ GRANT ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, ke
 
 
 --
+-- Name: FUNCTION protection_findings(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.protection_findings() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.protection_findings() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.protection_findings() TO rekey_operator;
+GRANT ALL ON FUNCTION rekey.protection_findings() TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION prune_audit_log(first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15598,6 +18418,14 @@ GRANT ALL ON FUNCTION rekey.resolve_failure(id bigint, action text, reason text)
 
 REVOKE ALL ON FUNCTION rekey.resume_rotation(id bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.resume_rotation(id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION resync_sequences(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.resync_sequences() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.resync_sequences() TO rekey_admin;
 
 
 --
@@ -15672,6 +18500,14 @@ GRANT ALL ON FUNCTION rekey.schedule_key_destruction(keyring text, version integ
 
 REVOKE ALL ON FUNCTION rekey.schedule_worker(schedule text) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.schedule_worker(schedule text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION search_step(OUT event text, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT detail jsonb) TO rekey_operator;
 
 
 --
@@ -15821,6 +18657,15 @@ GRANT ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[],
 
 
 --
+-- Name: TABLE census_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.census_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.census_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.census_status TO rekey_auditor;
+
+
+--
 -- Name: TABLE column_status; Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -15868,6 +18713,24 @@ GRANT SELECT ON TABLE rekey.key_status TO rekey_auditor;
 GRANT SELECT ON TABLE rekey.schedule_status TO rekey_admin;
 GRANT SELECT ON TABLE rekey.schedule_status TO rekey_operator;
 GRANT SELECT ON TABLE rekey.schedule_status TO rekey_auditor;
+
+
+--
+-- Name: TABLE search_findings; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.search_findings TO rekey_admin;
+GRANT SELECT ON TABLE rekey.search_findings TO rekey_operator;
+GRANT SELECT ON TABLE rekey.search_findings TO rekey_auditor;
+
+
+--
+-- Name: TABLE search_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.search_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.search_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.search_status TO rekey_auditor;
 
 
 --

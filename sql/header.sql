@@ -1,6 +1,5 @@
 -- pg_rekey __VERSION__: key rotation and online re-encryption on pgcrypto and pg_cron.
--- The whole script runs in one transaction. Early-bound function bodies find pgcrypto through the search_path
--- pinned here, wherever it is installed.
+-- The whole script runs in one transaction.
 set local search_path = pg_catalog, pg_temp;
 
 do $$
@@ -15,8 +14,3 @@ begin
   end if;
 end
 $$;
-
-select pg_catalog.set_config('search_path', pg_catalog.format('pg_catalog, %I, pg_temp', n.nspname), true)
-from pg_catalog.pg_extension e
-join pg_catalog.pg_namespace n on n.oid operator(pg_catalog.=) e.extnamespace
-where e.extname operator(pg_catalog.=) 'pgcrypto';

@@ -4,7 +4,7 @@ declare
   v_table regclass;
 begin
   -- Who plans or verifies only reads, so that locks on tables would not tell of him.
-  perform pg_advisory_xact_lock(0, 1), pg_advisory_xact_lock(0, 2);
+  perform pg_advisory_xact_lock(0, 1), pg_advisory_xact_lock(0, 2), pg_advisory_xact_lock(0, 5);
   for v_table in
     select c.oid::regclass from pg_class c
     where c.relnamespace = 'rekey'::regnamespace and c.relkind = 'r'

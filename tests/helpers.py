@@ -1,5 +1,6 @@
 """What several test modules need and no fixture is for."""
 
+import time
 from typing import Any, LiteralString
 
 import psycopg
@@ -32,6 +33,17 @@ def value(connection: Connection, query: LiteralString, *parameters: Any) -> Any
     return only
 
 
+def destroy_due(connection: Connection) -> None:
+    """Do what a tick does about destructions that are due, each step in a transaction of its own."""
+    until = time.monotonic() + 1
+    while (duty := value(connection, "select rekey._tick_duty('destructions', now())")) is not None:
+        event = None
+        while duty == "search" and event not in ("complete", "incomplete", "idle"):
+            [(event, _, detail)] = connection.execute("select * from rekey.search_step()").fetchall()
+            if event == "waiting" and detail and time.monotonic() > until:
+                return
+
+
 def initialize(connection: Connection, kek: bytes) -> None:
     """Do what init does after the installation: unlock the session, register the KEK, make a keyring."""
     unlock(connection, kek)
@@ -44,6 +56,36 @@ def install(dsn: str, script: str) -> None:
     with psycopg.connect(dsn) as connection:
         connection.execute("create extension if not exists pgcrypto")
         connection.execute(script.encode())
+
+
+def belong(connection: Connection, extension: str, schema: str) -> None:
+    """Make everything in a schema belong to an extension that is not on this machine: a stand-in for it."""
+    connection.execute(BELONG.format(extension=extension, schema=schema).encode())
+
+
+# (A superuser may write into pg_extension; it takes no files.)
+BELONG = """
+do $$
+declare
+  v_member text;
+begin
+  insert into pg_extension (oid, extname, extowner, extnamespace, extrelocatable, extversion)
+  values (pg_nextoid('pg_extension', 'oid', 'pg_extension_oid_index'), '{extension}', current_user::regrole,
+    'pg_catalog'::regnamespace, false, '1.6');
+  for v_member in
+    select 'schema {schema}'
+    union all
+    select format('%s {schema}.%I', case c.relkind when 'v' then 'view' else 'table' end, c.relname)
+    from pg_class c where c.relnamespace = '{schema}'::regnamespace and c.relkind in ('r', 'v')
+    union all
+    select format('function %s', p.oid::regprocedure)
+    from pg_proc p where p.pronamespace = '{schema}'::regnamespace
+  loop
+    execute 'alter extension {extension} add ' || v_member;
+  end loop;
+end
+$$;
+"""
 
 
 def create_database(server: str, name: str, template: str | None = None, owner: str | None = None) -> str:

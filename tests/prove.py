@@ -11,6 +11,7 @@ from rich.table import Table
 import stateful
 import storm
 from driving import sealed_ivs
+from flaws import FLAWS, find
 from helpers import connect, create_database, initialize, install
 from pg_rekey import kek as keks
 from pg_rekey import local, release
@@ -35,11 +36,14 @@ STORM = (
 @click.option(
     "--minutes", type=click.FloatRange(0), default=2, show_default=True, help="For the random walk."
 )
+@click.option("--flaws", is_flag=True, help="Break the product on purpose, and see that the walk finds it.")
 @click.option("--seed", type=int, help="Repeat a run that printed it: the walk, and the orders of the storm.")
-def main(kills: int, minutes: float, seed: int | None) -> None:
+def main(kills: int, minutes: float, flaws: bool, seed: int | None) -> None:
     """Try hard to lose a value; exit code 1 if one was lost or does not open, or anything else is wrong."""
     console = Console(highlight=False)
     seed = random.SystemRandom().randrange(10**9) if seed is None else seed
+    if flaws:
+        sys.exit(0 if find_flaws(console, minutes) else 1)
     fine = True
     if kills:
         console.print(f"kill storm, seed {seed}")
@@ -96,6 +100,16 @@ def walk(console: Console, minutes: float, seed: int) -> bool:
     table.add_row("steps, every invariant checked after each", f"{figures.steps:,}")
     console.print(table)
     return True
+
+
+def find_flaws(console: Console, minutes: float) -> bool:
+    """Walk on broken products; print by what each was found, or that it was not."""
+    fine = True
+    for flaw in FLAWS:
+        number, found = find(flaw, minutes)
+        fine &= number is not None
+        console.print(f"{flaw.name}: {f'seed {number}: {found}' if number else 'NOT FOUND'}", markup=False)
+    return fine
 
 
 def count_ivs(console: Console) -> bool:

@@ -22,7 +22,7 @@ from typing import IO, Any, Literal, LiteralString
 import psycopg
 
 from cli_fixtures import COMMAND
-from helpers import Connection, connect, initialize, install, value
+from helpers import Connection, connect, destroy_due, initialize, install, value
 from pg_rekey import kek as keks
 from pg_rekey import local, release
 
@@ -626,7 +626,7 @@ class Administrator(Actor):
             except psycopg.Error as error:
                 if error.sqlstate not in REFUSALS:
                     raise
-        connection.execute("select rekey._tick_duty('destructions', now())")
+        destroy_due(connection)
 
 
 class Worker(threading.Thread):

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cli_fixtures import Cli
 from driving import rotate, run
-from helpers import Connection, value
+from helpers import Connection, belong, value
 from pg_rekey import legacy
 
 pytest_plugins = ["cli_fixtures"]
@@ -320,6 +320,7 @@ def test_the_vault_is_copied(columns: Cli, ready: Connection, kek: bytes) -> Non
         "create table vault.decrypted_secrets"
         " (id uuid default gen_random_uuid(), name text, description text, decrypted_secret text)"
     )
+    belong(ready, "supabase_vault", "vault")
     ready.execute(
         "insert into vault.decrypted_secrets (name, description, decrypted_secret) values"
         " ('stripe', 'of Stripe', 'sk'), ('pg_rekey_kek', '', %s), (null, '', 'nameless')",

@@ -189,8 +189,14 @@ def test_a_role_with_few_rights(
     try:
         monkeypatch.setenv("PG_REKEY_DSN", make_conninfo(db, user=name))
         monkeypatch.setattr(doctor, "CHECKS", [one for one in doctor.CHECKS if one != "server version"])
-        found = {row["finding"]: row["severity"] for row in cli_ready.json("doctor")}
-        assert found["this role may not examine: worker"] == "info"
+        found = {row["finding"]: row for row in cli_ready.json("doctor", code=FINDINGS)}
+        assert found["this role may not examine: worker"]["severity"] == "warning"
+        assert f"GRANT rekey_auditor TO {name}" in found["this role may not examine: findings"]["advice"]
+        ready.execute(f"grant rekey_auditor to {name}".encode())
+        found = {row["finding"]: row for row in cli_ready.json("doctor", code=FINDINGS)}
+        assert [
+            one for one in found if one.startswith("this role may not examine: ") and "pg_cron" not in one
+        ] == []
     finally:
         ready.execute(f"drop role {name}")
 

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 
 from cli_fixtures import Cli
-from helpers import Connection, connect, install, value
+from helpers import Connection, belong, connect, install, value
 from pg_rekey import local, release
 from pg_rekey.errors import LOCKED
 from test_cli_kek import VAULT
@@ -72,7 +72,8 @@ def test_with_the_kek_in_the_vault(cli: Cli, empty: str, kek: bytes) -> None:
     with connect(empty) as connection:
         assert value(connection, "select to_regnamespace('rekey') is null")
         connection.execute(VAULT)
-        connection.execute("select vault.create_secret(%s, 'pg_rekey_kek', '')", [kek.hex()])
+        belong(connection, "supabase_vault", "vault")
+        connection.execute("select vault.create_secret(%s, 'pg_rekey_kek', '', null)", [kek.hex()])
     assert "the server takes the KEK from: vault" in cli("init", "--provider", "vault")
     assert "KEK 1" in cli("init")
 
@@ -85,7 +86,8 @@ def test_the_server_must_have_the_same_kek(
     assert "cannot be read" in cli.err
     with connect(empty) as connection:
         connection.execute(VAULT)
-        connection.execute("select vault.create_secret(%s, 'pg_rekey_kek', '')", [bytes(32).hex()])
+        belong(connection, "supabase_vault", "vault")
+        connection.execute("select vault.create_secret(%s, 'pg_rekey_kek', '', null)", [bytes(32).hex()])
     cli("init", "--provider", "vault", code=LOCKED)
     assert "wrong KEK" in cli.err
     with connect(empty) as connection:

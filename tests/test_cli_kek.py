@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli_fixtures import Cli
-from helpers import Connection, value
+from helpers import Connection, belong, value
 from pg_rekey import kek as keks
 from pg_rekey.errors import LOCKED, USAGE, Problem
 
@@ -264,11 +264,13 @@ VAULT = """
 create schema vault;
 create table vault.secrets (id uuid primary key default gen_random_uuid(), name text unique, secret text);
 create view vault.decrypted_secrets as select id, name, secret as decrypted_secret from vault.secrets;
-create function vault.create_secret(new_secret text, new_name text, new_description text) returns uuid
+create function vault.create_secret(
+  new_secret text, new_name text, new_description text, new_key_id uuid) returns uuid
 language sql begin atomic
   insert into vault.secrets (name, secret) values (new_name, new_secret) returning id;
 end;
-create function vault.update_secret(secret_id uuid, new_secret text) returns void
+create function vault.update_secret(
+  secret_id uuid, new_secret text, new_name text, new_description text, new_key_id uuid) returns void
   language sql begin atomic update vault.secrets set secret = new_secret where id = secret_id; end;
 """
 
@@ -277,6 +279,7 @@ def test_store_in_the_vault_comes_before_everything(
     cli_db: Cli, conn: Connection, kek: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conn.execute(VAULT)
+    belong(conn, "supabase_vault", "vault")
     monkeypatch.setenv("PG_REKEY_KEK", kek.hex())
     cli_db("kek", "store", "--provider", "vault")
     assert value(conn, "select name from vault.secrets") == "pg_rekey_kek"
@@ -288,6 +291,7 @@ def test_store_in_the_vault(
     cli_ready("kek", "store", "--provider", "vault", code=1)
     assert "no Supabase Vault" in cli_ready.err
     ready.execute(VAULT)
+    belong(ready, "supabase_vault", "vault")
     for _ in range(2):
         assert "as pg_rekey_kek" in cli_ready("kek", "store", "--provider", "vault")
     assert value(ready, "select decrypted_secret from vault.decrypted_secrets") == kek.hex()

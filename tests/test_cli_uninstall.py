@@ -546,8 +546,8 @@ def test_a_lost_commit_is_told_as_unknown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fill(ready, 5)
-    # Unlocking and the plan have their own.
-    with Lossy(db, nth=3, answer=answer) as proxy:
+    # Unlocking, the plan and the look for jobs have their own.
+    with Lossy(db, nth=4, answer=answer) as proxy:
         monkeypatch.setenv("PG_REKEY_DSN", proxy.dsn)
         cli_ready("uninstall", *exported, "--yes", code=1)
         assert proxy.lost.is_set()

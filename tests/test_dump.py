@@ -231,8 +231,33 @@ def test_hosted_road(hosted: Hosted, kek: bytes, tmp_path: Path) -> None:
     check_that_it_works(restored, kek)
 
 
+def test_a_partition_that_leaves_after_a_restore_blocks(
+    db: str, ready: Connection, make_database: Callable[..., str], tools: Tools, tmp_path: Path
+) -> None:
+    """Before anything was noted there, the names say which relations there were."""
+    ready.execute(
+        "create table public.ev (id int primary key, v text) partition by list (id);"
+        "create table public.ev_1 partition of public.ev for values in (1);"
+        "create table public.ev_2 partition of public.ev for values in (2)"
+    )
+    ready.execute("select rekey.protect_column('public.ev', 'v')")
+    ready.execute("insert into public.ev values (1, 'x'), (2, 'y')")
+    tools.dump(db, tmp_path / "dump", "--format", "custom")
+    restored = make_database()
+    tools.restore(restored, tmp_path / "dump")
+    with connect(restored) as connection:
+        problem: LiteralString = "select problem from rekey.column_status"
+        assert value(connection, problem) is None
+        connection.execute("alter table public.ev detach partition public.ev_2")
+        assert "public.ev_2" in value(connection, problem)
+        value(connection, "select rekey._note_names()")
+        assert "public.ev_2" in value(connection, problem)
+        connection.execute("alter table public.ev attach partition public.ev_2 for values in (2)")
+        assert value(connection, problem) is None
+
+
 def test_hosted_road_whole_schema(hosted: Hosted, kek: bytes, tmp_path: Path) -> None:
-    """Who is no superuser cannot give the dispatchers away: they refuse until the code is loaded again."""
+    """Who is no superuser cannot give the dispatchers away: nothing counts until code is loaded anew."""
     dsn, restored = hosted.make_database(), hosted.make_database()
     install(dsn, release.assemble("supabase"))
     fill(dsn, kek)
@@ -248,7 +273,7 @@ def test_hosted_road_whole_schema(hosted: Hosted, kek: bytes, tmp_path: Path) ->
     assert all("permission denied for schema rekey" in line for line in complaints)
     compare(dsn, restored)
     with connect(restored) as connection:
-        with pytest.raises(psycopg.Error, match="does not run as rekey_sweeper") as raised:
+        with pytest.raises(psycopg.Error, match="is blocked") as raised:
             connection.execute("select rekey.key_usage()")
         assert raised.value.sqlstate == "RK005"
         with connection.transaction():

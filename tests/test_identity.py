@@ -80,6 +80,28 @@ def other(db: str, ready: Connection, kek: bytes) -> Iterator[Connection]:
     ready.execute(f"drop role {name}".encode())
 
 
+def test_a_table_that_its_owner_made_anew_goes_on_being_read(
+    ready: Connection, app: Connection, other: Connection
+) -> None:
+    label = fill(app, "accounts")
+    app.execute("create table app.anew (like app.accounts including all)")
+    app.execute("insert into app.anew select * from app.accounts; drop table app.accounts cascade")
+    envelope = value(app, "select v from app.anew where id = 1")
+    opens = "select rekey.decrypt_text(%s, array['app.accounts.v', '1'])"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        app.execute(opens, [envelope])
+    app.execute("alter table app.anew rename to accounts")
+    assert plain(app, "accounts")[0] == "sk_live_1"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        other.execute(opens, [envelope])
+    assert value(app, "select rekey.rebind_column('app.accounts', 'v')") == label
+    # Another's table of that name is not the one.
+    app.execute("drop table app.accounts cascade; create table app.accounts (id int primary key, v text)")
+    ready.execute(f"alter table app.accounts owner to {other.info.user}".encode())
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        other.execute(opens, [envelope])
+
+
 @pytest.mark.parametrize("emptied", [False, True])
 def test_a_rebuilt_table_blocks_until_it_is_rebound(
     ready: Connection, app: Connection, emptied: bool
@@ -251,6 +273,36 @@ def test_another_access_method_is_refused(ready: Connection, app: Connection) ->
     ready.execute("create access method other_heap type table handler heap_tableam_handler")
     app.execute("create table app.mine (id int primary key, v text) using other_heap")
     assert "other_heap" in refused(app, "select rekey.protect_column('app.mine', 'v')", "22023")
+
+
+def test_a_table_that_moves_to_another_access_method_is_blocked(ready: Connection, app: Connection) -> None:
+    ready.execute("create access method other_heap type table handler heap_tableam_handler")
+    label = fill(app, "mine")
+    app.execute("alter table app.mine set access method other_heap")
+    assert "other_heap" in (problem(ready, label) or "")
+    assert rotate(ready) == "verifying"
+
+
+def test_foreign_tables_are_refused_and_blocked(ready: Connection, app: Connection) -> None:
+    """By themselves, and as partitions, whose rows are elsewhere too."""
+    ready.execute(
+        "create foreign data wrapper elsewhere; create server elsewhere foreign data wrapper elsewhere"
+    )
+    ready.execute("grant usage on foreign server elsewhere to public")
+    app.execute("create foreign table app.far (id int, v text) server elsewhere")
+    refused(app, "select rekey.protect_column('app.far', 'v', context_columns => '{id}')", "22023")
+    app.execute("create table app.parts (id int not null, v text) partition by range (id)")
+    app.execute("create table app.near partition of app.parts for values from (0) to (10)")
+    protect(app, "app.parts", context_columns=["id"])
+    app.execute(
+        "create foreign table app.later partition of app.parts for values from (10) to (20) server elsewhere"
+    )
+    assert "app.later is a foreign table" in (problem(ready, "app.parts.v") or "")
+    assert rotate(ready) == "verifying"
+    app.execute("create table app.more (id int not null, v text) partition by range (id)")
+    app.execute("create foreign table app.afar partition of app.more default server elsewhere")
+    said = refused(app, "select rekey.protect_column('app.more', 'v', context_columns => '{id}')", "22023")
+    assert "app.afar is a foreign table" in said
 
 
 def test_nothing_comes_to_stand_on_a_version_that_is_to_be_destroyed(

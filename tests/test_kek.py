@@ -16,7 +16,7 @@ from psycopg import sql
 
 import reference
 from driving import check, events, fill, refused, rotate, run, waits
-from helpers import Connection, connect, initialize, unlock, value
+from helpers import Connection, belong, connect, initialize, unlock, value
 
 NEXT, OTHER = (hashlib.sha256(name).digest() for name in (b"next", b"other"))
 READ: LiteralString = "select rekey.get_secret('s1')"
@@ -332,6 +332,7 @@ class Vault:
             "create view vault.decrypted_secrets as"
             " select name, secret as decrypted_secret from vault.secrets"
         )
+        belong(connection, "supabase_vault", "vault")
 
     def put(self, text: str | None, suffix: str = "") -> None:
         self.connection.execute("delete from vault.secrets where name = %s", [self.name + suffix])

@@ -12,7 +12,7 @@ from psycopg import sql
 
 import reference
 from canaries import explained_parameters
-from helpers import Connection, connect, install, unlock, value
+from helpers import Connection, belong, connect, install, unlock, value
 from pg_rekey import local, release
 
 Settings = dict[str, str]
@@ -183,6 +183,7 @@ def use_all(session: Session, quiet: Connection, kek: bytes) -> set[bytes]:
     quiet.execute("create table vault.secrets (name text, decrypted_secret text)")
     quiet.execute("insert into vault.secrets values ('pg_rekey_kek', %s)", [NEXT.hex()])
     quiet.execute("create view vault.decrypted_secrets as select * from vault.secrets")
+    belong(quiet, "supabase_vault", "vault")
     session.run(
         "select rekey.set_setting('kek_provider', 'vault')",
         "select rekey.get_secret('a')",

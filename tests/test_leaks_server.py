@@ -34,6 +34,7 @@ from driving import refused
 from helpers import (
     Connection,
     all_functions,
+    belong,
     called_functions,
     connect,
     create_database,
@@ -106,14 +107,16 @@ create table vault.secrets (
   id uuid default gen_random_uuid(), name text unique, description text, secret text);
 create view vault.decrypted_secrets as
 select id, name, description, secret as decrypted_secret from vault.secrets;
-create function vault.create_secret(new_secret text, new_name text, new_description text) returns uuid
+create function vault.create_secret(
+  new_secret text, new_name text, new_description text, new_key_id uuid) returns uuid
 language plpgsql set auto_explain.log_min_duration = -1 {quiet} as $$
 begin
   insert into vault.secrets (name, description, secret) values (new_name, new_description, new_secret);
   return null;
 end
 $$;
-create function vault.update_secret(secret_id uuid, new_secret text) returns void
+create function vault.update_secret(
+  secret_id uuid, new_secret text, new_name text, new_description text, new_key_id uuid) returns void
 language plpgsql set auto_explain.log_min_duration = -1 {quiet} as $$
 begin
   update vault.secrets set secret = new_secret where id = secret_id;
@@ -451,6 +454,7 @@ def use_columns_of_the_application(scenario: Scenario) -> None:
         run("columns view written")
         connection.execute("select * from written_decrypted")
     run("columns list")
+    run("columns rebind written v --yes")
     run("columns find --json", code=5)
     run("columns unprotect plain v --decrypt --yes")
     run("rotations failures")
@@ -505,6 +509,9 @@ def use_keys(scenario: Scenario) -> None:
     scenario.canaries.allow(broken, "key of the audit log")
     run(f"audit checkpoint --key {broken}", code=1)
     run("audit list")
+    entries = scenario.folder / "audit.jsonl"
+    run(f"audit export {entries} --key {key} --until 2000-01-01", code=1)
+    run(f"audit prune {entries} --public-key {key}.pub --yes", code=2)
 
 
 ROUTES = (
@@ -606,6 +613,8 @@ def call_the_rest(scenario: Scenario) -> None:
         session.fail("RK007", "select rekey.set_secret('n', v, keyring => 'none') from given")
         session.fail("22023", "select rekey.set_secret('', v) from given")
         session.fail("RK007", "select rekey.unprotect_column('none')")
+        session.fail("RK007", "select rekey.rebind_column('pg_class', 'relname')")
+        session.fail("22023", "select rekey.prune_audit_log(2, 1, '', '', '{}')")
         with connection.transaction():
             session.run(
                 "declare canary cursor for select rekey.get_secret('one') from generate_series(1, 3)",
@@ -628,6 +637,7 @@ def move_the_kek(scenario: Scenario) -> None:
     move("of the Vault", "open key")
     with scenario.quiet() as quiet:
         quiet.execute(VAULT.format(quiet=scenario.vault_quiet).encode())
+        belong(quiet, "supabase_vault", "vault")
         row = (scenario.text("in the Vault", "open"),)
         quiet.execute("insert into vault.secrets (name, secret) values ('adopted', %s)", row)
     for _ in range(2):  # stored, then replaced

@@ -9,6 +9,8 @@ ALWAYS = {
     "pg_rekey_rotations",
     "pg_rekey_rotation_rows_total",
     "pg_rekey_rotation_failures_open",
+    "pg_rekey_census_rows",
+    "pg_rekey_last_census_timestamp_seconds",
     "pg_rekey_oldest_unfinished_rotation_seconds",
     "pg_rekey_rotation_blocked_seconds",
     "pg_rekey_last_tick_timestamp_seconds",
@@ -22,6 +24,7 @@ ALWAYS = {
     "pg_rekey_kek_age_seconds",
 }
 SOMETIMES = {
+    "pg_rekey_findings",
     "pg_rekey_rotations_total",
     "pg_rekey_last_rotation_duration_seconds",
     "pg_rekey_keyring_unhealthy",
@@ -50,6 +53,7 @@ def test_names_are_the_documented_ones(ready: Connection) -> None:
     ready.execute(FLIP)
     rotate(ready)
     run(ready)
+    ready.execute("select rekey._census()")
     assert names(ready) == ALWAYS | SOMETIMES
 
 

@@ -13,6 +13,8 @@ from email import message_from_string
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from helpers import connect, value
 from pg_rekey import local, release
@@ -65,6 +67,30 @@ def test_sources(sources: Path) -> None:
     assert {path.name for path in sources.iterdir()} == included | always
     for folder in ("orchestrator", "sql", "supabase", "tests"):
         assert files(sources / folder) == files(release.ROOT / folder)
+
+
+@pytest.mark.parametrize("name", ["api", "build", "dev"])
+def test_what_is_locked(name: str) -> None:
+    """CI and the images install one release of each dependency, by hash, and within the declared range."""
+    project = tomllib.loads((release.ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    declared = {
+        "api": project["project"]["dependencies"] + extras["api"],
+        "build": project["build-system"]["requires"],
+        "dev": project["project"]["dependencies"] + extras["api"] + extras["dev"],
+    }[name]
+    text = (release.ROOT / "requirements" / f"{name}.txt").read_text().replace("\\\n", " ")
+    lines = [line.split(" --hash=sha256:") for line in text.splitlines() if not line.startswith("#")]
+    assert all(len(line) > 1 for line in lines)
+    locked: dict[str, set[str]] = {}
+    for requirement in (Requirement(line[0].strip()) for line in lines):
+        [version] = requirement.specifier
+        assert version.operator == "=="
+        locked.setdefault(canonicalize_name(requirement.name), set()).add(version.version)
+    for requirement in map(Requirement, declared):
+        if requirement.name != project["project"]["name"]:
+            versions = locked[canonicalize_name(requirement.name)]
+            assert all(requirement.specifier.contains(version) for version in versions), requirement
 
 
 def test_wheel(wheel: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from driving import check, events, fill, on_versions, refused, rotate, rotation, states
-from helpers import Connection, connect, initialize, install, unlock, value
+from helpers import Connection, belong, connect, initialize, install, unlock, value
 from pg_rekey import release
 
 DUE: LiteralString = "select rekey.set_schedule(%s, %s, now() - interval '1 minute')"
@@ -290,6 +290,7 @@ def in_vault(connection: Connection, kek: bytes) -> None:
         create table vault.secrets (name text, secret text);
         create view vault.decrypted_secrets as select name, secret as decrypted_secret from vault.secrets;
     """)
+    belong(connection, "supabase_vault", "vault")
     connection.execute("insert into vault.secrets values ('pg_rekey_kek', %s)", (kek.hex(),))
 
 

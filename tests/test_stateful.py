@@ -6,17 +6,10 @@ from functools import partial
 
 import pytest
 
-from pg_rekey import release
+from flaws import FLAWS
 from stateful import Lab, walk
 
 SEED = 11
-
-
-def sources(file: str, old: str, new: str) -> str:
-    """Return a file of sql/code with a flaw in it."""
-    text = (release.SOURCES / "code" / file).read_text()
-    assert text.count(old) == 1
-    return "set search_path = pg_catalog, public, pg_temp;" + text.replace(old, new)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +28,7 @@ def test_a_walk(lab: Lab) -> None:
 def test_a_seed_finds_a_flaw_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """A product that uses an IV twice is found out, and the seed leads there by the same steps."""
     monkeypatch.setattr(lab, "template", lab.template)  # to be put back
-    lab.break_product(
-        sources("41_encrypt.sql", "v_iv := rekey._random_bytes(16)", "v_iv := repeat('x', 16)::bytea")
-    )
+    lab.break_product(FLAWS[0].sql())
     found = next(it for it in map(partial(outcome, lab), range(1, 20)) if it[2])
     assert "an IV was used twice" in found[2]
     assert outcome(lab, found[0]) == found

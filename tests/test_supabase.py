@@ -8,9 +8,10 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from cli_fixtures import Cli
 from helpers import Connection, connect, install, value
@@ -245,6 +246,52 @@ def test_the_kek_rotates_as_the_page_says(hosted: Hosted) -> None:
         assert value(connection, "select rekey.get_secret('a')") == "b"
         connection.execute(rename, ["pg_rekey_kek", "pg_rekey_kek_new"])
         assert value(connection, "select rekey.get_secret('a')") == "b"
+
+
+def test_destruction_looks_at_everything_that_postgres_can_read(hosted: Hosted) -> None:
+    """With row security on every table; `postgres` is no superuser, but row security does not apply to it."""
+    dsn = hosted.make_database()
+    install(dsn, release.assemble("supabase"))
+    with connect(hosted.admin(dsn)) as admin:
+        admin.execute("alter table auth.users enable row level security")
+        admin.execute("create role runner login")
+        admin.execute("grant usage on schema public, auth, vault to runner")
+        admin.execute("grant select on auth.users, vault.secrets to runner")
+    with connect(dsn) as connection:
+        run(connection, statements("From an empty project to the first scheduled rotation")[:2])
+        connection.execute("create table public.notes (id int, body text)")
+        connection.execute("alter table public.notes enable row level security")
+        connection.execute("alter table public.notes force row level security")
+        connection.execute("insert into public.notes values (1, 'nothing')")
+        connection.execute(
+            "insert into auth.users (id, raw_user_meta_data)"
+            " select gen_random_uuid(), jsonb_build_object('a', rekey.encrypt_text('x', 'default', '{t}'))"
+        )
+        connection.execute("grant select on public.notes to runner")
+        connection.execute("grant rekey_operator to runner")
+        connection.execute("select rekey.rotate_keys('default')")
+        connection.execute("call rekey.tick()")
+        connection.execute("select rekey.schedule_key_destruction('default', 1, '0 s')")
+        connection.execute("call rekey.tick()")
+        finding = "select relation, column_name, rows from rekey.search_findings"
+        assert connection.execute(finding.encode()).fetchall() == [("auth.users", "raw_user_meta_data", 1)]
+        error: LiteralString = "select last_error from rekey.worker_status"
+        assert "auth.users.raw_user_meta_data" in value(connection, error)
+        connection.execute("delete from auth.users")
+        due: LiteralString = "update rekey.encryption_keys set destroy_after = now() where version = 1"
+        with connect(make_conninfo(dsn, user="runner")) as runner:
+            with connect(hosted.admin(dsn)) as admin:
+                admin.execute(due)
+            runner.execute("call rekey.tick()")
+            assert "ALTER ROLE runner BYPASSRLS" in value(connection, error)
+        with connect(hosted.admin(dsn)) as admin:
+            admin.execute(due)
+        connection.execute("call rekey.tick()")
+        state: LiteralString = "select state from rekey.key_status where version = 1"
+        assert value(connection, state) == "destroyed"
+    with connect(hosted.admin(dsn)) as admin:
+        admin.execute("drop owned by runner")
+        admin.execute("drop role runner")
 
 
 def test_the_seed_can_be_repeated(hosted: Hosted) -> None:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import click
 import psycopg
-from psycopg import pq
+from psycopg import pq, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import ConnectionPool
@@ -22,6 +22,7 @@ Connection = psycopg.Connection[DictRow]
 Pool = ConnectionPool[Connection]
 Scope = Literal["transaction", "session", "replacement"]
 
+OWNER = "rekey_owner"
 POOL_SIZE = 4
 POOL_TIMEOUT = 3.0
 # Prepared statements do not survive a transaction pooler.
@@ -67,7 +68,24 @@ def connect(*, autocommit: bool = False, database: str | None = None) -> Connect
     )
     _configure(connection)
     connection.add_notice_handler(_show_notice)
+    try:
+        _refuse_impostor(connection)
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+def _refuse_impostor(connection: Connection) -> None:
+    """Refuse to go on where schema rekey is somebody else's: his functions would run with our rights."""
+    row = connection.execute(query("owner")).fetchone()
+    if not connection.autocommit:
+        connection.rollback()
+    if row and row["owner"] != OWNER:
+        raise Problem(
+            f"schema rekey in this database is not pg_rekey's: it belongs to {row['owner']}",
+            f"Look at what is in it, and drop it. That of pg_rekey belongs to {OWNER}.",
+        )
 
 
 def pool() -> Pool:
@@ -100,6 +118,43 @@ def is_pooled(connection: Connection) -> bool:
     """Tell whether there is a pooler in between: to its clients it names another process than serves them."""
     row = connection.execute("select pg_backend_pid() as pid").fetchone()
     return row is not None and row["pid"] != connection.info.backend_pid
+
+
+def trusts(connection: Connection, extension: str, relation: str, *functions: str, events: int = 0) -> bool:
+    """Tell whether an extension owns a relation and functions, and lock the relation in that case.
+
+    Whoever may create schemas can give theirs the name of an extension's that is not there. The lock keeps
+    the answer true until the transaction ends, which the caller has begun. Events are those of the relation
+    on which no trigger of somebody else's may fire, as in pg_trigger.tgtype: 4 INSERT, 8 DELETE, 16 UPDATE.
+    """
+    schema, name = relation.split(".")
+    asked = {"extension": extension, "schema": schema, "name": name, "events": events}
+    for _ in ("before", "after"):
+        row = connection.execute(query("trusted"), asked | {"functions": list(functions)}).fetchone()
+        if not row or not row["trusted"]:
+            return False
+        locking = sql.SQL("lock table {} in access share mode")
+        connection.execute(locking.format(sql.Identifier(schema, name)))
+    return True
+
+
+def worker_jobs(cron: Connection, database: str) -> list[DictRow]:
+    """Return the worker's jobs of a database, from the one that pg_cron lives in."""
+    with cron.transaction():
+        if not trusts(cron, "pg_cron", "cron.job"):
+            return []
+        return cron.execute(query("cron jobs"), [database]).fetchall()
+
+
+def migrations(connection: Connection) -> list[str]:
+    """Return the versions under which the Supabase CLI has noted migrations of ours."""
+    with connection.transaction():
+        for _ in ("before", "after"):
+            row = connection.execute(query("has migrations")).fetchone()
+            if not row or not row["found"]:
+                return []
+            connection.execute("lock table supabase_migrations.schema_migrations in access share mode")
+        return [row["version"] for row in connection.execute(query("migrations")).fetchall()]
 
 
 def where(connection: psycopg.Connection[Any]) -> str:

@@ -30,6 +30,10 @@ class Words(NamedTuple):
         return self.http or f"On the command line of the server: {self.command}"
 
 
+BEHIND = Words(
+    "A sequence may be behind its table, as after a switch-over by logical replication: `pg-rekey doctor` "
+    "says so, and select rekey.resync_sequences() moves it on."
+)
 ACTIONS = {
     "anchor": Words("Give what `pg-rekey audit checkpoint` printed."),
     "apply_plaintext": Words(
@@ -76,6 +80,10 @@ ACTIONS = {
         "PG_REKEY_NEW_KEK_COMMAND for the next, or the Vault secret or file with _new appended."
     ),
     "protect": Words("`pg-rekey columns protect TABLE COLUMN` protects one."),
+    "protect_copies": Words(
+        "`pg-rekey columns protect TABLE COLUMN` and `pg-rekey rotate` take them along; or delete these "
+        "copies."
+    ),
     "protect_again": Words(
         "Its rows may be encrypted: `pg-rekey columns protect TABLE COLUMN`, with the options of the "
         "first time, makes the functions anew."
@@ -90,10 +98,13 @@ ACTIONS = {
         "failures` and `pg-rekey rotations resolve` are for those in quarantine."
     ),
     "rotations": Words("`pg-rekey rotations list` shows them.", "GET /api/rotations shows them."),
+    "own_tables": Words("What is hidden would count as absent: nothing goes on until that is done."),
     "rebind": Words(
         "`pg-rekey columns rebind TABLE COLUMN` goes on with the table that has the values; "
         "`pg-rekey columns list` says what is in the way."
     ),
+    "schedule_destruction": Words("`pg-rekey keys schedule-destruction KEYRING VERSION` schedules one."),
+    "search_now": Words("`pg-rekey keys search` looks now."),
     "schedule_worker": Words(
         "`pg-rekey work --forever` does without pg_cron; `pg-rekey init` prints the statement for the "
         "database that cron.database_name names."
@@ -159,6 +170,8 @@ MISSING = Words(
 
 def hint(diagnostics: psycopg.errors.Diagnostic, road: Road) -> str | None:
     """Return what the database advises, in the words of a road; its own where the road has none."""
+    if diagnostics.sqlstate == "23505" and diagnostics.schema_name == "rekey":
+        return BEHIND.on(road)
     # A constraint that was violated has its name there too, but no hint.
     words = ACTIONS.get(diagnostics.constraint_name or "") if diagnostics.message_hint else None
     return words.on(road) if words else diagnostics.message_hint

@@ -10,15 +10,24 @@ select current_database()::text as database,
   (select setting from pg_settings where name = 'cron.database_name') as cron_database
 
 -- name: installed
--- description: The version of an extension that is pg_rekey, and whether there are migrations; no row: it is not installed.
-select e.extversion as version, to_regclass('supabase_migrations.schema_migrations') is not null as has_migrations
+-- description: The version of an extension that is pg_rekey; no row: it is not installed.
+select e.extversion as version
 from (select) as one
 left join pg_extension e on e.extname = 'pg_rekey'
 where to_regclass('rekey.settings') is not null
 
+-- name: has migrations
+-- description: Whether there is a table of the Supabase CLI's migrations; no other relation of that name, which could run somebody's code when it is read.
+select exists (
+  select from pg_class c
+  where c.relnamespace = to_regnamespace('supabase_migrations') and c.relname = 'schema_migrations'
+    and c.relkind = 'r' and not c.relrowsecurity and not c.relhassubclass
+    and 2 = (select count(*) from pg_attribute a
+             where a.attrelid = c.oid and a.attname in ('version', 'name') and a.atttypid = 'text'::regtype and a.attgenerated = '')) as found
+
 -- name: migrations
 -- description: Versions under which the Supabase CLI has noted migrations of ours.
-select version from supabase_migrations.schema_migrations where name ~ '(^|_)pg_rekey$' order by version
+select version from only supabase_migrations.schema_migrations where name ~ '(^|_)pg_rekey$' order by version
 
 -- name: extension path
 -- description: Whether the server has the files for one step of the extension.
@@ -195,18 +204,17 @@ limit %s
 -- name: kek place
 -- description: Where the server looks for the KEK; before pg_rekey is set up, where it will by default.
 select coalesce(max(value) filter (where name = 'kek_secret_name'), 'pg_rekey_kek') || %s as kek_secret_name,
-  coalesce(max(value) filter (where name = 'kek_file'), 'pg_rekey.kek') || %s as kek_file,
-  to_regclass('vault.secrets') is not null as has_vault
+  coalesce(max(value) filter (where name = 'kek_file'), 'pg_rekey.kek') || %s as kek_file
 from rekey.setting_status
 
 -- name: store in vault
 -- description: The copied KEK becomes a new secret of the Vault.
-select vault.create_secret(encode(k.kek, 'hex'), %s, 'Key-encryption key of pg_rekey')
+select vault.create_secret(encode(k.kek, 'hex')::text, %s::text, 'Key-encryption key of pg_rekey'::text, null::uuid)
 from pg_temp.pg_rekey_kek k
 
 -- name: update vault
 -- description: The copied KEK replaces a secret of the Vault.
-select vault.update_secret(s.id, encode(k.kek, 'hex'))
+select vault.update_secret(s.id::uuid, encode(k.kek, 'hex')::text, null::text, null::text, null::uuid)
 from vault.secrets s, pg_temp.pg_rekey_kek k
 where s.name = %s
 
@@ -214,6 +222,22 @@ where s.name = %s
 -- description: Whether there is anything to examine.
 select 'critical' as severity, 'pg_rekey is not installed in this database' as finding, 'Run `pg-rekey init`.' as advice
 where to_regclass('rekey.settings') is null
+
+-- name: owner
+-- description: Who owns schema rekey; no row: there is none.
+select pg_catalog.pg_get_userbyid(n.nspowner)::pg_catalog.text as owner from pg_catalog.pg_namespace n
+where n.nspname operator(pg_catalog.=) 'rekey'
+
+-- name: doctor: findings
+-- description: Tables, columns, sequences and rows that are not as they should be.
+select f.severity, f.finding, f.advice from rekey.findings() f
+
+-- name: doctor: row security
+-- description: Tables whose policies do not apply.
+select 'critical' as severity, format('row security of %s is off: every application reads the ciphertexts of all tenants', c.oid::regclass) as finding,
+  format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', c.oid::regclass) as advice
+from pg_class c
+where c.oid in (to_regclass('rekey.secrets'), to_regclass('rekey.keyrings')) and not c.relrowsecurity
 
 -- name: doctor: logging
 -- description: Server settings that write values of statements or parameters to a log.
@@ -268,9 +292,13 @@ from (
 ) as o (name, what, acl)
 cross join lateral aclexplode(o.acl) a
 left join pg_roles r on r.oid = a.grantee
-where a.grantee = 0 or r.rolname in ('anon', 'authenticated')
+where case
+  -- What triggers ask with the rights of whoever writes: it tells states of keys, and nothing of values.
+  when a.grantee = 0 then o.name not in ('_is_doomed()', '_refuse_doomed()', 'is_sweeping()')
+  when r.rolname = 'anon' then true
   -- What the RPC calls, which decides itself who may.
-  and (r.rolname = 'anon' or o.name not in ('_rpc_rotate_keys()', '_rpc_key_rotation_status()'))
+  when r.rolname = 'authenticated' then o.name not in ('_rpc_rotate_keys()', '_rpc_key_rotation_status()')
+end
 
 -- name: doctor: server version
 -- description: Minor versions with known flaws in pgcrypto.
@@ -314,7 +342,7 @@ from rekey.rotation_status r where r.state = 'failed'
 union all
 select 'critical', format('%s rows did not open in rotation %s of keyring %s', count(*), f.rotation_id, f.keyring),
   format('pg-rekey rotations failures %s', f.rotation_id)
-from rekey.failure_status f where f.resolved_at is null
+from rekey.failure_status f where f.resolved_at is null and f.rotation_id is not null
 group by f.rotation_id, f.keyring
 
 -- name: doctor: KEK
@@ -330,6 +358,32 @@ from rekey.keks k where k.state = 'active' and k.created_at < now() - interval '
 union all
 select 'critical', 'no KEK is registered', 'Run `pg-rekey init`.'
 where not exists (select from rekey.keks where state = 'active')
+
+-- name: trusted
+-- description: Whether an extension owns a relation and functions in this database, and nobody else's code can run with them: as rekey._trusted_relation(), where pg_rekey may not be.
+with extension as (
+  select e.oid, e.extowner from pg_extension e where e.extname = %(extension)s
+), members as (
+  select d.classid, d.objid from pg_depend d join extension e on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
+), owners as (
+  select r.oid from pg_roles r
+  where r.rolsuper or not (select o.rolsuper from pg_roles o where o.rolname = current_user) and r.oid in (select e.extowner from extension e)
+)
+select exists (
+  select from members m
+  join pg_class c on m.classid = 'pg_class'::regclass and c.oid = m.objid and c.relkind in ('r', 'v')
+  join pg_namespace n on n.oid = c.relnamespace
+  where n.nspname = %(schema)s and c.relname = %(name)s and c.relowner in (select o.oid from owners o)
+    and not exists (
+      select from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+      where t.tgrelid = c.oid and not t.tgisinternal and t.tgtype::integer & %(events)s <> 0
+        and p.oid not in (select i.objid from members i where i.classid = 'pg_proc'::regclass)
+        and not (select r.rolsuper from pg_roles r where r.oid = p.proowner)))
+  and not exists (
+    select from unnest(%(functions)s::text[]) as f(signature)
+    where not exists (
+      select from members m join pg_proc p on m.classid = 'pg_proc'::regclass and p.oid = m.objid
+      where p.oid = to_regprocedure(f.signature) and p.proowner in (select o.oid from owners o))) as trusted
 
 -- name: cron jobs
 -- description: The worker's jobs of a database, as far as this role may see them.
@@ -396,7 +450,8 @@ from rekey.adoption_preview(%s::regclass, %s, %s, %s, %s::oid::regclass, %s::tid
 
 -- name: columns
 -- description: Protected columns, and whether each can be swept.
-select * from rekey.column_status order by label
+select s.*, array(select format('%s (%s)', f.finding, f.advice) from rekey.protection_findings() f where f.label = s.label and f.kind <> 'blocked') as findings
+from rekey.column_status s order by s.label
 
 -- name: protect column
 -- description: Put a column under rotation.
@@ -424,8 +479,7 @@ select current_database()::text as database,
       and pg_has_role(to_regrole('rekey_admin'), 'usage') and pg_has_role(to_regrole('rekey_app'), 'usage')
       and coalesce(pg_has_role(coalesce(e.extowner, p.proowner), 'usage'), true)), false) as permitted,
   exists (select from pg_extension where extname = 'pg_cron') as pg_cron,
-  (select setting from pg_settings where name = 'cron.database_name') as cron_database,
-  exists (select from pg_class c where c.relnamespace = to_regnamespace('supabase_migrations') and c.relname = 'schema_migrations') as migrations
+  (select setting from pg_settings where name = 'cron.database_name') as cron_database
 from (select) as one
 left join pg_extension e on e.extname = 'pg_rekey'
 left join pg_proc p on p.pronamespace = to_regnamespace('public') and p.proname = 'rotate_keys'

@@ -243,7 +243,8 @@ def _envelopes(found: list[Row]) -> Iterator[Obstacle]:
         if row["column"] is None:
             yield Obstacle(
                 f"{row['table']} cannot be read whole, and may hold envelopes",
-                "Have its owner granted to this role, or a superuser do it.",
+                "Have its owner granted to this role, or a superuser do it. Where its indexes or statistics "
+                "call a function of another role: give that to a superuser, if you trust it.",
             )
         elif row["copied"]:
             yield Obstacle(
@@ -365,9 +366,10 @@ def unschedule(connection: db.Connection, here: Row) -> tuple[list[int], list[in
         found = _jobs(cron, here)
         for job in found:
             if cron and job["command"] in JOBS:
-                with suppress(psycopg.Error):
-                    cron.execute("select cron.unschedule(%s)", [job["jobid"]])
-                    ended.append(job["jobid"])
+                with suppress(psycopg.Error), cron.transaction():
+                    if db.trusts(cron, "pg_cron", "cron.job", "cron.unschedule(bigint)", events=8):
+                        cron.execute("select cron.unschedule(%s::bigint)", [job["jobid"]])
+                        ended.append(job["jobid"])
     return ended, [job["jobid"] for job in found if job["jobid"] not in ended]
 
 
@@ -392,16 +394,14 @@ def _jobs(cron: db.Connection | None, here: Row) -> list[Row]:
     if cron is None:
         return []
     try:
-        return cron.execute(db.query("cron jobs"), [here["database"]]).fetchall()
-    except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
+        return db.worker_jobs(cron, here["database"])
+    except psycopg.errors.InsufficientPrivilege:
         return []
 
 
-def migrations(connection: db.Connection, here: Row) -> list[str]:
+def migrations(connection: db.Connection) -> list[str]:
     """Return the versions under which the Supabase CLI has noted our migration."""
-    if not here["migrations"]:
-        return []
     try:
-        return [row["version"] for row in _rows(connection, "migrations")]
+        return db.migrations(connection)
     except psycopg.errors.InsufficientPrivilege:
         return []

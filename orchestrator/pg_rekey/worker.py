@@ -90,9 +90,17 @@ class Steps:
         self._connection.execute("select set_config('statement_timeout', %s, true)", [self._limit])
 
 
-def _do(connection: db.Connection, duty: str, begun: datetime) -> None:
+def _do(connection: db.Connection, duty: str, begun: datetime) -> str | None:
     with transaction(connection):
-        connection.execute("select rekey._tick_duty(%s, %s)", [duty, begun])
+        [row] = connection.execute("select rekey._tick_duty(%s, %s) as next", [duty, begun]).fetchall()
+    return None if row["next"] is None else str(row["next"])
+
+
+def search(connection: db.Connection) -> dict[str, Any]:
+    """Take a step of the search for versions that are to be destroyed, as the role of the connection."""
+    with transaction(connection):
+        [row] = connection.execute("select * from rekey.search_step()").fetchall()
+    return row
 
 
 def held_up(connection: db.Connection, ids: list[int] | None = None) -> list[dict[str, Any]]:
@@ -151,9 +159,10 @@ class Worker:
             [clock] = connection.execute("select clock_timestamp() as now").fetchall()
             begun = clock["now"]
             until = time.monotonic() + TICK_SECONDS
-            for duty in ("schedules", "destructions", "census"):
-                _do(connection, duty, begun)
-            idle = self._sweep(steps, until)
+            _do(connection, "schedules", begun)
+            done = self._destroy(connection, begun, until)
+            _do(connection, "census", begun)
+            idle = self._sweep(steps, time.monotonic() + TICK_SECONDS) and done
             _do(connection, "end", begun)
             if idle and not self._forever:
                 self.held_up = [row for row in held_up(connection) if (row["id"], row["state"]) not in before]
@@ -162,6 +171,27 @@ class Worker:
                 return
             if idle:
                 self._stop.wait(max(0.0, until - time.monotonic()))
+
+    def _destroy(self, connection: db.Connection, begun: datetime, until: float) -> bool:
+        """Destroy what is due, after searching the database; tell whether nothing is left to do now."""
+        while (duty := _do(connection, "destructions", begun)) is not None:
+            while duty == "search":
+                self._healthy()
+                step = search(connection)
+                event, detail = step["event"], step["detail"] or {}
+                if event not in QUIET:
+                    log("search", step=event, **detail)
+                if event in ("complete", "incomplete", "idle"):
+                    break
+                if detail.get("blocked_by"):
+                    return True  # the next tick looks again
+                if self._stop.wait(step["wait"].total_seconds() if step["wait"] else 0.0):
+                    return False
+                if time.monotonic() > until:
+                    return False
+            if self._stop.is_set():
+                return False
+        return True
 
     def _sweep(self, steps: Steps, until: float) -> bool:
         """Take steps until the next tick is due; tell whether nothing is left to do."""

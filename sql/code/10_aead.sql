@@ -1,5 +1,12 @@
--- The cipher: AEAD_AES_256_CBC_HMAC_SHA_512 of RFC 7518, 5.2.5, on pgcrypto. Nothing else calls pgcrypto's ciphers.
+-- The cipher: AEAD_AES_256_CBC_HMAC_SHA_512 of RFC 7518, 5.2.5, on pgcrypto; and all else that is pgcrypto's. Nothing else calls it.
 -- These functions are written so that the planner inlines them: key bytes then never are parameters of a statement.
+
+-- pgcrypto is found by the search path, wherever it is, here only: others may make functions in its schema. What the bodies
+-- below were bound to is looked at in the end.
+select pg_catalog.set_config('search_path', pg_catalog.format('pg_catalog, %I, pg_temp', n.nspname), true)
+from pg_catalog.pg_extension e
+join pg_catalog.pg_namespace n on n.oid operator(pg_catalog.=) e.extnamespace
+where e.extname operator(pg_catalog.=) 'pgcrypto';
 
 create or replace function rekey._refuse_lengths(key integer, iv integer, message integer) returns bytea
 language plpgsql immutable parallel safe
@@ -70,3 +77,45 @@ return case
   else rekey._refuse_lengths(octet_length(key), octet_length(iv), octet_length(sealed)) end;
 comment on function rekey._aead_decrypt is
   'Plaintext of what rekey._aead_encrypt sealed; NULL where the tag is wrong. 22023 for lengths that cannot be and NULL.';
+
+create or replace function rekey._fingerprint(kek bytea) returns text
+language sql immutable parallel safe
+return encode(substr(hmac('pg_rekey/v1/fingerprint'::bytea, kek, 'sha256'), 1, 16), 'hex');
+comment on function rekey._fingerprint is 'By which a KEK is recognised; tells nothing of it.';
+
+create or replace function rekey._wrapping_key(kek bytea) returns bytea
+language sql immutable parallel safe
+return hmac('pg_rekey/v1/wrap'::bytea, kek, 'sha512');
+comment on function rekey._wrapping_key is 'The 64-byte AEAD key that wraps DEKs, derived from a KEK.';
+
+create or replace function rekey._dearmor(armored text) returns bytea
+language sql immutable parallel safe
+return dearmor(armored);
+comment on function rekey._dearmor is 'pgcrypto''s dearmor(), wherever it is.';
+
+create or replace function rekey._pgp_decrypt(message bytea, passphrase text) returns bytea
+language sql immutable parallel safe
+return pgp_sym_decrypt_bytea(message, passphrase);
+comment on function rekey._pgp_decrypt is 'pgcrypto''s pgp_sym_decrypt_bytea(), wherever it is.';
+
+set local search_path = pg_catalog, pg_temp;
+do $$
+declare
+  v_stranger text;
+begin
+  select pg_describe_object(d.refclassid, d.refobjid, 0) into v_stranger
+  from pg_proc p
+  join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid <> 'pg_namespace'::regclass and d.deptype = 'n'
+  cross join lateral pg_identify_object(d.refclassid, d.refobjid, 0) o
+  where p.pronamespace = 'rekey'::regnamespace and coalesce(o.schema, '') not in ('pg_catalog', 'rekey')
+    and d.refclassid <> 'pg_language'::regclass
+    and not exists (
+      select from pg_depend m join pg_extension e on m.refclassid = 'pg_extension'::regclass and e.oid = m.refobjid and e.extname = 'pgcrypto'
+      where m.classid = d.refclassid and m.objid = d.refobjid and m.deptype = 'e')
+  limit 1;
+  if found then
+    raise exception '% is taken for one of pgcrypto', v_stranger using errcode = 'ambiguous_function',
+      hint = 'Drop it, or move pgcrypto into a schema in which nobody else may create: ALTER EXTENSION pgcrypto SET SCHEMA extensions.';
+  end if;
+end
+$$;

@@ -48,7 +48,7 @@ begin
       hint = 'Set standard_conforming_strings to on.';
   end if;
   get diagnostics v_stack = pg_context;
-  return v_stack ~ '\mrekey"?\."?_call_(count|scan|read|write|tenant_check)"?\(' or rekey._in_maintenance();
+  return v_stack ~ '\mrekey"?\."?(_call_(count|scan|read|write|tenant_check)|search_step|_look|_look_ahead|find_envelopes)"?\(' or rekey._in_maintenance();
 end
 $$;
 comment on function rekey._in_foreign_code is 'Whether code of somebody else is running in this session: of a protected table, or tenant_check, called by a dispatcher; or in the maintenance of a table.';

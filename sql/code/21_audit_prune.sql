@@ -33,11 +33,11 @@ begin
   from rekey.audit_log a where a.id = (checkpoint -> 'checkpoint' ->> 'id')::bigint;
   if v_until is null or exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and a.at >= v_until) then
     raise exception 'entries up to % are not older than % before the checkpoint', last, v_keep using errcode = 'RK006',
-      hint = 'The setting audit_keep says how long entries stay. Export fewer of them, or wait.', constraint = 'wait';
+      hint = 'The setting audit_keep says how long entries stay. Export fewer of them, or wait.';
   end if;
   if not exists (select from rekey.audit_log a where a.id > v_start and a.id <= last and not rekey._is_kept(a.event)) then
     raise exception 'up to entry % there is nothing to remove', last using errcode = 'RK006',
-      hint = 'Entries key.*, kek.* and audit.pruned stay for ever. Export more of them, or wait.', constraint = 'wait';
+      hint = 'Entries key.*, kek.* and audit.pruned stay for ever. Export more of them, or wait.';
   end if;
 end
 $$;

@@ -82,14 +82,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform rekey._store_setting(name, value);
-  if name = 'kek_provider' and value = 'vault' and to_regclass('vault.decrypted_secrets') is not null then
+  if name = 'kek_provider' and value = 'vault' and rekey._is_trusted('supabase_vault', 'pg_class', to_regclass('vault.decrypted_secrets')) then
     if not (has_schema_privilege('rekey_owner', 'vault', 'usage')
             and has_table_privilege('rekey_owner', 'vault.decrypted_secrets', 'select')) then
       grant usage on schema vault to rekey_owner;
       grant select on vault.decrypted_secrets to rekey_owner;
     end if;
     -- Supabase's view decrypts with its reader's rights.
-    if to_regprocedure('vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
+    if rekey._trusted_function('supabase_vault', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)') is not null
        and not has_function_privilege('rekey_owner', 'vault._crypto_aead_det_decrypt(bytea,bytea,bigint,bytea,bytea)', 'execute') then
       execute 'grant execute on function vault._crypto_aead_det_decrypt(bytea, bytea, bigint, bytea, bytea) to rekey_owner';
     end if;

@@ -2,16 +2,6 @@
 -- statement's parameters, and those of a function that is not inlined, can be logged.
 -- The key-encryption key: how a session brings it, where else it may be read, and what it derives.
 
-create or replace function rekey._fingerprint(kek bytea) returns text
-language sql immutable parallel safe
-return encode(substr(hmac('pg_rekey/v1/fingerprint'::bytea, kek, 'sha256'), 1, 16), 'hex');
-comment on function rekey._fingerprint is 'By which a KEK is recognised; tells nothing of it.';
-
-create or replace function rekey._wrapping_key(kek bytea) returns bytea
-language sql immutable parallel safe
-return hmac('pg_rekey/v1/wrap'::bytea, kek, 'sha512');
-comment on function rekey._wrapping_key is 'The 64-byte AEAD key that wraps DEKs, derived from a KEK.';
-
 -- backend_start would say more than the postmaster's start, but is hidden from a role that may not see other sessions.
 create or replace function rekey._session_aad(scope text) returns bytea
 language sql stable
@@ -197,6 +187,9 @@ declare
   v_next bytea;
 begin
   if v_settings.kek_provider = 'vault' then
+    if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
+      raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
+    end if;
     execute 'select (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1),
                     (select v.decrypted_secret from vault.decrypted_secrets v where v.name = $1 || ''_new'')'
       into v_text, v_next_text using v_settings.kek_secret_name;

@@ -89,8 +89,15 @@ begin
   perform rekey._check_tenant(keyring_tenant);
   -- The label of a protected column: who may not read the column may not open its values either.
   for v_shape in
-    select s.relation, s.attnums[c.places[1]] as attnum
-    from rekey.protected_columns c cross join lateral rekey._column_shape(c.id) s
+    select coalesce(s.relation, n.relation) as relation, coalesce(s.attnums[c.places[1]], n.attnum) as attnum
+    from rekey.protected_columns c
+    cross join lateral rekey._column_shape(c.id) s
+    -- Where its owner dropped the table and made it anew, the new one goes on being read until it is bound.
+    left join lateral (
+      select r.oid::regclass as relation, a.attnum
+      from pg_class r
+      join pg_attribute a on a.attrelid = r.oid and a.attname = c.column_name and a.attnum > 0 and not a.attisdropped
+      where r.oid = rekey._relation_named(c.relation_name) and pg_get_userbyid(r.relowner) = c.owner) n on s.relation is null
     where c.label = context[array_lower(context, 1)]
   loop
     if not coalesce(has_column_privilege(rekey._caller(), v_shape.relation, v_shape.attnum, 'select'), false) then

@@ -208,15 +208,25 @@ begin atomic
 end;
 comment on function rekey._namesake is 'Another column than this one, of this table or another, that has the name noted of a protected column, or that of its label; NULL: there is none, or it is settled.';
 
+-- (to_regclass() takes USAGE of the schema, which rekey_owner need not have.)
+create or replace function rekey._relation_named(name text) returns oid
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
+  where array[n.nspname, c.relname]::text[] = parse_ident(name);
+end;
+comment on function rekey._relation_named is 'The relation that has this name, with its schema, now; NULL: none.';
+
 create or replace function rekey._lost_part(protected rekey.protected_columns, relation regclass) returns text
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select c.oid::regclass::text
   from rekey._column_relations r
-  join pg_class c on c.oid = r.relation
-  where r.column_id = protected.id and r.attnum = 0 and not r.settled and r.home = rekey._home()
-    and not exists (select from rekey._relations_here(_lost_part.relation) as t(oid) where t.oid = r.relation)
+  join pg_class c on c.oid = case when r.home = rekey._home() then r.relation else rekey._relation_named(r.relation_name) end
+  where r.column_id = protected.id and r.attnum = 0 and not r.settled
+    and not exists (select from rekey._relations_here(_lost_part.relation) as t(oid) where t.oid = c.oid)
   limit 1;
 end;
 comment on function rekey._lost_part is 'A relation that held values of a protected column, is still there, and is no part of its table any more; NULL: there is none.';
@@ -284,10 +294,14 @@ create or replace function rekey._trigger_problem(protected rekey.protected_colu
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select format('the trigger %I of %s is off, or was dropped', n.name, t.relation::regclass)
+  select format('the trigger %I of %s is off, or was dropped or replaced', n.name, t.relation::regclass)
   from (select relation as relation union select h from rekey._relations_here(_trigger_problem.relation) h) as t
   cross join lateral unnest(rekey._trigger_names(protected)) as n(name)
-  where not exists (select from pg_trigger g where g.tgrelid = t.relation and g.tgname = n.name and g.tgenabled in ('A', 'O'))
+  where not exists (
+    select from pg_trigger g join pg_proc p on p.oid = g.tgfoid join pg_namespace s on s.oid = p.pronamespace
+    where g.tgrelid = t.relation and g.tgname = n.name and g.tgenabled in ('A', 'O')
+      and format('%s.%s', s.nspname, p.proname) = case when n.name ~ '_(insert|update)$' then 'rekey._refuse_doomed'
+        else format('rekey_targets.column_%s_trigger', protected.id) end)
   limit 1;
 end;
 comment on function rekey._trigger_problem is 'Which trigger of a protected column does not fire, on which relation; NULL: all do.';
@@ -311,6 +325,15 @@ begin atomic
     where (only_id is null or p.id = only_id) and rekey._namesake(p, h.relation, h.attnums[p.places[1]]) is null
     group by p.id, s.nspname, r.relname) n
   where n.id = c.id and (c.relation_name, c.column_name, c.context_columns) is distinct from (n.relation_name, n.names[1], n.names[2:]);
+
+  -- After a restore into another database the names still say which relations these are.
+  with noted as (
+    delete from rekey._column_relations r
+    where r.home <> rekey._home() and (only_id is null or r.column_id = only_id)
+    returning r.column_id, rekey._relation_named(r.relation_name) as relation, r.attnum, r.relation_name, r.settled)
+  insert into rekey._column_relations (column_id, relation, attnum, relation_name, home, settled)
+  select n.column_id, n.relation, n.attnum, n.relation_name, rekey._home(), n.settled from noted n where n.relation is not null
+  on conflict (column_id, relation, attnum) do nothing;
 
   insert into rekey._column_relations (column_id, relation, attnum, relation_name, home, settled)
   select p.id, t.relation, 0, t.relation::regclass::text, rekey._home(), false
@@ -423,7 +446,7 @@ declare
   v_table regclass;
 begin
   if only_target is null or only_target = 'rekey.secrets' then
-    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, null);
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
     return next v_target;
   end if;
   for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop

@@ -54,47 +54,6 @@ begin atomic
 end;
 comment on function rekey._column_id is 'The number of a protected column, by what it is called now; NULL where there is none.';
 
-create or replace function rekey._column_findings(relation regclass, attnum smallint)
-returns table (fatal boolean, finding text, advice text)
-language sql stable
-set search_path = pg_catalog, pg_temp
-begin atomic
-  select true, format('constraint %I makes the column a key', c.conname), 'A key cannot be encrypted: protect another column.'
-  from pg_constraint c
-  where c.contype in ('p', 'f') and (c.conrelid = relation and _column_findings.attnum = any (c.conkey)
-    or c.confrelid = relation and _column_findings.attnum = any (c.confkey))
-  union all
-  select true, format('varchar(%s) is too short for envelopes', a.atttypmod - 4), 'Change the type to text: an envelope of nothing has 104 characters.'
-  from pg_attribute a where a.attrelid = relation and a.attnum = _column_findings.attnum and a.atttypid = 'varchar'::regtype and a.atttypmod > 0
-  union all
-  select false, format('CHECK %I is applied to envelopes', c.conname), 'Drop it, or let it accept them: the sweep fails on rows that it refuses.'
-  from pg_constraint c where c.conrelid = relation and c.contype = 'c' and _column_findings.attnum = any (c.conkey)
-  union all
-  select false, format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values', i.indexrelid::regclass),
-    'Drop it; a value that has no room in an index row (2704 bytes) fails.'
-  from pg_index i
-  where i.indrelid = relation and not i.indisprimary and (_column_findings.attnum = any (i.indkey) or exists (
-    select from pg_depend d where d.objid = i.indexrelid and d.classid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum))
-  union all
-  select false, format('generated column %I is computed from envelopes', a.attname), 'Drop it.'
-  from pg_attrdef f
-  join pg_attribute a on a.attrelid = f.adrelid and a.attnum = f.adnum and a.attgenerated <> ''
-  where f.adrelid = relation and exists (
-    select from pg_depend d where d.objid = f.oid and d.classid = 'pg_attrdef'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum)
-  union all
-  select false, format('trigger %I fires for every row of a rotation', t.tgname),
-    format('WHEN (NOT rekey.is_sweeping(%L)) lets it pass.', relation)
-  from pg_trigger t
-  -- 16: for UPDATE
-  where t.tgrelid = relation and not t.tgisinternal and t.tgtype::integer & 16 = 16 and t.tgqual is null
-    and t.tgname not like 'zz\_pg\_rekey\_%'
-  union all
-  select false, format('publication %I sends every row of a rotation', p.pubname), 'Subscribers get the envelopes: they need the same keys.'
-  from pg_publication p
-  where p.pubupdate and (p.puballtables or exists (select from pg_publication_rel r where r.prpubid = p.oid and r.prrelid = relation));
-end;
-comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires. fatal: it cannot be protected.';
-
 create or replace function rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp

@@ -222,7 +222,7 @@ declare
   v_protected rekey.protected_columns := rekey._find_rebind(target, column_name, label);
   v_old regclass := (select s.relation from rekey.column_status s where s.label = v_protected.label);
   v_old_column name := (select s.column_name from rekey.column_status s where s.label = v_protected.label);
-  v_stays boolean := v_old = target and v_old_column = rebind_column.column_name;
+  v_stays boolean := coalesce(v_old = target and v_old_column = rebind_column.column_name, false);
   v_statement text;
   v_other record;
   v_settled regclass[];

@@ -205,6 +205,7 @@ declare
   v_new bigint[];
   v_rotation bigint;
 begin
+  perform rekey._refuse_hidden();
   if keyring is not null then
     v_keyring := rekey._keyring(keyring);
     if v_keyring.retired_at is not null then
@@ -230,7 +231,7 @@ begin
 end
 $$;
 comment on function rekey.rotate_keys is
-  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK006: retired; RK007: no such keyring.';
+  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
 grant execute on function rekey.rotate_keys to rekey_admin;
 
 create or replace function rekey._rotation(id bigint) returns rekey.rotations
@@ -452,7 +453,7 @@ from rekey.rotation_failures f
 join rekey.keyrings k on k.id = f.keyring_id;
 comment on view rekey.failure_status is 'The quarantine: rows that did not open, or that their table did not let a rotation change. resolution: NULL while it is open, then retry, discard, or cleared (the row opens again, or is gone).';
 comment on column rekey.failure_status.id is 'Number of the entry.';
-comment on column rekey.failure_status.rotation_id is 'Last rotation in which the row failed.';
+comment on column rekey.failure_status.rotation_id is 'Last rotation in which the row failed; NULL: the census found it, and no rotation has met it.';
 comment on column rekey.failure_status.keyring is 'Keyring of the row.';
 comment on column rekey.failure_status.target is 'Table as it was registered.';
 comment on column rekey.failure_status.row_key is 'Primary key of the row, its parts separated by a slash.';
@@ -482,7 +483,10 @@ begin
   if not found then
     raise exception 'no such failure: %', coalesce(id::text, 'NULL') using errcode = 'RK007', hint = 'See rekey.failure_status.', constraint = 'failures';
   end if;
-  v_rotation := rekey._rotation(v_failure.rotation_id);
+  -- What the census found is of no rotation.
+  if v_failure.rotation_id is not null then
+    v_rotation := rekey._rotation(v_failure.rotation_id);
+  end if;
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
   where f.id = resolve_failure.id and f.resolved_at is null;
@@ -490,17 +494,17 @@ begin
     raise exception 'failure % is resolved already', id using errcode = 'RK006';
   end if;
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
-  if action = 'retry' and not exists (
+  if action = 'retry' and v_failure.rotation_id is not null and not exists (
        select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
     perform rekey._refuse_over(v_rotation);
     update rekey.rotations r
     set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
     where r.id = v_failure.rotation_id;
   end if;
-  perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_rotation.keyring_id), v_failure.version, v_failure.rotation_id,
+  perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_failure.keyring_id), v_failure.version, v_failure.rotation_id,
     jsonb_build_object('target', v_failure.target, 'row', v_failure.row_key, 'action', action, 'reason', reason));
 end
 $$;
 comment on function rekey.resolve_failure is
-  'Closes an entry of the quarantine. action: retry (the row is tried again) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
+  'Closes an entry of the quarantine. action: retry (the row is tried again; one that the census found, by the next one) or discard (it is given up; it is left as it is). 22023: another action; RK006: resolved already, or a retry in a rotation that is not the last one; RK007: there is none.';
 grant execute on function rekey.resolve_failure to rekey_admin;

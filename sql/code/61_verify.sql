@@ -378,18 +378,22 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   select jsonb_object_agg(e.keyring_id, e.targets)
   from (
-    select s.key as keyring_id, jsonb_agg(jsonb_build_object('target', c.label, 'why', format(
-      'it held %s rows of the keyring at the last complete count, and holds none now: rekey.rebind_column(%L, %L), or pg-rekey columns rebind, confirms that',
-      s.value, c.relation_name, c.column_name)) order by c.label) as targets
-    from rekey.protected_columns c
-    cross join lateral jsonb_each_text(c.seen) s
-    where s.value::bigint >= 1000 and s.key::integer = any (keyrings)
+    select h.keyring_id, jsonb_agg(jsonb_build_object('target', h.target, 'why',
+      format('it held %s rows of the keyring at the last complete count, and holds none now: %s confirms that', h.rows, h.way)) order by h.target) as targets
+    from (
+      select c.label, s.key::integer, s.value::bigint, format('rekey.rebind_column(%L, %L), or pg-rekey columns rebind,', c.relation_name, c.column_name)
+      from rekey.protected_columns c cross join lateral jsonb_each_text(c.seen) s
+      union all
+      select 'rekey.secrets', s.keyring_id, s.rows, format('rekey.confirm_emptied(%L), or pg-rekey keyrings confirm-emptied,', k.name)
+      from rekey._secrets_seen s join rekey.keyrings k on k.id = s.keyring_id
+    ) as h(target, keyring_id, rows, way)
+    where h.rows >= 1000 and h.keyring_id = any (keyrings)
       and not exists (select from jsonb_to_recordset(counted) as f(target text, keyring_id integer, rows bigint)
-                      where f.target = c.label and f.keyring_id = s.key::integer and f.rows > 0)
-    group by s.key) e;
+                      where f.target = h.target and f.keyring_id = h.keyring_id and f.rows > 0)
+    group by h.keyring_id) e;
 end;
 comment on function rekey._emptied is
-  'By keyring, the protected columns that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
+  'By keyring, the protected columns, and rekey.secrets, that held 1,000 of its rows or more at their last complete count, and none at this one: what rotations have to wait for. counted: objects with target, keyring_id, rows.';
 
 create or replace function rekey._note_seen(counted jsonb, keyrings integer[]) returns void
 language plpgsql volatile
@@ -402,6 +406,11 @@ begin
   if keyrings = '{}' then
     return;
   end if;
+  insert into rekey._secrets_seen (keyring_id, rows)
+  select k.id, coalesce(f.opened, 0)
+  from unnest(keyrings) as k(id)
+  left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = 'rekey.secrets' and f.keyring_id = k.id
+  on conflict (keyring_id) do update set rows = excluded.rows where _secrets_seen.rows <> excluded.rows;
   for v_column in select c.* from rekey.protected_columns c where rekey._column_problem(c) is null order by c.id loop
     -- The first complete count: of the other keyrings that stand there, those of which a row opens.
     if v_column.seen is null then
@@ -420,7 +429,7 @@ begin
 end
 $$;
 comment on function rekey._note_seen is
-  'Notes how many rows of these keyrings a complete count saw in each protected column. counted: objects with target, keyring_id, opened.';
+  'Notes how many rows of these keyrings a complete count saw in each protected column, and in rekey.secrets. counted: objects with target, keyring_id, opened.';
 
 create or replace function rekey._any_opens(label text, keyring_id integer) returns boolean
 language plpgsql volatile

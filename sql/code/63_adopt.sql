@@ -122,16 +122,6 @@ end
 $$;
 comment on function rekey._open_pgp is 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
 
-create or replace function rekey._dearmor(armored text) returns bytea
-language sql immutable parallel safe
-return dearmor(armored);
-comment on function rekey._dearmor is 'pgcrypto''s dearmor(), wherever it is.';
-
-create or replace function rekey._pgp_decrypt(message bytea, passphrase text) returns bytea
-language sql immutable parallel safe
-return pgp_sym_decrypt_bytea(message, passphrase);
-comment on function rekey._pgp_decrypt is 'pgcrypto''s pgp_sym_decrypt_bytea(), wherever it is.';
-
 create or replace function rekey._adopt(
   "values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean
 ) returns rekey._sealed
@@ -560,7 +550,7 @@ declare
   v_names text[];
   v_count bigint;
 begin
-  if to_regclass('vault.decrypted_secrets') is null then
+  if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
     raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
   end if;
   select array_agg(s.value || n.suffix) into v_names
@@ -575,5 +565,5 @@ begin
 end
 $$;
 comment on function rekey.adopt_vault is
-  'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault; and the errors of rekey.set_secret().';
+  'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
 grant execute on function rekey.adopt_vault to rekey_admin;

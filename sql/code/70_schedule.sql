@@ -94,58 +94,14 @@ end
 $$;
 comment on function rekey._rotate_due is 'Begins the rotations whose time has come; the next one is due a cryptoperiod from now.';
 
-create or replace function rekey._census() returns void
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_keyrings integer[];
-  v_stale record;
-  v_id bigint;
-  v_events jsonb := '[]'::jsonb;
-begin
-  perform rekey._refuse_snapshot();
-  perform rekey._note_names();
-  select array_agg(distinct c.keyring_id) into v_keyrings
-  from rekey._count(null, false) c
-  join rekey.encryption_keys k on k.keyring_id = c.keyring_id and k.version = c.version
-  where k.state <> 'active'
-    and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
-  if v_keyrings is null then
-    update rekey._worker w set last_census_at = now() where w.singleton;
-    return;  -- and the KEK was not needed
-  end if;
-  for v_stale in
-    -- Rows that do not open, or that their table refuses, are known, from the quarantine.
-    select c.keyring_id, r.name, sum(c.rows - c.failed - c.refused) as rows, a.version
-    from rekey._count(v_keyrings, true) c
-    join rekey.keyrings r on r.id = c.keyring_id
-    join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
-    where c.version <> a.version
-    group by c.keyring_id, r.name, a.version
-    having sum(c.rows - c.failed - c.refused) > 0
-    order by c.keyring_id
-  loop
-    perform rekey._keyring(v_stale.name, lock => true);
-    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state));
-    v_id := rekey._queue_sweep(v_stale.keyring_id, 'schedule', 'rows on an older version, found by the census');
-    v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
-      'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
-  end loop;
-  update rekey._worker w set last_census_at = now() where w.singleton;
-  perform rekey._audit_all(v_events);
-end
-$$;
-comment on function rekey._census is
-  'Looks for rows that came to stand on an older version after its rotation (a client held the ciphertext back), and queues their sweep.';
-
 -- Executable by operators because rekey.tick(), which commits, runs with its caller's rights.
-create or replace function rekey._tick_duty(duty text, begun timestamptz) returns void
+create or replace function rekey._tick_duty(duty text, begun timestamptz) returns text
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker rekey._worker;
+  v_next text;
 begin
   -- Before the block that notes errors: what is made up here is nobody's entry.
   if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
@@ -155,14 +111,15 @@ begin
     raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
   end if;
   perform rekey._refuse_snapshot();
+  perform rekey._refuse_hidden();
   select * into v_worker from rekey._worker;
   if not found then
-    return;  -- not set up yet
+    return null;  -- not set up yet
   end if;
   begin
     case duty
       when 'schedules' then perform rekey._rotate_due();
-      when 'destructions' then perform rekey._destroy_due(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
+      when 'destructions' then v_next := rekey._destruction_step(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
       when 'census' then
         if coalesce(v_worker.last_census_at not between now() - interval '1 day' and now(), true) then
           perform rekey._census();
@@ -198,10 +155,12 @@ begin
             and a.details ->> 'duty' = _tick_duty.duty and a.details ->> 'sqlstate' = sqlstate) then
         perform rekey._audit('rotation.error', details => jsonb_build_object('duty', duty, 'sqlstate', sqlstate, 'error', sqlerrm));
       end if;
+      v_next := null;
   end;
+  return v_next;
 end
 $$;
-comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions, census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been.';
+comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
 grant execute on function rekey._tick_duty to rekey_operator;
 
 create or replace function rekey._prune_run_details() returns void
@@ -209,7 +168,7 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if to_regclass('cron.job_run_details') is not null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
       where d.command in ('call rekey.tick()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
@@ -218,7 +177,7 @@ exception when insufficient_privilege then
   null;  -- somebody else's job
 end
 $$;
-comment on function rekey._prune_run_details is 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller.';
+comment on function rekey._prune_run_details is 'Deletes what pg_cron noted of our own runs more than 7 days ago, with the rights of the caller. Where cron.job_run_details is not pg_cron''s, or a trigger of others would fire: nothing.';
 grant execute on function rekey._prune_run_details to rekey_operator;
 
 create or replace procedure rekey.tick()
@@ -227,6 +186,7 @@ as $$
 declare
   v_begun timestamptz := pg_catalog.clock_timestamp();
   v_duty text;
+  v_next text;
 begin
   foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end'] loop
     commit;
@@ -235,7 +195,16 @@ begin
       call rekey.run_rotations('50 s');
       perform rekey._prune_run_details();
     else
-      perform rekey._tick_duty(v_duty, v_begun);
+      v_next := rekey._tick_duty(v_duty, v_begun);
+      while v_next is not null and pg_catalog.clock_timestamp() operator(pg_catalog.<) (v_begun operator(pg_catalog.+) interval '50 s') loop
+        commit;
+        set transaction isolation level read committed;
+        if v_next operator(pg_catalog.=) 'search' then
+          v_next := rekey._search_on(v_begun);
+        else
+          v_next := rekey._tick_duty(v_duty, v_begun);
+        end if;
+      end loop;
     end if;
   end loop;
 end
@@ -287,6 +256,11 @@ begin
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
       hint = format('In the database that cron.database_name names: select cron.schedule_in_database(''pg_rekey'', ''* * * * *'', ''call rekey.tick()'', %L, ''rekey_worker''), and the same as ''pg_rekey_watch'' for ''select rekey.watch()''. Or run pg-rekey work --forever.',
                     current_database()), constraint = 'schedule_worker';
+  elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
+     or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
+     or rekey._trusted_function('pg_cron', 'cron.alter_job(bigint,text,text,text,text,boolean)') is null then
+    raise exception 'cron.job or its functions are not pg_cron''s, or have a trigger of somebody else''s' using errcode = 'undefined_object',
+      hint = 'Before pg_cron 1.4 there is no cron.alter_job(): update the extension. Else drop those triggers.';
   end if;
   v_schedule := coalesce(schedule, case when string_to_array(substring(v_version from '^\d+\.\d+'), '.')::integer[] >= '{1,5}' then '10 seconds' else '* * * * *' end);
   -- (Formatted, so that whoever checks all functions does not stumble where pg_cron is missing.)
@@ -294,27 +268,28 @@ begin
   execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'call rekey.tick()' and j.database = current_database() $sql$, 'cron') into v_job;
   begin
     if v_job is null then
-      execute format('select %I.schedule($1, $2, $3)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
+      execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_job using 'pg_rekey', v_schedule, 'call rekey.tick()';
     else
-      execute format('select %I.alter_job($1, schedule => $2, active => true)', 'cron') using v_job, v_schedule;
+      execute format('select %I.alter_job($1::bigint, $2::text, null::text, null::text, null::text, true)', 'cron') using v_job, v_schedule;
     end if;
   exception when invalid_parameter_value or raise_exception or internal_error then
     raise exception 'pg_cron does not take the schedule %: %', quote_literal(v_schedule), sqlerrm using errcode = 'invalid_parameter_value';
   end;
   execute format($sql$ select min(j.jobid) from %I.job j where j.command = 'select rekey.watch()' and j.database = current_database() $sql$, 'cron') into v_watch;
   if v_watch is null then
-    execute format('select %I.schedule($1, $2, $3)', 'cron') into v_watch using 'pg_rekey_watch', '* * * * *', 'select rekey.watch()';
+    execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_watch using 'pg_rekey_watch', '* * * * *', 'select rekey.watch()';
   end if;
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job(j, username => $2) from unnest($1) j', 'cron') using array[v_job, v_watch], 'rekey_worker';
+    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_job, 'rekey_worker';
+    execute format('select %I.alter_job($1::bigint, null::text, null::text, null::text, $2::text, null::boolean)', 'cron') using v_watch, 'rekey_worker';
   end if;
   return v_job;
 end
 $$;
 comment on function rekey.schedule_worker is
-  'Has pg_cron call rekey.tick(), and returns the number of the job; a second job, pg_rekey_watch, calls rekey.watch() every minute. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database; 22023: it does not take the schedule.';
+  'Has pg_cron call rekey.tick(), and returns the number of the job; a second job, pg_rekey_watch, calls rekey.watch() every minute. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
 grant execute on function rekey.schedule_worker to rekey_admin;
 
 create or replace function rekey.unschedule_worker() returns boolean
@@ -325,11 +300,11 @@ declare
   v_count integer := 0;
   v_job bigint;
 begin
-  if to_regclass('cron.job') is null then
+  if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
   for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
-    execute format('select %I.unschedule($1)', 'cron') using v_job;
+    execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
   return v_count > 0;

@@ -35,6 +35,10 @@ begin atomic
     union all select 'pg_rekey_last_rotation_duration_seconds', '{}', f.seconds from finished f
     union all select 'pg_rekey_rotation_rows_total', '{}', coalesce(sum(r.rows_done), 0) from rekey.rotations r
     union all select 'pg_rekey_rotation_failures_open', '{}', count(*) from rekey.rotation_failures f where f.resolved_at is null
+    union all select 'pg_rekey_findings', jsonb_build_object('kind', f.kind, 'severity', f.severity), count(*) from rekey._census_findings f group by f.kind, f.severity
+    union all select 'pg_rekey_census_rows', jsonb_build_object('kind', g.kind), coalesce((select sum(f.rows) from rekey._census_findings f where f.kind = g.kind), 0)
+      from (values ('unopenable'), ('destroyed'), ('unknown')) as g(kind)
+    union all select 'pg_rekey_last_census_timestamp_seconds', '{}', coalesce(extract(epoch from w.last_census_at), 0) from rekey._worker w
     union all select 'pg_rekey_oldest_unfinished_rotation_seconds', '{}', coalesce(extract(epoch from now() - min(r.created_at)), 0)
       from rekey.rotations r where rekey._is_under_way(r.state)
     union all select 'pg_rekey_rotation_blocked_seconds', '{}', coalesce(extract(epoch from now() - min(b.since)), 0)

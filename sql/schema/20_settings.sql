@@ -9,6 +9,8 @@ create table rekey.settings (
     constraint settings_kek_file_check check (kek_file <> '' and kek_file !~ '^/|^[A-Za-z]:|(^|/)\.\.(/|$)'),
   destroy_wait interval not null default '45 days'
     constraint settings_destroy_wait_check check (destroy_wait between '0 s' and '3650 days'),
+  destroy_search text not null default 'database'
+    constraint settings_destroy_search_check check (destroy_search in ('database', 'columns')),
   batch_target interval not null default '200 ms'
     constraint settings_batch_target_check check (batch_target between '10 ms' and '60 s'),
   step_limit interval
@@ -33,6 +35,7 @@ comment on column rekey.settings.kek_provider is 'Where the key-encryption key c
 comment on column rekey.settings.kek_secret_name is 'Name of the KEK in vault.decrypted_secrets; the next KEK is looked for under this name with _new appended.';
 comment on column rekey.settings.kek_file is 'File of the KEK, relative to the data directory (a link to a file elsewhere will do); the next KEK is looked for under this name with _new appended.';
 comment on column rekey.settings.destroy_wait is 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
+comment on column rekey.settings.destroy_search is 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
 comment on column rekey.settings.step_limit is 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. NULL: 100 times batch_target. Under pg_cron, rekey.watch() looks for it.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';

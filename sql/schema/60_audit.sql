@@ -5,7 +5,7 @@ create table rekey.audit_log (
   role text not null,
   jwt_subject text,
   event text not null constraint audit_log_event_check check (event in (
-    'keyring.created', 'keyring.retired',
+    'keyring.created', 'keyring.retired', 'keyring.emptied', 'census.found',
     'key.created', 'key.activated', 'key.deactivated', 'key.disabled', 'key.enabled', 'key.compromised',
     'key.destroy_scheduled', 'key.destroy_cancelled', 'key.destroyed',
     'rotation.requested', 'rotation.passed_by', 'rotation.started', 'rotation.error', 'rotation.row_failed', 'rotation.failure_resolved',

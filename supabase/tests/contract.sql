@@ -2,7 +2,7 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(56 + 1);
+select plan(64 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
@@ -12,9 +12,11 @@ insert into contract values
   ('adoption_preview', 'target regclass, column_name name, formats text[] DEFAULT ''{plaintext}''::text[], force boolean DEFAULT false, relation regclass DEFAULT NULL::regclass, first tid DEFAULT ''(0,0)''::tid', 'rekey._adoption'),
   ('adoption_store', 'rotation_id bigint, relation regclass', 'bigint'),
   ('audit_checkpoint', '', 'jsonb'),
+  ('begin_search', '', 'bigint'),
   ('can_access_tenant', 'tenant_id uuid', 'boolean'),
   ('cancel_key_destruction', 'keyring text, version integer', 'void'),
   ('clear_schedule', 'keyring text DEFAULT ''default''::text', 'void'),
+  ('confirm_emptied', 'keyring text', 'bigint'),
   ('create_decrypted_view', 'target regclass', 'text'),
   ('create_keyring', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, rotate_every interval DEFAULT NULL::interval', 'rekey.keyrings'),
   ('decrypt', 'ciphertext bytea, context text[] DEFAULT ''{}''::text[]', 'bytea'),
@@ -29,7 +31,9 @@ insert into contract values
   ('encrypt_text', 'plaintext text, keyring text DEFAULT ''default''::text, context text[] DEFAULT ''{}''::text[]', 'text'),
   ('find_envelopes', '', 'TABLE(relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint)'),
   ('find_unprotected', '', 'TABLE(relation regclass, column_name name, finding text, rows bigint, advice text)'),
+  ('findings', '', 'TABLE(kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text)'),
   ('get_secret', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'text'),
+  ('is_sweeping', 'relation regclass', 'boolean'),
   ('key_usage', 'keyring text DEFAULT NULL::text', 'SETOF rekey.key_rows'),
   ('lock', '', 'void'),
   ('mark_key_compromised', 'keyring text, version integer, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
@@ -37,10 +41,13 @@ insert into contract values
   ('pause_rotation', 'id bigint', 'void'),
   ('protect_column', 'target regclass, column_name name, keyring text DEFAULT ''default''::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false', 'text'),
   ('prune_audit_log', 'first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb', 'bigint'),
+  ('rebind_column', 'target regclass, column_name name, label text DEFAULT NULL::text', 'text'),
+  ('protection_findings', '', 'TABLE(label text, kind text, severity text, finding text, advice text)'),
   ('read_secrets', 'names text[] DEFAULT NULL::text[], tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'TABLE(name text, value text)'),
   ('register_kek', 'replace_lost boolean DEFAULT false', 'integer'),
   ('resolve_failure', 'id bigint, action text, reason text DEFAULT NULL::text', 'void'),
   ('resume_rotation', 'id bigint', 'void'),
+  ('resync_sequences', '', 'bigint'),
   ('retire_keyring', 'name text', 'void'),
   ('retry_rotation', 'id bigint', 'void'),
   ('rollback_rotation', 'id bigint, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
@@ -50,6 +57,7 @@ insert into contract values
   ('run_rotations', 'IN max_duration interval DEFAULT ''00:00:50''::interval', 'procedure'),
   ('schedule_key_destruction', 'keyring text, version integer, wait interval DEFAULT NULL::interval', 'timestamp with time zone'),
   ('schedule_worker', 'schedule text DEFAULT NULL::text', 'bigint'),
+  ('search_step', 'OUT event text, OUT wait interval, OUT detail jsonb', 'record'),
   ('set_schedule', 'keyring text, rotate_every interval, first_at timestamp with time zone DEFAULT NULL::timestamp with time zone', 'timestamp with time zone'),
   ('set_secret', 'name text, value text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, keyring text DEFAULT ''default''::text, description text DEFAULT NULL::text', 'uuid'),
   ('set_setting', 'name text, value text', 'void'),

@@ -10,7 +10,7 @@ import pytest
 
 from driving import events, rotate, rotation, run, states, step_until
 from estate import Estate
-from helpers import Connection, value
+from helpers import Connection, destroy_due, value
 from pg_rekey import local
 
 numbers = itertools.count(1)
@@ -118,8 +118,8 @@ def test_a_destruction_is_not_brought_forward_by_a_jump(estate: Estate, clock: C
         # When its day comes without a jump, it is destroyed.
         for hours in range(0, 62 * 24, 20):
             clock.jump(f"+{hours}h")
-            for duty in ("destructions", "end"):
-                connection.execute("select rekey._tick_duty(%s, now())", [duty])
+            destroy_due(connection)
+            connection.execute("select rekey._tick_duty('end', now())")
             if jump == "-2d" and hours < 45 * 24:
                 assert states(connection)[1] == "destroy_scheduled"
         assert states(connection)[1] == "destroyed"

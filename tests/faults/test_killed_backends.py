@@ -59,7 +59,7 @@ POINTS = {
         "rekey.encryption_keys",
         "new.state = 'destroyed'",
         destroying,
-        "select rekey._tick_duty('destructions', now())",
+        "call rekey.tick()",
         lambda c: states(c) == {1: "destroyed", 2: "active"},
     ),
     "a rotation of the KEK": Point(

@@ -172,19 +172,17 @@ def test_a_partition_comes_and_goes_all_the_time(
             "alter table app.parts attach partition app.parts_2 for values from (200) to (400)",
         ]
     )
-    seen: list[str] = []
-    while "completed" not in seen:
+    for change in itertools.islice(changes, 24):
         with ThreadPoolExecutor(1) as pool:
             with other.transaction():
-                other.execute(next(changes).encode())
+                other.execute(change.encode())
                 stepping = pool.submit(step, worker)
                 until_done_or_waiting(ready, worker, stepping)
-            seen.append(stepping.result(30)[0])
-    assert rotation(ready, number, "rows_failed", "last_error") == (0, None)
-    if value(ready, "select count(*) from pg_inherits where inhparent = 'app.parts'::regclass") == 1:
-        other.execute(next(changes).encode())
-    # What the rotation did not meet is found by the census.
-    ready.execute("call rekey.tick()")
+            event = stepping.result(30)[0]
+        assert event != "completed" or "attach" in change.split()
+    ready.execute("update rekey.rotations set next_attempt_at = null")
+    run(ready)
+    assert rotation(ready, number, "state", "rows_failed") == ("completed", 0)
     assert ready.execute("select version, rows from rekey.key_usage()").fetchall() == [(1, 0), (2, 3 * ROWS)]
     check(ready, {}, columns=columns)
 
@@ -264,8 +262,10 @@ def test_a_rewritten_table_is_not_taken_for_empty_by_a_destruction(
 ) -> None:
     rotate(ready)
     ready.execute("call rekey.tick()")
-    ready.execute("select rekey.schedule_key_destruction('default', 1, '0 s')")
-    app.execute("insert into one values (0, %s)", [held_back])
+    with ready.transaction():
+        ready.execute("select rekey.schedule_key_destruction('default', 1, '0 s')")
+        # Its trigger does not know yet.
+        app.execute("insert into one values (0, %s)", [held_back])
     meanwhile(app, ready, session(), "call rekey.tick()")
     assert states(ready)[1] == "destroy_scheduled"
     check(ready, {})

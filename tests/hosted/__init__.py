@@ -10,7 +10,7 @@ from typing import Self
 
 from psycopg.conninfo import make_conninfo
 
-from helpers import connect, create_database
+from helpers import belong, connect, create_database
 from pg_rekey import local
 
 HERE = Path(__file__).parent
@@ -44,6 +44,7 @@ class Hosted:
         self.made.append(admin)
         with connect(admin) as connection, connection.transaction():
             connection.execute((HERE / "database.sql").read_bytes())
+            belong(connection, "supabase_vault", "vault")
         return make_conninfo(admin, user="postgres")
 
     def take_back(self) -> None:

@@ -19,7 +19,7 @@ from pgspot.state import Counter, State
 from pgspot.visitors import SQLVisitor, visit_sql
 
 import container
-from helpers import Connection, connect, create_database, drop_database, install
+from helpers import BELONG, Connection, connect, create_database, drop_database, install
 from pg_rekey import release
 
 EXCEPTIONS = Path(__file__).with_name("exceptions.toml")
@@ -57,17 +57,26 @@ create function cron.alter_job(
   active boolean = null) returns void begin atomic; end;
 create function cron.unschedule(bigint) returns boolean return true;
 """
+STAND_INS += BELONG.format(extension="supabase_vault", schema="vault") + BELONG.format(
+    extension="pg_cron", schema="cron"
+)
 
 
 def pgspot() -> list[str]:
     """Return what pgspot finds, without line numbers.
 
-    It is called statement by statement for what it does not know: that sql/header.sql ends with a safe search
-    path, function bodies that are bound when the function is created, and PL/pgSQL variables of a table's row
-    type (there it sees the function's head only; plpgsql_check sees its body).
+    It is called statement by statement for what it does not know: the search path that finds pgcrypto, after
+    which sql/code/10_aead.sql looks at what was bound by it; function bodies that are bound when the function
+    is created; and PL/pgSQL variables of a table's row type (there it sees the function's head only;
+    plpgsql_check sees its body).
     """
-    header = (release.SOURCES / "header.sql").read_text().strip().replace("__VERSION__", release.version())
-    script = release.assemble("plain").replace(header, f"{header}\nset search_path = pg_catalog, pg_temp;")
+    script, pinned = re.subn(
+        r"^select pg_catalog\.set_config\('search_path'.*?;$",
+        "set search_path = pg_catalog, pg_temp;",
+        release.assemble("plain"),
+        flags=re.MULTILINE | re.DOTALL,
+    )
+    assert pinned == 1, "the statement that finds pgcrypto"
     options = SimpleNamespace(
         plpgsql=True, summary_only=False, proc_without_search_path=[], ignore=[], ignore_lang=[], sql_fn=[]
     )

@@ -25,8 +25,12 @@ def columns() -> None:
 @columns.command("list")
 @database()
 def list_(connection: db.Connection, out: Output) -> None:
-    """List the protected columns, and what blocks them."""
-    out.table(fetch(connection, db.query("columns")), SHOWN, empty="no column is protected")
+    """List the protected columns, what blocks them, and what their rotations break or set off."""
+    rows = fetch(connection, db.query("columns"))
+    out.table(rows, SHOWN, empty="no column is protected")
+    for row in rows:
+        for finding in row["findings"]:
+            out.say(f"{row['label']}: {finding}")
 
 
 @columns.command()

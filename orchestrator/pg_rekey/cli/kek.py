@@ -21,6 +21,9 @@ from pg_rekey.cli.base import (
 )
 from pg_rekey.errors import LOCKED, USAGE, Problem
 
+# What stores a secret there.
+VAULT = ("vault.create_secret(text,text,text,uuid)", "vault.update_secret(uuid,text,text,text,uuid)")
+
 
 @click.group()
 def kek() -> None:
@@ -87,7 +90,7 @@ def store(connection: db.Connection, out: Output, provider: str, path: Path | No
             target=target,
         )
         return
-    if not place["has_vault"]:
+    if not db.trusts(connection, "supabase_vault", "vault.secrets", *VAULT, events=20):
         raise Problem("this database has no Supabase Vault", "Use --provider file.")
     db.copy_keks(connection, [value])
     exists = fetch(connection, "select from vault.secrets where name = %s", place["kek_secret_name"])

@@ -5,7 +5,7 @@ from uuid import UUID
 import click
 
 from pg_rekey import db
-from pg_rekey.cli.base import Output, confirm, database, fetch, fetch_one, tenant_option, yes_option
+from pg_rekey.cli.base import Output, confirm, database, fetch, fetch_one, scalar, tenant_option, yes_option
 
 
 @click.group()
@@ -42,3 +42,14 @@ def retire(connection: db.Connection, out: Output, name: str, yes: bool) -> None
     confirm(connection, f"Retire keyring {name}?", yes)
     connection.execute("select rekey.retire_keyring(%s)", [name])
     out.done(f"keyring {name} retired", keyring=name)
+
+
+@keyrings.command("confirm-emptied")
+@click.argument("name")
+@yes_option
+@database()
+def confirm_emptied(connection: db.Connection, out: Output, name: str, yes: bool) -> None:
+    """Confirm that the secrets of a keyring are gone because they were deleted: its rotation waits for it."""
+    confirm(connection, f"Are the secrets of keyring {name} gone because somebody deleted them?", yes)
+    rows = scalar(connection, "select rekey.confirm_emptied(%s)", name)
+    out.done(f"keyring {name} held {rows} secrets, and is to hold none", keyring=name, rows=rows)

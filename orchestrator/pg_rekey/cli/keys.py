@@ -1,24 +1,31 @@
 """`pg-rekey keys`: key versions and their states."""
 
-import click
+import time
 
-from pg_rekey import db
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from pg_rekey import db, worker
 from pg_rekey.cli.base import (
     Output,
+    cell,
     confirm,
     database,
     fetch,
     fetch_of,
     fetch_one,
     keyring_option,
+    output,
     reason_option,
     yes_option,
 )
+from pg_rekey.errors import FINDINGS
 
 
 @click.group()
 def keys() -> None:
-    """Key versions: list, disable, mark as compromised, destroy."""
+    """Key versions: list, disable, mark as compromised, search for, destroy."""
 
 
 @keys.command("list")
@@ -89,6 +96,45 @@ def schedule_destruction(
         "select rekey.schedule_key_destruction(%s, %s, %s::interval)", [keyring, version, wait]
     )
     _show(connection, out, keyring, version)
+
+
+@keys.command()
+@output
+def search(out: Output) -> None:
+    """Look for versions that are to be destroyed, in every table, with the rights of the role that connects.
+
+    The worker does the same once a destruction is due, with its own rights. What neither may read keeps the
+    versions; what one of them has read, the other need not.
+    """
+    console = Console(stderr=True, highlight=False)
+    with (
+        worker.connect() as connection,
+        Progress(console=console, disable=not console.is_terminal, transient=True) as progress,
+    ):
+        with worker.transaction(connection):
+            connection.execute("select rekey.begin_search()")
+        shown = progress.add_task("searching", total=None)
+        while (step := worker.search(connection))["event"] not in ("complete", "incomplete", "idle"):
+            status = fetch_one(connection, "select * from rekey.search_status")
+            waiting = status["blocked_by"] and f"waiting for {cell(status['blocked_by'])}"
+            progress.update(
+                shown,
+                total=status["bytes"],
+                completed=status["bytes_read"],
+                description=waiting or "searching",
+            )
+            if step["wait"]:
+                time.sleep(step["wait"].total_seconds())
+        status = fetch_one(connection, "select * from rekey.search_status")
+        findings = fetch(connection, "select * from rekey.search_findings order by relation, column_name")
+    if out.json:
+        out.document({**status, "findings": findings})
+    else:
+        out.record(status)
+        out.say()
+        out.table(findings, empty="nothing was found, and everything could be read")
+    if findings:
+        raise click.exceptions.Exit(FINDINGS)
 
 
 @keys.command()

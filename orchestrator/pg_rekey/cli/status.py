@@ -17,8 +17,10 @@ def status(connection: db.Connection, out: Output, check: bool) -> None:
     keyrings = fetch(connection, db.query("status keyrings"))
     rotations = fetch(connection, db.query("status rotations"))
     worker = fetch_one(connection, db.query("status worker"))
+    search = fetch(connection, "select * from rekey.search_status")
     if out.json:
-        out.document({"keyrings": keyrings, "rotations": rotations, "worker": worker})
+        document = {"keyrings": keyrings, "rotations": rotations, "worker": worker}
+        out.document(document | {"search": search[0] if search else None})
     else:
         out.say(db.where(connection), style="bold")
         out.say()
@@ -27,6 +29,10 @@ def status(connection: db.Connection, out: Output, check: bool) -> None:
         out.table(rotations, empty="no rotation is under way")
         out.say()
         out.record(worker)
+        if search and search[0]["state"] != "complete":
+            out.say()
+            out.say("search for versions that are to be destroyed", style="bold")
+            out.record(search[0])
     if check and any(row["state"] in ("failed", "completed_with_failures") for row in rotations):
         raise click.exceptions.Exit(UNFINISHED)
     if check and any(row["schedule"] != "on time" for row in keyrings):

@@ -186,7 +186,7 @@ def _clean_up(connection: db.Connection, out: Output, report: Report, here: step
     """End jobs and drop roles, as far as that can be, and say what is for somebody else to do."""
     ended, left = steps.unschedule(connection, here)
     done = steps.drop_roles(connection)
-    migrations = steps.migrations(connection, here)
+    migrations = steps.migrations(connection)
     report |= {"jobs_ended": ended, "jobs_left": left, "roles": asdict(done), "migrations": migrations}
     for number in ended:
         out.say(f"  pg_cron's job {number} ended")

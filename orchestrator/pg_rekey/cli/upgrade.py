@@ -53,7 +53,7 @@ def _find(connection: db.Connection) -> tuple[str, release.Road]:
     [found] = rows
     if found["version"] is not None:
         return str(found["version"]), "extension"
-    migrated = found["has_migrations"] and fetch(connection, db.query("migrations"))
+    migrated = db.migrations(connection)
     return str(scalar(connection, "select rekey.version()")), "supabase" if migrated else "plain"
 
 

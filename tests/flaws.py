@@ -1,0 +1,97 @@
+"""Products that are broken on purpose, for the random walk to find it: `make prove ARGS=--flaws`."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from pg_rekey import release
+from stateful import Lab, walk
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """A mend that is taken out again: in a file of sql/code, what stands there becomes something else."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+    def sql(self) -> str:
+        """The file with the flaw in it."""
+        text = (release.SOURCES / "code" / self.file).read_text()
+        assert text.count(self.old) == 1, f"{self.name}: {self.file} has changed"
+        return "set search_path = pg_catalog, public, pg_temp;" + text.replace(self.old, self.new)
+
+
+FLAWS = [
+    Flaw(
+        "an IV is used twice",
+        "41_encrypt.sql",
+        "v_iv := rekey._random_bytes(16)",
+        "v_iv := repeat('x', 16)::bytea",
+    ),
+    Flaw(
+        "a table that took another's name is not noticed",
+        "51_columns.sql",
+        "v_other := rekey._namesake(protected, v_shape.relation, v_shape.attnums[protected.places[1]]);",
+        "v_other := null;",
+    ),
+    Flaw(
+        "a table that was dropped and made anew is not noticed",
+        "51_columns.sql",
+        "return format('its table or column was dropped, or its functions were not restored:",
+        "return null; return format('its table or column was dropped, or its functions were not restored:",
+    ),
+    Flaw(
+        "a partition that left is not noticed",
+        "51_columns.sql",
+        "v_other := rekey._lost_part(protected, v_shape.relation);",
+        "v_other := null;",
+    ),
+    Flaw(
+        "forced policies are not noticed",
+        "51_columns.sql",
+        "if v_part.relforcerowsecurity then",
+        "if false then",
+    ),
+    Flaw(
+        "names of pg_cron are believed",
+        "70_schedule.sql",
+        "if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then",
+        "if to_regclass('cron.job_run_details') is not null then",
+    ),
+    Flaw(
+        "what the search finds is not heeded",
+        "62_destruction.sql",
+        "v_postponed text := elsewhere;",
+        "v_postponed text;",
+    ),
+    Flaw(
+        "old snapshots are not waited for",
+        "62_search.sql",
+        "where a.datname = current_database() and a.pid <> pg_backend_pid()",
+        "where false",
+    ),
+    Flaw(
+        "triggers sleep in the replica role",
+        "52_protect.sql",
+        "v_statements := v_statements || format('alter table %s enable always trigger %I', target, v_name);",
+        "null;",
+    ),
+]
+
+
+def find(flaw: Flaw, minutes: float) -> tuple[int | None, str]:
+    """Walk until a flaw is found; return the seed that found it, and the first line of what was found."""
+    until = time.monotonic() + minutes * 60
+    with Lab() as lab:
+        lab.break_product(flaw.sql())
+        number = 0
+        while time.monotonic() < until:
+            number += 1
+            try:
+                walk(lab, number, Counter())
+            except Exception as error:  # noqa: BLE001: whatever the walk says is a find
+                return number, str(error).partition("\n")[0]
+    return None, ""
