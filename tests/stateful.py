@@ -89,7 +89,7 @@ SETUP: LiteralString = """
     create function app.break_down() returns trigger language plpgsql as $$
     begin
       if exists (select from app.broken) and current_setting('rekey.sweeping', true) = 'on' then
-        raise exception 'out of order';
+        raise exception 'out of order' using errcode = '40001';
       end if;
       return new;
     end $$;
