@@ -8115,9 +8115,9 @@ begin
   if not v_owner.rolsuper and v_owner.rolname is distinct from v_reader then
     -- From here on nobody makes an index on it. (Who may only SELECT may not lock it so.)
     if v_owner.relkind = 'r' and has_table_privilege(relation, 'update, delete, truncate') then
-      execute format('lock table only %s in share update exclusive mode', name);
+      execute format('lock table only %s in share update exclusive mode', relation::regclass);
     elsif v_owner.relkind = 'm' and (select u.rolsuper from pg_roles u where u.rolname = current_user) then
-      execute format('comment on materialized view %s is null', name);  -- the only lock there is; the caller takes it back
+      execute format('comment on materialized view %s is null', relation::regclass);  -- the only lock there is; the caller takes it back
     end if;
   end if;
   -- What is read by that name must be what was looked at: from here on the lock keeps it.
