@@ -1346,11 +1346,11 @@ begin
   insert into rekey._search_versions (search_id, keyring_id, version)
   select v_search.id, k.keyring_id, k.version from rekey.encryption_keys k where k.state = 'destroy_scheduled';
   if v_search.scope = 'database' then
-    -- Small relations are left to the look, up to 32 MB of them.
+    -- Small relations are left to the look, up to 128 MB of them.
     insert into rekey._search_relations (search_id, relation, name, bytes)
     select v_search.id, r.relation, r.name, r.bytes
     from (select t.*, sum(t.bytes) over (order by t.bytes, t.relation rows unbounded preceding) as total from rekey._searchable() t) r
-    where (r.bytes > 1048576 or r.total > 33554432) and r.problem is null and r.is_heap;
+    where (r.bytes > 1048576 or r.total > 134217728) and r.problem is null and r.is_heap;
   end if;
   return v_search;
 end
@@ -2299,10 +2299,28 @@ COMMENT ON FUNCTION rekey._clear_chunks() IS 'Deletes what passes and verificati
 --
 
 CREATE FUNCTION rekey._code_of_others(relation oid, reader name) RETURNS text
-    LANGUAGE sql STABLE
+    LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    -- in sql/code
-;
+    AS $$
+begin
+  -- (PL/pgSQL keeps the plan: there may be many relations.)
+  return (
+  select format('%s calls %s, of role %I', o.name, p.oid::regprocedure, w.rolname)
+  from (
+    select 'pg_class'::regclass as catalog, i.indexrelid as oid, format('index %s', i.indexrelid::regclass) as name
+    from pg_index i where i.indrelid = relation and (i.indexprs is not null or i.indpred is not null)
+    union all
+    select 'pg_statistic_ext'::regclass, s.oid, format('statistics %I.%I', n.nspname, s.stxname)
+    from pg_statistic_ext s join pg_namespace n on n.oid = s.stxnamespace where s.stxrelid = relation and s.stxexprs is not null
+  ) o
+  join pg_depend d on d.classid = o.catalog and d.objid = o.oid and d.refclassid in ('pg_proc'::regclass, 'pg_operator'::regclass)
+  left join pg_operator r on d.refclassid = 'pg_operator'::regclass and r.oid = d.refobjid
+  join pg_proc p on p.oid = coalesce(r.oprcode::oid, d.refobjid)
+  join pg_roles w on w.oid = p.proowner
+  where not w.rolsuper and w.rolname is distinct from reader
+  limit 1);
+end
+$$;
 
 
 ALTER FUNCTION rekey._code_of_others(relation oid, reader name) OWNER TO rekey_owner;
@@ -4412,23 +4430,23 @@ COMMENT ON FUNCTION rekey._hits(place integer, value text, wanted bytea[]) IS 'T
 
 
 --
--- Name: _hold(oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _hold(oid, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._hold(relation oid) RETURNS text
+CREATE FUNCTION rekey._hold(relation oid, name text) RETURNS text
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET lock_timeout TO '3 s'
     AS $$
 declare
-  v_name text := relation::regclass::text;
   v_reader name;
   v_owner record;
   v_code text;
 begin
   -- Whom a function runs as is not all: it can RESET ROLE to the one who logged in.
-  select case when a.usename = session_user and session_user = current_user then current_user end into v_reader
-  from pg_stat_activity a where a.pid = pg_backend_pid();
+  -- (Of all sessions, only this one is asked for: there may be many relations.)
+  select case when r.rolname = session_user and session_user = current_user then current_user end into v_reader
+  from pg_stat_get_activity(pg_backend_pid()) a join pg_roles r on r.oid = a.usesysid;
   select c.relkind, r.rolname, r.rolsuper into v_owner from pg_class c join pg_roles r on r.oid = c.relowner where c.oid = relation;
   if not found then
     return 'it was dropped';
@@ -4436,11 +4454,14 @@ begin
   if not v_owner.rolsuper and v_owner.rolname is distinct from v_reader then
     -- From here on nobody makes an index on it. (Who may only SELECT may not lock it so.)
     if v_owner.relkind = 'r' and has_table_privilege(relation, 'update, delete, truncate') then
-      execute format('lock table only %s in share update exclusive mode', v_name);
+      execute format('lock table only %s in share update exclusive mode', relation::regclass);
     elsif v_owner.relkind = 'm' and (select u.rolsuper from pg_roles u where u.rolname = current_user) then
-      execute format('comment on materialized view %s is null', v_name);  -- the only lock there is; the caller takes it back
+      execute format('comment on materialized view %s is null', relation::regclass);  -- the only lock there is; the caller takes it back
     end if;
-    v_name := relation::regclass::text;
+  end if;
+  -- What is read by that name must be what was looked at: from here on the lock keeps it.
+  if to_regclass(name) is distinct from relation::regclass then
+    raise exception '% is another relation now', name using errcode = 'undefined_table';
   end if;
   v_code := rekey._code_of_others(relation, v_reader);
   return v_code || ': it can have the table read by connecting itself; or, if you trust that code, give the function to a superuser';
@@ -4448,13 +4469,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._hold(relation oid) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._hold(relation oid, name text) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _hold(relation oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _hold(relation oid, name text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._hold(relation oid) IS 'Keeps a relation from being given code until the subtransaction of the caller ends, which he undoes, and says why he is not to read it; NULL: nothing.';
+COMMENT ON FUNCTION rekey._hold(relation oid, name text) IS 'Keeps a relation from being given code until the subtransaction of the caller ends, which he undoes, and says why he is not to read it; NULL: nothing. name: by which he reads it; 42P01: it is another one''s.';
 
 
 --
@@ -5517,7 +5538,7 @@ begin
       again := true;  -- dropped since the snapshot: its rows may have gone elsewhere
     elsif problem is null and not again then
       begin
-        problem := rekey._hold(relation);
+        problem := rekey._hold(relation, name);
         v_blocks := case when v_to_look.is_heap then pg_relation_size(relation) / current_setting('block_size')::integer else 1 end;
         v_step := case when v_to_look.since is null then 512 else 8192 end;
         v_first := 0;
@@ -5588,7 +5609,7 @@ begin
     v_problem := v_to_look.problem;
     v_found := false;
     begin
-      v_problem := coalesce(v_problem, rekey._hold(v_to_look.relation));
+      v_problem := coalesce(v_problem, rekey._hold(v_to_look.relation, v_to_look.name));
       v_blocks := case when v_to_look.is_heap then pg_relation_size(v_to_look.relation) / current_setting('block_size')::integer else 1 end;
       v_first := 0;
       while v_problem is null and v_first < v_blocks and not v_found and clock_timestamp() < v_until loop
@@ -12410,7 +12431,7 @@ begin
         )
         select p.oid from parts p
       loop
-        if rekey._hold(v_part) is not null then
+        if rekey._hold(v_part, v_part::regclass::text) is not null then
           raise exception using errcode = 'RKEND';
         end if;
       end loop;
@@ -13845,7 +13866,7 @@ begin
   detail := v_turn.detail;
   if event = 'read' then
     begin
-      v_problem := rekey._hold(v_turn.relation);
+      v_problem := rekey._hold(v_turn.relation, v_turn.name);
       if v_problem is null then
         execute v_turn.statement into v_rows, v_same, v_hits
         using v_turn.wanted, format('(%s,0)', v_turn.first)::tid, format('(%s,0)', v_turn.until)::tid, null::xid;
@@ -16844,12 +16865,12 @@ GRANT ALL ON FUNCTION rekey._hits(place integer, value text, wanted bytea[]) TO 
 
 
 --
--- Name: FUNCTION _hold(relation oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _hold(relation oid, name text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._hold(relation oid) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._hold(relation oid) TO rekey_operator;
-GRANT ALL ON FUNCTION rekey._hold(relation oid) TO rekey_auditor;
+REVOKE ALL ON FUNCTION rekey._hold(relation oid, name text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._hold(relation oid, name text) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._hold(relation oid, name text) TO rekey_auditor;
 
 
 --

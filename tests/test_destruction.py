@@ -588,12 +588,15 @@ def test_nobody_makes_an_index_while_a_superuser_reads(ready: Connection, app: C
     app.execute("create table app.bait (id int, v text)")
     app.execute("set lock_timeout = '100 ms'")
     with ready.transaction():
-        assert value(ready, "select rekey._hold('app.bait'::regclass)") is None
+        assert value(ready, "select rekey._hold('app.bait'::regclass, 'app.bait')") is None
         with refused("55P03"):
             app.execute("create index on app.bait ((id + 1))")
         with refused("55P03"):
             app.execute("create statistics app.s on (id + 1), id from app.bait")
         app.execute("insert into app.bait values (1, 'x')")  # writers go on
+    # The name by which it is read must still be its own.
+    with refused("42P01"):
+        ready.execute("select rekey._hold('app.bait'::regclass, 'pg_catalog.pg_class')")
 
 
 def test_a_setting_narrows_it(ready: Connection, old: str) -> None:

@@ -69,7 +69,7 @@ begin
         )
         select p.oid from parts p
       loop
-        if rekey._hold(v_part) is not null then
+        if rekey._hold(v_part, v_part::regclass::text) is not null then
           raise exception using errcode = 'RKEND';
         end if;
       end loop;

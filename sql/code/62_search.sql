@@ -95,9 +95,12 @@ grant execute on function rekey._hits(integer, bytea, bytea[]) to rekey_operator
 -- Planning a query computes constant parts of the expressions of indexes and statistics, with the rights of who reads: code
 -- of whoever may make an index on a table, which a superuser would run.
 create or replace function rekey._code_of_others(relation oid, reader name) returns text
-language sql stable
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
+as $$
+begin
+  -- (PL/pgSQL keeps the plan: there may be many relations.)
+  return (
   select format('%s calls %s, of role %I', o.name, p.oid::regprocedure, w.rolname)
   from (
     select 'pg_class'::regclass as catalog, i.indexrelid as oid, format('index %s', i.indexrelid::regclass) as name
@@ -111,25 +114,26 @@ begin atomic
   join pg_proc p on p.oid = coalesce(r.oprcode::oid, d.refobjid)
   join pg_roles w on w.oid = p.proowner
   where not w.rolsuper and w.rolname is distinct from reader
-  limit 1;
-end;
+  limit 1);
+end
+$$;
 comment on function rekey._code_of_others is 'A function of neither a superuser nor the reader that reading a relation may run; NULL: there is none.';
 grant execute on function rekey._code_of_others to rekey_operator, rekey_auditor;
 
-create or replace function rekey._hold(relation oid) returns text
+create or replace function rekey._hold(relation oid, name text) returns text
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '3 s'  -- longer than deadlock_timeout: autovacuum gives way
 as $$
 declare
-  v_name text := relation::regclass::text;
   v_reader name;
   v_owner record;
   v_code text;
 begin
   -- Whom a function runs as is not all: it can RESET ROLE to the one who logged in.
-  select case when a.usename = session_user and session_user = current_user then current_user end into v_reader
-  from pg_stat_activity a where a.pid = pg_backend_pid();
+  -- (Of all sessions, only this one is asked for: there may be many relations.)
+  select case when r.rolname = session_user and session_user = current_user then current_user end into v_reader
+  from pg_stat_get_activity(pg_backend_pid()) a join pg_roles r on r.oid = a.usesysid;
   select c.relkind, r.rolname, r.rolsuper into v_owner from pg_class c join pg_roles r on r.oid = c.relowner where c.oid = relation;
   if not found then
     return 'it was dropped';
@@ -137,17 +141,20 @@ begin
   if not v_owner.rolsuper and v_owner.rolname is distinct from v_reader then
     -- From here on nobody makes an index on it. (Who may only SELECT may not lock it so.)
     if v_owner.relkind = 'r' and has_table_privilege(relation, 'update, delete, truncate') then
-      execute format('lock table only %s in share update exclusive mode', v_name);
+      execute format('lock table only %s in share update exclusive mode', relation::regclass);
     elsif v_owner.relkind = 'm' and (select u.rolsuper from pg_roles u where u.rolname = current_user) then
-      execute format('comment on materialized view %s is null', v_name);  -- the only lock there is; the caller takes it back
+      execute format('comment on materialized view %s is null', relation::regclass);  -- the only lock there is; the caller takes it back
     end if;
-    v_name := relation::regclass::text;
+  end if;
+  -- What is read by that name must be what was looked at: from here on the lock keeps it.
+  if to_regclass(name) is distinct from relation::regclass then
+    raise exception '% is another relation now', name using errcode = 'undefined_table';
   end if;
   v_code := rekey._code_of_others(relation, v_reader);
   return v_code || ': it can have the table read by connecting itself; or, if you trust that code, give the function to a superuser';
 end
 $$;
-comment on function rekey._hold is 'Keeps a relation from being given code until the subtransaction of the caller ends, which he undoes, and says why he is not to read it; NULL: nothing.';
+comment on function rekey._hold is 'Keeps a relation from being given code until the subtransaction of the caller ends, which he undoes, and says why he is not to read it; NULL: nothing. name: by which he reads it; 42P01: it is another one''s.';
 grant execute on function rekey._hold to rekey_operator, rekey_auditor;
 
 
@@ -282,11 +289,11 @@ begin
   insert into rekey._search_versions (search_id, keyring_id, version)
   select v_search.id, k.keyring_id, k.version from rekey.encryption_keys k where k.state = 'destroy_scheduled';
   if v_search.scope = 'database' then
-    -- Small relations are left to the look, up to 32 MB of them.
+    -- Small relations are left to the look, up to 128 MB of them.
     insert into rekey._search_relations (search_id, relation, name, bytes)
     select v_search.id, r.relation, r.name, r.bytes
     from (select t.*, sum(t.bytes) over (order by t.bytes, t.relation rows unbounded preceding) as total from rekey._searchable() t) r
-    where (r.bytes > 1048576 or r.total > 33554432) and r.problem is null and r.is_heap;
+    where (r.bytes > 1048576 or r.total > 134217728) and r.problem is null and r.is_heap;
   end if;
   return v_search;
 end
@@ -512,7 +519,7 @@ begin
       again := true;  -- dropped since the snapshot: its rows may have gone elsewhere
     elsif problem is null and not again then
       begin
-        problem := rekey._hold(relation);
+        problem := rekey._hold(relation, name);
         v_blocks := case when v_to_look.is_heap then pg_relation_size(relation) / current_setting('block_size')::integer else 1 end;
         v_step := case when v_to_look.since is null then 512 else 8192 end;
         v_first := 0;
@@ -623,7 +630,7 @@ begin
   detail := v_turn.detail;
   if event = 'read' then
     begin
-      v_problem := rekey._hold(v_turn.relation);
+      v_problem := rekey._hold(v_turn.relation, v_turn.name);
       if v_problem is null then
         execute v_turn.statement into v_rows, v_same, v_hits
         using v_turn.wanted, format('(%s,0)', v_turn.first)::tid, format('(%s,0)', v_turn.until)::tid, null::xid;
@@ -790,7 +797,7 @@ begin
     v_problem := v_to_look.problem;
     v_found := false;
     begin
-      v_problem := coalesce(v_problem, rekey._hold(v_to_look.relation));
+      v_problem := coalesce(v_problem, rekey._hold(v_to_look.relation, v_to_look.name));
       v_blocks := case when v_to_look.is_heap then pg_relation_size(v_to_look.relation) / current_setting('block_size')::integer else 1 end;
       v_first := 0;
       while v_problem is null and v_first < v_blocks and not v_found and clock_timestamp() < v_until loop
