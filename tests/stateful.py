@@ -85,11 +85,11 @@ SETUP: LiteralString = """
       insert into app.ran values (current_user);
       return null;
     end $$;
-    create table app.broken (reason text);
+    create table app.broken (code text);
     create function app.break_down() returns trigger language plpgsql as $$
     begin
       if exists (select from app.broken) and current_setting('rekey.sweeping', true) = 'on' then
-        raise exception 'out of order' using errcode = '40001';
+        raise exception 'out of order' using errcode = (select code from app.broken);
       end if;
       return new;
     end $$;
@@ -392,7 +392,7 @@ class Walk(RuleBasedStateMachine):
         self.edges: dict[str, set[str]] = {}  # what this rule may have moved
         self.written: set[Place] = set()  # and written
         self.expected: list[tuple[str, str | None, int | None, Rotation | None]] = []
-        self.broken = self.noted = False
+        self.broken = self.was_broken = self.noted = False
         self.astray = ""  # what became of a table
         self.copies: list[Envelope] = []  # in app.copies
         self.may_be: list[tuple[str, str | None, int | None, int | None]] = []  # as expected
@@ -1037,7 +1037,8 @@ class Walk(RuleBasedStateMachine):
     def one_step(self) -> str:
         """Take a step; pauses are over."""
         self.eye.execute(
-            "update rekey.rotations set next_attempt_at = null where next_attempt_at is not null"
+            "update rekey.rotations set next_attempt_at = null where next_attempt_at is not null;"
+            "update rekey._chunks set next_attempt_at = null where next_attempt_at is not null"
         )
         [(event, detail)] = self.call(self.admin, None, "select event, detail from rekey.rotation_step()")
         waiting = any(it.state in EDGES for it in self.rotations)
@@ -1099,7 +1100,8 @@ class Walk(RuleBasedStateMachine):
             self.expect("rotation.error", None, None)
             self.noted = True
         self.eye.execute(
-            "update rekey.rotations set next_attempt_at = null where next_attempt_at is not null"
+            "update rekey.rotations set next_attempt_at = null where next_attempt_at is not null;"
+            "update rekey._chunks set next_attempt_at = null where next_attempt_at is not null"
         )
         if self.astray:  # a whole tick waits for it to be mended
             self.may_be.append(("rotation.error", None, None, None))
@@ -1141,7 +1143,7 @@ class Walk(RuleBasedStateMachine):
             )
         for ring in sorted(idle, key=lambda ring: ring.number):
             stale = [p for p, row in self.now.on(ring).items() if row.version != ring.active]
-            if ring.active and any(map(self.now.sweepable, stale)):
+            if ring.active and any(self.now.sweepable(p) and not self.is_in_quarantine(p) for p in stale):
                 self.expect("rotation.requested", ring.name, ring.active, self.queue(ring, "schedule"))
         return False
 
@@ -1185,13 +1187,14 @@ class Walk(RuleBasedStateMachine):
         self.now.corrupt ^= {it}
         self.written.add(it)
 
-    @move(broken=st.booleans())
-    def break_or_mend_a_trigger(self, broken: bool) -> None:
-        """A trigger of app.notes fails the sweep."""
-        self.broken = broken
+    @move(code=st.sampled_from(["", "40001", "P0001"]))
+    def break_or_mend_a_trigger(self, code: str) -> None:
+        """A trigger of app.notes fails the sweep with an error that passes, or refuses each row."""
+        self.broken = bool(code)
+        self.was_broken |= code == "P0001"
         self.eye.execute("delete from app.broken where true")
-        if broken:
-            self.eye.execute("insert into app.broken values ('it fails')")
+        if code:
+            self.eye.execute("insert into app.broken values (%s)", (code,))
 
     @move(planted=st.booleans())
     def a_schema_is_planted(self, planted: bool) -> None:
@@ -1561,13 +1564,21 @@ class Walk(RuleBasedStateMachine):
             rows = self.now.on(self.now.rings[it.ring])
             sources = {(it.ring, version) for version in it.sources}
             assert not any(sources & writer.locks for writer in self.writers), f"{it} did not wait"
-            behind = {p for p, row in rows.items() if self.now.sweepable(p) and row.version != it.target}
-            assert not behind, f"{it} completed without {behind}"
-            dead = sorted((p[0], rows[p].row_key) for p in rows if not self.now.sweepable(p))
             open_ = [f for f in found.values() if f[0] == it.ring and f[5] is None]
+            behind = {p for p, row in rows.items() if self.now.sweepable(p) and row.version != it.target}
+            refused = {p for p in behind if self.was_broken and self.is_in_quarantine(p)}
+            assert behind == refused, f"{it} completed without {behind - refused}"
+            dead = sorted((p[0], rows[p].row_key) for p in rows if not self.now.sweepable(p) or p in refused)
             assert sorted((TARGETS[f[1]], f[2]) for f in open_) == dead
             assert (state, failed) == ("completed_with_failures" if dead else "completed", len(dead))
             assert total == done + failed
+
+    def is_in_quarantine(self, place: Place) -> bool:
+        row = self.now.rows[place]
+        return any(
+            (TARGETS[target], row_key, resolution) == (place[0], row.row_key, None)
+            for _, target, row_key, _, _, resolution in self.failures.values()
+        )
 
     def numbered(self, number: int) -> Rotation:
         return next(it for it in self.rotations if it.number == number)
