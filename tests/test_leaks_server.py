@@ -468,6 +468,7 @@ def use_keys(scenario: Scenario) -> None:
     run("keyrings create gone --json")
     run("keyrings retire gone --yes")
     run("keyrings list")
+    run("keyrings confirm-emptied default --yes")
     run("secrets set busy --keyring busy", stdin=scenario.text("busy"))
     run("rotate --keyring busy --dry-run")
     run("rotate --keyring busy --reason test")
@@ -485,6 +486,7 @@ def use_keys(scenario: Scenario) -> None:
     run("work --health-file /nowhere/health", code=1)
     run("work")
     run("keys schedule-destruction busy 1 --yes")
+    run("keys search")
     run("keys cancel-destruction busy 1")
     run("keys usage")
     run("schedule set busy 1day --first-at now")
@@ -606,6 +608,7 @@ def call_the_rest(scenario: Scenario) -> None:
             "select rekey.retire_keyring('none') where false",
             "select rekey.clear_schedule('default')",
             "select rekey.unschedule_worker()",
+            "select rekey.resync_sequences(), rekey.confirm_emptied('default')",
             "prepare canary as select rekey.get_secret('one')",
             "execute canary",
         )
@@ -614,6 +617,7 @@ def call_the_rest(scenario: Scenario) -> None:
         session.fail("22023", "select rekey.set_secret('', v) from given")
         session.fail("RK007", "select rekey.unprotect_column('none')")
         session.fail("RK007", "select rekey.rebind_column('pg_class', 'relname')")
+        session.fail("RK006", "select rekey.begin_search()")
         session.fail("22023", "select rekey.prune_audit_log(2, 1, '', '', '{}')")
         with connection.transaction():
             session.run(
