@@ -50,6 +50,8 @@ class Estate:
         self._in_postgres("create database {} template {}", name, TEMPLATE)
         with _environment({"PG_REKEY_DSN": self.server.dsn(name)}):
             with worker.connect() as connection:
+                # The others that are measured find pgcrypto as applications do.
+                connection.execute("select set_config('search_path', 'public', false)")
                 yield connection
             self._in_postgres("drop database {} with (force)", name)
 
