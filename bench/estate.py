@@ -112,6 +112,12 @@ def value(connection: db.Connection, query: LiteralString, *parameters: Any) -> 
     return only
 
 
+def empty_secrets(connection: db.Connection) -> None:
+    """Delete all secrets, and say that they were to go: else rotations wait for somebody who does."""
+    connection.execute("truncate rekey.secrets")
+    connection.execute("select rekey.confirm_emptied(k.name) from rekey.keyrings k")
+
+
 def fill_secrets(
     connection: db.Connection,
     last: int,

@@ -27,6 +27,7 @@ def race(estate: Estate, heats: Sequence[Heat], share: float) -> list[dict[str, 
         results = []
         for heat in heats:
             connection.execute(f"truncate {', '.join(tables)}".encode())
+            connection.execute("select rekey.confirm_emptied(k.name) from rekey.keyrings k")
             for competitor in competitors:
                 competitor.fill(connection, heat.rows, heat.size)
             settle(connection, *tables)

@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.estate import (
     Estate,
+    empty_secrets,
     fill_secrets,
     pg_rekey,
     settle,
@@ -98,7 +99,7 @@ def _small(connection: db.Connection, workers: Workers, others: int) -> dict[str
 
 def _many(connection: db.Connection, workers: Workers, rows: int) -> dict[str, Any]:
     """Rotate many keyrings at once, whose secrets lie among each other."""
-    connection.execute("truncate rekey.secrets")
+    empty_secrets(connection)
     names = _create_keyrings(connection, max(rows // EACH, 2))
     fill_secrets(connection, rows, SIZE, keyrings=names)
     settle(connection, "rekey.secrets")
@@ -109,7 +110,7 @@ def _many(connection: db.Connection, workers: Workers, rows: int) -> dict[str, A
 
 def _keyrings(connection: db.Connection, workers: Workers, count: int) -> dict[str, Any]:
     """Time `tick` with nothing due, and `rotate_keys` for all, with many keyrings that hold nothing."""
-    connection.execute("truncate rekey.secrets")
+    empty_secrets(connection)
     _create_keyrings(connection, count - value(connection, "select count(*) from rekey.keyrings"))
     settle(connection)
     connection.execute("call rekey.tick()")  # the census of the day
