@@ -608,7 +608,7 @@ def call_the_rest(scenario: Scenario) -> None:
             "select rekey.retire_keyring('none') where false",
             "select rekey.clear_schedule('default')",
             "select rekey.unschedule_worker()",
-            "select rekey.resync_sequences(), rekey.confirm_emptied('default')",
+            "select rekey.resync_sequences(), rekey.confirm_emptied('default'), rekey.watch()",
             "prepare canary as select rekey.get_secret('one')",
             "execute canary",
         )
