@@ -97,7 +97,8 @@ begin
       select r.oid::regclass as relation, a.attnum
       from pg_class r
       join pg_attribute a on a.attrelid = r.oid and a.attname = c.column_name and a.attnum > 0 and not a.attisdropped
-      where r.oid = rekey._relation_named(c.relation_name) and pg_get_userbyid(r.relowner) = c.owner) n on s.relation is null
+      -- (Strict: where the table is there, nothing is looked for.)
+      where r.oid = rekey._relation_named(case when s.relation is null then c.relation_name end) and pg_get_userbyid(r.relowner) = c.owner) n on true
     where c.label = context[array_lower(context, 1)]
   loop
     if not coalesce(has_column_privilege(rekey._caller(), v_shape.relation, v_shape.attnum, 'select'), false) then

@@ -210,7 +210,7 @@ comment on function rekey._namesake is 'Another column than this one, of this ta
 
 -- (to_regclass() takes USAGE of the schema, which rekey_owner need not have.)
 create or replace function rekey._relation_named(name text) returns oid
-language sql stable
+language sql stable strict
 set search_path = pg_catalog, pg_temp
 begin atomic
   select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
