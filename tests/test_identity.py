@@ -218,6 +218,21 @@ def test_a_blocked_table_stops_only_whom_it_may_concern(ready: Connection, app: 
     refused(ready, "select rekey.schedule_key_destruction('default', 1, '0 s')", "RK005")
 
 
+def test_the_first_count_sees_the_keyrings_whose_values_open(ready: Connection, app: Connection) -> None:
+    for keyring in ("second", "third"):
+        ready.execute("select rekey.create_keyring(%s)", [keyring])
+    app.execute("create table app.mine (id int primary key, v text)")
+    app.execute(
+        "insert into app.mine values (50, rekey.encrypt_text('x', 'second', '{app.mine.v,50}')),"
+        " (51, rekey.encrypt_text('x', 'third', '{app.mine.v,another row}'))"
+    )
+    protect(app, "app.mine")
+    assert rotate(ready) == "completed"
+    app.execute("alter table app.mine disable trigger user")
+    assert rotate(ready, "second") == "verifying"
+    assert rotate(ready, "third") == "completed"
+
+
 def test_a_keyring_that_was_seen_in_a_blocked_table_waits(ready: Connection, app: Connection) -> None:
     ready.execute("select rekey.create_keyring('second')")
     fill(app, "mine")
