@@ -2823,14 +2823,7 @@ begin
     format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', protected.label)),
     format('revoke all on function %s from public', v_guard),
     format('alter function %s owner to %I', v_guard, v_owner)];
-  select v_statements || array_agg(s.statement order by b.name, s.place) into v_statements
-  from rekey._column_bodies(protected) b
-  cross join lateral (values
-    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
-          b.name, b.arguments, b.result, b.volatility, b.body)),
-    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
-    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
-    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
+  v_statements := v_statements || rekey._function_statements(protected, v_owner);
   -- A sealed value goes through these too: they come after the one that seals.
   v_statements := v_statements || array[
     format('create or replace trigger zz_pg_rekey_%s_insert before insert on %s for each row when (rekey._is_doomed(new.%s)) execute function rekey._refuse_doomed()',
@@ -2838,8 +2831,7 @@ begin
     format('create or replace trigger zz_pg_rekey_%s_update before update on %s for each row when (new.%3$s is distinct from old.%3$s and rekey._is_doomed(new.%3$s)) execute function rekey._refuse_doomed()',
       protected.id, target, v_column)];
   if protected.encrypt_on_write then
-    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
-      protected.id, rekey._write_trigger_body(protected, target, attnums));
+    execute rekey._trigger_statement(protected.id, rekey._write_trigger_body(protected, target, attnums));
     execute format('revoke all on function rekey_targets.column_%s_trigger from public', protected.id);
     execute format('grant execute on function rekey_targets.column_%s_trigger to %I', protected.id, v_owner);
     v_statements := v_statements || format(
@@ -4261,6 +4253,27 @@ ALTER FUNCTION rekey._forget_prepared(before text[]) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._forget_prepared(before text[]) IS 'Drops the prepared statements that were made since: no rollback does.';
+
+
+--
+-- Name: _function_statements(rekey.protected_columns, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._function_statements(protected rekey.protected_columns, owner name) RETURNS text[]
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._function_statements(protected rekey.protected_columns, owner name) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _function_statements(protected rekey.protected_columns, owner name); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._function_statements(protected rekey.protected_columns, owner name) IS 'The statements that make the functions of rekey._column_bodies().';
 
 
 --
@@ -8917,6 +8930,75 @@ COMMENT ON FUNCTION rekey._release_column(target regclass, column_name name, dec
 
 
 --
+-- Name: _remake_columns(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._remake_columns() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
+    AS $_$
+declare
+  v_is_extension boolean := exists (select from pg_extension e where e.extname = 'pg_rekey');
+  v_column record;
+  v_function regprocedure;
+  v_statement text;
+begin
+  for v_column in
+    select c as protected, c.id, c.label, s.relation, s.attnums, pg_get_userbyid(t.relowner) as owner
+    from rekey.protected_columns c
+    cross join lateral rekey._column_shape(c.id) s
+    join pg_class t on t.oid = s.relation
+    where cardinality(s.attnums) = cardinality(c.places)
+      -- Where the table has another owner since, the column waits for him.
+      and t.relowner = (select p.proowner from pg_proc p where p.oid = format('rekey_targets.column_%s_guard', c.id)::regproc)
+    order by c.id
+  loop
+    v_function := to_regprocedure(format('rekey_targets.column_%s_trigger()', v_column.id));
+    if v_function is not null then
+      -- Triggers depend on it: it is replaced. The script of an extension replaces nothing but its own.
+      if v_is_extension then
+        execute format('alter extension pg_rekey add function %s', v_function);
+      end if;
+      execute rekey._trigger_statement(v_column.id, rekey._write_trigger_body(v_column.protected, v_column.relation, v_column.attnums));
+    end if;
+    if not pg_has_role(v_column.owner, 'usage') then
+      raise warning '% may be blocked now: the functions of columns changed, and % owns its table', v_column.label, v_column.owner
+        using hint = 'Where rekey.column_status says so, that role repeats rekey.protect_column().';
+      continue;
+    end if;
+    for v_function in
+      select p.oid::regprocedure from pg_proc p
+      where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(sql|count|scan|read|write)$', v_column.id)
+    loop
+      execute format('drop function %s', v_function);
+    end loop;
+    execute format('grant create on schema rekey_targets to %I', v_column.owner);
+    foreach v_statement in array rekey._function_statements(v_column.protected, v_column.owner) loop
+      execute v_statement;
+    end loop;
+    execute format('revoke create on schema rekey_targets from %I', v_column.owner);
+  end loop;
+  for v_function in
+    select p.oid::regprocedure from pg_depend d join pg_proc p on p.oid = d.objid
+    where d.classid = 'pg_proc'::regclass and d.deptype = 'e' and p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ '^column_\d+_'
+  loop
+    execute format('alter extension pg_rekey drop function %s', v_function);
+  end loop;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._remake_columns() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _remake_columns(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._remake_columns() IS 'Makes the functions of protected columns anew, as this version has them, in the name of their owners. A warning where whoever updates is no member of an owner: that column may be blocked until its owner repeats rekey.protect_column().';
+
+
+--
 -- Name: _replace_lost_keys(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10568,6 +10650,26 @@ ALTER FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relatio
 --
 
 COMMENT ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relation regclass) IS 'Which trigger of a protected column does not fire, on which relation; NULL: all do.';
+
+
+--
+-- Name: _trigger_statement(integer, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._trigger_statement(id integer, body text) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._trigger_statement(id integer, body text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _trigger_statement(id integer, body text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._trigger_statement(id integer, body text) IS 'The statement that makes the trigger function of a protected column.';
 
 
 --
@@ -16829,6 +16931,13 @@ REVOKE ALL ON FUNCTION rekey._forget_prepared(before text[]) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _function_statements(protected rekey.protected_columns, owner name); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._function_statements(protected rekey.protected_columns, owner name) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _guarded_settings(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -17659,6 +17768,13 @@ GRANT ALL ON FUNCTION rekey._release_column(target regclass, column_name name, d
 
 
 --
+-- Name: FUNCTION _remake_columns(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._remake_columns() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _replace_lost_keys(kek_id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -17973,6 +18089,13 @@ REVOKE ALL ON FUNCTION rekey._trigger_names(protected rekey.protected_columns) F
 --
 
 REVOKE ALL ON FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _trigger_statement(id integer, body text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._trigger_statement(id integer, body text) FROM PUBLIC;
 
 
 --

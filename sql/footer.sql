@@ -1,5 +1,7 @@
 -- Who owns what, and who may do nothing. Safe to repeat.
-revoke all on all routines in schema rekey, rekey_targets from public;
+-- (In rekey_targets are functions of others too, of which whoever updates may not revoke anything.)
+revoke all on all routines in schema rekey from public;
+revoke all on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write from public;
 revoke all on function public.rotate_keys, public.key_rotation_status from public;
 
 do $$
@@ -9,9 +11,10 @@ declare
 begin
   -- Default privileges of Supabase and others.
   for v_role in select r.rolname from pg_roles r where r.rolname in ('anon', 'authenticated', 'service_role') loop
-    execute format('revoke all on all routines in schema rekey, rekey_targets from %I', v_role);
-    execute format('revoke all on all tables in schema rekey, rekey_targets from %I', v_role);
-    execute format('revoke all on all sequences in schema rekey, rekey_targets from %I', v_role);
+    execute format('revoke all on all routines in schema rekey from %I', v_role);
+    execute format('revoke all on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write from %I', v_role);
+    execute format('revoke all on all tables in schema rekey from %I', v_role);
+    execute format('revoke all on all sequences in schema rekey from %I', v_role);
     execute format('revoke all on function public.rotate_keys, public.key_rotation_status from %I', v_role);
     -- After that, since it would take these too: what the RPC of 90_rpc.sql takes.
     if v_role <> 'anon' then
@@ -71,3 +74,4 @@ grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;
+do $$ begin perform rekey._remake_columns(); end $$;

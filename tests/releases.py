@@ -120,11 +120,18 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         edit(code / "42_secrets.sql", "ciphertext, description)", "ciphertext, owner, description)")
         edit(code / "42_secrets.sql", "v_envelope, set_", "v_envelope, set_secret.owner, set_")
+        # And a function of every protected column has another body, as has the trigger that encrypts.
+        columns, protection = code / "51_columns.sql", code / "52_protect.sql"
+        edit(columns, "  v_count bigint := 0;\n  v_kept", "  v_count bigint := /* rows */ 0;\n  v_kept")
+        edit(protection, "  v_length := octet_length(", "  v_length := /* bytes */ octet_length(")
         finish(root, SECOND)
 
         begin(root, THIRD, TABLE)
         (root / "sql" / "schema" / "75_notes.sql").write_text(TABLE)
         (code / "75_notes.sql").write_text(FUNCTION)
+        # One takes other arguments.
+        edit(columns, "relation regclass, template text", "relation regclass, pattern text")
+        edit(columns, "return format(template,", "return format(pattern,")
         invoke()
         invoke("--check")
     return root

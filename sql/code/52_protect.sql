@@ -319,6 +319,28 @@ end
 $$;
 comment on function rekey._refuse_foreign is 'RK003 where an envelope does not open in this context, RK006 where its key may not be used.';
 
+create or replace function rekey._function_statements(protected rekey.protected_columns, owner name) returns text[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- as rekey._register_column()
+begin atomic
+  select array_agg(s.statement order by b.name, s.place)
+  from rekey._column_bodies(protected) b
+  cross join lateral (values
+    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
+          b.name, b.arguments, b.result, b.volatility, b.body)),
+    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
+    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
+    (4, format('alter function rekey_targets.%I owner to %I', b.name, owner))) as s(place, statement);
+end;
+comment on function rekey._function_statements is 'The statements that make the functions of rekey._column_bodies().';
+
+create or replace function rekey._trigger_statement(id integer, body text) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+return format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L', id, body);
+comment on function rekey._trigger_statement is 'The statement that makes the trigger function of a protected column.';
+
 create or replace function rekey._column_statements(protected rekey.protected_columns, target regclass, attnums smallint[]) returns text[]
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -349,14 +371,7 @@ begin
     format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', protected.label)),
     format('revoke all on function %s from public', v_guard),
     format('alter function %s owner to %I', v_guard, v_owner)];
-  select v_statements || array_agg(s.statement order by b.name, s.place) into v_statements
-  from rekey._column_bodies(protected) b
-  cross join lateral (values
-    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
-          b.name, b.arguments, b.result, b.volatility, b.body)),
-    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
-    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
-    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
+  v_statements := v_statements || rekey._function_statements(protected, v_owner);
   -- A sealed value goes through these too: they come after the one that seals.
   v_statements := v_statements || array[
     format('create or replace trigger zz_pg_rekey_%s_insert before insert on %s for each row when (rekey._is_doomed(new.%s)) execute function rekey._refuse_doomed()',
@@ -364,8 +379,7 @@ begin
     format('create or replace trigger zz_pg_rekey_%s_update before update on %s for each row when (new.%3$s is distinct from old.%3$s and rekey._is_doomed(new.%3$s)) execute function rekey._refuse_doomed()',
       protected.id, target, v_column)];
   if protected.encrypt_on_write then
-    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
-      protected.id, rekey._write_trigger_body(protected, target, attnums));
+    execute rekey._trigger_statement(protected.id, rekey._write_trigger_body(protected, target, attnums));
     execute format('revoke all on function rekey_targets.column_%s_trigger from public', protected.id);
     execute format('grant execute on function rekey_targets.column_%s_trigger to %I', protected.id, v_owner);
     v_statements := v_statements || format(

@@ -4217,6 +4217,28 @@ end
 $$;
 comment on function rekey._refuse_foreign is 'RK003 where an envelope does not open in this context, RK006 where its key may not be used.';
 
+create or replace function rekey._function_statements(protected rekey.protected_columns, owner name) returns text[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- as rekey._register_column()
+begin atomic
+  select array_agg(s.statement order by b.name, s.place)
+  from rekey._column_bodies(protected) b
+  cross join lateral (values
+    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
+          b.name, b.arguments, b.result, b.volatility, b.body)),
+    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
+    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
+    (4, format('alter function rekey_targets.%I owner to %I', b.name, owner))) as s(place, statement);
+end;
+comment on function rekey._function_statements is 'The statements that make the functions of rekey._column_bodies().';
+
+create or replace function rekey._trigger_statement(id integer, body text) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+return format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L', id, body);
+comment on function rekey._trigger_statement is 'The statement that makes the trigger function of a protected column.';
+
 create or replace function rekey._column_statements(protected rekey.protected_columns, target regclass, attnums smallint[]) returns text[]
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -4247,14 +4269,7 @@ begin
     format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', protected.label)),
     format('revoke all on function %s from public', v_guard),
     format('alter function %s owner to %I', v_guard, v_owner)];
-  select v_statements || array_agg(s.statement order by b.name, s.place) into v_statements
-  from rekey._column_bodies(protected) b
-  cross join lateral (values
-    (1, format('create function rekey_targets.%I(%s) returns %s language plpgsql %s security definer set search_path = pg_catalog, pg_temp as %L',
-          b.name, b.arguments, b.result, b.volatility, b.body)),
-    (2, format('revoke all on function rekey_targets.%I from public', b.name)),
-    (3, format('grant execute on function rekey_targets.%I to rekey_sweeper', b.name)),
-    (4, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement);
+  v_statements := v_statements || rekey._function_statements(protected, v_owner);
   -- A sealed value goes through these too: they come after the one that seals.
   v_statements := v_statements || array[
     format('create or replace trigger zz_pg_rekey_%s_insert before insert on %s for each row when (rekey._is_doomed(new.%s)) execute function rekey._refuse_doomed()',
@@ -4262,8 +4277,7 @@ begin
     format('create or replace trigger zz_pg_rekey_%s_update before update on %s for each row when (new.%3$s is distinct from old.%3$s and rekey._is_doomed(new.%3$s)) execute function rekey._refuse_doomed()',
       protected.id, target, v_column)];
   if protected.encrypt_on_write then
-    execute format('create or replace function rekey_targets.column_%s_trigger() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp as %L',
-      protected.id, rekey._write_trigger_body(protected, target, attnums));
+    execute rekey._trigger_statement(protected.id, rekey._write_trigger_body(protected, target, attnums));
     execute format('revoke all on function rekey_targets.column_%s_trigger from public', protected.id);
     execute format('grant execute on function rekey_targets.column_%s_trigger to %I', protected.id, v_owner);
     v_statements := v_statements || format(
@@ -5434,6 +5448,67 @@ $$;
 comment on function rekey.findings is
   'What is not as it should be: tables of ours that hide rows, protected columns (rekey.protection_findings()), sequences that are behind, schemas and objects that only have the names of pg_cron or the Vault, and rows that the last census found not to open, or on versions that are destroyed or unknown. severity: critical or warning. pg-rekey doctor shows it.';
 grant execute on function rekey.findings to rekey_admin, rekey_operator, rekey_auditor;
+
+-- sql/code/56_remake.sql
+-- What an update changes in the functions of protected columns, it changes in those that are installed. Nobody else works
+-- meanwhile (update.sql). Of an extension, they are no part: each table's owner has his own.
+
+create or replace function rekey._remake_columns() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off  -- as rekey._register_column()
+as $$
+declare
+  v_is_extension boolean := exists (select from pg_extension e where e.extname = 'pg_rekey');
+  v_column record;
+  v_function regprocedure;
+  v_statement text;
+begin
+  for v_column in
+    select c as protected, c.id, c.label, s.relation, s.attnums, pg_get_userbyid(t.relowner) as owner
+    from rekey.protected_columns c
+    cross join lateral rekey._column_shape(c.id) s
+    join pg_class t on t.oid = s.relation
+    where cardinality(s.attnums) = cardinality(c.places)
+      -- Where the table has another owner since, the column waits for him.
+      and t.relowner = (select p.proowner from pg_proc p where p.oid = format('rekey_targets.column_%s_guard', c.id)::regproc)
+    order by c.id
+  loop
+    v_function := to_regprocedure(format('rekey_targets.column_%s_trigger()', v_column.id));
+    if v_function is not null then
+      -- Triggers depend on it: it is replaced. The script of an extension replaces nothing but its own.
+      if v_is_extension then
+        execute format('alter extension pg_rekey add function %s', v_function);
+      end if;
+      execute rekey._trigger_statement(v_column.id, rekey._write_trigger_body(v_column.protected, v_column.relation, v_column.attnums));
+    end if;
+    if not pg_has_role(v_column.owner, 'usage') then
+      raise warning '% may be blocked now: the functions of columns changed, and % owns its table', v_column.label, v_column.owner
+        using hint = 'Where rekey.column_status says so, that role repeats rekey.protect_column().';
+      continue;
+    end if;
+    for v_function in
+      select p.oid::regprocedure from pg_proc p
+      where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(sql|count|scan|read|write)$', v_column.id)
+    loop
+      execute format('drop function %s', v_function);
+    end loop;
+    execute format('grant create on schema rekey_targets to %I', v_column.owner);
+    foreach v_statement in array rekey._function_statements(v_column.protected, v_column.owner) loop
+      execute v_statement;
+    end loop;
+    execute format('revoke create on schema rekey_targets from %I', v_column.owner);
+  end loop;
+  for v_function in
+    select p.oid::regprocedure from pg_depend d join pg_proc p on p.oid = d.objid
+    where d.classid = 'pg_proc'::regclass and d.deptype = 'e' and p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ '^column_\d+_'
+  loop
+    execute format('alter extension pg_rekey drop function %s', v_function);
+  end loop;
+end
+$$;
+comment on function rekey._remake_columns is
+  'Makes the functions of protected columns anew, as this version has them, in the name of their owners. A warning where whoever updates is no member of an owner: that column may be blocked until its owner repeats rekey.protect_column().';
 
 -- sql/code/60_rotate.sql
 -- Beginning a rotation: a new version, active at once; the rows follow (61_engine.sql).
@@ -10303,7 +10378,9 @@ comment on function public.key_rotation_status is
 
 -- sql/footer.sql
 -- Who owns what, and who may do nothing. Safe to repeat.
-revoke all on all routines in schema rekey, rekey_targets from public;
+-- (In rekey_targets are functions of others too, of which whoever updates may not revoke anything.)
+revoke all on all routines in schema rekey from public;
+revoke all on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write from public;
 revoke all on function public.rotate_keys, public.key_rotation_status from public;
 
 do $$
@@ -10313,9 +10390,10 @@ declare
 begin
   -- Default privileges of Supabase and others.
   for v_role in select r.rolname from pg_roles r where r.rolname in ('anon', 'authenticated', 'service_role') loop
-    execute format('revoke all on all routines in schema rekey, rekey_targets from %I', v_role);
-    execute format('revoke all on all tables in schema rekey, rekey_targets from %I', v_role);
-    execute format('revoke all on all sequences in schema rekey, rekey_targets from %I', v_role);
+    execute format('revoke all on all routines in schema rekey from %I', v_role);
+    execute format('revoke all on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write from %I', v_role);
+    execute format('revoke all on all tables in schema rekey from %I', v_role);
+    execute format('revoke all on all sequences in schema rekey from %I', v_role);
     execute format('revoke all on function public.rotate_keys, public.key_rotation_status from %I', v_role);
     -- After that, since it would take these too: what the RPC of 90_rpc.sql takes.
     if v_role <> 'anon' then
@@ -10375,6 +10453,7 @@ grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;
+do $$ begin perform rekey._remake_columns(); end $$;
 
 -- sql/extension.sql
 -- What pg_dump is to bring along, where the extension is what owns it.

@@ -65,6 +65,13 @@ def finish(dsn: str, kek: bytes, number: int, secrets: dict[str, str]) -> None:
         assert value(connection, "select owner from rekey.secrets where name = 'new'") == "ops"
         assert value(connection, "select rekey.note('kept')") == 1
         check(connection, secrets | {"new": "value"}, columns={"public.notes": NOTES})
+        # The functions of a column that was there are those of the new release.
+        assert value(connection, "select problem from rekey.column_status") is None
+        assert "/* bytes */" in value(
+            connection, "select prosrc from pg_proc where proname = 'column_1_trigger'"
+        )
+        connection.execute("insert into public.notes values (1000, 'sealed')")
+        assert value(connection, "select v from public.notes where id = 1000").startswith("rk1:")
 
 
 def schema(connection: Connection) -> set[str]:
@@ -135,6 +142,29 @@ def test_in_plain_sql(
     with connect(old) as upgraded, connect(fresh) as other:
         set_up(other, kek)
         assert schema(upgraded) == schema(other)
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_column_of_somebody_else(hosted: Hosted, kek: bytes) -> None:
+    """Whoever updates is no member of its owner, and may not make functions in his name."""
+    dsn, name = hosted.make_database(), f"stranger_{os.getpid()}"
+    install(dsn, script(FIRST))
+    with connect(dsn) as connection:
+        initialize(connection, kek)
+        connection.execute(f"create role {name} login in role rekey_admin, rekey_app".encode())
+        connection.execute(f"grant create on database {connection.info.dbname} to {name}".encode())
+        with connect(dsn, user=name) as stranger:
+            stranger.execute("create schema mine")
+            stranger.execute("create table mine.notes (id int primary key, v text)")
+            protect(stranger, "mine.notes", encrypt_on_write=True)
+            install(dsn, script(FIRST, SECOND))
+            problem = "select problem from rekey.column_status"
+            assert "repeat rekey.protect_column(..., encrypt_on_write => true)" in value(connection, problem)
+            protect(stranger, "mine.notes", encrypt_on_write=True)
+            assert value(connection, problem) is None
+        connection.execute(f"grant {name} to current_user".encode())
+        connection.execute(f"drop owned by {name} cascade".encode())
+        connection.execute(f"drop role {name}".encode())
 
 
 @pytest.fixture
