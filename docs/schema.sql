@@ -4344,33 +4344,40 @@ COMMENT ON FUNCTION rekey._headers(ciphertexts bytea[]) IS 'The different header
 --
 
 CREATE FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) RETURNS text
-    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_rest bytea := value;
+  v_value bytea := value || ''::bytea;  -- decompressed once
   v_first bytea := decode('524b01', 'hex');
+  v_from integer := 1;
+  v_window bytea;
   v_at integer;
   v_text text;
   v_header bytea;
   v_found bytea[] := '{}'::bytea[];
 begin
-  loop
-    v_at := position(v_first in v_rest);
-    exit when v_at = 0;
-    v_header := substr(v_rest, v_at, 11);
-    if v_header = any (wanted) and v_header <> all (v_found) and octet_length(v_rest) >= v_at + 74 then
-      v_found := v_found || v_header;
-    end if;
-    -- (What it found does not bring it further: an envelope has hardly another one within.)
-    v_rest := substr(v_rest, v_at + 3);
+  -- In windows that overlap: a value that is full of beginnings is not copied for each of them.
+  while v_from <= octet_length(v_value) - 2 loop
+    v_window := substr(v_value, v_from, 8192);
+    loop
+      v_at := position(v_first in v_window);
+      exit when v_at = 0;
+      v_from := v_from + v_at + 2;
+      v_window := substr(v_window, v_at + 3);
+      v_header := substr(v_value, v_from - 3, 11);
+      if v_header = any (wanted) and v_header <> all (v_found) and octet_length(v_value) >= v_from + 71 then
+        v_found := v_found || v_header;
+      end if;
+    end loop;
+    v_from := v_from + greatest(octet_length(v_window) - 2, 0);
   end loop;
   v_text := null;
   foreach v_header in array v_found loop
     v_text := concat_ws(' ', v_text, place || ':' || encode(v_header, 'hex'));
   end loop;
-  if position(convert_to('rk1:UksB', 'UTF8') in value) > 0 then
-    v_text := concat_ws(' ', v_text, rekey._hits(place, replace(encode(value, 'escape'), repeat(chr(92), 2), chr(92)), wanted));
+  if position(convert_to('rk1:UksB', 'UTF8') in v_value) > 0 then
+    v_text := concat_ws(' ', v_text, rekey._hits(place, replace(encode(v_value, 'escape'), repeat(chr(92), 2), chr(92)), wanted));
   end if;
   return nullif(v_text, '');
 end
@@ -4391,7 +4398,7 @@ COMMENT ON FUNCTION rekey._hits(place integer, value bytea, wanted bytea[]) IS '
 --
 
 CREATE FUNCTION rekey._hits(place integer, value text, wanted bytea[]) RETURNS text
-    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare

@@ -360,6 +360,34 @@ def test_nobody_forges_what_was_found(ready: Connection, old: str, operator: Con
     assert value(ready, "select rows from rekey.search_findings where version = 1") == 1
 
 
+@pytest.mark.parametrize("filling", [b"R", b"RK", b"RK\x01", b"x"])
+def test_an_envelope_at_every_place_of_a_value(ready: Connection, filling: bytes) -> None:
+    """Values are looked through in windows; beginnings without an envelope behind them are many."""
+    envelope: bytes = value(ready, "select rekey.encrypt('x'::bytea)")
+    header, query = envelope[:11], "select rekey._hits(7, %s::bytea, array[%s::bytea])"
+    for length in (0, 1, 2, *range(8170, 8200), *range(16370, 16390)):
+        before = (filling * length)[:length]
+        for value_, found in (
+            (before + envelope + filling, f"7:{header.hex()}"),
+            (before + envelope[:-1], None if len(envelope) == 75 else f"7:{header.hex()}"),
+            (before + envelope[:74], None),
+            (before + header[:10] + b"\0" + envelope[11:], None),
+            (before, None),
+        ):
+            assert value(ready, query, value_, header) == found, (length, found)
+
+
+@pytest.mark.parametrize("kind", ["bytea", "text"])
+def test_a_value_that_is_full_of_beginnings(ready: Connection, kind: str) -> None:
+    """Whoever owns a table keeps no search busy with it: each beginning cost a copy of the value."""
+    full = {
+        "bytea": "select decode(repeat('524b01', 1000000), 'hex')",
+        "text": "select repeat('rk1:UksB', 1000000)",
+    }[kind]
+    ready.execute("set statement_timeout = '60 s'")
+    assert value(ready, f"select rekey._hits(1, ({full}), '{{}}')") is None
+
+
 def test_a_search_that_is_killed_goes_on(ready: Connection, old: str, session: Session) -> None:
     large(ready, "much")
     scheduled(ready)

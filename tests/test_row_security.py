@@ -7,7 +7,7 @@ import pytest
 from psycopg import sql
 
 from cli_fixtures import Cli
-from driving import refused
+from driving import refused, step_until
 from helpers import Connection, connect, value
 
 pytest_plugins = ["cli_fixtures"]
@@ -29,7 +29,7 @@ def test_secrets_are_not_swept_as_none(ready: Connection) -> None:
     force(ready, "secrets", "no force")
     ready.execute("select rekey.rotate_keys()")
     force(ready, "secrets")
-    ready.execute("call rekey.run_rotations()")
+    step_until(ready, "blocked", "waiting")
     assert value(ready, ROTATED) == "verifying"
     blocked = value(ready, "select blocked_by -> 0 ->> 'why' from rekey.rotations")
     assert "FORCE ROW LEVEL SECURITY hides rows of rekey.secrets" in blocked
@@ -180,7 +180,7 @@ def test_secrets_that_are_all_gone_ask_to_be_confirmed(ready: Connection, cli_re
     ready.execute("call rekey.run_rotations()")
     ready.execute("delete from rekey.secrets where name <> 'o'")
     ready.execute(rotate)
-    ready.execute("call rekey.run_rotations()")
+    step_until(ready, "blocked", "waiting")
     assert value(ready, states) == "verifying completed"
     blocked = value(
         ready, "select blocked_by -> 0 ->> 'why' from rekey.rotations where blocked_by is not null"
