@@ -16,7 +16,7 @@ class Flaw:
     file: str
     old: str
     new: str
-    after: str = ""  # what the footer does, taken back
+    after: str = ""  # and what was made before, taken back
 
     def sql(self) -> str:
         """The file with the flaw in it."""
@@ -36,6 +36,19 @@ SEE_LESS = """
         select p.oid from pg_proc p where p.prosecdef and pg_get_userbyid(p.proowner) = 'rekey_owner'
       loop
         execute format('alter function %s reset row_security', v_function);
+      end loop;
+    end $$"""
+
+# The triggers of the columns that are protected already.
+SLEEP = """
+    do $$
+    declare
+      v_trigger record;
+    begin
+      for v_trigger in
+        select t.tgrelid::regclass as relation, t.tgname from pg_trigger t where t.tgname ~ '^zz_pg_rekey_'
+      loop
+        execute format('alter table %s enable trigger %I', v_trigger.relation, v_trigger.tgname);
       end loop;
     end $$"""
 
@@ -100,6 +113,7 @@ FLAWS = [
         "52_protect.sql",
         "v_statements := v_statements || format('alter table %s enable always trigger %I', target, v_name);",
         "null;",
+        SLEEP,
     ),
 ]
 
