@@ -5484,7 +5484,7 @@ begin
     end if;
     if not pg_has_role(v_column.owner, 'usage') then
       raise warning '% may be blocked now: the functions of columns changed, and % owns its table', v_column.label, v_column.owner
-        using hint = 'Where rekey.column_status says so, that role repeats rekey.protect_column().';
+        using hint = 'Where rekey.column_status says so, that role repeats rekey.protect_column().', constraint = 'protect_again';
       continue;
     end if;
     for v_function in
