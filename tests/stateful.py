@@ -397,6 +397,7 @@ class Walk(RuleBasedStateMachine):
         self.expected: list[tuple[str, str | None, int | None, Rotation | None]] = []
         self.broken = self.was_broken = self.noted = False
         self.astray = ""  # what became of a table
+        self.strays: set[Place] = set()  # what was stored in it since
         self.copies: list[Envelope] = []  # in app.copies
         self.may_be: list[tuple[str, str | None, int | None, int | None]] = []  # as expected
         self.claims = "none"
@@ -465,6 +466,11 @@ class Walk(RuleBasedStateMachine):
         self.now.values[place] = text
         self.now.corrupt.discard(place)
         self.written.add(place)
+        # Of a table that went astray, what other keyrings put into it afterwards is not known of.
+        if self.is_guarded(place):
+            self.strays.discard(place)
+        else:
+            self.strays.add(place)
 
     def remove(self, place: Place) -> None:
         self.now.values.pop(place, None)
@@ -1581,7 +1587,8 @@ class Walk(RuleBasedStateMachine):
         assert self.failures.keys() <= found.keys()
         self.failures = found
         for it, (state, total, done, failed) in finished:
-            rows = self.now.on(self.now.rings[it.ring])
+            strays = {p for p in self.strays if it.ring != "default" and not self.is_guarded(p)}
+            rows = {p: row for p, row in self.now.on(self.now.rings[it.ring]).items() if p not in strays}
             sources = {(it.ring, version) for version in it.sources}
             assert not any(sources & writer.locks for writer in self.writers), f"{it} did not wait"
             open_ = [f for f in found.values() if f[0] == it.ring and f[5] is None]
