@@ -787,7 +787,7 @@ def test_an_adoption_that_takes_keys_keeps_to_the_throttle(ready: Connection, ap
     app.execute("create table t (id int primary key, v text)")
     app.execute("insert into t select g, 'gAAAAA' || repeat('x', 120) from generate_series(1, 20) g")
     protect(app, "t")
-    ready.execute("select rekey.set_setting('max_rows_per_second', '10')")
+    ready.execute("select rekey.set_setting('max_rows_per_second', '1')")
     number = value(app, "select id from rekey.adopt_column('t', 'v', '{fernet}')")
     step_until(ready, "planned")
     batch: LiteralString = "select cardinality(rows) from rekey.adoption_batch(%s)"

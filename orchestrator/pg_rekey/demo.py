@@ -271,7 +271,14 @@ class Demo:
                     self._phases["during"].append((begun, time.time()))
                     return
                 time.sleep(0.1)
-        raise Problem(f"pg_cron did not rotate within {CRON_PATIENCE:.0f} s")
+            runs = connection.execute(
+                "select concat_ws(', ', start_time, status, return_message) as told"
+                " from cron.job_run_details order by runid desc limit 1"
+            ).fetchall()
+        raise Problem(
+            f"pg_cron did not rotate within {CRON_PATIENCE:.0f} s",
+            f"Its last run: {runs[0]['told']}." if runs else "It has run nothing yet.",
+        )
 
     def _damaged(self) -> None:
         self._title("A row that does not open is named and kept, and the rotation goes on")
