@@ -136,9 +136,9 @@ def events(connection: Connection, number: int | None = None) -> list[str]:
 
 
 @contextmanager
-def refused(code: str) -> Iterator[None]:
-    """Expect an error with this SQLSTATE."""
-    with pytest.raises(psycopg.Error) as caught:
+def refused(code: str, match: str | None = None) -> Iterator[None]:
+    """Expect an error with this SQLSTATE, and such words."""
+    with pytest.raises(psycopg.Error, match=match) as caught:
         yield
     assert caught.value.diag.sqlstate == code, caught.value
 

@@ -471,8 +471,9 @@ select s.*, array(select format('%s (%s)', f.finding, f.advice) from rekey.prote
 from rekey.column_status s order by s.label
 
 -- name: protect column
--- description: Put a column under rotation.
-select rekey.protect_column(%s::regclass, %s, %s, %s::name[], %s)
+-- description: Put a column under rotation; its triggers run with the given path, else with that of the login.
+select rekey.protect_column(%s::regclass, %s, %s, %s::name[], %s, %s,
+  coalesce(%s, nullif(current_setting('pg_rekey.login_path', true), ''), current_setting('search_path')))
 
 -- name: rebind column
 -- description: Binds a protected column to the table and column that hold its values now.
