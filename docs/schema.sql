@@ -2745,6 +2745,26 @@ COMMENT ON FUNCTION rekey._relations_here(relation regclass) IS 'The relations o
 
 
 --
+-- Name: _unpublishable(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._unpublishable(leaf regclass) RETURNS TABLE(pubname name, finding text, advice text)
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._unpublishable(leaf regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _unpublishable(leaf regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._unpublishable(leaf regclass) IS 'Publications for which PostgreSQL refuses every UPDATE of this relation.';
+
+
+--
 -- Name: _update_triggers(regclass, smallint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8949,7 +8969,12 @@ begin
   select * into v_attribute from pg_attribute a
   where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
-    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column';
+    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column',
+      hint = coalesce((
+        select format('There is %s. A column is named as it is, without quotes.', string_agg(quote_ident(a.attname), ', ' order by a.attnum))
+        from pg_attribute a
+        where a.attrelid = target and a.attnum > 0 and not a.attisdropped and lower(a.attname) = lower(replace(column_name, '"', ''))),
+        'A column is named as it is, with its capitals, and without quotes.');
   elsif v_attribute.attgenerated <> '' then
     raise exception 'column %.% is generated', target, quote_ident(column_name) using errcode = 'invalid_parameter_value',
       hint = 'Nothing but its expression writes it: protect the column that it is computed from.';
@@ -16922,6 +16947,13 @@ REVOKE ALL ON FUNCTION rekey._others_schemas(relation regclass, search_path text
 --
 
 REVOKE ALL ON FUNCTION rekey._relations_here(relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _unpublishable(leaf regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._unpublishable(leaf regclass) FROM PUBLIC;
 
 
 --

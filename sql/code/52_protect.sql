@@ -458,7 +458,12 @@ begin
   select * into v_attribute from pg_attribute a
   where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
-    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column';
+    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column',
+      hint = coalesce((
+        select format('There is %s. A column is named as it is, without quotes.', string_agg(quote_ident(a.attname), ', ' order by a.attnum))
+        from pg_attribute a
+        where a.attrelid = target and a.attnum > 0 and not a.attisdropped and lower(a.attname) = lower(replace(column_name, '"', ''))),
+        'A column is named as it is, with its capitals, and without quotes.');
   elsif v_attribute.attgenerated <> '' then
     raise exception 'column %.% is generated', target, quote_ident(column_name) using errcode = 'invalid_parameter_value',
       hint = 'Nothing but its expression writes it: protect the column that it is computed from.';

@@ -4456,7 +4456,12 @@ begin
   select * into v_attribute from pg_attribute a
   where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
-    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column';
+    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column',
+      hint = coalesce((
+        select format('There is %s. A column is named as it is, without quotes.', string_agg(quote_ident(a.attname), ', ' order by a.attnum))
+        from pg_attribute a
+        where a.attrelid = target and a.attnum > 0 and not a.attisdropped and lower(a.attname) = lower(replace(column_name, '"', ''))),
+        'A column is named as it is, with its capitals, and without quotes.');
   elsif v_attribute.attgenerated <> '' then
     raise exception 'column %.% is generated', target, quote_ident(column_name) using errcode = 'invalid_parameter_value',
       hint = 'Nothing but its expression writes it: protect the column that it is computed from.';
@@ -5345,6 +5350,42 @@ begin atomic
 end;
 comment on function rekey._others_schemas is 'The schemas of a search path in which others may create than the owner of this table, and who may do all in its database.';
 
+-- PostgreSQL looks at the replica identity when a row is updated, whoever does it, and not when a publication is made.
+create or replace function rekey._unpublishable(leaf regclass) returns table (pubname name, finding text, advice text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with identity as (
+    select c.relreplident = 'f' as is_full, array(
+      select a.attname
+      from pg_attribute a
+      where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+        and (c.relreplident = 'f' or c.relreplident <> 'n' and exists (
+          select from pg_index i
+          where i.indrelid = c.oid and i.indimmediate and a.attnum = any (i.indkey::smallint[])
+            and case when c.relreplident = 'd' then i.indisprimary else i.indisreplident end))) as names
+    from pg_class c where c.oid = leaf
+  ), published as (
+    select b.pubname, r.prattrs is not null as listed,
+      array(select a.attname from pg_attribute a where a.attrelid = r.prrelid and a.attnum = any (r.prattrs::smallint[])) as list,
+      array(select a.attname from regexp_matches(r.prqual::text, ':varattno (\d+)', 'g') v join pg_attribute a on a.attrelid = r.prrelid and a.attnum = v[1]::smallint) as filtered
+    from pg_publication b
+    cross join (select leaf as relation union select p.relid from pg_partition_ancestors(leaf) p) s
+    join pg_class c on c.oid = s.relation
+    left join pg_publication_rel r on r.prpubid = b.oid and r.prrelid = s.relation
+    left join pg_publication_namespace m on m.pnpubid = b.oid and m.pnnspid = c.relnamespace
+    where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or r.oid is not null or m.oid is not null)
+  )
+  select distinct p.pubname,
+    format(case when i.names = '{}' then 'publication %I makes every update of %s fail (55000): it has no replica identity'
+                when p.listed and (i.is_full or not i.names <@ p.list) then 'publication %I makes every update of %s fail (42P10): its column list does not fit the replica identity'
+                else 'publication %I makes every update of %s fail (42P10): its filter takes columns that are not of the replica identity' end, p.pubname, leaf),
+    'ALTER TABLE ... REPLICA IDENTITY, or change the publication: a rotation cannot update a row before.'
+  from published p cross join identity i
+  where i.names = '{}' or p.listed and (i.is_full or not i.names <@ p.list) or not p.filtered <@ i.names;
+end;
+comment on function rekey._unpublishable is 'Publications for which PostgreSQL refuses every UPDATE of this relation.';
+
 create or replace function rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text)
 returns table (kind text, fatal boolean, finding text, advice text)
 language sql stable
@@ -5382,7 +5423,7 @@ begin atomic
     join pg_class c on c.oid = s.relation
     left join pg_publication_rel r on r.prpubid = b.oid and r.prrelid = s.relation
     left join pg_publication_namespace m on m.pnpubid = b.oid and m.pnnspid = c.relnamespace
-    where b.pubupdate and (b.puballtables or r.oid is not null or m.oid is not null)
+    where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or r.oid is not null or m.oid is not null)
     group by b.pubname
   )
   select 'key', true, format('constraint %I makes the column a key', c.conname), 'A key cannot be encrypted: protect another column.'
@@ -5444,7 +5485,9 @@ begin atomic
          else format('publication %I sends the rows of a rotation that its filter lets through', b.pubname) end,
     case when not b.whole and b.without then 'Subscribers, Supabase Realtime among them, get an update for each row, in which nothing has changed.'
          else 'Subscribers get the envelopes: they need the same keys.' end
-  from published b;
+  from published b
+  union all
+  select 'publication', false, u.finding, u.advice from parts p cross join lateral rekey._unpublishable(p.relation) u;
 end;
 comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected.';
 
