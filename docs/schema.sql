@@ -2296,6 +2296,46 @@ COMMENT ON FUNCTION rekey._clear_chunks() IS 'Deletes what passes and verificati
 
 
 --
+-- Name: _is_own_trigger(oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_own_trigger(trigger_id oid) RETURNS boolean
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._is_own_trigger(trigger_id oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_own_trigger(trigger_id oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_own_trigger(trigger_id oid) IS 'Whether a trigger is one that pg_rekey puts on protected tables.';
+
+
+--
+-- Name: _code_in_updates(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._code_in_updates(leaf regclass) RETURNS TABLE(object text, code text)
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._code_in_updates(leaf regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _code_in_updates(leaf regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._code_in_updates(leaf regclass) IS 'Functions and types that are not PostgreSQL''s own, in what an UPDATE of this relation evaluates.';
+
+
+--
 -- Name: _code_of_others(oid, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2347,6 +2387,8 @@ CREATE TABLE rekey.protected_columns (
     places integer[] NOT NULL,
     is_text boolean NOT NULL,
     encrypt_on_write boolean NOT NULL,
+    fire_triggers boolean NOT NULL,
+    search_path text NOT NULL,
     owner name NOT NULL,
     seen jsonb,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
@@ -2427,6 +2469,20 @@ COMMENT ON COLUMN rekey.protected_columns.encrypt_on_write IS 'Whether a trigger
 
 
 --
+-- Name: COLUMN protected_columns.fire_triggers; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.fire_triggers IS 'Whether the triggers and rules of the table see what a rotation writes.';
+
+
+--
+-- Name: COLUMN protected_columns.search_path; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.search_path IS 'The search path that is in force where a rotation fires them.';
+
+
+--
 -- Name: COLUMN protected_columns.owner; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2460,6 +2516,13 @@ declare
   v_bytes text := 't.%1$s';
   v_header text := 'substr(t.%1$s, 1, 11)';
   v_stored text := 'u.ciphertext';
+  -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
+  -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
+  v_kept_role text := case when protected.fire_triggers then '' else '
+  v_role text := current_setting(''session_replication_role'');' end;
+  v_before text := case when protected.fire_triggers then format('perform set_config(''search_path'', %L, true);', protected.search_path)
+    else 'perform set_config(''session_replication_role'', ''replica'', true);' end;
+  v_after text := case when protected.fire_triggers then '' else 'perform set_config(''session_replication_role'', v_role, false);' end;
   v_from text;
   v_select text;
   v_page text;
@@ -2473,7 +2536,7 @@ begin
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
       then decode(right(t.%1$s, -4), 'base64') else coalesce($sql$ || v_header || $sql$, convert_to(t.%1$s, 'UTF8')) end$sql$;
-    v_stored := $sql$'rk1:' || replace(encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
+    v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
     cross join lateral (select ' || v_header || $sql$ as header offset 0) h
@@ -2583,16 +2646,19 @@ end
 '),
     ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
 declare
+  v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'update only %2$s t set %1$s = ' || v_stored || '
+    from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as u(row, ciphertext) where t.ctid operator(pg_catalog.=) u.row
+    returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end) || ');
   v_count bigint := 0;
-  v_kept boolean;
+  v_kept boolean;' || v_kept_role || '
 begin
+  ' || v_before || '
   -- A trigger may have kept the row, or put another value into it.
-  for v_kept in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'update only %2$s t set %1$s = ' || v_stored || ' from unnest($1, $2) as u(row, ciphertext) where t.ctid = u.row
-    returning t.%1$s = ' || v_stored || case when protected.is_text then ' collate "C"' else '' end) || ')
-    using rows, ciphertexts loop
-    v_count := v_count + case when v_kept then 1 else 0 end;
+  for v_kept in execute v_update using rows, ciphertexts loop
+    v_count := v_count operator(pg_catalog.+) case when v_kept then 1 else 0 end;
   end loop;
+  ' || v_after || '
   set constraints all immediate;
   return v_count;
 end
@@ -2609,6 +2675,46 @@ ALTER FUNCTION rekey._column_bodies(protected rekey.protected_columns) OWNER TO 
 --
 
 COMMENT ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) IS 'The functions of a protected column as they must be: sql (puts a statement together), count, scan, read, write; each PL/pgSQL, SECURITY DEFINER, owned by the owner of the table.';
+
+
+--
+-- Name: _path_schemas(text, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._path_schemas(search_path text, owner name) RETURNS name[]
+    LANGUAGE sql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._path_schemas(search_path text, owner name) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _path_schemas(search_path text, owner name); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._path_schemas(search_path text, owner name) IS 'The schemas of a search path, as the owner of a table has it.';
+
+
+--
+-- Name: _others_schemas(regclass, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._others_schemas(relation regclass, search_path text) RETURNS SETOF name
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._others_schemas(relation regclass, search_path text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _others_schemas(relation regclass, search_path text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._others_schemas(relation regclass, search_path text) IS 'The schemas of a search path in which others may create than the owner of this table, and who may do all in its database.';
 
 
 --
@@ -2639,23 +2745,63 @@ COMMENT ON FUNCTION rekey._relations_here(relation regclass) IS 'The relations o
 
 
 --
--- Name: _column_findings(regclass, smallint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _unpublishable(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint) RETURNS TABLE(kind text, fatal boolean, finding text, advice text)
+CREATE FUNCTION rekey._unpublishable(leaf regclass) RETURNS TABLE(pubname name, finding text, advice text)
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     -- in sql/code
 ;
 
 
-ALTER FUNCTION rekey._column_findings(relation regclass, attnum smallint) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._unpublishable(leaf regclass) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _column_findings(relation regclass, attnum smallint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _unpublishable(leaf regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._column_findings(relation regclass, attnum smallint) IS 'What envelopes in a column break, and what a sweep of it fires. fatal: it cannot be protected.';
+COMMENT ON FUNCTION rekey._unpublishable(leaf regclass) IS 'Publications for which PostgreSQL refuses every UPDATE of this relation.';
+
+
+--
+-- Name: _update_triggers(regclass, smallint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._update_triggers(relation regclass, attnum smallint) RETURNS TABLE(leaf regclass, trigger_id oid)
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._update_triggers(relation regclass, attnum smallint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _update_triggers(relation regclass, attnum smallint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._update_triggers(relation regclass, attnum smallint) IS 'The triggers, on or off, that are for the updates of a rotation of this column, on each relation that has rows. (None of PostgreSQL''s own: the column is no key.)';
+
+
+--
+-- Name: _column_findings(regclass, smallint, boolean, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text) RETURNS TABLE(kind text, fatal boolean, finding text, advice text)
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text) IS 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected.';
 
 
 --
@@ -2711,8 +2857,7 @@ declare
   v_table pg_class;
   v_other text;
   v_part record;
-  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table',
-    case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
+  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
   if current_setting('standard_conforming_strings') = 'off' then
@@ -2775,7 +2920,10 @@ begin
     return format('its functions are not as they were made, or its table has another owner: %s', v_again);
   end if;
   v_other := rekey._trigger_problem(protected, v_shape.relation);
-  return case when v_other is not null then format('%s: %s', v_other, v_again) end;
+  if v_other is not null then
+    return format('%s: %s', v_other, v_again);
+  end if;
+  return case when not protected.fire_triggers then rekey._silence_problem(v_shape.relation, v_shape.attnums[protected.places[1]], v_table.relowner) end;
 end
 $_$;
 
@@ -2861,7 +3009,7 @@ COMMENT ON FUNCTION rekey._column_statements(protected rekey.protected_columns, 
 -- Name: _column_status(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._column_status() RETURNS TABLE(label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, problem text)
+CREATE FUNCTION rekey._column_status() RETURNS TABLE(label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, problem text)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
@@ -2869,7 +3017,7 @@ CREATE FUNCTION rekey._column_status() RETURNS TABLE(label text, relation regcla
 begin
   return query
     select c.label, s.relation, coalesce(a.attname, c.column_name), rekey._keyring_name(c.keyring_id), c.context_columns, c.encrypt_on_write,
-      rekey._column_problem(c)
+      c.fire_triggers, c.search_path, rekey._column_problem(c)
     from rekey.protected_columns c
     left join lateral rekey._column_shape(c.id) s on true
     left join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
@@ -3868,10 +4016,10 @@ COMMENT ON FUNCTION rekey._envelope_of(value text) IS 'As for bytea, of its text
 
 
 --
--- Name: _explain_error(regclass, text, text, text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _explain_error(text, regclass, text, text, text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) RETURNS text
+CREATE FUNCTION rekey._explain_error(target text, relation regclass, message text, code text, context text, plain boolean) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
@@ -3883,29 +4031,37 @@ declare
       '(?:PL/pgSQL function |SQL function ")([^"\n]*)', 'g') with ordinality as f(found, place)
     where f.found[1] not like 'rekey.%'
     order by f.place);
+  v_path text := (select c.search_path from rekey.protected_columns c where c.label = target);
+  v_function text;
   v_trigger name;
 begin
-  select t.tgname into v_trigger from pg_trigger t
-  where t.tgrelid = relation and not t.tgisinternal and t.tgfoid::regprocedure::text = any (v_functions)
+  -- Without its schema, where the path of the sweep has that.
+  select t.tgname, p.oid::regprocedure::text into v_trigger, v_function
+  from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+  where t.tgrelid = relation and not t.tgisinternal and array[p.oid::regprocedure::text, quote_ident(p.proname) || '()'] && v_functions
   order by t.tgname limit 1;
+  if split_part(v_functions[1], '.', 2) = '' and right(v_function, length(v_functions[1])) = v_functions[1] then
+    v_functions[1] := v_function;
+  end if;
   return format('%s: %s', relation,
     -- Of a row that is plain yet, the words of a table's own code may have the value in them.
     case when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
     || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
     || case when code in ('42P01', '42883', '42704', '3F000') then
-      format('. A sweep runs with search_path = pg_catalog, pg_temp: name it with its schema, or %s',
+      format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column() the path that it needs',
+        coalesce(v_path, 'pg_catalog, pg_temp'),
         coalesce('ALTER FUNCTION ' || rekey._cut(v_functions[1], 200) || ' SET search_path = ...', 'give what the table calls a search path of its own')) else '' end;
 end
 $_$;
 
 
-ALTER FUNCTION rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._explain_error(target text, relation regclass, message text, code text, context text, plain boolean) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _explain_error(relation regclass, message text, code text, context text, plain boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _explain_error(target text, relation regclass, message text, code text, context text, plain boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) IS 'An error in a table in words: the table, the message, the trigger and function that it came from, and what to do where the search path is the cause. Bounded in length. plain: the column may hold plain values.';
+COMMENT ON FUNCTION rekey._explain_error(target text, relation regclass, message text, code text, context text, plain boolean) IS 'An error in a table, as a target, in words: the table, the message, the trigger and function that it came from, and what to do where the search path is the cause. Bounded in length. plain: the column may hold plain values.';
 
 
 --
@@ -4062,7 +4218,8 @@ begin
   -- The audit log last, as everywhere; and once.
   if v_protected.created_at = now() then
     perform rekey._audit('column.protected', rekey._keyring_name(v_protected.keyring_id), details => jsonb_build_object(
-      'column', v_protected.label, 'context_columns', v_protected.context_columns, 'encrypt_on_write', v_protected.encrypt_on_write));
+      'column', v_protected.label, 'context_columns', v_protected.context_columns, 'encrypt_on_write', v_protected.encrypt_on_write,
+      'fire_triggers', v_protected.fire_triggers, 'search_path', v_protected.search_path));
   end if;
   return v_protected.label;
 end
@@ -4202,7 +4359,7 @@ begin
                   and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped) then
     raise exception 'the table of % is there, without its functions', v_protected.label using errcode = 'RK006',
       hint = format('Its rows may be encrypted: rekey.protect_column(%L, %L%s) makes the functions anew.', v_protected.relation_name, v_protected.column_name,
-        case when v_protected.encrypt_on_write then ', encrypt_on_write => true' end), constraint = 'protect_again';
+        rekey._protect_options(v_protected)), constraint = 'protect_again';
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
@@ -5517,7 +5674,7 @@ begin
         raise;
       end if;
       errors := coalesce(errors, '[]') || jsonb_build_object('target', v_target.target, 'relation', v_target.relation::oid, 'code', sqlstate,
-        'error', rekey._explain_error(v_target.relation, sqlerrm, sqlstate, '', true));
+        'error', rekey._explain_error(v_target.target, v_target.relation, sqlerrm, sqlstate, '', true));
     end;
   end loop;
 end
@@ -6814,7 +6971,7 @@ begin
         raise;
       end if;
       keyring_id := null;
-      error := rekey._explain_error(relation, sqlerrm, sqlstate, v_context, true);
+      error := rekey._explain_error(target, relation, sqlerrm, sqlstate, v_context, true);
       code := sqlstate;
       return next;
       error := null;
@@ -7219,6 +7376,25 @@ ALTER FUNCTION rekey._prepared() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._prepared() IS 'The prepared statements of the session.';
+
+
+--
+-- Name: _protect_options(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._protect_options(protected rekey.protected_columns) RETURNS text
+    LANGUAGE sql IMMUTABLE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._protect_options(protected rekey.protected_columns) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _protect_options(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._protect_options(protected rekey.protected_columns) IS 'What has to be given again where rekey.protect_column() is repeated.';
 
 
 --
@@ -8277,6 +8453,32 @@ COMMENT ON FUNCTION rekey._refuse_over(rotation rekey.rotations) IS 'RK006 where
 
 
 --
+-- Name: _refuse_path(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_path(search_path text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if search_path is null then
+    raise exception 'search_path is NULL' using errcode = 'invalid_parameter_value', hint = 'Left out, it is that of the session.';
+  end if;
+  perform set_config('search_path', search_path, true);
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_path(search_path text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_path(search_path text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_path(search_path text) IS '22023 where this is no search path.';
+
+
+--
 -- Name: _refuse_problem(text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8719,10 +8921,10 @@ COMMENT ON FUNCTION rekey._refused_rows(target text, relation regclass, cipherte
 
 
 --
--- Name: _register_column(regclass, name, text, name[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _register_column(regclass, name, text, name[], boolean, boolean, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) RETURNS record
+CREATE FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, OUT id integer, OUT statements text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
@@ -8741,6 +8943,7 @@ declare
   v_name name;
   v_problem text;
 begin
+  perform rekey._refuse_path(search_path);
   -- One at a time: what is lent to one caller, the end of another would take back.
   perform pg_advisory_xact_lock(0, 3);
   perform rekey._check_tenant(v_keyring.tenant_id);
@@ -8766,10 +8969,18 @@ begin
   select * into v_attribute from pg_attribute a
   where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
-    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column';
-  elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) or v_attribute.attgenerated <> '' then
-    raise exception 'column %.% has the type %', target, column_name, format_type(v_attribute.atttypid, v_attribute.atttypmod)
-      using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text, and not generated.';
+    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column',
+      hint = coalesce((
+        select format('There is %s. A column is named as it is, without quotes.', string_agg(quote_ident(a.attname), ', ' order by a.attnum))
+        from pg_attribute a
+        where a.attrelid = target and a.attnum > 0 and not a.attisdropped and lower(a.attname) = lower(replace(column_name, '"', ''))),
+        'A column is named as it is, with its capitals, and without quotes.');
+  elsif v_attribute.attgenerated <> '' then
+    raise exception 'column %.% is generated', target, quote_ident(column_name) using errcode = 'invalid_parameter_value',
+      hint = 'Nothing but its expression writes it: protect the column that it is computed from.';
+  elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) then
+    raise exception 'column %.% has the type %', target, quote_ident(column_name), format_type(v_attribute.atttypid, v_attribute.atttypmod)
+      using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text.';
   end if;
 
   if cardinality(v_context) = 0 then
@@ -8802,7 +9013,7 @@ begin
         hint = 'Context columns are other columns, each once, of type integer, uuid, text, varchar or boolean, and not generated.';
     end if;
   end loop;
-  for v_found in select * from rekey._column_findings(target, v_attribute.attnum) f order by f.fatal desc loop
+  for v_found in select * from rekey._column_findings(target, v_attribute.attnum, fire_triggers, search_path) f order by f.fatal desc loop
     if v_found.fatal then
       raise exception 'column %.% cannot be protected: %', target, column_name, v_found.finding using errcode = 'invalid_parameter_value', hint = v_found.advice;
     end if;
@@ -8844,9 +9055,10 @@ begin
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
     begin
-      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write, owner)
+      insert into rekey.protected_columns
+        (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write, fire_triggers, search_path, owner)
       values (v_protected.label, v_keyring.id, format('%I.%I', v_table.nspname, v_table.relname), _register_column.column_name, v_context, v_places,
-        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write, v_owner)
+        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write, _register_column.fire_triggers, _register_column.search_path, v_owner)
       returning * into v_protected;
     exception when unique_violation then
       raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
@@ -8857,8 +9069,18 @@ begin
       raise warning 'from now on, what is written into %.% is not encrypted', target, quote_ident(column_name)
         using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.', constraint = 'encrypt_on_write';
     end if;
+    if _register_column.fire_triggers and not v_protected.fire_triggers then
+      raise warning 'from now on, rotations fire the triggers of %', target
+        using hint = 'fire_triggers => false keeps them from it.', constraint = 'fire_triggers';
+    end if;
+    if _register_column.search_path <> v_protected.search_path then
+      raise warning 'from now on, what rotations of %.% fire runs with search_path = %, and no longer with %',
+        target, quote_ident(column_name), _register_column.search_path, v_protected.search_path
+        using hint = 'search_path => ''...'' gives another.', constraint = 'search_path';
+    end if;
     update rekey.protected_columns c
-    set encrypt_on_write = _register_column.encrypt_on_write, owner = v_owner
+    set encrypt_on_write = _register_column.encrypt_on_write, fire_triggers = _register_column.fire_triggers,
+      search_path = _register_column.search_path, owner = v_owner
     where c.id = v_protected.id returning * into v_protected;
   end if;
   id := v_protected.id;
@@ -8868,13 +9090,13 @@ end
 $_$;
 
 
-ALTER FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, OUT id integer, OUT statements text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, OUT id integer, OUT statements text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) IS 'What rekey.protect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
+COMMENT ON FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, OUT id integer, OUT statements text[]) IS 'What rekey.protect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
 
 
 --
@@ -9983,6 +10205,26 @@ COMMENT ON FUNCTION rekey._shape_problem(ciphertext bytea) IS 'What is wrong wit
 
 
 --
+-- Name: _silence_problem(regclass, smallint, oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._silence_problem(relation regclass, attnum smallint, owner oid) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._silence_problem(relation regclass, attnum smallint, owner oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _silence_problem(relation regclass, attnum smallint, owner oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._silence_problem(relation regclass, attnum smallint, owner oid) IS 'Why a column cannot be swept without firing triggers (fire_triggers => false), by the owner of its table; NULL: it can.';
+
+
+--
 -- Name: _step_limit(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10316,7 +10558,7 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, v_chunk.kind = 'adopt');
+      v_error := rekey._explain_error(v_chunk.target, v_chunk.relation, sqlerrm, sqlstate, v_context, v_chunk.kind = 'adopt');
       perform rekey._note_trouble(v_chunk, v_error, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
@@ -11216,7 +11458,7 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, true);
+      v_error := rekey._explain_error(v_chunk.target, v_chunk.relation, sqlerrm, sqlstate, v_context, true);
       -- Whom it concerns is found out by the last step, which opens these rows, and waits for nobody else's.
       update rekey._chunks c
       set attempts = c.attempts + 1, last_error = v_error, next_attempt_at = clock_timestamp() + least(power(2, c.attempts), 300) * interval '1 second',
@@ -11385,7 +11627,7 @@ begin
     end if;
     if v_low = v_high then
       refused := refused || v_rows[v_low];
-      problems := problems || rekey._explain_error(relation, v_message, v_code, v_context, plain);
+      problems := problems || rekey._explain_error(target.target, relation, v_message, v_code, v_context, plain);
       codes := codes || v_code;
     else
       v_from[v_top + 1] := (v_low + v_high) / 2 + 1;
@@ -13021,10 +13263,10 @@ COMMENT ON FUNCTION rekey.pause_rotation(id bigint) IS 'Pauses the re-encryption
 
 
 --
--- Name: protect_column(regclass, name, text, name[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: protect_column(regclass, name, text, name[], boolean, boolean, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.protect_column(target regclass, column_name name, keyring text DEFAULT 'default'::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false) RETURNS text
+CREATE FUNCTION rekey.protect_column(target regclass, column_name name, keyring text DEFAULT 'default'::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false, fire_triggers boolean DEFAULT true, search_path text DEFAULT current_setting('search_path'::text)) RETURNS text
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET quote_all_identifiers TO 'off'
@@ -13033,7 +13275,8 @@ declare
   v_made record;
   v_statement text;
 begin
-  select * into v_made from rekey._register_column(target, column_name, keyring, context_columns, coalesce(encrypt_on_write, false));
+  select * into v_made from rekey._register_column(
+    target, column_name, keyring, context_columns, coalesce(encrypt_on_write, false), coalesce(fire_triggers, true), search_path);
   foreach v_statement in array v_made.statements loop
     execute v_statement;
   end loop;
@@ -13042,13 +13285,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean) IS 'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
+COMMENT ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text) IS 'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). fire_triggers: whether the triggers and rules of the table see what a rotation or an adoption writes; false takes a right of the owner of the table: GRANT SET ON PARAMETER session_replication_role. search_path: with which they run meanwhile; left out, it is that of the session that calls. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context, table or search path cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition, triggers cannot be kept from firing; RK006: protected already, in another way; RK007: no such keyring.';
 
 
 --
@@ -13078,15 +13321,14 @@ begin
       if finding is not null then
         kind := 'write trigger';
         severity := 'warning';
-        advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name,
-          case when v_column.encrypt_on_write then ', encrypt_on_write => true' end);
+        advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name, rekey._protect_options(v_column));
         return next;
       end if;
     end if;
     if v_shape.relation is not null then
       return query
         select v_column.label, f.kind, 'warning', f.finding, f.advice
-        from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]]) f
+        from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]], v_column.fire_triggers, v_column.search_path) f
         order by f.kind, f.finding;
     end if;
   end loop;
@@ -14970,6 +15212,20 @@ COMMENT ON COLUMN rekey.column_status.encrypt_on_write IS 'Whether a trigger enc
 
 
 --
+-- Name: COLUMN column_status.fire_triggers; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.fire_triggers IS 'Whether rotations fire the triggers and rules of the table.';
+
+
+--
+-- Name: COLUMN column_status.search_path; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.search_path IS 'The search path that these run with.';
+
+
+--
 -- Name: COLUMN column_status.problem; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -16643,6 +16899,20 @@ REVOKE ALL ON FUNCTION rekey._clear_chunks() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _is_own_trigger(trigger_id oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_own_trigger(trigger_id oid) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _code_in_updates(leaf regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._code_in_updates(leaf regclass) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _code_of_others(relation oid, reader name); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -16659,6 +16929,20 @@ REVOKE ALL ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) F
 
 
 --
+-- Name: FUNCTION _path_schemas(search_path text, owner name); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._path_schemas(search_path text, owner name) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _others_schemas(relation regclass, search_path text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._others_schemas(relation regclass, search_path text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _relations_here(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -16666,10 +16950,24 @@ REVOKE ALL ON FUNCTION rekey._relations_here(relation regclass) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _column_findings(relation regclass, attnum smallint); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _unpublishable(leaf regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._column_findings(relation regclass, attnum smallint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._unpublishable(leaf regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _update_triggers(relation regclass, attnum smallint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._update_triggers(relation regclass, attnum smallint) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text) FROM PUBLIC;
 
 
 --
@@ -16864,10 +17162,10 @@ REVOKE ALL ON FUNCTION rekey._envelope_of(value text) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _explain_error(relation regclass, message text, code text, context text, plain boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _explain_error(target text, relation regclass, message text, code text, context text, plain boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._explain_error(target text, relation regclass, message text, code text, context text, plain boolean) FROM PUBLIC;
 
 
 --
@@ -17521,6 +17819,13 @@ GRANT ALL ON FUNCTION rekey._prepared() TO rekey_sweeper;
 
 
 --
+-- Name: FUNCTION _protect_options(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._protect_options(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _provided_keks(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -17685,6 +17990,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_over(rotation rekey.rotations) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _refuse_path(search_path text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_path(search_path text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _refuse_problem(target text, problem text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -17759,11 +18071,11 @@ REVOKE ALL ON FUNCTION rekey._refused_rows(target text, relation regclass, ciphe
 
 
 --
--- Name: FUNCTION _register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, OUT id integer, OUT statements text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, OUT id integer, OUT statements text[]) TO rekey_admin;
+REVOKE ALL ON FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, OUT id integer, OUT statements text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, OUT id integer, OUT statements text[]) TO rekey_admin;
 
 
 --
@@ -17971,6 +18283,13 @@ REVOKE ALL ON FUNCTION rekey._settings() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._shape_problem(ciphertext bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _silence_problem(relation regclass, attnum smallint, owner oid); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._silence_problem(relation regclass, attnum smallint, owner oid) FROM PUBLIC;
 
 
 --
@@ -18507,11 +18826,11 @@ GRANT ALL ON FUNCTION rekey.pause_rotation(id bigint) TO rekey_admin;
 
 
 --
--- Name: FUNCTION protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean) TO rekey_admin;
+REVOKE ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text) TO rekey_admin;
 
 
 --

@@ -136,10 +136,10 @@ def events(connection: Connection, number: int | None = None) -> list[str]:
 
 
 @contextmanager
-def refused(code: str) -> Iterator[None]:
-    """Expect an error with this SQLSTATE."""
-    with pytest.raises(psycopg.Error) as caught:
-        yield
+def refused(code: str, match: str | None = None) -> Iterator[pytest.ExceptionInfo[psycopg.Error]]:
+    """Expect an error with this SQLSTATE, and such words."""
+    with pytest.raises(psycopg.Error, match=match) as caught:
+        yield caught
     assert caught.value.diag.sqlstate == code, caught.value
 
 

@@ -344,7 +344,7 @@ def test_only_the_owner_protects(
     stranger.execute("set role rekey_admin")
     for call in (
         "select rekey.protect_column('app.t', 'v')",
-        "select rekey._register_column('app.t', 'v', 'default', null, false)",
+        "select rekey._register_column('app.t', 'v', 'default', null, false, true, '')",
     ):
         with refused("42501"):
             stranger.execute(call)

@@ -196,7 +196,7 @@ def test_rules_keep_no_row_unnoticed(ready: Connection, app: Connection, table: 
 def test_the_lent_right_is_taken_back(ready: Connection, app: Connection, owner: str) -> None:
     app.execute(TABLE)
     may = "select has_schema_privilege(%s, 'rekey_targets', 'create')"
-    app.execute("select rekey._register_column('t', 'v', 'default', null, false)")
+    app.execute("select rekey._register_column('t', 'v', 'default', null, false, true, 'app')")
     assert value(ready, may, owner)  # who calls it by hand keeps it, for the moment
     app.execute("create table u (id int primary key, v text)")
     protect(app, "u")
@@ -339,9 +339,10 @@ def test_a_trigger_is_not_taken_for_the_worker(
     assert value(ready, "select max_attempts from rekey.settings") != 999
 
 
+@pytest.mark.parametrize("recorded", ["app", "app, pg_catalog"])
 @pytest.mark.parametrize("deferred", ["", "constraint"])
 def test_a_search_path_that_a_trigger_sets_reaches_nobody(
-    ready: Connection, app: Connection, table: None, deferred: str
+    ready: Connection, app: Connection, table: None, deferred: str, recorded: str
 ) -> None:
     """It would be in force in the functions that called it, too: their operators would be the owner's."""
     app.execute("""
@@ -358,6 +359,7 @@ def test_a_search_path_that_a_trigger_sets_reaches_nobody(
     app.execute(
         f"create {deferred} trigger f after update on t {when} for each row execute function f()".encode()
     )
+    protect(app, "t", search_path=recorded)
     number = rotate(ready)
     path = value(ready, "select current_setting('search_path')")
     run(ready)
@@ -366,6 +368,20 @@ def test_a_search_path_that_a_trigger_sets_reaches_nobody(
     assert value(ready, left) == 5
     assert value(ready, "select current_setting('search_path')") == path
     assert value(ready, "select count(*) from app.ran_as") == 0
+
+
+@pytest.mark.parametrize("setting", ["work_mem = '1MB'", "session_replication_role = replica"])
+def test_a_setting_that_a_trigger_leaves_behind(
+    ready: Connection, app: Connection, owner: str, table: None, setting: str
+) -> None:
+    ready.execute(f"grant set on parameter session_replication_role to {owner}".encode())
+    set_trigger(app, f"set {setting}")
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state", "rows_done") == ("completed_with_failures", 0)
+    left = "select count(*) from rekey.failure_status where reason ~ 'left a setting behind'"
+    assert value(ready, left) == 5
+    assert value(ready, "select current_setting('session_replication_role')") == "origin"
 
 
 CAST: LiteralString = """
@@ -422,7 +438,7 @@ def test_the_write_trigger_believes_no_guard_of_the_owners(
     app.execute(CAST)
     app.execute("create table w (id int primary key, v text); create table x (id k, v text)")
     with app.transaction():
-        registered = "select id from rekey._register_column('app.w', 'v', 'default', null, true)"
+        registered = "select id from rekey._register_column('app.w', 'v', 'default', null, true, true, 'app')"
         number = value(app, registered)
         app.execute(
             f"""

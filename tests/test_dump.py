@@ -94,7 +94,10 @@ def fill(dsn: str, kek: bytes) -> None:
         connection.execute("alter table public.kept drop column gone")
         connection.execute("select rekey.protect_column('public.kept', 'v')")
         connection.execute("alter table public.kept rename column v to w")
-        connection.execute("select rekey.protect_column('public.kept', 'w', encrypt_on_write => true)")
+        connection.execute("""
+            select rekey.protect_column('public.kept', 'w', encrypt_on_write => true,
+              search_path => 'public, "A, b"',
+              fire_triggers => not has_parameter_privilege('session_replication_role', 'set'))""")
         connection.execute("insert into public.kept select i, 'kept ' || i from generate_series(1, 50) i")
         connection.execute("select rekey.rotate_keys()")
         connection.execute("call rekey.run_rotations('10 s')")

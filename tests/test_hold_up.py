@@ -348,18 +348,19 @@ AUDITING: LiteralString = """
 """
 
 
-def test_a_trigger_that_relies_on_the_search_path(ready: Connection, app: Connection) -> None:
+def test_a_trigger_that_relies_on_another_search_path(ready: Connection, app: Connection) -> None:
     """Whoever asks is told which trigger and function, and what to do."""
     model = docs(app, 3)
+    protect(app, "docs", encrypt_on_write=True, search_path="pg_catalog, pg_temp")
     app.execute(AUDITING)
     app.execute("update docs set v = 'x1' where id = '1'")  # as the application it works
     number = rotate(ready)
     run(ready)
     reasons: LiteralString = "select distinct reason from rekey.failure_status where sqlstate = '42P01'"
     assert value(ready, reasons) == (
-        'app.docs: relation "audited" does not exist (trigger a_log), in app.aud(). A sweep runs with'
-        " search_path = pg_catalog, pg_temp: name it with its schema, or ALTER FUNCTION app.aud() SET"
-        " search_path = ..."
+        'app.docs: relation "audited" does not exist (trigger a_log), in app.aud(). A sweep runs it with'
+        " search_path = pg_catalog, pg_temp: name it with its schema, ALTER FUNCTION app.aud() SET"
+        " search_path = ..., or give rekey.protect_column() the path that it needs"
     )
     app.execute("alter function app.aud() set search_path = app, pg_temp")
     ready.execute("select rekey.retry_rotation(%s)", [number])

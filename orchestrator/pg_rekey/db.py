@@ -11,12 +11,13 @@ import click
 import psycopg
 from psycopg import pq, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.errors import InvalidName, InvalidSchemaName, UndefinedTable
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import ConnectionPool
 
 from pg_rekey import hints
 from pg_rekey import kek as keks
-from pg_rekey.errors import USAGE, Problem
+from pg_rekey.errors import USAGE, Problem, from_database
 
 Connection = psycopg.Connection[DictRow]
 Pool = ConnectionPool[Connection]
@@ -124,11 +125,20 @@ def _configure(connection: Connection) -> None:
 
 def named(connection: Connection, table: str) -> str:
     """Return a table's name with its schema, found by the search path that this login has."""
-    with connection.transaction():
-        connection.execute(query("login path"))
-        row = connection.execute(query("named"), [table]).fetchone()
-        if not is_pooled(connection):
-            connection.execute(query("pin"))
+    try:
+        with connection.transaction():
+            connection.execute(query("login path"))
+            row = connection.execute(query("named"), [table]).fetchone()
+            if not is_pooled(connection):
+                connection.execute(query("pin"))
+    except (UndefinedTable, InvalidSchemaName, InvalidName) as error:
+        problem = from_database(error)
+        alike = connection.execute(query("alike"), [table]).fetchone()
+        if alike:
+            problem.hint = (
+                f"There is {alike['name']}: give its double quotes too, '{alike['name']}' in a shell."
+            )
+        raise problem from None
     return str(row["name"]) if row else table
 
 

@@ -67,6 +67,7 @@ ACTIONS = {
     ),
     "export": Words("`pg-rekey audit export FILE` writes what `pg-rekey audit prune FILE` then removes."),
     "failures": Words("`pg-rekey rotations failures` lists them."),
+    "fire_triggers": Words("`pg-rekey columns protect TABLE COLUMN --no-fire-triggers` keeps them from it."),
     "keep_context": Words(
         "`pg-rekey columns list` shows how. Keyring and context columns, and their order, stay: the "
         "values are bound to them."
@@ -113,6 +114,7 @@ ACTIONS = {
         "Repeat `pg-rekey settings set kek_provider`, with the provider that `pg-rekey settings show` "
         "shows, as a role that may grant what it needs."
     ),
+    "search_path": Words("`pg-rekey columns protect TABLE COLUMN --search-path PATH` gives another."),
     "settings": Words("`pg-rekey settings show` lists them."),
     "supersede": Words(
         "Wait for it (`pg-rekey status` shows how far it is), or let a new one take its rows along: "

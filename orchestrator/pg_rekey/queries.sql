@@ -240,6 +240,17 @@ select pg_catalog.format('%%I.%%I'::pg_catalog.text, n.nspname, c.relname) as na
 from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid operator(pg_catalog.=) c.relnamespace
 where c.oid operator(pg_catalog.=) %s::pg_catalog.regclass::pg_catalog.oid
 
+-- name: alike
+-- description: A table that is called so but for capitals and quotes.
+select pg_catalog.format('%%I.%%I'::pg_catalog.text, n.nspname, c.relname) as name
+from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid operator(pg_catalog.=) c.relnamespace
+cross join lateral (select pg_catalog.lower(pg_catalog.replace(%s::pg_catalog.text, '"', '')) as name) g
+where c.relkind operator(pg_catalog.=) any ('{r,p}'::pg_catalog."char"[])
+  and g.name operator(pg_catalog.=) any (array[
+    pg_catalog.lower(c.relname::pg_catalog.text),
+    pg_catalog.lower(pg_catalog.format('%%s.%%s'::pg_catalog.text, n.nspname, c.relname))])
+order by 1 limit 1
+
 -- name: owner
 -- description: Who owns schema rekey; no row: there is none.
 select pg_catalog.pg_get_userbyid(n.nspowner)::pg_catalog.text as owner from pg_catalog.pg_namespace n
@@ -471,8 +482,9 @@ select s.*, array(select format('%s (%s)', f.finding, f.advice) from rekey.prote
 from rekey.column_status s order by s.label
 
 -- name: protect column
--- description: Put a column under rotation.
-select rekey.protect_column(%s::regclass, %s, %s, %s::name[], %s)
+-- description: Put a column under rotation; its triggers run with the given path, else with that of the login.
+select rekey.protect_column(%s::regclass, %s, %s, %s::name[], %s, %s,
+  coalesce(%s, nullif(current_setting('pg_rekey.login_path', true), ''), current_setting('search_path')))
 
 -- name: rebind column
 -- description: Binds a protected column to the table and column that hold its values now.

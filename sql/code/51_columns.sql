@@ -12,6 +12,13 @@ declare
   v_bytes text := 't.%1$s';
   v_header text := 'substr(t.%1$s, 1, 11)';
   v_stored text := 'u.ciphertext';
+  -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
+  -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
+  v_kept_role text := case when protected.fire_triggers then '' else '
+  v_role text := current_setting(''session_replication_role'');' end;
+  v_before text := case when protected.fire_triggers then format('perform set_config(''search_path'', %L, true);', protected.search_path)
+    else 'perform set_config(''session_replication_role'', ''replica'', true);' end;
+  v_after text := case when protected.fire_triggers then '' else 'perform set_config(''session_replication_role'', v_role, false);' end;
   v_from text;
   v_select text;
   v_page text;
@@ -25,7 +32,7 @@ begin
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
       then decode(right(t.%1$s, -4), 'base64') else coalesce($sql$ || v_header || $sql$, convert_to(t.%1$s, 'UTF8')) end$sql$;
-    v_stored := $sql$'rk1:' || replace(encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
+    v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
     cross join lateral (select ' || v_header || $sql$ as header offset 0) h
@@ -135,16 +142,19 @@ end
 '),
     ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
 declare
+  v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'update only %2$s t set %1$s = ' || v_stored || '
+    from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as u(row, ciphertext) where t.ctid operator(pg_catalog.=) u.row
+    returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end) || ');
   v_count bigint := 0;
-  v_kept boolean;
+  v_kept boolean;' || v_kept_role || '
 begin
+  ' || v_before || '
   -- A trigger may have kept the row, or put another value into it.
-  for v_kept in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'update only %2$s t set %1$s = ' || v_stored || ' from unnest($1, $2) as u(row, ciphertext) where t.ctid = u.row
-    returning t.%1$s = ' || v_stored || case when protected.is_text then ' collate "C"' else '' end) || ')
-    using rows, ciphertexts loop
-    v_count := v_count + case when v_kept then 1 else 0 end;
+  for v_kept in execute v_update using rows, ciphertexts loop
+    v_count := v_count operator(pg_catalog.+) case when v_kept then 1 else 0 end;
   end loop;
+  ' || v_after || '
   set constraints all immediate;
   return v_count;
 end
@@ -306,6 +316,83 @@ begin atomic
 end;
 comment on function rekey._trigger_problem is 'Which trigger of a protected column does not fire, on which relation; NULL: all do.';
 
+create or replace function rekey._update_triggers(relation regclass, attnum smallint)
+returns table (leaf regclass, trigger_id oid)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  -- A sweep writes into the leaves of partitions, each by itself. 16: for UPDATE; a trigger for UPDATE OF other columns does not
+  -- fire, but for those that are generated from this one.
+  select h.oid, t.oid
+  from rekey._relations_here(_update_triggers.relation) as h(oid)
+  join pg_attribute n on n.attrelid = _update_triggers.relation and n.attnum = _update_triggers.attnum
+  join pg_attribute a on a.attrelid = h.oid and a.attname = n.attname
+  join pg_trigger t on t.tgrelid = h.oid and not t.tgisinternal and t.tgtype::integer & 16 = 16
+  where cardinality(t.tgattr::smallint[]) = 0 or a.attnum = any (t.tgattr::smallint[])
+    or exists (
+      select from pg_attrdef f
+      join pg_depend d on d.classid = 'pg_attrdef'::regclass and d.objid = f.oid and d.refclassid = 'pg_class'::regclass
+        and d.refobjid = h.oid and d.refobjsubid = a.attnum
+      where f.adrelid = h.oid and f.adnum = any (t.tgattr::smallint[]));
+end;
+comment on function rekey._update_triggers is 'The triggers, on or off, that are for the updates of a rotation of this column, on each relation that has rows. (None of PostgreSQL''s own: the column is no key.)';
+
+create or replace function rekey._is_own_trigger(trigger_id oid) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select t.tgname ~ '^zz_pg_rekey_\d+(_insert|_update)?$'
+    and (p.pronamespace = 'rekey'::regnamespace and p.proname = '_refuse_doomed'
+      or p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ '^column_\d+_trigger$')
+  from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+  where t.oid = trigger_id;
+end;
+comment on function rekey._is_own_trigger is 'Whether a trigger is one that pg_rekey puts on protected tables.';
+
+-- What an UPDATE evaluates beside triggers: CHECKs, indexes, generated columns, keys of partitions; planning it, also the constant
+-- parts of statistics. And the conditions of our triggers, which fire. A domain has CHECKs too, and so may whatever has parts.
+create or replace function rekey._code_in_updates(leaf regclass) returns table (object text, code text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select pg_describe_object(d.classid, d.objid, 0), pg_describe_object(d.refclassid, d.refobjid, 0)
+  from (
+    select 'pg_constraint'::regclass as class, c.oid from pg_constraint c where c.conrelid = leaf
+    union all select 'pg_class'::regclass, i.indexrelid from pg_index i where i.indrelid = leaf
+    union all select 'pg_attrdef'::regclass, f.oid from pg_attrdef f
+      join pg_attribute a on a.attrelid = f.adrelid and a.attnum = f.adnum and a.attgenerated <> '' where f.adrelid = leaf
+    union all select 'pg_class'::regclass, p.relid from pg_partition_ancestors(leaf) p where p.relid <> leaf
+    union all select 'pg_statistic_ext'::regclass, s.oid from pg_statistic_ext s where s.stxrelid = leaf
+    union all select 'pg_trigger'::regclass, t.oid from pg_trigger t where t.tgrelid = leaf and rekey._is_own_trigger(t.oid)) o
+  join pg_depend d on d.classid = o.class and d.objid = o.oid and d.objsubid = 0
+  left join pg_operator r on d.refclassid = 'pg_operator'::regclass and r.oid = d.refobjid
+  left join pg_proc p on p.oid = case d.refclassid when 'pg_proc'::regclass then d.refobjid when 'pg_operator'::regclass then r.oprcode::oid end
+  left join pg_type y on d.refclassid = 'pg_type'::regclass and y.oid = d.refobjid
+  where p.pronamespace <> 'pg_catalog'::regnamespace and not (o.class = 'pg_trigger'::regclass and p.pronamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace))
+    or y.typnamespace <> 'pg_catalog'::regnamespace and y.typtype <> 'e' and (y.typtype <> 'b' or y.typelem <> 0) and o.class <> 'pg_class'::regclass;
+end;
+comment on function rekey._code_in_updates is 'Functions and types that are not PostgreSQL''s own, in what an UPDATE of this relation evaluates.';
+
+create or replace function rekey._silence_problem(relation regclass, attnum smallint, owner oid) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select coalesce(
+    (select format('%s owns it, and may not keep triggers from firing: GRANT SET ON PARAMETER session_replication_role TO %1$s, as a superuser', owner::regrole)
+     where not has_parameter_privilege(owner, 'session_replication_role', 'set')),
+    (select format('the trigger %I of %s fires in the replica role too: ALTER TABLE %2$s ENABLE TRIGGER %1$I', t.tgname, u.leaf)
+     from rekey._update_triggers(_silence_problem.relation, _silence_problem.attnum) u join pg_trigger t on t.oid = u.trigger_id
+     where t.tgenabled in ('A', 'R') and not rekey._is_own_trigger(t.oid) order by t.tgname limit 1),
+    -- 2: ON UPDATE
+    (select format('the rule %I of %s applies in the replica role too: ALTER TABLE %2$s ENABLE RULE %1$I', r.rulename, r.ev_class::regclass)
+     from rekey._relations_here(_silence_problem.relation) h(leaf) join pg_rewrite r on r.ev_class = h.leaf
+     where r.ev_type = '2' and r.ev_enabled in ('A', 'R') order by r.rulename limit 1),
+    (select format('%s of %s calls %s, which is not PostgreSQL''s own, and would run with the triggers and foreign keys of every table off: drop it', c.object, h.leaf, c.code)
+     from rekey._relations_here(_silence_problem.relation) h(leaf) cross join lateral rekey._code_in_updates(h.leaf) c order by c.object, c.code limit 1))
+  || ', or let triggers fire (fire_triggers)';
+end;
+comment on function rekey._silence_problem is 'Why a column cannot be swept without firing triggers (fire_triggers => false), by the owner of its table; NULL: it can.';
+
 -- A name is noted anew only where nothing else has taken it, so that a rebuilt table is not lost sight of.
 create or replace function rekey._note_names(only_id integer = null) returns void
 language sql volatile
@@ -346,6 +433,12 @@ begin atomic
 end;
 comment on function rekey._note_names is 'Notes what the protected columns, NULL: all, are called now, and which relations their tables consist of.';
 
+create or replace function rekey._protect_options(protected rekey.protected_columns) returns text
+language sql immutable
+return case when protected.encrypt_on_write then ', encrypt_on_write => true' else '' end
+  || case when protected.fire_triggers then '' else ', fire_triggers => false' end;
+comment on function rekey._protect_options is 'What has to be given again where rekey.protect_column() is repeated.';
+
 create or replace function rekey._column_problem(protected rekey.protected_columns) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -355,8 +448,7 @@ declare
   v_table pg_class;
   v_other text;
   v_part record;
-  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table',
-    case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
+  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
   if current_setting('standard_conforming_strings') = 'off' then
@@ -419,7 +511,10 @@ begin
     return format('its functions are not as they were made, or its table has another owner: %s', v_again);
   end if;
   v_other := rekey._trigger_problem(protected, v_shape.relation);
-  return case when v_other is not null then format('%s: %s', v_other, v_again) end;
+  if v_other is not null then
+    return format('%s: %s', v_other, v_again);
+  end if;
+  return case when not protected.fire_triggers then rekey._silence_problem(v_shape.relation, v_shape.attnums[protected.places[1]], v_table.relowner) end;
 end
 $$;
 comment on function rekey._column_problem is 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can.';

@@ -397,9 +397,23 @@ $$;
 comment on function rekey._column_statements is
   'Drops the functions of a protected column, and returns the statements with which the owner of the table makes them and the triggers, for this table.';
 
+create or replace function rekey._refuse_path(search_path text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp  -- again, when it ends
+as $$
+begin
+  if search_path is null then
+    raise exception 'search_path is NULL' using errcode = 'invalid_parameter_value', hint = 'Left out, it is that of the session.';
+  end if;
+  perform set_config('search_path', search_path, true);
+end
+$$;
+comment on function rekey._refuse_path is '22023 where this is no search path.';
+
 -- Executable by administrators because rekey.protect_column() runs with its caller's rights.
 create or replace function rekey._register_column(
-  target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, out id integer, out statements text[]
+  target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text,
+  out id integer, out statements text[]
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -418,6 +432,7 @@ declare
   v_name name;
   v_problem text;
 begin
+  perform rekey._refuse_path(search_path);
   -- One at a time: what is lent to one caller, the end of another would take back.
   perform pg_advisory_xact_lock(0, 3);
   perform rekey._check_tenant(v_keyring.tenant_id);
@@ -443,10 +458,18 @@ begin
   select * into v_attribute from pg_attribute a
   where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
-    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column';
-  elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) or v_attribute.attgenerated <> '' then
-    raise exception 'column %.% has the type %', target, column_name, format_type(v_attribute.atttypid, v_attribute.atttypmod)
-      using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text, and not generated.';
+    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column',
+      hint = coalesce((
+        select format('There is %s. A column is named as it is, without quotes.', string_agg(quote_ident(a.attname), ', ' order by a.attnum))
+        from pg_attribute a
+        where a.attrelid = target and a.attnum > 0 and not a.attisdropped and lower(a.attname) = lower(replace(column_name, '"', ''))),
+        'A column is named as it is, with its capitals, and without quotes.');
+  elsif v_attribute.attgenerated <> '' then
+    raise exception 'column %.% is generated', target, quote_ident(column_name) using errcode = 'invalid_parameter_value',
+      hint = 'Nothing but its expression writes it: protect the column that it is computed from.';
+  elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) then
+    raise exception 'column %.% has the type %', target, quote_ident(column_name), format_type(v_attribute.atttypid, v_attribute.atttypmod)
+      using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text.';
   end if;
 
   if cardinality(v_context) = 0 then
@@ -479,7 +502,7 @@ begin
         hint = 'Context columns are other columns, each once, of type integer, uuid, text, varchar or boolean, and not generated.';
     end if;
   end loop;
-  for v_found in select * from rekey._column_findings(target, v_attribute.attnum) f order by f.fatal desc loop
+  for v_found in select * from rekey._column_findings(target, v_attribute.attnum, fire_triggers, search_path) f order by f.fatal desc loop
     if v_found.fatal then
       raise exception 'column %.% cannot be protected: %', target, column_name, v_found.finding using errcode = 'invalid_parameter_value', hint = v_found.advice;
     end if;
@@ -521,9 +544,10 @@ begin
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
     begin
-      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write, owner)
+      insert into rekey.protected_columns
+        (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write, fire_triggers, search_path, owner)
       values (v_protected.label, v_keyring.id, format('%I.%I', v_table.nspname, v_table.relname), _register_column.column_name, v_context, v_places,
-        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write, v_owner)
+        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write, _register_column.fire_triggers, _register_column.search_path, v_owner)
       returning * into v_protected;
     exception when unique_violation then
       raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
@@ -534,8 +558,18 @@ begin
       raise warning 'from now on, what is written into %.% is not encrypted', target, quote_ident(column_name)
         using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.', constraint = 'encrypt_on_write';
     end if;
+    if _register_column.fire_triggers and not v_protected.fire_triggers then
+      raise warning 'from now on, rotations fire the triggers of %', target
+        using hint = 'fire_triggers => false keeps them from it.', constraint = 'fire_triggers';
+    end if;
+    if _register_column.search_path <> v_protected.search_path then
+      raise warning 'from now on, what rotations of %.% fire runs with search_path = %, and no longer with %',
+        target, quote_ident(column_name), _register_column.search_path, v_protected.search_path
+        using hint = 'search_path => ''...'' gives another.', constraint = 'search_path';
+    end if;
     update rekey.protected_columns c
-    set encrypt_on_write = _register_column.encrypt_on_write, owner = v_owner
+    set encrypt_on_write = _register_column.encrypt_on_write, fire_triggers = _register_column.fire_triggers,
+      search_path = _register_column.search_path, owner = v_owner
     where c.id = v_protected.id returning * into v_protected;
   end if;
   id := v_protected.id;
@@ -582,7 +616,8 @@ begin
   -- The audit log last, as everywhere; and once.
   if v_protected.created_at = now() then
     perform rekey._audit('column.protected', rekey._keyring_name(v_protected.keyring_id), details => jsonb_build_object(
-      'column', v_protected.label, 'context_columns', v_protected.context_columns, 'encrypt_on_write', v_protected.encrypt_on_write));
+      'column', v_protected.label, 'context_columns', v_protected.context_columns, 'encrypt_on_write', v_protected.encrypt_on_write,
+      'fire_triggers', v_protected.fire_triggers, 'search_path', v_protected.search_path));
   end if;
   return v_protected.label;
 end
@@ -591,7 +626,8 @@ comment on function rekey._finish_column is 'Takes back what rekey._register_col
 grant execute on function rekey._finish_column to rekey_admin;
 
 create or replace function rekey.protect_column(
-  target regclass, column_name name, keyring text = 'default', context_columns name[] = null, encrypt_on_write boolean = false
+  target regclass, column_name name, keyring text = 'default', context_columns name[] = null, encrypt_on_write boolean = false,
+  fire_triggers boolean = true, search_path text = current_setting('search_path')  -- evaluated by the caller, in his
 ) returns text
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -601,7 +637,8 @@ declare
   v_made record;
   v_statement text;
 begin
-  select * into v_made from rekey._register_column(target, column_name, keyring, context_columns, coalesce(encrypt_on_write, false));
+  select * into v_made from rekey._register_column(
+    target, column_name, keyring, context_columns, coalesce(encrypt_on_write, false), coalesce(fire_triggers, true), search_path);
   foreach v_statement in array v_made.statements loop
     execute v_statement;
   end loop;
@@ -609,7 +646,7 @@ begin
 end
 $$;
 comment on function rekey.protect_column is
-  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
+  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). fire_triggers: whether the triggers and rules of the table see what a rotation or an adoption writes; false takes a right of the owner of the table: GRANT SET ON PARAMETER session_replication_role. search_path: with which they run meanwhile; left out, it is that of the session that calls. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context, table or search path cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition, triggers cannot be kept from firing; RK006: protected already, in another way; RK007: no such keyring.';
 grant execute on function rekey.protect_column to rekey_admin;
 
 create or replace function rekey._refuse_encrypted(protected rekey.protected_columns) returns void
@@ -703,7 +740,7 @@ begin
                   and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped) then
     raise exception 'the table of % is there, without its functions', v_protected.label using errcode = 'RK006',
       hint = format('Its rows may be encrypted: rekey.protect_column(%L, %L%s) makes the functions anew.', v_protected.relation_name, v_protected.column_name,
-        case when v_protected.encrypt_on_write then ', encrypt_on_write => true' end), constraint = 'protect_again';
+        rekey._protect_options(v_protected)), constraint = 'protect_again';
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
@@ -789,14 +826,15 @@ comment on function rekey.unprotect_column(text) is
 grant execute on function rekey.unprotect_column(text) to rekey_admin;
 
 create or replace function rekey._column_status()
-returns table (label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, problem text)
+returns table (label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean,
+  fire_triggers boolean, search_path text, problem text)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
     select c.label, s.relation, coalesce(a.attname, c.column_name), rekey._keyring_name(c.keyring_id), c.context_columns, c.encrypt_on_write,
-      rekey._column_problem(c)
+      c.fire_triggers, c.search_path, rekey._column_problem(c)
     from rekey.protected_columns c
     left join lateral rekey._column_shape(c.id) s on true
     left join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
@@ -814,6 +852,8 @@ comment on column rekey.column_status.column_name is 'Its name now.';
 comment on column rekey.column_status.keyring is 'Its keyring.';
 comment on column rekey.column_status.context_columns is 'The columns whose values are the rest of the context, as registered.';
 comment on column rekey.column_status.encrypt_on_write is 'Whether a trigger encrypts what is written.';
+comment on column rekey.column_status.fire_triggers is 'Whether rotations fire the triggers and rules of the table.';
+comment on column rekey.column_status.search_path is 'The search path that these run with.';
 comment on column rekey.column_status.problem is 'Why it is blocked, and what to do; NULL: it is not.';
 grant select on rekey.column_status to rekey_admin, rekey_operator, rekey_auditor;
 

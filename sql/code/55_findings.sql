@@ -1,7 +1,69 @@
 -- What endangers protected columns, or goes along with every rotation of them: said by protect_column, and looked at again by the
 -- census, `columns list` and doctor, since triggers, rules and publications come later too.
 
-create or replace function rekey._column_findings(relation regclass, attnum smallint)
+create or replace function rekey._path_schemas(search_path text, owner name) returns name[]
+language sql immutable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select array_agg(case when n.name = '$user' then owner else n.name::name end)
+  from (select coalesce(replace(m.found[1], '""', '"'), lower(m.found[2])) as name
+        from regexp_matches(search_path, '"((?:[^"]|"")*)"|([^\s,"]+)', 'g') as m(found)) n;
+end;
+comment on function rekey._path_schemas is 'The schemas of a search path, as the owner of a table has it.';
+
+create or replace function rekey._others_schemas(relation regclass, search_path text) returns setof name
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select n.nspname
+  from pg_class c join pg_namespace n on n.nspname = any (rekey._path_schemas(search_path, pg_get_userbyid(c.relowner)))
+  cross join lateral (
+    select n.nspowner as role
+    union
+    select a.grantee from aclexplode(n.nspacl) a where a.privilege_type = 'CREATE') as m
+  left join pg_roles r on r.oid = m.role
+  where c.oid = relation and m.role <> c.relowner and not coalesce(r.rolsuper or r.rolname = 'pg_database_owner', false)
+  group by n.nspname;
+end;
+comment on function rekey._others_schemas is 'The schemas of a search path in which others may create than the owner of this table, and who may do all in its database.';
+
+-- PostgreSQL looks at the replica identity when a row is updated, whoever does it, and not when a publication is made.
+create or replace function rekey._unpublishable(leaf regclass) returns table (pubname name, finding text, advice text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with identity as (
+    select c.relreplident = 'f' as is_full, array(
+      select a.attname
+      from pg_attribute a
+      where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+        and (c.relreplident = 'f' or c.relreplident <> 'n' and exists (
+          select from pg_index i
+          where i.indrelid = c.oid and i.indimmediate and a.attnum = any (i.indkey::smallint[])
+            and case when c.relreplident = 'd' then i.indisprimary else i.indisreplident end))) as names
+    from pg_class c where c.oid = leaf
+  ), published as (
+    select b.pubname, r.prattrs is not null as listed,
+      array(select a.attname from pg_attribute a where a.attrelid = r.prrelid and a.attnum = any (r.prattrs::smallint[])) as list,
+      array(select a.attname from regexp_matches(r.prqual::text, ':varattno (\d+)', 'g') v join pg_attribute a on a.attrelid = r.prrelid and a.attnum = v[1]::smallint) as filtered
+    from pg_publication b
+    cross join (select leaf as relation union select p.relid from pg_partition_ancestors(leaf) p) s
+    join pg_class c on c.oid = s.relation
+    left join pg_publication_rel r on r.prpubid = b.oid and r.prrelid = s.relation
+    left join pg_publication_namespace m on m.pnpubid = b.oid and m.pnnspid = c.relnamespace
+    where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or r.oid is not null or m.oid is not null)
+  )
+  select distinct p.pubname,
+    format(case when i.names = '{}' then 'publication %I makes every update of %s fail (55000): it has no replica identity'
+                when p.listed and (i.is_full or not i.names <@ p.list) then 'publication %I makes every update of %s fail (42P10): its column list does not fit the replica identity'
+                else 'publication %I makes every update of %s fail (42P10): its filter takes columns that are not of the replica identity' end, p.pubname, leaf),
+    'ALTER TABLE ... REPLICA IDENTITY, or change the publication: a rotation cannot update a row before.'
+  from published p cross join identity i
+  where i.names = '{}' or p.listed and (i.is_full or not i.names <@ p.list) or not p.filtered <@ i.names;
+end;
+comment on function rekey._unpublishable is 'Publications for which PostgreSQL refuses every UPDATE of this relation.';
+
+create or replace function rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text)
 returns table (kind text, fatal boolean, finding text, advice text)
 language sql stable
 set search_path = pg_catalog, pg_temp
@@ -13,13 +75,10 @@ begin atomic
     join pg_attribute n on n.attrelid = _column_findings.relation and n.attnum = _column_findings.attnum
     join pg_attribute a on a.attrelid = h.oid and a.attname = n.attname
   ), triggers as (
-    select t.tgname, p.relation, t.tgtype::integer & 1 = 1 as each_row, t.tgqual is not null as conditional
-    from parts p
-    join pg_trigger t on t.tgrelid = p.relation
-    -- 16: for UPDATE. A trigger for UPDATE OF other columns does not fire.
-    where not t.tgisinternal and t.tgtype::integer & 16 = 16 and t.tgenabled in ('O', 'A')
-      and (cardinality(t.tgattr::smallint[]) = 0 or p.attnum = any (t.tgattr::smallint[]))
-      and t.tgname !~ '^zz_pg_rekey_\d+(_insert|_update)?$'
+    select t.tgname, u.leaf as relation, t.tgtype::integer & 1 = 1 as each_row, t.tgqual is not null as conditional
+    from rekey._update_triggers(_column_findings.relation, _column_findings.attnum) u
+    join pg_trigger t on t.oid = u.trigger_id
+    where fire_triggers and t.tgenabled in ('O', 'A') and not rekey._is_own_trigger(t.oid)
       and not exists (
         select from pg_depend d
         where d.classid = 'pg_trigger'::regclass and d.objid = t.oid and d.refclassid = 'pg_proc'::regclass
@@ -41,7 +100,7 @@ begin atomic
     join pg_class c on c.oid = s.relation
     left join pg_publication_rel r on r.prpubid = b.oid and r.prrelid = s.relation
     left join pg_publication_namespace m on m.pnpubid = b.oid and m.pnnspid = c.relnamespace
-    where b.pubupdate and (b.puballtables or r.oid is not null or m.oid is not null)
+    where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or r.oid is not null or m.oid is not null)
     group by b.pubname
   )
   select 'key', true, format('constraint %I makes the column a key', c.conname), 'A key cannot be encrypted: protect another column.'
@@ -49,11 +108,15 @@ begin atomic
   where c.contype in ('p', 'f') and (c.conrelid = relation and _column_findings.attnum = any (c.conkey)
     or c.confrelid = relation and _column_findings.attnum = any (c.confkey))
   union all
-  select 'type', true, format('varchar(%s) is too short for envelopes', a.atttypmod - 4), 'Change the type to text: an envelope of nothing has 104 characters.'
+  select 'type', true, format('varchar(%s) limits its length, and an envelope is longer than its value', a.atttypmod - 4),
+    format('ALTER TABLE %s ALTER COLUMN %I TYPE text: an envelope of nothing has 104 characters, one of %s has %s.',
+      relation, a.attname, a.atttypmod - 4, 4 + (59 + 16 * ((a.atttypmod - 4) / 16 + 1) + 2) / 3 * 4)
   from pg_attribute a where a.attrelid = relation and a.attnum = _column_findings.attnum and a.atttypid = 'varchar'::regtype and a.atttypmod > 0
   union all
-  select distinct 'check', false, format('CHECK %I is applied to envelopes', c.conname), 'Drop it, or let it accept them: the sweep fails on rows that it refuses.'
-  from pg_constraint c join (select p.relation, p.attnum from parts p union select relation, _column_findings.attnum) as s on s.relation = c.conrelid
+  -- Not enforced: from version 18 on.
+  select distinct 'check', false, format(case when e.enforced then 'CHECK %I is applied to envelopes' else 'CHECK %I, which is not enforced, is not about envelopes' end, c.conname),
+    case when e.enforced then 'Drop it, or let it accept them: the sweep fails on rows that it refuses.' else 'Nothing fails on it; but it may not be true any more.' end
+  from pg_constraint c cross join lateral (select coalesce((to_jsonb(c) ->> 'conenforced')::boolean, true) as enforced) e join (select p.relation, p.attnum from parts p union select relation, _column_findings.attnum) as s on s.relation = c.conrelid
   where c.contype = 'c' and s.attnum = any (c.conkey)
   union all
   select 'index', false, format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values', i.indexrelid::regclass),
@@ -62,7 +125,9 @@ begin atomic
   where i.indrelid = relation and not i.indisprimary and (_column_findings.attnum = any (i.indkey) or exists (
     select from pg_depend d where d.objid = i.indexrelid and d.classid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum))
   union all
-  select 'generated', false, format('generated column %I is computed from envelopes', a.attname), 'Drop it.'
+  select 'generated', false, format('generated column %I is computed from envelopes', a.attname),
+    case when a.attgenerated = 's' then format('ALTER TABLE %s ALTER COLUMN %I DROP EXPRESSION keeps what is in it; or drop it.', relation, a.attname)
+         else 'Drop it, or compute it from the decrypted view.' end
   from pg_attrdef f
   join pg_attribute a on a.attrelid = f.adrelid and a.attnum = f.adnum and a.attgenerated <> ''
   where f.adrelid = relation and exists (
@@ -74,15 +139,22 @@ begin atomic
                 else 'trigger %I fires for every row of a rotation' end, t.tgname)
       || case when min(t.relation::oid) <> _column_findings.relation::oid and count(*) < (select count(*) from parts)
               then format(', in %s', min(t.relation::oid)::regclass) else '' end,
-    format('WHEN (NOT rekey.is_sweeping(%L)) lets it pass%s.', _column_findings.relation::text,
-      case when not t.each_row then ', for each row' when t.conditional then ', beside its condition' else '' end)
+    case when t.each_row then 'What it derives from the column, as a hash or the last characters, becomes that of the envelope. ' else '' end
+      || format('WHEN (NOT rekey.is_sweeping(%L)) lets it pass%s; rekey.protect_column(..., fire_triggers => false) keeps all of them from firing.',
+        _column_findings.relation::text, case when not t.each_row then ', for each row' when t.conditional then ', beside its condition' else '' end)
   from triggers t
   group by t.tgname, t.each_row, t.conditional
   union all
   -- 2: ON UPDATE
   select distinct 'rule', false, format('rule %I of %s is applied to the updates of a rotation', r.rulename, r.ev_class::regclass),
-    'Drop it, or make it a trigger: what it puts in their place may leave rows as they are.'
+    'Drop it, make it a trigger, or have it passed by (fire_triggers => false): what it puts in their place may leave rows as they are.'
   from parts p join pg_rewrite r on r.ev_class = p.relation and r.ev_type = '2' and r.ev_enabled in ('O', 'A')
+  where fire_triggers
+  union all
+  select 'search path', false, format('others may create in schema %I, in which what a rotation fires looks for names', s.nspname),
+    'What they make there could run as the owner of the table: rekey.protect_column(..., search_path => ''...'') without it, or names with their schema.'
+  from rekey._others_schemas(_column_findings.relation, _column_findings.search_path) as s(nspname)
+  where exists (select from triggers)
   union all
   select 'publication', false,
     case when b.whole or not (b.filtered or b.without) then format('publication %I sends every row of a rotation', b.pubname)
@@ -90,9 +162,11 @@ begin atomic
          else format('publication %I sends the rows of a rotation that its filter lets through', b.pubname) end,
     case when not b.whole and b.without then 'Subscribers, Supabase Realtime among them, get an update for each row, in which nothing has changed.'
          else 'Subscribers get the envelopes: they need the same keys.' end
-  from published b;
+  from published b
+  union all
+  select 'publication', false, u.finding, u.advice from parts p cross join lateral rekey._unpublishable(p.relation) u;
 end;
-comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires. fatal: it cannot be protected.';
+comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected.';
 
 create or replace function rekey._newest_problem(protected rekey.protected_columns) returns text
 language plpgsql stable
@@ -141,15 +215,14 @@ begin
       if finding is not null then
         kind := 'write trigger';
         severity := 'warning';
-        advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name,
-          case when v_column.encrypt_on_write then ', encrypt_on_write => true' end);
+        advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name, rekey._protect_options(v_column));
         return next;
       end if;
     end if;
     if v_shape.relation is not null then
       return query
         select v_column.label, f.kind, 'warning', f.finding, f.advice
-        from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]]) f
+        from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]], v_column.fire_triggers, v_column.search_path) f
         order by f.kind, f.finding;
     end if;
   end loop;

@@ -95,7 +95,7 @@ language sql immutable parallel safe
 return left(code, 2) = any ('{08,40,53,55,57,58,F0,XX}');
 comment on function rekey._is_passing is 'Whether an error with this SQLSTATE says nothing of the row at which it came: it is tried again.';
 
-create or replace function rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) returns text
+create or replace function rekey._explain_error(target text, relation regclass, message text, code text, context text, plain boolean) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
@@ -107,22 +107,30 @@ declare
       '(?:PL/pgSQL function |SQL function ")([^"\n]*)', 'g') with ordinality as f(found, place)
     where f.found[1] not like 'rekey.%'
     order by f.place);
+  v_path text := (select c.search_path from rekey.protected_columns c where c.label = target);
+  v_function text;
   v_trigger name;
 begin
-  select t.tgname into v_trigger from pg_trigger t
-  where t.tgrelid = relation and not t.tgisinternal and t.tgfoid::regprocedure::text = any (v_functions)
+  -- Without its schema, where the path of the sweep has that.
+  select t.tgname, p.oid::regprocedure::text into v_trigger, v_function
+  from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+  where t.tgrelid = relation and not t.tgisinternal and array[p.oid::regprocedure::text, quote_ident(p.proname) || '()'] && v_functions
   order by t.tgname limit 1;
+  if split_part(v_functions[1], '.', 2) = '' and right(v_function, length(v_functions[1])) = v_functions[1] then
+    v_functions[1] := v_function;
+  end if;
   return format('%s: %s', relation,
     -- Of a row that is plain yet, the words of a table's own code may have the value in them.
     case when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
     || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
     || case when code in ('42P01', '42883', '42704', '3F000') then
-      format('. A sweep runs with search_path = pg_catalog, pg_temp: name it with its schema, or %s',
+      format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column() the path that it needs',
+        coalesce(v_path, 'pg_catalog, pg_temp'),
         coalesce('ALTER FUNCTION ' || rekey._cut(v_functions[1], 200) || ' SET search_path = ...', 'give what the table calls a search path of its own')) else '' end;
 end
 $$;
 comment on function rekey._explain_error is
-  'An error in a table in words: the table, the message, the trigger and function that it came from, and what to do where the search path is the cause. Bounded in length. plain: the column may hold plain values.';
+  'An error in a table, as a target, in words: the table, the message, the trigger and function that it came from, and what to do where the search path is the cause. Bounded in length. plain: the column may hold plain values.';
 
 create or replace function rekey._note_trouble(chunk rekey._chunks, message text, code text) returns void
 language plpgsql
@@ -522,7 +530,7 @@ begin
     end if;
     if v_low = v_high then
       refused := refused || v_rows[v_low];
-      problems := problems || rekey._explain_error(relation, v_message, v_code, v_context, plain);
+      problems := problems || rekey._explain_error(target.target, relation, v_message, v_code, v_context, plain);
       codes := codes || v_code;
     else
       v_from[v_top + 1] := (v_low + v_high) / 2 + 1;
@@ -823,7 +831,7 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, v_chunk.kind = 'adopt');
+      v_error := rekey._explain_error(v_chunk.target, v_chunk.relation, sqlerrm, sqlstate, v_context, v_chunk.kind = 'adopt');
       perform rekey._note_trouble(v_chunk, v_error, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;

@@ -158,7 +158,7 @@ begin
         raise;
       end if;
       keyring_id := null;
-      error := rekey._explain_error(relation, sqlerrm, sqlstate, v_context, true);
+      error := rekey._explain_error(target, relation, sqlerrm, sqlstate, v_context, true);
       code := sqlstate;
       return next;
       error := null;
@@ -188,7 +188,7 @@ begin
         raise;
       end if;
       errors := coalesce(errors, '[]') || jsonb_build_object('target', v_target.target, 'relation', v_target.relation::oid, 'code', sqlstate,
-        'error', rekey._explain_error(v_target.relation, sqlerrm, sqlstate, '', true));
+        'error', rekey._explain_error(v_target.target, v_target.relation, sqlerrm, sqlstate, '', true));
     end;
   end loop;
 end
@@ -356,7 +356,7 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, true);
+      v_error := rekey._explain_error(v_chunk.target, v_chunk.relation, sqlerrm, sqlstate, v_context, true);
       -- Whom it concerns is found out by the last step, which opens these rows, and waits for nobody else's.
       update rekey._chunks c
       set attempts = c.attempts + 1, last_error = v_error, next_attempt_at = clock_timestamp() + least(power(2, c.attempts), 300) * interval '1 second',

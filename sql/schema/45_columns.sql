@@ -9,6 +9,8 @@ create table rekey.protected_columns (
   places integer[] not null,
   is_text boolean not null,
   encrypt_on_write boolean not null,
+  fire_triggers boolean not null,
+  search_path text not null,
   owner name not null,
   seen jsonb,
   created_at timestamptz not null default now(),
@@ -25,6 +27,8 @@ comment on column rekey.protected_columns.context_columns is 'Names, as last see
 comment on column rekey.protected_columns.places is 'Ranks of the column and its context columns among them all in table order.';
 comment on column rekey.protected_columns.is_text is 'Whether it holds envelopes in text form; else in bytea.';
 comment on column rekey.protected_columns.encrypt_on_write is 'Whether a trigger encrypts what is written.';
+comment on column rekey.protected_columns.fire_triggers is 'Whether the triggers and rules of the table see what a rotation writes.';
+comment on column rekey.protected_columns.search_path is 'The search path that is in force where a rotation fires them.';
 comment on column rekey.protected_columns.owner is 'Owner of the table when it was registered or rebound: who may register it again after it was dropped.';
 comment on column rekey.protected_columns.seen is 'How many rows of each keyring (by its id) opened at the last complete count; NULL: there was none. Where the column is blocked, those keyrings wait for it.';
 comment on column rekey.protected_columns.created_at is 'When it was registered.';

@@ -285,6 +285,8 @@ create table rekey.protected_columns (
   places integer[] not null,
   is_text boolean not null,
   encrypt_on_write boolean not null,
+  fire_triggers boolean not null,
+  search_path text not null,
   owner name not null,
   seen jsonb,
   created_at timestamptz not null default now(),
@@ -301,6 +303,8 @@ comment on column rekey.protected_columns.context_columns is 'Names, as last see
 comment on column rekey.protected_columns.places is 'Ranks of the column and its context columns among them all in table order.';
 comment on column rekey.protected_columns.is_text is 'Whether it holds envelopes in text form; else in bytea.';
 comment on column rekey.protected_columns.encrypt_on_write is 'Whether a trigger encrypts what is written.';
+comment on column rekey.protected_columns.fire_triggers is 'Whether the triggers and rules of the table see what a rotation writes.';
+comment on column rekey.protected_columns.search_path is 'The search path that is in force where a rotation fires them.';
 comment on column rekey.protected_columns.owner is 'Owner of the table when it was registered or rebound: who may register it again after it was dropped.';
 comment on column rekey.protected_columns.seen is 'How many rows of each keyring (by its id) opened at the last complete count; NULL: there was none. Where the column is blocked, those keyrings wait for it.';
 comment on column rekey.protected_columns.created_at is 'When it was registered.';
@@ -3424,6 +3428,13 @@ declare
   v_bytes text := 't.%1$s';
   v_header text := 'substr(t.%1$s, 1, 11)';
   v_stored text := 'u.ciphertext';
+  -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
+  -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
+  v_kept_role text := case when protected.fire_triggers then '' else '
+  v_role text := current_setting(''session_replication_role'');' end;
+  v_before text := case when protected.fire_triggers then format('perform set_config(''search_path'', %L, true);', protected.search_path)
+    else 'perform set_config(''session_replication_role'', ''replica'', true);' end;
+  v_after text := case when protected.fire_triggers then '' else 'perform set_config(''session_replication_role'', v_role, false);' end;
   v_from text;
   v_select text;
   v_page text;
@@ -3437,7 +3448,7 @@ begin
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
       then decode(right(t.%1$s, -4), 'base64') else coalesce($sql$ || v_header || $sql$, convert_to(t.%1$s, 'UTF8')) end$sql$;
-    v_stored := $sql$'rk1:' || replace(encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
+    v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
     cross join lateral (select ' || v_header || $sql$ as header offset 0) h
@@ -3547,16 +3558,19 @@ end
 '),
     ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
 declare
+  v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'update only %2$s t set %1$s = ' || v_stored || '
+    from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as u(row, ciphertext) where t.ctid operator(pg_catalog.=) u.row
+    returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end) || ');
   v_count bigint := 0;
-  v_kept boolean;
+  v_kept boolean;' || v_kept_role || '
 begin
+  ' || v_before || '
   -- A trigger may have kept the row, or put another value into it.
-  for v_kept in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'update only %2$s t set %1$s = ' || v_stored || ' from unnest($1, $2) as u(row, ciphertext) where t.ctid = u.row
-    returning t.%1$s = ' || v_stored || case when protected.is_text then ' collate "C"' else '' end) || ')
-    using rows, ciphertexts loop
-    v_count := v_count + case when v_kept then 1 else 0 end;
+  for v_kept in execute v_update using rows, ciphertexts loop
+    v_count := v_count operator(pg_catalog.+) case when v_kept then 1 else 0 end;
   end loop;
+  ' || v_after || '
   set constraints all immediate;
   return v_count;
 end
@@ -3718,6 +3732,83 @@ begin atomic
 end;
 comment on function rekey._trigger_problem is 'Which trigger of a protected column does not fire, on which relation; NULL: all do.';
 
+create or replace function rekey._update_triggers(relation regclass, attnum smallint)
+returns table (leaf regclass, trigger_id oid)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  -- A sweep writes into the leaves of partitions, each by itself. 16: for UPDATE; a trigger for UPDATE OF other columns does not
+  -- fire, but for those that are generated from this one.
+  select h.oid, t.oid
+  from rekey._relations_here(_update_triggers.relation) as h(oid)
+  join pg_attribute n on n.attrelid = _update_triggers.relation and n.attnum = _update_triggers.attnum
+  join pg_attribute a on a.attrelid = h.oid and a.attname = n.attname
+  join pg_trigger t on t.tgrelid = h.oid and not t.tgisinternal and t.tgtype::integer & 16 = 16
+  where cardinality(t.tgattr::smallint[]) = 0 or a.attnum = any (t.tgattr::smallint[])
+    or exists (
+      select from pg_attrdef f
+      join pg_depend d on d.classid = 'pg_attrdef'::regclass and d.objid = f.oid and d.refclassid = 'pg_class'::regclass
+        and d.refobjid = h.oid and d.refobjsubid = a.attnum
+      where f.adrelid = h.oid and f.adnum = any (t.tgattr::smallint[]));
+end;
+comment on function rekey._update_triggers is 'The triggers, on or off, that are for the updates of a rotation of this column, on each relation that has rows. (None of PostgreSQL''s own: the column is no key.)';
+
+create or replace function rekey._is_own_trigger(trigger_id oid) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select t.tgname ~ '^zz_pg_rekey_\d+(_insert|_update)?$'
+    and (p.pronamespace = 'rekey'::regnamespace and p.proname = '_refuse_doomed'
+      or p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ '^column_\d+_trigger$')
+  from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+  where t.oid = trigger_id;
+end;
+comment on function rekey._is_own_trigger is 'Whether a trigger is one that pg_rekey puts on protected tables.';
+
+-- What an UPDATE evaluates beside triggers: CHECKs, indexes, generated columns, keys of partitions; planning it, also the constant
+-- parts of statistics. And the conditions of our triggers, which fire. A domain has CHECKs too, and so may whatever has parts.
+create or replace function rekey._code_in_updates(leaf regclass) returns table (object text, code text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select pg_describe_object(d.classid, d.objid, 0), pg_describe_object(d.refclassid, d.refobjid, 0)
+  from (
+    select 'pg_constraint'::regclass as class, c.oid from pg_constraint c where c.conrelid = leaf
+    union all select 'pg_class'::regclass, i.indexrelid from pg_index i where i.indrelid = leaf
+    union all select 'pg_attrdef'::regclass, f.oid from pg_attrdef f
+      join pg_attribute a on a.attrelid = f.adrelid and a.attnum = f.adnum and a.attgenerated <> '' where f.adrelid = leaf
+    union all select 'pg_class'::regclass, p.relid from pg_partition_ancestors(leaf) p where p.relid <> leaf
+    union all select 'pg_statistic_ext'::regclass, s.oid from pg_statistic_ext s where s.stxrelid = leaf
+    union all select 'pg_trigger'::regclass, t.oid from pg_trigger t where t.tgrelid = leaf and rekey._is_own_trigger(t.oid)) o
+  join pg_depend d on d.classid = o.class and d.objid = o.oid and d.objsubid = 0
+  left join pg_operator r on d.refclassid = 'pg_operator'::regclass and r.oid = d.refobjid
+  left join pg_proc p on p.oid = case d.refclassid when 'pg_proc'::regclass then d.refobjid when 'pg_operator'::regclass then r.oprcode::oid end
+  left join pg_type y on d.refclassid = 'pg_type'::regclass and y.oid = d.refobjid
+  where p.pronamespace <> 'pg_catalog'::regnamespace and not (o.class = 'pg_trigger'::regclass and p.pronamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace))
+    or y.typnamespace <> 'pg_catalog'::regnamespace and y.typtype <> 'e' and (y.typtype <> 'b' or y.typelem <> 0) and o.class <> 'pg_class'::regclass;
+end;
+comment on function rekey._code_in_updates is 'Functions and types that are not PostgreSQL''s own, in what an UPDATE of this relation evaluates.';
+
+create or replace function rekey._silence_problem(relation regclass, attnum smallint, owner oid) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select coalesce(
+    (select format('%s owns it, and may not keep triggers from firing: GRANT SET ON PARAMETER session_replication_role TO %1$s, as a superuser', owner::regrole)
+     where not has_parameter_privilege(owner, 'session_replication_role', 'set')),
+    (select format('the trigger %I of %s fires in the replica role too: ALTER TABLE %2$s ENABLE TRIGGER %1$I', t.tgname, u.leaf)
+     from rekey._update_triggers(_silence_problem.relation, _silence_problem.attnum) u join pg_trigger t on t.oid = u.trigger_id
+     where t.tgenabled in ('A', 'R') and not rekey._is_own_trigger(t.oid) order by t.tgname limit 1),
+    -- 2: ON UPDATE
+    (select format('the rule %I of %s applies in the replica role too: ALTER TABLE %2$s ENABLE RULE %1$I', r.rulename, r.ev_class::regclass)
+     from rekey._relations_here(_silence_problem.relation) h(leaf) join pg_rewrite r on r.ev_class = h.leaf
+     where r.ev_type = '2' and r.ev_enabled in ('A', 'R') order by r.rulename limit 1),
+    (select format('%s of %s calls %s, which is not PostgreSQL''s own, and would run with the triggers and foreign keys of every table off: drop it', c.object, h.leaf, c.code)
+     from rekey._relations_here(_silence_problem.relation) h(leaf) cross join lateral rekey._code_in_updates(h.leaf) c order by c.object, c.code limit 1))
+  || ', or let triggers fire (fire_triggers)';
+end;
+comment on function rekey._silence_problem is 'Why a column cannot be swept without firing triggers (fire_triggers => false), by the owner of its table; NULL: it can.';
+
 -- A name is noted anew only where nothing else has taken it, so that a rebuilt table is not lost sight of.
 create or replace function rekey._note_names(only_id integer = null) returns void
 language sql volatile
@@ -3758,6 +3849,12 @@ begin atomic
 end;
 comment on function rekey._note_names is 'Notes what the protected columns, NULL: all, are called now, and which relations their tables consist of.';
 
+create or replace function rekey._protect_options(protected rekey.protected_columns) returns text
+language sql immutable
+return case when protected.encrypt_on_write then ', encrypt_on_write => true' else '' end
+  || case when protected.fire_triggers then '' else ', fire_triggers => false' end;
+comment on function rekey._protect_options is 'What has to be given again where rekey.protect_column() is repeated.';
+
 create or replace function rekey._column_problem(protected rekey.protected_columns) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -3767,8 +3864,7 @@ declare
   v_table pg_class;
   v_other text;
   v_part record;
-  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table',
-    case when protected.encrypt_on_write then '..., encrypt_on_write => true' end);
+  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
   if current_setting('standard_conforming_strings') = 'off' then
@@ -3831,7 +3927,10 @@ begin
     return format('its functions are not as they were made, or its table has another owner: %s', v_again);
   end if;
   v_other := rekey._trigger_problem(protected, v_shape.relation);
-  return case when v_other is not null then format('%s: %s', v_other, v_again) end;
+  if v_other is not null then
+    return format('%s: %s', v_other, v_again);
+  end if;
+  return case when not protected.fire_triggers then rekey._silence_problem(v_shape.relation, v_shape.attnums[protected.places[1]], v_table.relowner) end;
 end
 $$;
 comment on function rekey._column_problem is 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can.';
@@ -4295,9 +4394,23 @@ $$;
 comment on function rekey._column_statements is
   'Drops the functions of a protected column, and returns the statements with which the owner of the table makes them and the triggers, for this table.';
 
+create or replace function rekey._refuse_path(search_path text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp  -- again, when it ends
+as $$
+begin
+  if search_path is null then
+    raise exception 'search_path is NULL' using errcode = 'invalid_parameter_value', hint = 'Left out, it is that of the session.';
+  end if;
+  perform set_config('search_path', search_path, true);
+end
+$$;
+comment on function rekey._refuse_path is '22023 where this is no search path.';
+
 -- Executable by administrators because rekey.protect_column() runs with its caller's rights.
 create or replace function rekey._register_column(
-  target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, out id integer, out statements text[]
+  target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text,
+  out id integer, out statements text[]
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -4316,6 +4429,7 @@ declare
   v_name name;
   v_problem text;
 begin
+  perform rekey._refuse_path(search_path);
   -- One at a time: what is lent to one caller, the end of another would take back.
   perform pg_advisory_xact_lock(0, 3);
   perform rekey._check_tenant(v_keyring.tenant_id);
@@ -4341,10 +4455,18 @@ begin
   select * into v_attribute from pg_attribute a
   where a.attrelid = target and a.attname = _register_column.column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
-    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column';
-  elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) or v_attribute.attgenerated <> '' then
-    raise exception 'column %.% has the type %', target, column_name, format_type(v_attribute.atttypid, v_attribute.atttypmod)
-      using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text, and not generated.';
+    raise exception '% has no column %', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'undefined_column',
+      hint = coalesce((
+        select format('There is %s. A column is named as it is, without quotes.', string_agg(quote_ident(a.attname), ', ' order by a.attnum))
+        from pg_attribute a
+        where a.attrelid = target and a.attnum > 0 and not a.attisdropped and lower(a.attname) = lower(replace(column_name, '"', ''))),
+        'A column is named as it is, with its capitals, and without quotes.');
+  elsif v_attribute.attgenerated <> '' then
+    raise exception 'column %.% is generated', target, quote_ident(column_name) using errcode = 'invalid_parameter_value',
+      hint = 'Nothing but its expression writes it: protect the column that it is computed from.';
+  elsif v_attribute.atttypid not in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype) then
+    raise exception 'column %.% has the type %', target, quote_ident(column_name), format_type(v_attribute.atttypid, v_attribute.atttypmod)
+      using errcode = 'invalid_parameter_value', hint = 'A protected column is bytea or text.';
   end if;
 
   if cardinality(v_context) = 0 then
@@ -4377,7 +4499,7 @@ begin
         hint = 'Context columns are other columns, each once, of type integer, uuid, text, varchar or boolean, and not generated.';
     end if;
   end loop;
-  for v_found in select * from rekey._column_findings(target, v_attribute.attnum) f order by f.fatal desc loop
+  for v_found in select * from rekey._column_findings(target, v_attribute.attnum, fire_triggers, search_path) f order by f.fatal desc loop
     if v_found.fatal then
       raise exception 'column %.% cannot be protected: %', target, column_name, v_found.finding using errcode = 'invalid_parameter_value', hint = v_found.advice;
     end if;
@@ -4419,9 +4541,10 @@ begin
   if v_protected.id is null then
     v_protected.label := format('%I.%I.%I', v_table.nspname, v_table.relname, column_name);
     begin
-      insert into rekey.protected_columns (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write, owner)
+      insert into rekey.protected_columns
+        (label, keyring_id, relation_name, column_name, context_columns, places, is_text, encrypt_on_write, fire_triggers, search_path, owner)
       values (v_protected.label, v_keyring.id, format('%I.%I', v_table.nspname, v_table.relname), _register_column.column_name, v_context, v_places,
-        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write, v_owner)
+        v_attribute.atttypid <> 'bytea'::regtype, _register_column.encrypt_on_write, _register_column.fire_triggers, _register_column.search_path, v_owner)
       returning * into v_protected;
     exception when unique_violation then
       raise exception 'the label % is taken, by a table that was called so', v_protected.label using errcode = 'unique_violation',
@@ -4432,8 +4555,18 @@ begin
       raise warning 'from now on, what is written into %.% is not encrypted', target, quote_ident(column_name)
         using hint = 'encrypt_on_write => true keeps the trigger that encrypts it.', constraint = 'encrypt_on_write';
     end if;
+    if _register_column.fire_triggers and not v_protected.fire_triggers then
+      raise warning 'from now on, rotations fire the triggers of %', target
+        using hint = 'fire_triggers => false keeps them from it.', constraint = 'fire_triggers';
+    end if;
+    if _register_column.search_path <> v_protected.search_path then
+      raise warning 'from now on, what rotations of %.% fire runs with search_path = %, and no longer with %',
+        target, quote_ident(column_name), _register_column.search_path, v_protected.search_path
+        using hint = 'search_path => ''...'' gives another.', constraint = 'search_path';
+    end if;
     update rekey.protected_columns c
-    set encrypt_on_write = _register_column.encrypt_on_write, owner = v_owner
+    set encrypt_on_write = _register_column.encrypt_on_write, fire_triggers = _register_column.fire_triggers,
+      search_path = _register_column.search_path, owner = v_owner
     where c.id = v_protected.id returning * into v_protected;
   end if;
   id := v_protected.id;
@@ -4480,7 +4613,8 @@ begin
   -- The audit log last, as everywhere; and once.
   if v_protected.created_at = now() then
     perform rekey._audit('column.protected', rekey._keyring_name(v_protected.keyring_id), details => jsonb_build_object(
-      'column', v_protected.label, 'context_columns', v_protected.context_columns, 'encrypt_on_write', v_protected.encrypt_on_write));
+      'column', v_protected.label, 'context_columns', v_protected.context_columns, 'encrypt_on_write', v_protected.encrypt_on_write,
+      'fire_triggers', v_protected.fire_triggers, 'search_path', v_protected.search_path));
   end if;
   return v_protected.label;
 end
@@ -4489,7 +4623,8 @@ comment on function rekey._finish_column is 'Takes back what rekey._register_col
 grant execute on function rekey._finish_column to rekey_admin;
 
 create or replace function rekey.protect_column(
-  target regclass, column_name name, keyring text = 'default', context_columns name[] = null, encrypt_on_write boolean = false
+  target regclass, column_name name, keyring text = 'default', context_columns name[] = null, encrypt_on_write boolean = false,
+  fire_triggers boolean = true, search_path text = current_setting('search_path')  -- evaluated by the caller, in his
 ) returns text
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -4499,7 +4634,8 @@ declare
   v_made record;
   v_statement text;
 begin
-  select * into v_made from rekey._register_column(target, column_name, keyring, context_columns, coalesce(encrypt_on_write, false));
+  select * into v_made from rekey._register_column(
+    target, column_name, keyring, context_columns, coalesce(encrypt_on_write, false), coalesce(fire_triggers, true), search_path);
   foreach v_statement in array v_made.statements loop
     execute v_statement;
   end loop;
@@ -4507,7 +4643,7 @@ begin
 end
 $$;
 comment on function rekey.protect_column is
-  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
+  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). fire_triggers: whether the triggers and rules of the table see what a rotation or an adoption writes; false takes a right of the owner of the table: GRANT SET ON PARAMETER session_replication_role. search_path: with which they run meanwhile; left out, it is that of the session that calls. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context, table or search path cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition, triggers cannot be kept from firing; RK006: protected already, in another way; RK007: no such keyring.';
 grant execute on function rekey.protect_column to rekey_admin;
 
 create or replace function rekey._refuse_encrypted(protected rekey.protected_columns) returns void
@@ -4601,7 +4737,7 @@ begin
                   and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped) then
     raise exception 'the table of % is there, without its functions', v_protected.label using errcode = 'RK006',
       hint = format('Its rows may be encrypted: rekey.protect_column(%L, %L%s) makes the functions anew.', v_protected.relation_name, v_protected.column_name,
-        case when v_protected.encrypt_on_write then ', encrypt_on_write => true' end), constraint = 'protect_again';
+        rekey._protect_options(v_protected)), constraint = 'protect_again';
   end if;
   for v_function in
     select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
@@ -4687,14 +4823,15 @@ comment on function rekey.unprotect_column(text) is
 grant execute on function rekey.unprotect_column(text) to rekey_admin;
 
 create or replace function rekey._column_status()
-returns table (label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, problem text)
+returns table (label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean,
+  fire_triggers boolean, search_path text, problem text)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
     select c.label, s.relation, coalesce(a.attname, c.column_name), rekey._keyring_name(c.keyring_id), c.context_columns, c.encrypt_on_write,
-      rekey._column_problem(c)
+      c.fire_triggers, c.search_path, rekey._column_problem(c)
     from rekey.protected_columns c
     left join lateral rekey._column_shape(c.id) s on true
     left join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
@@ -4712,6 +4849,8 @@ comment on column rekey.column_status.column_name is 'Its name now.';
 comment on column rekey.column_status.keyring is 'Its keyring.';
 comment on column rekey.column_status.context_columns is 'The columns whose values are the rest of the context, as registered.';
 comment on column rekey.column_status.encrypt_on_write is 'Whether a trigger encrypts what is written.';
+comment on column rekey.column_status.fire_triggers is 'Whether rotations fire the triggers and rules of the table.';
+comment on column rekey.column_status.search_path is 'The search path that these run with.';
 comment on column rekey.column_status.problem is 'Why it is blocked, and what to do; NULL: it is not.';
 grant select on rekey.column_status to rekey_admin, rekey_operator, rekey_auditor;
 
@@ -5184,7 +5323,69 @@ grant execute on function rekey.find_unprotected to rekey_admin, rekey_operator,
 -- What endangers protected columns, or goes along with every rotation of them: said by protect_column, and looked at again by the
 -- census, `columns list` and doctor, since triggers, rules and publications come later too.
 
-create or replace function rekey._column_findings(relation regclass, attnum smallint)
+create or replace function rekey._path_schemas(search_path text, owner name) returns name[]
+language sql immutable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select array_agg(case when n.name = '$user' then owner else n.name::name end)
+  from (select coalesce(replace(m.found[1], '""', '"'), lower(m.found[2])) as name
+        from regexp_matches(search_path, '"((?:[^"]|"")*)"|([^\s,"]+)', 'g') as m(found)) n;
+end;
+comment on function rekey._path_schemas is 'The schemas of a search path, as the owner of a table has it.';
+
+create or replace function rekey._others_schemas(relation regclass, search_path text) returns setof name
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select n.nspname
+  from pg_class c join pg_namespace n on n.nspname = any (rekey._path_schemas(search_path, pg_get_userbyid(c.relowner)))
+  cross join lateral (
+    select n.nspowner as role
+    union
+    select a.grantee from aclexplode(n.nspacl) a where a.privilege_type = 'CREATE') as m
+  left join pg_roles r on r.oid = m.role
+  where c.oid = relation and m.role <> c.relowner and not coalesce(r.rolsuper or r.rolname = 'pg_database_owner', false)
+  group by n.nspname;
+end;
+comment on function rekey._others_schemas is 'The schemas of a search path in which others may create than the owner of this table, and who may do all in its database.';
+
+-- PostgreSQL looks at the replica identity when a row is updated, whoever does it, and not when a publication is made.
+create or replace function rekey._unpublishable(leaf regclass) returns table (pubname name, finding text, advice text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with identity as (
+    select c.relreplident = 'f' as is_full, array(
+      select a.attname
+      from pg_attribute a
+      where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+        and (c.relreplident = 'f' or c.relreplident <> 'n' and exists (
+          select from pg_index i
+          where i.indrelid = c.oid and i.indimmediate and a.attnum = any (i.indkey::smallint[])
+            and case when c.relreplident = 'd' then i.indisprimary else i.indisreplident end))) as names
+    from pg_class c where c.oid = leaf
+  ), published as (
+    select b.pubname, r.prattrs is not null as listed,
+      array(select a.attname from pg_attribute a where a.attrelid = r.prrelid and a.attnum = any (r.prattrs::smallint[])) as list,
+      array(select a.attname from regexp_matches(r.prqual::text, ':varattno (\d+)', 'g') v join pg_attribute a on a.attrelid = r.prrelid and a.attnum = v[1]::smallint) as filtered
+    from pg_publication b
+    cross join (select leaf as relation union select p.relid from pg_partition_ancestors(leaf) p) s
+    join pg_class c on c.oid = s.relation
+    left join pg_publication_rel r on r.prpubid = b.oid and r.prrelid = s.relation
+    left join pg_publication_namespace m on m.pnpubid = b.oid and m.pnnspid = c.relnamespace
+    where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or r.oid is not null or m.oid is not null)
+  )
+  select distinct p.pubname,
+    format(case when i.names = '{}' then 'publication %I makes every update of %s fail (55000): it has no replica identity'
+                when p.listed and (i.is_full or not i.names <@ p.list) then 'publication %I makes every update of %s fail (42P10): its column list does not fit the replica identity'
+                else 'publication %I makes every update of %s fail (42P10): its filter takes columns that are not of the replica identity' end, p.pubname, leaf),
+    'ALTER TABLE ... REPLICA IDENTITY, or change the publication: a rotation cannot update a row before.'
+  from published p cross join identity i
+  where i.names = '{}' or p.listed and (i.is_full or not i.names <@ p.list) or not p.filtered <@ i.names;
+end;
+comment on function rekey._unpublishable is 'Publications for which PostgreSQL refuses every UPDATE of this relation.';
+
+create or replace function rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text)
 returns table (kind text, fatal boolean, finding text, advice text)
 language sql stable
 set search_path = pg_catalog, pg_temp
@@ -5196,13 +5397,10 @@ begin atomic
     join pg_attribute n on n.attrelid = _column_findings.relation and n.attnum = _column_findings.attnum
     join pg_attribute a on a.attrelid = h.oid and a.attname = n.attname
   ), triggers as (
-    select t.tgname, p.relation, t.tgtype::integer & 1 = 1 as each_row, t.tgqual is not null as conditional
-    from parts p
-    join pg_trigger t on t.tgrelid = p.relation
-    -- 16: for UPDATE. A trigger for UPDATE OF other columns does not fire.
-    where not t.tgisinternal and t.tgtype::integer & 16 = 16 and t.tgenabled in ('O', 'A')
-      and (cardinality(t.tgattr::smallint[]) = 0 or p.attnum = any (t.tgattr::smallint[]))
-      and t.tgname !~ '^zz_pg_rekey_\d+(_insert|_update)?$'
+    select t.tgname, u.leaf as relation, t.tgtype::integer & 1 = 1 as each_row, t.tgqual is not null as conditional
+    from rekey._update_triggers(_column_findings.relation, _column_findings.attnum) u
+    join pg_trigger t on t.oid = u.trigger_id
+    where fire_triggers and t.tgenabled in ('O', 'A') and not rekey._is_own_trigger(t.oid)
       and not exists (
         select from pg_depend d
         where d.classid = 'pg_trigger'::regclass and d.objid = t.oid and d.refclassid = 'pg_proc'::regclass
@@ -5224,7 +5422,7 @@ begin atomic
     join pg_class c on c.oid = s.relation
     left join pg_publication_rel r on r.prpubid = b.oid and r.prrelid = s.relation
     left join pg_publication_namespace m on m.pnpubid = b.oid and m.pnnspid = c.relnamespace
-    where b.pubupdate and (b.puballtables or r.oid is not null or m.oid is not null)
+    where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or r.oid is not null or m.oid is not null)
     group by b.pubname
   )
   select 'key', true, format('constraint %I makes the column a key', c.conname), 'A key cannot be encrypted: protect another column.'
@@ -5232,11 +5430,15 @@ begin atomic
   where c.contype in ('p', 'f') and (c.conrelid = relation and _column_findings.attnum = any (c.conkey)
     or c.confrelid = relation and _column_findings.attnum = any (c.confkey))
   union all
-  select 'type', true, format('varchar(%s) is too short for envelopes', a.atttypmod - 4), 'Change the type to text: an envelope of nothing has 104 characters.'
+  select 'type', true, format('varchar(%s) limits its length, and an envelope is longer than its value', a.atttypmod - 4),
+    format('ALTER TABLE %s ALTER COLUMN %I TYPE text: an envelope of nothing has 104 characters, one of %s has %s.',
+      relation, a.attname, a.atttypmod - 4, 4 + (59 + 16 * ((a.atttypmod - 4) / 16 + 1) + 2) / 3 * 4)
   from pg_attribute a where a.attrelid = relation and a.attnum = _column_findings.attnum and a.atttypid = 'varchar'::regtype and a.atttypmod > 0
   union all
-  select distinct 'check', false, format('CHECK %I is applied to envelopes', c.conname), 'Drop it, or let it accept them: the sweep fails on rows that it refuses.'
-  from pg_constraint c join (select p.relation, p.attnum from parts p union select relation, _column_findings.attnum) as s on s.relation = c.conrelid
+  -- Not enforced: from version 18 on.
+  select distinct 'check', false, format(case when e.enforced then 'CHECK %I is applied to envelopes' else 'CHECK %I, which is not enforced, is not about envelopes' end, c.conname),
+    case when e.enforced then 'Drop it, or let it accept them: the sweep fails on rows that it refuses.' else 'Nothing fails on it; but it may not be true any more.' end
+  from pg_constraint c cross join lateral (select coalesce((to_jsonb(c) ->> 'conenforced')::boolean, true) as enforced) e join (select p.relation, p.attnum from parts p union select relation, _column_findings.attnum) as s on s.relation = c.conrelid
   where c.contype = 'c' and s.attnum = any (c.conkey)
   union all
   select 'index', false, format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values', i.indexrelid::regclass),
@@ -5245,7 +5447,9 @@ begin atomic
   where i.indrelid = relation and not i.indisprimary and (_column_findings.attnum = any (i.indkey) or exists (
     select from pg_depend d where d.objid = i.indexrelid and d.classid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum))
   union all
-  select 'generated', false, format('generated column %I is computed from envelopes', a.attname), 'Drop it.'
+  select 'generated', false, format('generated column %I is computed from envelopes', a.attname),
+    case when a.attgenerated = 's' then format('ALTER TABLE %s ALTER COLUMN %I DROP EXPRESSION keeps what is in it; or drop it.', relation, a.attname)
+         else 'Drop it, or compute it from the decrypted view.' end
   from pg_attrdef f
   join pg_attribute a on a.attrelid = f.adrelid and a.attnum = f.adnum and a.attgenerated <> ''
   where f.adrelid = relation and exists (
@@ -5257,15 +5461,22 @@ begin atomic
                 else 'trigger %I fires for every row of a rotation' end, t.tgname)
       || case when min(t.relation::oid) <> _column_findings.relation::oid and count(*) < (select count(*) from parts)
               then format(', in %s', min(t.relation::oid)::regclass) else '' end,
-    format('WHEN (NOT rekey.is_sweeping(%L)) lets it pass%s.', _column_findings.relation::text,
-      case when not t.each_row then ', for each row' when t.conditional then ', beside its condition' else '' end)
+    case when t.each_row then 'What it derives from the column, as a hash or the last characters, becomes that of the envelope. ' else '' end
+      || format('WHEN (NOT rekey.is_sweeping(%L)) lets it pass%s; rekey.protect_column(..., fire_triggers => false) keeps all of them from firing.',
+        _column_findings.relation::text, case when not t.each_row then ', for each row' when t.conditional then ', beside its condition' else '' end)
   from triggers t
   group by t.tgname, t.each_row, t.conditional
   union all
   -- 2: ON UPDATE
   select distinct 'rule', false, format('rule %I of %s is applied to the updates of a rotation', r.rulename, r.ev_class::regclass),
-    'Drop it, or make it a trigger: what it puts in their place may leave rows as they are.'
+    'Drop it, make it a trigger, or have it passed by (fire_triggers => false): what it puts in their place may leave rows as they are.'
   from parts p join pg_rewrite r on r.ev_class = p.relation and r.ev_type = '2' and r.ev_enabled in ('O', 'A')
+  where fire_triggers
+  union all
+  select 'search path', false, format('others may create in schema %I, in which what a rotation fires looks for names', s.nspname),
+    'What they make there could run as the owner of the table: rekey.protect_column(..., search_path => ''...'') without it, or names with their schema.'
+  from rekey._others_schemas(_column_findings.relation, _column_findings.search_path) as s(nspname)
+  where exists (select from triggers)
   union all
   select 'publication', false,
     case when b.whole or not (b.filtered or b.without) then format('publication %I sends every row of a rotation', b.pubname)
@@ -5273,9 +5484,11 @@ begin atomic
          else format('publication %I sends the rows of a rotation that its filter lets through', b.pubname) end,
     case when not b.whole and b.without then 'Subscribers, Supabase Realtime among them, get an update for each row, in which nothing has changed.'
          else 'Subscribers get the envelopes: they need the same keys.' end
-  from published b;
+  from published b
+  union all
+  select 'publication', false, u.finding, u.advice from parts p cross join lateral rekey._unpublishable(p.relation) u;
 end;
-comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires. fatal: it cannot be protected.';
+comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected.';
 
 create or replace function rekey._newest_problem(protected rekey.protected_columns) returns text
 language plpgsql stable
@@ -5324,15 +5537,14 @@ begin
       if finding is not null then
         kind := 'write trigger';
         severity := 'warning';
-        advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name,
-          case when v_column.encrypt_on_write then ', encrypt_on_write => true' end);
+        advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name, rekey._protect_options(v_column));
         return next;
       end if;
     end if;
     if v_shape.relation is not null then
       return query
         select v_column.label, f.kind, 'warning', f.finding, f.advice
-        from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]]) f
+        from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]], v_column.fire_triggers, v_column.search_path) f
         order by f.kind, f.finding;
     end if;
   end loop;
@@ -6120,7 +6332,7 @@ language sql immutable parallel safe
 return left(code, 2) = any ('{08,40,53,55,57,58,F0,XX}');
 comment on function rekey._is_passing is 'Whether an error with this SQLSTATE says nothing of the row at which it came: it is tried again.';
 
-create or replace function rekey._explain_error(relation regclass, message text, code text, context text, plain boolean) returns text
+create or replace function rekey._explain_error(target text, relation regclass, message text, code text, context text, plain boolean) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
@@ -6132,22 +6344,30 @@ declare
       '(?:PL/pgSQL function |SQL function ")([^"\n]*)', 'g') with ordinality as f(found, place)
     where f.found[1] not like 'rekey.%'
     order by f.place);
+  v_path text := (select c.search_path from rekey.protected_columns c where c.label = target);
+  v_function text;
   v_trigger name;
 begin
-  select t.tgname into v_trigger from pg_trigger t
-  where t.tgrelid = relation and not t.tgisinternal and t.tgfoid::regprocedure::text = any (v_functions)
+  -- Without its schema, where the path of the sweep has that.
+  select t.tgname, p.oid::regprocedure::text into v_trigger, v_function
+  from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+  where t.tgrelid = relation and not t.tgisinternal and array[p.oid::regprocedure::text, quote_ident(p.proname) || '()'] && v_functions
   order by t.tgname limit 1;
+  if split_part(v_functions[1], '.', 2) = '' and right(v_function, length(v_functions[1])) = v_functions[1] then
+    v_functions[1] := v_function;
+  end if;
   return format('%s: %s', relation,
     -- Of a row that is plain yet, the words of a table's own code may have the value in them.
     case when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
     || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
     || case when code in ('42P01', '42883', '42704', '3F000') then
-      format('. A sweep runs with search_path = pg_catalog, pg_temp: name it with its schema, or %s',
+      format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column() the path that it needs',
+        coalesce(v_path, 'pg_catalog, pg_temp'),
         coalesce('ALTER FUNCTION ' || rekey._cut(v_functions[1], 200) || ' SET search_path = ...', 'give what the table calls a search path of its own')) else '' end;
 end
 $$;
 comment on function rekey._explain_error is
-  'An error in a table in words: the table, the message, the trigger and function that it came from, and what to do where the search path is the cause. Bounded in length. plain: the column may hold plain values.';
+  'An error in a table, as a target, in words: the table, the message, the trigger and function that it came from, and what to do where the search path is the cause. Bounded in length. plain: the column may hold plain values.';
 
 create or replace function rekey._note_trouble(chunk rekey._chunks, message text, code text) returns void
 language plpgsql
@@ -6547,7 +6767,7 @@ begin
     end if;
     if v_low = v_high then
       refused := refused || v_rows[v_low];
-      problems := problems || rekey._explain_error(relation, v_message, v_code, v_context, plain);
+      problems := problems || rekey._explain_error(target.target, relation, v_message, v_code, v_context, plain);
       codes := codes || v_code;
     else
       v_from[v_top + 1] := (v_low + v_high) / 2 + 1;
@@ -6848,7 +7068,7 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, v_chunk.kind = 'adopt');
+      v_error := rekey._explain_error(v_chunk.target, v_chunk.relation, sqlerrm, sqlstate, v_context, v_chunk.kind = 'adopt');
       perform rekey._note_trouble(v_chunk, v_error, sqlstate);
       event := case when sqlstate = '57014' then 'canceled' else 'error' end;
       rows := 0;
@@ -7235,7 +7455,7 @@ begin
         raise;
       end if;
       keyring_id := null;
-      error := rekey._explain_error(relation, sqlerrm, sqlstate, v_context, true);
+      error := rekey._explain_error(target, relation, sqlerrm, sqlstate, v_context, true);
       code := sqlstate;
       return next;
       error := null;
@@ -7265,7 +7485,7 @@ begin
         raise;
       end if;
       errors := coalesce(errors, '[]') || jsonb_build_object('target', v_target.target, 'relation', v_target.relation::oid, 'code', sqlstate,
-        'error', rekey._explain_error(v_target.relation, sqlerrm, sqlstate, '', true));
+        'error', rekey._explain_error(v_target.target, v_target.relation, sqlerrm, sqlstate, '', true));
     end;
   end loop;
 end
@@ -7433,7 +7653,7 @@ begin
       if sqlstate in ('RK001', 'RK002') and v_context !~ '\mrekey"?\."?_call_' then
         raise;
       end if;
-      v_error := rekey._explain_error(v_chunk.relation, sqlerrm, sqlstate, v_context, true);
+      v_error := rekey._explain_error(v_chunk.target, v_chunk.relation, sqlerrm, sqlstate, v_context, true);
       -- Whom it concerns is found out by the last step, which opens these rows, and waits for nobody else's.
       update rekey._chunks c
       set attempts = c.attempts + 1, last_error = v_error, next_attempt_at = clock_timestamp() + least(power(2, c.attempts), 300) * interval '1 second',

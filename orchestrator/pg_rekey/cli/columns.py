@@ -14,7 +14,17 @@ from pg_rekey.cli.rotations import COLUMNS
 from pg_rekey.errors import FINDINGS, UNFINISHED
 from pg_rekey.legacy import FORMATS, Keys
 
-SHOWN = ("label", "relation", "column_name", "keyring", "context_columns", "encrypt_on_write", "problem")
+SHOWN = (
+    "label",
+    "relation",
+    "column_name",
+    "keyring",
+    "context_columns",
+    "encrypt_on_write",
+    "fire_triggers",
+    "search_path",
+    "problem",
+)
 
 
 @click.group()
@@ -39,6 +49,8 @@ def list_(connection: db.Connection, out: Output) -> None:
 @click.option("--keyring", default="default", show_default=True, metavar="NAME")
 @click.option("--context", metavar="A,B", help="What tells rows apart; the primary key by default.")
 @click.option("--encrypt-on-write", is_flag=True, help="A trigger encrypts what is written.")
+@click.option("--no-fire-triggers", is_flag=True, help="Rotations do not fire its triggers and rules.")
+@click.option("--search-path", metavar="A,B", help="With which they run; the path of this login by default.")
 @database(unlocked=True)
 def protect(
     connection: db.Connection,
@@ -48,11 +60,14 @@ def protect(
     keyring: str,
     context: str | None,
     encrypt_on_write: bool,
+    no_fire_triggers: bool,
+    search_path: str | None,
 ) -> None:
     """Put a bytea or text column under rotation; no value changes yet. What envelopes break: warnings."""
     names = [name.strip() for name in context.split(",")] if context is not None else None
     table = db.named(connection, table)
-    label = scalar(connection, db.query("protect column"), table, column, keyring, names, encrypt_on_write)
+    options = (encrypt_on_write, not no_fire_triggers, search_path)
+    label = scalar(connection, db.query("protect column"), table, column, keyring, names, *options)
     out.done(
         f"{label} is protected; `pg-rekey columns adopt` encrypts what is there", label=label, keyring=keyring
     )
