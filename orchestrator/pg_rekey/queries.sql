@@ -474,6 +474,12 @@ from rekey.column_status s order by s.label
 -- description: Put a column under rotation.
 select rekey.protect_column(%s::regclass, %s, %s, %s::name[], %s)
 
+-- name: never searched
+-- description: What `columns find` does not look into, whoever asks: foreign tables, of which ten, and large objects.
+(select format('foreign table %s', c.oid::regclass) as name from pg_class c where c.relkind = 'f' order by 1 limit 10)
+union all
+select format('%s large objects', count(*)) from pg_largeobject_metadata having count(*) > 0
+
 -- name: rebind column
 -- description: Binds a protected column to the table and column that hold its values now.
 select rekey.rebind_column(%s::regclass, %s::name, %s)

@@ -39,6 +39,7 @@ begin
 end
 $$;
 comment on function rekey._legacy_format is 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
+grant execute on function rekey._legacy_format to rekey_admin, rekey_operator, rekey_auditor;
 
 -- Decryption under a wrong passphrase fails, and no expression with a secret may (41_encrypt.sql). So passphrases wait in a setting
 -- of the transaction, sealed as the KEK of a session is, and come into the statement as a column.

@@ -214,9 +214,16 @@ def view(connection: db.Connection, out: Output, table: str) -> None:
 @columns.command()
 @database()
 def find(connection: db.Connection, out: Output) -> None:
-    """Find columns that were forgotten, by counting; no value is shown. Exit code 5 if there are any."""
+    """Find columns that were forgotten, by counting; no value is shown. Exit code 5 if there are any.
+
+    Those that hold envelopes without protection, or what another tool encrypted, and those whose name, or a
+    key of whose JSON, sounds like a secret. What cannot be read is named.
+    """
     rows = fetch(connection, "select * from rekey.find_unprotected()")
     shown = ("relation", "column_name", "finding", "rows", "advice")
-    out.table(rows, shown, empty="nothing was forgotten")
+    unread = [row["name"] for row in fetch(connection, db.query("never searched"))]
+    out.table(rows, shown, empty="nothing was found in what was read" if unread else "nothing was forgotten")
+    if unread:
+        click.echo(f"never read: {', '.join(unread)}", err=True)
     if rows:
         raise click.exceptions.Exit(FINDINGS)
