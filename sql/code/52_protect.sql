@@ -631,6 +631,18 @@ end
 $$;
 comment on function rekey._refuse_encrypted is 'RK005 where a protected column holds envelopes; 25001 outside READ COMMITTED.';
 
+create or replace function rekey._end_adoptions(column_id integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update rekey.rotations r
+  set state = 'superseded', finished_at = now(), in_line = false, pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.column_id = _end_adoptions.column_id and rekey._is_under_way(r.state);
+end
+$$;
+comment on function rekey._end_adoptions is 'Ends the adoption of a column that is in line or, where its table is gone, under way.';
+
 create or replace function rekey._release_column(target regclass, column_name name, decrypt boolean, out id integer, out statements text[])
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -647,10 +659,11 @@ begin
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
-  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
+  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state) and not r.in_line;
   if found then
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
+  perform rekey._end_adoptions(id);
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
   else
@@ -710,6 +723,7 @@ begin
   loop
     execute format('drop function %s', v_function);
   end loop;
+  perform rekey._end_adoptions(id);
   update rekey.rotation_failures f set resolved_at = now(), resolution = 'cleared'
   where f.target = v_protected.label and f.resolved_at is null;
   delete from rekey.protected_columns c where c.id = _forget_column.id;

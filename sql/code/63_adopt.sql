@@ -218,13 +218,14 @@ begin
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
-  select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+  select r.id into v_rotation from rekey.rotations r where r.column_id = v_column.id and rekey._is_under_way(r.state);
   if found then
-    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
+    raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
-  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced)
+  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, in_line)
   select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
-    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false)
+    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false),
+    exists (select from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))
   from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
   returning id into v_rotation;
   if v_rotation is null then
@@ -236,7 +237,7 @@ begin
 end
 $$;
 comment on function rekey.adopt_column is
-  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the keyring is under way; RK005: blocked; RK006: retired keyring; RK007: not protected.';
+  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked; RK006: retired keyring; RK007: not protected.';
 grant execute on function rekey.adopt_column to rekey_admin;
 
 -- What follows is how pg-rekey columns adopt works. One batch is two calls in one transaction: in between, the client opens

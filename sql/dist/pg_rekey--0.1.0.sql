@@ -347,13 +347,14 @@ create table rekey.rotations (
   column_id integer constraint rotations_column_fkey references rekey.protected_columns on delete set null,
   formats text[],
   forced boolean not null default false,
+  in_line boolean not null default false,
   created_at timestamptz not null default now(),
   started_at timestamptz,
   finished_at timestamptz,
   constraint rotations_to_version_fkey foreign key (keyring_id, to_version) references rekey.encryption_keys (keyring_id, version)
 ) with (fillfactor = 50);  -- room for the progress, which each batch notes
 create unique index rotations_under_way_key on rekey.rotations (keyring_id)
-  where state in ('queued', 'running', 'paused', 'verifying', 'failed');
+  where state in ('queued', 'running', 'paused', 'verifying', 'failed') and not in_line;
 create index rotations_keyring_id on rekey.rotations (keyring_id, id);
 create index rotations_open on rekey.rotations (id) where state in ('queued', 'running', 'verifying');
 comment on table rekey.rotations is 'Rotations: which keyring goes from which versions to which, and how far it is.';
@@ -381,6 +382,7 @@ comment on column rekey.rotations.verification_id is 'Number of the verification
 comment on column rekey.rotations.column_id is 'Protected column that is adopted; NULL for other rotations, and once it is no longer protected.';
 comment on column rekey.rotations.formats is 'Formats that are adopted; NULL for other rotations.';
 comment on column rekey.rotations.forced is 'Whether values that look encrypted in another format are adopted as plaintext.';
+comment on column rekey.rotations.in_line is 'Whether it is an adoption that waits, queued, until nothing else of its keyring is under way.';
 comment on column rekey.rotations.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
 comment on column rekey.rotations.started_at is 'When the first row was looked at.';
 comment on column rekey.rotations.finished_at is 'When it ended.';
@@ -2199,7 +2201,7 @@ declare
 begin
   select r.id into v_rotation from rekey.rotations r
   where r.keyring_id = _refuse_needed.keyring_id and (_refuse_needed.version = any (r.from_versions) or r.to_version = _refuse_needed.version)
-    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed');
+    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not r.in_line;
   if found then
     raise exception 'version % is needed by rotation %', version, v_rotation using errcode = 'RK005',
       hint = 'Let the rotation complete first.';
@@ -4530,6 +4532,18 @@ end
 $$;
 comment on function rekey._refuse_encrypted is 'RK005 where a protected column holds envelopes; 25001 outside READ COMMITTED.';
 
+create or replace function rekey._end_adoptions(column_id integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update rekey.rotations r
+  set state = 'superseded', finished_at = now(), in_line = false, pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.column_id = _end_adoptions.column_id and rekey._is_under_way(r.state);
+end
+$$;
+comment on function rekey._end_adoptions is 'Ends the adoption of a column that is in line or, where its table is gone, under way.';
+
 create or replace function rekey._release_column(target regclass, column_name name, decrypt boolean, out id integer, out statements text[])
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -4546,10 +4560,11 @@ begin
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
-  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
+  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state) and not r.in_line;
   if found then
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
+  perform rekey._end_adoptions(id);
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
   else
@@ -4609,6 +4624,7 @@ begin
   loop
     execute format('drop function %s', v_function);
   end loop;
+  perform rekey._end_adoptions(id);
   update rekey.rotation_failures f set resolved_at = now(), resolution = 'cleared'
   where f.target = v_protected.label and f.resolved_at is null;
   delete from rekey.protected_columns c where c.id = _forget_column.id;
@@ -5619,7 +5635,10 @@ select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions
   r.attempts, r.last_error,
   coalesce(r.next_attempt_at, case when r.attempts > 0 then (
     select min(c.next_attempt_at) from rekey._chunks c where c.pass_id = r.pass_id and c.attempts > 0 and not c.stuck) end) as next_attempt_at,
-  coalesce(r.blocked_by, h.steps) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
+  coalesce(r.blocked_by, h.steps, case when r.in_line then (
+    select jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('rotation', o.id, 'state', o.state, 'adopts', q.label)))
+    from rekey.rotations o left join rekey.protected_columns q on q.id = o.column_id
+    where o.keyring_id = r.keyring_id and o.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not o.in_line) end) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
   p.label as adopts, r.formats, r.forced
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
@@ -5646,7 +5665,7 @@ comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: reke
 comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
@@ -5698,10 +5717,10 @@ begin
   perform rekey._lock_kek();
   perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for no key update;
   if supersede then
-    perform from rekey.rotations r where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) order by r.id for no key update;
+    perform from rekey.rotations r where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line order by r.id for no key update;
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
-    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state);
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line;
   end if;
   select array_agg(k.id order by k.id), array_agg(a.version order by k.id),
     array_agg((select max(m.version) + 1 from rekey.encryption_keys m where m.keyring_id = k.id) order by k.id)
@@ -5709,7 +5728,7 @@ begin
   from rekey.keyrings k
   join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
   where k.id = any (keyrings) and k.retired_at is null
-    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state));
+    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state) and not r.in_line);
   if v_due is null then
     return;
   end if;
@@ -5760,7 +5779,7 @@ begin
     select k.name, r.id, r.to_version, row_number() over (order by r.id) as place
     from rekey.rotations r
     join rekey.keyrings k on k.id = r.keyring_id
-    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and r.id <> all (begun)
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line and r.id <> all (begun)
   )
   select jsonb_agg(jsonb_build_object('event', 'rotation.passed_by', 'keyring', p.name, 'version', p.to_version, 'rotation_id', p.id,
                                       'details', jsonb_strip_nulls(jsonb_build_object('reason', _note_passed_by.reason))) order by p.place),
@@ -5803,19 +5822,19 @@ begin
   if keyring is null then
     perform rekey._note_passed_by(v_ids, v_new, reason);
   elsif v_new = '{}' then
-    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line;
     raise exception 'keyring % is under way in rotation %', quote_literal(keyring), v_rotation using errcode = 'RK004',
       hint = 'Wait for it, or let this one take its rows along: supersede => true.', constraint = 'supersede';
   end if;
   return query
     select s.* from rekey.rotation_status s
     where s.id = any (v_new)
-       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state))
+       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state) and not r.in_line)
     order by s.id;
 end
 $$;
 comment on function rekey.rotate_keys is
-  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
+  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along; an adoption under way has to be asked for again, those in line come after. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
 grant execute on function rekey.rotate_keys to rekey_admin;
 
 create or replace function rekey._rotation(id bigint) returns rekey.rotations
@@ -5881,16 +5900,20 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if exists (select from rekey.rotations r where r.keyring_id = rotation.keyring_id and r.id > rotation.id) then
+  -- (No other takes along what an adoption left. One that waited in line may be under way after one with a higher number.)
+  if rotation.trigger <> 'adoption' and exists (
+       select from rekey.rotations r
+       where r.keyring_id = rotation.keyring_id and r.id <> rotation.id and not r.in_line
+         and (r.id > rotation.id or rekey._is_under_way(r.state))) then
     raise exception 'rotation % is not the last one of its keyring', rotation.id using errcode = 'RK006',
-      hint = 'A later one takes its rows along.';
+      hint = 'A later one takes its rows along; an adoption that is under way has to end first.';
   end if;
   if exists (select from rekey.keyrings k where k.id = rotation.keyring_id and k.retired_at is not null) then
     raise exception 'the keyring of rotation % is retired', rotation.id using errcode = 'RK006';
   end if;
 end
 $$;
-comment on function rekey._refuse_over is 'RK006 where nothing comes of a rotation any more: the keyring has a later one, or is retired.';
+comment on function rekey._refuse_over is 'RK006 where nothing comes of a rotation any more: the keyring has a later one, or is retired; or where another is under way.';
 
 create or replace function rekey.retry_rotation(id bigint) returns void
 language plpgsql security definer
@@ -5908,7 +5931,7 @@ begin
   set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
   update rekey.rotations r
-  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
   where r.id = retry_rotation.id;
   perform rekey._audit('rotation.retried', rekey._keyring_name(v_rotation.keyring_id), v_rotation.to_version, id);
 end
@@ -5985,15 +6008,15 @@ begin
     select r into v_rotation from rekey._rotate(array[v_keyring.id], 'compromise', reason, true) r;
     v_key := rekey._key(v_keyring.id, version);
   else
-    -- An adoption takes no envelopes along: it has to be asked for again.
+    -- An adoption takes no envelopes along: it has to be asked for again. Those in line wait for this one.
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
-    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and r.trigger = 'adoption';
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line and r.trigger = 'adoption';
     -- Any other that is under way takes the rows along, and does not wait any longer, whatever it was.
     update rekey.rotations r
     set trigger = 'compromise', attempts = 0, next_attempt_at = null,
         state = case when r.state in ('paused', 'failed') then 'queued' else r.state end
-    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state)
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line
     returning r.id into v_rotation;
     v_event := 'rotation.resumed';
     if not found and v_keyring.retired_at is null then
@@ -6015,7 +6038,7 @@ begin
 end
 $$;
 comment on function rekey.mark_key_compromised is
-  'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+  'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it; those in line come after. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
 grant execute on function rekey.mark_key_compromised to rekey_admin;
 
 create or replace function rekey._replace_lost_keys(kek_id integer) returns void
@@ -6079,10 +6102,10 @@ begin
   end if;
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
   if action = 'retry' and v_failure.rotation_id is not null and not exists (
-       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
+       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state) and not r.in_line) then
     perform rekey._refuse_over(v_rotation);
     update rekey.rotations r
-    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
     where r.id = v_failure.rotation_id;
   end if;
   perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_failure.keyring_id), v_failure.version, v_failure.rotation_id,
@@ -6335,7 +6358,7 @@ begin
       q.id, q.rotation_id as before
     from unnest(keyrings, versions, row_keys, problems, codes) as f(keyring_id, version, row_key, problem, code)
     cross join lateral (select rekey._row_hash(f.row_key) as hash offset 0) h
-    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
+    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state) and not r.in_line
     -- Known from an earlier rotation or pass.
     left join lateral (
       select q.id, q.rotation_id from rekey.rotation_failures q
@@ -6448,7 +6471,7 @@ declare
 begin
   select array_agg(r.id), bool_or(r.trigger = 'compromise') into v_ids, v_urgent
   from (select * from rekey.rotations r
-        where r.state in ('queued', 'running') and r.pass_id is null
+        where r.state in ('queued', 'running') and r.pass_id is null and not r.in_line
           and rekey._is_due(r.next_attempt_at)
         order by r.id for update skip locked) r;
   if v_ids is null then
@@ -7016,12 +7039,38 @@ begin
   else
     -- As _plan() will find them: who holds one up does not hold up the batches.
     perform from rekey.rotations r
-    where r.state in ('queued', 'running') and r.pass_id is null and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
+    where r.state in ('queued', 'running') and r.pass_id is null and not r.in_line and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
     event := case when found then 'whole' end;
   end if;
 end
 $$;
 comment on function rekey._coordinate is 'What one worker does for all: ends passes, tries the barrier, begins passes; without planning, says that one is to be begun (event whole).';
+
+create or replace function rekey._next_in_line() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id bigint;
+begin
+  -- (Whoever has a keyring in hand begins something there, or ends it: the next step looks again.)
+  select r.id into v_id
+  from rekey.rotations r
+  join rekey.keyrings k on k.id = r.keyring_id
+  where r.state = 'queued' and r.in_line
+    and not exists (select from rekey.rotations o where o.keyring_id = r.keyring_id and rekey._is_under_way(o.state) and not o.in_line)
+  order by r.id limit 1 for no key update of k skip locked;
+  if not found then
+    return;
+  end if;
+  update rekey.rotations r
+  set in_line = false,
+      to_version = (select k.version from rekey.encryption_keys k where k.keyring_id = r.keyring_id and k.state = 'active')
+  where r.id = v_id and r.state = 'queued' and r.in_line
+    and not exists (select from rekey.rotations o where o.keyring_id = r.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
+end
+$$;
+comment on function rekey._next_in_line is 'Lets the first adoption in line begin whose keyring has nothing else under way, with the version that is active now.';
 
 create or replace function rekey.rotation_step(
   whole boolean = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
@@ -7039,8 +7088,9 @@ begin
   perform rekey._refuse_snapshot();
   keyring_count := 0;
   rows := 0;
+  perform rekey._next_in_line();
   if not exists (
-       select from rekey.rotations r where r.state in ('queued', 'running', 'verifying')
+       select from rekey.rotations r where r.state in ('queued', 'running', 'verifying') and not r.in_line
          -- An adoption whose keys only pg-rekey columns adopt has.
          and not (r.state = 'running' and r.formats is not null and r.formats <> '{plaintext}' and exists (select from rekey._chunks c where c.pass_id = r.pass_id))) then
     event := 'idle';
@@ -7051,7 +7101,7 @@ begin
   -- What was just asked for, or only waits, comes before the batches: a compromised key does not wait for a long sweep.
   if (exists (
         select from rekey.rotations r
-        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
+        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' and not r.in_line or r.state = 'verifying' and r.barrier_at is null))
       or exists (
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
         where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))
@@ -9247,13 +9297,14 @@ begin
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
-  select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+  select r.id into v_rotation from rekey.rotations r where r.column_id = v_column.id and rekey._is_under_way(r.state);
   if found then
-    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
+    raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
-  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced)
+  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, in_line)
   select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
-    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false)
+    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false),
+    exists (select from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))
   from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
   returning id into v_rotation;
   if v_rotation is null then
@@ -9265,7 +9316,7 @@ begin
 end
 $$;
 comment on function rekey.adopt_column is
-  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the keyring is under way; RK005: blocked; RK006: retired keyring; RK007: not protected.';
+  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked; RK006: retired keyring; RK007: not protected.';
 grant execute on function rekey.adopt_column to rekey_admin;
 
 -- What follows is how pg-rekey columns adopt works. One batch is two calls in one transaction: in between, the client opens
@@ -9681,7 +9732,7 @@ begin
   select array_agg(k.id) into v_due
   from (select k.id from rekey.keyrings k
         where k.next_rotation_at <= now()
-          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state))) k;
+          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state) and not r.in_line)) k;
   if v_due is null then
     return;
   end if;
@@ -10098,7 +10149,7 @@ begin
         array_agg(distinct c.keyring_id)
       into v_keyrings, v_current
       from rekey._call_count(v_target.function_name, v_target.relation, null) c
-      where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
+      where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
       -- And where the census has put rows into quarantine: they may open again.
       v_keyrings := array(
         select unnest(v_keyrings) union
@@ -10163,7 +10214,7 @@ begin
     order by c.keyring_id
   loop
     perform rekey._keyring(v_stale.name, lock => true);
-    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state));
+    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
     v_id := rekey._queue_sweep(v_stale.keyring_id, 'schedule', 'rows on an older version, found by the census');
     v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
       'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
