@@ -1,6 +1,4 @@
-"""Adoptions of one keyring wait in line, say for what, and none is lost."""
-
-from collections.abc import Iterator
+"""Columns are adopted without a dead end: in line, saying for what they wait, and none is lost."""
 
 import pytest
 
@@ -16,7 +14,7 @@ MODEL = {str(n): f"plain {n}" for n in range(1, 51)}
 
 
 @pytest.fixture
-def tables(app: Connection) -> Iterator[tuple[str, ...]]:
+def tables(app: Connection) -> tuple[str, ...]:
     """Three tables of plain values, each with a protected column of one keyring."""
     for table in TABLES:
         app.execute(f"create table {table} (id int primary key, v text)".encode())
@@ -181,3 +179,29 @@ def test_the_terminal_says_what_an_adoption_waits_for(
     assert "goes on" in err
     step_until(ready, "idle")
     check(ready, {}, columns={"app.a": MODEL})
+
+
+@pytest.mark.parametrize(
+    ("definition", "context", "warned"),
+    [
+        ("id serial primary key, conn_id text unique, v text", None, True),
+        ("id uuid default gen_random_uuid() primary key, conn_id text, v text, unique (conn_id)", None, True),
+        ("id int generated always as identity primary key, conn_id text unique, v text", None, True),
+        ("id serial primary key, conn_id text unique, v text", "conn_id", False),
+        ("id int primary key, conn_id text unique, v text", None, False),
+        ("id serial primary key, conn_id text, v text", None, False),
+    ],
+)
+def test_protect_says_what_encrypt_on_write_will_need(
+    cli_ready: Cli, ready: Connection, definition: str, context: str | None, warned: bool
+) -> None:
+    """Before any value is bound to the primary key; and so it is: the second call is refused just then."""
+    ready.execute(f"create table t ({definition})".encode())
+    options = ["--context", context] if context else []
+    cli_ready("columns", "protect", "t", "v", *options)
+    assert ("encrypt_on_write will be refused with this context" in cli_ready.err) is warned
+    cli_ready("columns", "protect", "t", "v", *options, "--encrypt-on-write", code=1 if warned else 0)
+    if warned:
+        assert "Name that other key in --context" in cli_ready.err
+        cli_ready("columns", "unprotect", "t", "v")
+        cli_ready("columns", "protect", "t", "v", "--context", "conn_id", "--encrypt-on-write")

@@ -492,6 +492,10 @@ select rekey.unprotect_column(%s::regclass, %s, %s)
 -- description: Copy the secrets of the Supabase Vault.
 select rekey.adopt_vault(%s, %s)
 
+-- name: dropped column
+-- description: The label of a protected column that has lost its table.
+select s.label from rekey.column_status s where s.relation is null and s.label = format('%%s.%%I', %s::text, %s::text)
+
 -- name: uninstall
 -- description: What `uninstall` finds: pg_rekey, by which road, who installed it, whether this role may remove it, and where pg_cron lives.
 select current_database()::text as database,

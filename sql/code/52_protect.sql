@@ -463,11 +463,16 @@ begin
       raise exception '% has no primary key', target using errcode = 'invalid_parameter_value',
         hint = 'Name in context_columns what its rows are told apart by: columns that do not change.', constraint = 'context';
     end if;
-    if encrypt_on_write and exists (
+    if exists (
          select from pg_attribute a where a.attrelid = target and a.attname = any (v_context) and (a.atthasdef or a.attidentity <> ''))
        and exists (select from pg_index i where i.indrelid = target and i.indisunique and not i.indisprimary) then
-      raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
-        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
+      if encrypt_on_write then
+        raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
+          hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
+      end if;
+      -- Said before any value is bound to it: context stays.
+      raise warning 'encrypt_on_write will be refused with this context: the primary key of % has a default, and another key is unique', target
+        using hint = 'If a trigger is to encrypt what is written, name that other key in context_columns now, before values are bound to the primary key.', constraint = 'context_of_trigger';
     end if;
   end if;
   foreach v_name in array v_context loop
@@ -609,7 +614,7 @@ begin
 end
 $$;
 comment on function rekey.protect_column is
-  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
+  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). What envelopes break, and where encrypt_on_write will need other context columns, comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
 grant execute on function rekey.protect_column to rekey_admin;
 
 create or replace function rekey._refuse_encrypted(protected rekey.protected_columns) returns void

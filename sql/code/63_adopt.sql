@@ -290,6 +290,7 @@ as $$
 declare
   v_rotation record;
   v_chunk rekey._chunks;
+  v_table regclass;
   v_target rekey._target;
   v_state text := rekey._target_state();
   v_until_block bigint;
@@ -305,7 +306,10 @@ begin
   if not found then
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
-  perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  v_table := (rekey._column_shape(v_rotation.column_id)).relation;
+  if v_table is not null then
+    perform rekey._refuse_stranger(v_table);
+  end if;
   select c.* into v_chunk from rekey._chunks c
   where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.kind = 'adopt' and c.target = v_rotation.label
   order by c.id limit 1 for update skip locked;
@@ -313,7 +317,11 @@ begin
     return null;
   end if;
   v_target := rekey._target_of(v_chunk);
-  perform rekey._refuse_problem(v_chunk.target, v_target.problem);
+  if v_target.problem is not null then
+    -- As in rekey._sweep_batch(): the verification says what it waits for.
+    delete from rekey._chunks c where c.id = v_chunk.id;
+    return null;
+  end if;
   select w.rows into v_max_rows from rekey._throttle(least(v_chunk.batch_rows, 1000)) w;
   if v_max_rows is null then
     return null;
@@ -342,7 +350,7 @@ begin
   return v_adoption;
 end
 $$;
-comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the rotation is not running, and while the throttle holds it up.';
+comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the column is blocked, where the rotation is not running, and while the throttle holds it up.';
 grant execute on function rekey._adoption_batch to rekey_admin;
 
 create or replace function rekey._note_adopted(
@@ -501,7 +509,7 @@ begin
 end
 $$;
 comment on function rekey.adoption_batch is
-  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, or the throttle holds it up. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
+  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, the throttle holds it up, or the column is blocked, for which the rotation waits. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: changed meanwhile; RK007: no such adoption.';
 grant execute on function rekey.adoption_batch to rekey_admin;
 
 create or replace function rekey.adoption_store(rotation_id bigint, relation regclass) returns bigint

@@ -3776,7 +3776,7 @@ begin
   if current_setting('standard_conforming_strings') = 'off' then
     return 'standard_conforming_strings is off in this session: its functions would take envelopes for something else';
   elsif v_shape.relation is null then
-    return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
+    return format('its table or column was dropped, or its functions were not restored: %s, or, where it is gone for good, rekey.unprotect_column(%L), or pg-rekey columns unprotect', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
   v_other := rekey._namesake(protected, v_shape.relation, v_shape.attnums[protected.places[1]]);
@@ -4363,11 +4363,16 @@ begin
       raise exception '% has no primary key', target using errcode = 'invalid_parameter_value',
         hint = 'Name in context_columns what its rows are told apart by: columns that do not change.', constraint = 'context';
     end if;
-    if encrypt_on_write and exists (
+    if exists (
          select from pg_attribute a where a.attrelid = target and a.attname = any (v_context) and (a.atthasdef or a.attidentity <> ''))
        and exists (select from pg_index i where i.indrelid = target and i.indisunique and not i.indisprimary) then
-      raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
-        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
+      if encrypt_on_write then
+        raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
+          hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
+      end if;
+      -- Said before any value is bound to it: context stays.
+      raise warning 'encrypt_on_write will be refused with this context: the primary key of % has a default, and another key is unique', target
+        using hint = 'If a trigger is to encrypt what is written, name that other key in context_columns now, before values are bound to the primary key.', constraint = 'context_of_trigger';
     end if;
   end if;
   foreach v_name in array v_context loop
@@ -4509,7 +4514,7 @@ begin
 end
 $$;
 comment on function rekey.protect_column is
-  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
+  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). What envelopes break, and where encrypt_on_write will need other context columns, comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context or table cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition; RK006: protected already, in another way; RK007: no such keyring.';
 grant execute on function rekey.protect_column to rekey_admin;
 
 create or replace function rekey._refuse_encrypted(protected rekey.protected_columns) returns void
@@ -9368,6 +9373,7 @@ as $$
 declare
   v_rotation record;
   v_chunk rekey._chunks;
+  v_table regclass;
   v_target rekey._target;
   v_state text := rekey._target_state();
   v_until_block bigint;
@@ -9383,7 +9389,10 @@ begin
   if not found then
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
-  perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  v_table := (rekey._column_shape(v_rotation.column_id)).relation;
+  if v_table is not null then
+    perform rekey._refuse_stranger(v_table);
+  end if;
   select c.* into v_chunk from rekey._chunks c
   where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.kind = 'adopt' and c.target = v_rotation.label
   order by c.id limit 1 for update skip locked;
@@ -9391,7 +9400,11 @@ begin
     return null;
   end if;
   v_target := rekey._target_of(v_chunk);
-  perform rekey._refuse_problem(v_chunk.target, v_target.problem);
+  if v_target.problem is not null then
+    -- As in rekey._sweep_batch(): the verification says what it waits for.
+    delete from rekey._chunks c where c.id = v_chunk.id;
+    return null;
+  end if;
   select w.rows into v_max_rows from rekey._throttle(least(v_chunk.batch_rows, 1000)) w;
   if v_max_rows is null then
     return null;
@@ -9420,7 +9433,7 @@ begin
   return v_adoption;
 end
 $$;
-comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the rotation is not running, and while the throttle holds it up.';
+comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the column is blocked, where the rotation is not running, and while the throttle holds it up.';
 grant execute on function rekey._adoption_batch to rekey_admin;
 
 create or replace function rekey._note_adopted(
@@ -9579,7 +9592,7 @@ begin
 end
 $$;
 comment on function rekey.adoption_batch is
-  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, or the throttle holds it up. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
+  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, the throttle holds it up, or the column is blocked, for which the rotation waits. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: changed meanwhile; RK007: no such adoption.';
 grant execute on function rekey.adoption_batch to rekey_admin;
 
 create or replace function rekey.adoption_store(rotation_id bigint, relation regclass) returns bigint

@@ -146,10 +146,17 @@ def _dry_run(
 @yes_option
 @output
 def unprotect(out: Output, table: str, column: str, decrypt: bool, yes: bool) -> None:
-    """Take a column out of rotation. It is refused while rows are encrypted, unless --decrypt."""
+    """Take a column out of rotation. It is refused while rows are encrypted, unless --decrypt.
+
+    A table that was dropped is named as `pg-rekey columns list` shows it.
+    """
     with worker.connect() as connection:
         if decrypt:
             confirm(connection, f"Write the plain values of {table}.{column} back?", yes)
+        for row in fetch(connection, db.query("dropped column"), table, column):
+            connection.execute("select rekey.unprotect_column(%s)", [row["label"]])
+            out.done(f"{row['label']} is forgotten", table=table, column=column)
+            return
         total = 0
         table = db.named(connection, table)
         for count in release(connection, table, column, decrypt):
