@@ -2620,6 +2620,26 @@ COMMENT ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) IS '
 
 
 --
+-- Name: _refused_updates(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refused_updates(relation regclass) RETURNS TABLE(publication name, why text)
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._refused_updates(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refused_updates(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refused_updates(relation regclass) IS 'The publications because of which every UPDATE of a relation, a sweep''s too, is refused by PostgreSQL (42P10, 55000), and why.';
+
+
+--
 -- Name: _relations_here(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -16811,6 +16831,13 @@ GRANT ALL ON FUNCTION rekey._code_of_others(relation oid, reader name) TO rekey_
 --
 
 REVOKE ALL ON FUNCTION rekey._column_bodies(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refused_updates(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refused_updates(relation regclass) FROM PUBLIC;
 
 
 --
