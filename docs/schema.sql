@@ -439,6 +439,7 @@ COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rek
 CREATE FUNCTION rekey._adoption_batch(rotation_id bigint) RETURNS rekey._adoption
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET lock_timeout TO '2 s'
     SET row_security TO 'off'
     AS $$
 declare
@@ -625,6 +626,7 @@ COMMENT ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass
 CREATE FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET lock_timeout TO '2 s'
     SET row_security TO 'off'
     AS $$
 declare

@@ -181,6 +181,23 @@ def test_the_terminal_says_what_an_adoption_waits_for(
     check(ready, {}, columns={"app.a": MODEL})
 
 
+def test_the_terminal_says_that_somebody_locks_the_table(
+    ready: Connection, cli_ready: Cli, app: Connection, tables: tuple[str, ...]
+) -> None:
+    ready.execute("select rekey.set_setting('max_rows_per_second', '20')")
+    with process("columns", "adopt", "app.a", "v", "--from", "plaintext") as running:
+        eventually(lambda: value(ready, "select count(*) from rekey.rotations where rows_done > 0"))
+        with app.transaction():
+            app.execute("lock table a in access exclusive mode")
+            assert running.stderr is not None
+            assert running.stderr.readline() == "waits for somebody who locks the table of app.a.v\n"
+        ready.execute("select rekey.set_setting('max_rows_per_second', null)")
+        _, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    assert "goes on" in err
+    check(ready, {}, columns={"app.a": MODEL})
+
+
 @pytest.mark.parametrize(
     ("definition", "context", "warned"),
     [

@@ -9426,6 +9426,7 @@ comment on function rekey._adoption_rows is 'Locks values of a range that are no
 create or replace function rekey._adoption_batch(rotation_id bigint) returns rekey._adoption
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '2 s'  -- as rekey.rotation_step()
 as $$
 declare
   v_rotation record;
@@ -9510,6 +9511,7 @@ comment on function rekey._note_adopted is 'rekey._note_batch() for an adoption.
 create or replace function rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) returns bigint
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '2 s'  -- as rekey.rotation_step()
 as $$
 declare
   v_rotation record;
