@@ -110,7 +110,8 @@ def test_a_publication_for_all_tables(ready: Connection) -> None:
 
 
 def test_a_tick_under_a_statement_timeout_keeps_its_progress(ready: Connection) -> None:
-    model = fill(ready, 20_000, size=500)
+    model = fill(ready, 2_000)
+    ready.execute("select rekey.set_setting('max_rows_per_second', '500')")  # longer than a tick may be
     number = rotate(ready)
     done: list[int] = []
     while rotation(ready, number, "state") != "completed":
