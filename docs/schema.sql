@@ -439,11 +439,13 @@ COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rek
 CREATE FUNCTION rekey._adoption_batch(rotation_id bigint) RETURNS rekey._adoption
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET lock_timeout TO '2 s'
     SET row_security TO 'off'
     AS $$
 declare
   v_rotation record;
   v_chunk rekey._chunks;
+  v_table regclass;
   v_target rekey._target;
   v_state text := rekey._target_state();
   v_until_block bigint;
@@ -459,7 +461,10 @@ begin
   if not found then
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
-  perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  v_table := (rekey._column_shape(v_rotation.column_id)).relation;
+  if v_table is not null then
+    perform rekey._refuse_stranger(v_table);
+  end if;
   select c.* into v_chunk from rekey._chunks c
   where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.kind = 'adopt' and c.target = v_rotation.label
   order by c.id limit 1 for update skip locked;
@@ -467,7 +472,11 @@ begin
     return null;
   end if;
   v_target := rekey._target_of(v_chunk);
-  perform rekey._refuse_problem(v_chunk.target, v_target.problem);
+  if v_target.problem is not null then
+    -- As in rekey._sweep_batch(): the verification says what it waits for.
+    delete from rekey._chunks c where c.id = v_chunk.id;
+    return null;
+  end if;
   select w.rows into v_max_rows from rekey._throttle(least(v_chunk.batch_rows, 1000)) w;
   if v_max_rows is null then
     return null;
@@ -504,7 +513,7 @@ ALTER FUNCTION rekey._adoption_batch(rotation_id bigint) OWNER TO rekey_owner;
 -- Name: FUNCTION _adoption_batch(rotation_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint) IS 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the rotation is not running, and while the throttle holds it up.';
+COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint) IS 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the column is blocked, where the rotation is not running, and while the throttle holds it up.';
 
 
 --
@@ -617,6 +626,7 @@ COMMENT ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass
 CREATE FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET lock_timeout TO '2 s'
     SET row_security TO 'off'
     AS $$
 declare
@@ -1732,7 +1742,7 @@ begin
         array_agg(distinct c.keyring_id)
       into v_keyrings, v_current
       from rekey._call_count(v_target.function_name, v_target.relation, null) c
-      where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
+      where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
       -- And where the census has put rows into quarantine: they may open again.
       v_keyrings := array(
         select unnest(v_keyrings) union
@@ -1797,7 +1807,7 @@ begin
     order by c.keyring_id
   loop
     perform rekey._keyring(v_stale.name, lock => true);
-    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state));
+    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
     v_id := rekey._queue_sweep(v_stale.keyring_id, 'schedule', 'rows on an older version, found by the census');
     v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
       'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));
@@ -2718,6 +2728,26 @@ COMMENT ON FUNCTION rekey._others_schemas(relation regclass, search_path text) I
 
 
 --
+-- Name: _refused_updates(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refused_updates(relation regclass) RETURNS TABLE(publication name, why text)
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._refused_updates(relation regclass) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refused_updates(relation regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refused_updates(relation regclass) IS 'The publications because of which every UPDATE of a relation, a sweep''s too, is refused by PostgreSQL (42P10, 55000), and why.';
+
+
+--
 -- Name: _relations_here(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2742,26 +2772,6 @@ ALTER FUNCTION rekey._relations_here(relation regclass) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._relations_here(relation regclass) IS 'The relations of a table that have rows in this database: itself, or the leaves of its partitions.';
-
-
---
--- Name: _unpublishable(regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._unpublishable(leaf regclass) RETURNS TABLE(pubname name, finding text, advice text)
-    LANGUAGE sql STABLE
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    -- in sql/code
-;
-
-
-ALTER FUNCTION rekey._unpublishable(leaf regclass) OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _unpublishable(leaf regclass); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._unpublishable(leaf regclass) IS 'Publications for which PostgreSQL refuses every UPDATE of this relation.';
 
 
 --
@@ -2863,7 +2873,7 @@ begin
   if current_setting('standard_conforming_strings') = 'off' then
     return 'standard_conforming_strings is off in this session: its functions would take envelopes for something else';
   elsif v_shape.relation is null then
-    return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
+    return format('its table or column was dropped, or its functions were not restored: %s, or, where it is gone for good, rekey.unprotect_column(%L), or pg-rekey columns unprotect', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
   v_other := rekey._namesake(protected, v_shape.relation, v_shape.attnums[protected.places[1]]);
@@ -3118,7 +3128,7 @@ begin
   else
     -- As _plan() will find them: who holds one up does not hold up the batches.
     perform from rekey.rotations r
-    where r.state in ('queued', 'running') and r.pass_id is null and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
+    where r.state in ('queued', 'running') and r.pass_id is null and not r.in_line and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
     event := case when found then 'whole' end;
   end if;
 end
@@ -3761,6 +3771,31 @@ COMMENT ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) IS 'By key
 
 
 --
+-- Name: _end_adoptions(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._end_adoptions(column_id integer) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  update rekey.rotations r
+  set state = 'superseded', finished_at = now(), in_line = false, pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.column_id = _end_adoptions.column_id and rekey._is_under_way(r.state);
+end
+$$;
+
+
+ALTER FUNCTION rekey._end_adoptions(column_id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _end_adoptions(column_id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._end_adoptions(column_id integer) IS 'Ends the adoption of a column that is in line or, where its table is gone, under way.';
+
+
+--
 -- Name: _worker; Type: TABLE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4366,6 +4401,7 @@ begin
   loop
     execute format('drop function %s', v_function);
   end loop;
+  perform rekey._end_adoptions(id);
   update rekey.rotation_failures f set resolved_at = now(), resolution = 'cleared'
   where f.target = v_protected.label and f.resolved_at is null;
   delete from rekey.protected_columns c where c.id = _forget_column.id;
@@ -4456,6 +4492,44 @@ ALTER FUNCTION rekey._guarded_settings() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._guarded_settings() IS 'Settings of the session that say who acts, and with which KEK.';
+
+
+--
+-- Name: _sounds_secret(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._sounds_secret(name text) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._sounds_secret(name text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _sounds_secret(name text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._sounds_secret(name text) IS 'Whether a name, of a column or a key of JSON, sounds like a secret: token, password, apiKey, smtpPass and their kin. token_count, passwordResetAt and the like do not.';
+
+
+--
+-- Name: _has_secret(json); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._has_secret(document json) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._has_secret(document json) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _has_secret(document json); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._has_secret(document json) IS 'Whether a JSON document has, at any depth, a string that is no envelope under a key that sounds like a secret, or in an array under one.';
 
 
 --
@@ -6193,6 +6267,45 @@ COMMENT ON FUNCTION rekey._newest_problem(protected rekey.protected_columns) IS 
 
 
 --
+-- Name: _next_in_line(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._next_in_line() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_id bigint;
+begin
+  -- (Whoever has a keyring in hand begins something there, or ends it: the next step looks again.)
+  select r.id into v_id
+  from rekey.rotations r
+  join rekey.keyrings k on k.id = r.keyring_id
+  where r.state = 'queued' and r.in_line
+    and not exists (select from rekey.rotations o where o.keyring_id = r.keyring_id and rekey._is_under_way(o.state) and not o.in_line)
+  order by r.id limit 1 for no key update of k skip locked;
+  if not found then
+    return;
+  end if;
+  update rekey.rotations r
+  set in_line = false,
+      to_version = (select k.version from rekey.encryption_keys k where k.keyring_id = r.keyring_id and k.state = 'active')
+  where r.id = v_id and r.state = 'queued' and r.in_line
+    and not exists (select from rekey.rotations o where o.keyring_id = r.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
+end
+$$;
+
+
+ALTER FUNCTION rekey._next_in_line() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _next_in_line(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._next_in_line() IS 'Lets the first adoption in line begin whose keyring has nothing else under way, with the version that is active now.';
+
+
+--
 -- Name: _next_row(tid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6567,7 +6680,7 @@ begin
     select k.name, r.id, r.to_version, row_number() over (order by r.id) as place
     from rekey.rotations r
     join rekey.keyrings k on k.id = r.keyring_id
-    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and r.id <> all (begun)
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line and r.id <> all (begun)
   )
   select jsonb_agg(jsonb_build_object('event', 'rotation.passed_by', 'keyring', p.name, 'version', p.to_version, 'rotation_id', p.id,
                                       'details', jsonb_strip_nulls(jsonb_build_object('reason', _note_passed_by.reason))) order by p.place),
@@ -7239,7 +7352,7 @@ declare
 begin
   select array_agg(r.id), bool_or(r.trigger = 'compromise') into v_ids, v_urgent
   from (select * from rekey.rotations r
-        where r.state in ('queued', 'running') and r.pass_id is null
+        where r.state in ('queued', 'running') and r.pass_id is null and not r.in_line
           and rekey._is_due(r.next_attempt_at)
         order by r.id for update skip locked) r;
   if v_ids is null then
@@ -7493,7 +7606,7 @@ begin
       q.id, q.rotation_id as before
     from unnest(keyrings, versions, row_keys, problems, codes) as f(keyring_id, version, row_key, problem, code)
     cross join lateral (select rekey._row_hash(f.row_key) as hash offset 0) h
-    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
+    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state) and not r.in_line
     -- Known from an earlier rotation or pass.
     left join lateral (
       select q.id, q.rotation_id from rekey.rotation_failures q
@@ -8107,7 +8220,7 @@ declare
 begin
   select r.id into v_rotation from rekey.rotations r
   where r.keyring_id = _refuse_needed.keyring_id and (_refuse_needed.version = any (r.from_versions) or r.to_version = _refuse_needed.version)
-    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed');
+    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not r.in_line;
   if found then
     raise exception 'version % is needed by rotation %', version, v_rotation using errcode = 'RK005',
       hint = 'Let the rotation complete first.';
@@ -8216,6 +8329,7 @@ CREATE TABLE rekey.rotations (
     column_id integer,
     formats text[],
     forced boolean DEFAULT false NOT NULL,
+    in_line boolean DEFAULT false NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     started_at timestamp with time zone,
     finished_at timestamp with time zone,
@@ -8403,6 +8517,13 @@ COMMENT ON COLUMN rekey.rotations.forced IS 'Whether values that look encrypted 
 
 
 --
+-- Name: COLUMN rotations.in_line; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.in_line IS 'Whether it is an adoption that waits, queued, until nothing else of its keyring is under way.';
+
+
+--
 -- Name: COLUMN rotations.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8432,9 +8553,13 @@ CREATE FUNCTION rekey._refuse_over(rotation rekey.rotations) RETURNS void
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
-  if exists (select from rekey.rotations r where r.keyring_id = rotation.keyring_id and r.id > rotation.id) then
+  -- (No other takes along what an adoption left. One that waited in line may be under way after one with a higher number.)
+  if rotation.trigger <> 'adoption' and exists (
+       select from rekey.rotations r
+       where r.keyring_id = rotation.keyring_id and r.id <> rotation.id and not r.in_line
+         and (r.id > rotation.id or rekey._is_under_way(r.state))) then
     raise exception 'rotation % is not the last one of its keyring', rotation.id using errcode = 'RK006',
-      hint = 'A later one takes its rows along.';
+      hint = 'A later one takes its rows along; an adoption that is under way has to end first.';
   end if;
   if exists (select from rekey.keyrings k where k.id = rotation.keyring_id and k.retired_at is not null) then
     raise exception 'the keyring of rotation % is retired', rotation.id using errcode = 'RK006';
@@ -8449,7 +8574,7 @@ ALTER FUNCTION rekey._refuse_over(rotation rekey.rotations) OWNER TO rekey_owner
 -- Name: FUNCTION _refuse_over(rotation rekey.rotations); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._refuse_over(rotation rekey.rotations) IS 'RK006 where nothing comes of a rotation any more: the keyring has a later one, or is retired.';
+COMMENT ON FUNCTION rekey._refuse_over(rotation rekey.rotations) IS 'RK006 where nothing comes of a rotation any more: the keyring has a later one, or is retired; or where another is under way.';
 
 
 --
@@ -8997,11 +9122,16 @@ begin
       raise exception '% has no primary key', target using errcode = 'invalid_parameter_value',
         hint = 'Name in context_columns what its rows are told apart by: columns that do not change.', constraint = 'context';
     end if;
-    if encrypt_on_write and exists (
+    if exists (
          select from pg_attribute a where a.attrelid = target and a.attname = any (v_context) and (a.atthasdef or a.attidentity <> ''))
        and exists (select from pg_index i where i.indrelid = target and i.indisunique and not i.indisprimary) then
-      raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
-        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
+      if encrypt_on_write then
+        raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
+          hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
+      end if;
+      -- Said before any value is bound to it: context stays.
+      raise warning 'encrypt_on_write will be refused with this context: the primary key of % has a default, and another key is unique', target
+        using hint = 'If a trigger is to encrypt what is written, name that other key in context_columns now, before values are bound to the primary key.', constraint = 'context_of_trigger';
     end if;
   end if;
   foreach v_name in array v_context loop
@@ -9120,10 +9250,11 @@ begin
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
-  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
+  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state) and not r.in_line;
   if found then
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
+  perform rekey._end_adoptions(id);
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
   else
@@ -9344,10 +9475,10 @@ begin
   perform rekey._lock_kek();
   perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for no key update;
   if supersede then
-    perform from rekey.rotations r where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) order by r.id for no key update;
+    perform from rekey.rotations r where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line order by r.id for no key update;
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
-    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state);
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line;
   end if;
   select array_agg(k.id order by k.id), array_agg(a.version order by k.id),
     array_agg((select max(m.version) + 1 from rekey.encryption_keys m where m.keyring_id = k.id) order by k.id)
@@ -9355,7 +9486,7 @@ begin
   from rekey.keyrings k
   join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
   where k.id = any (keyrings) and k.retired_at is null
-    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state));
+    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state) and not r.in_line);
   if v_due is null then
     return;
   end if;
@@ -9416,7 +9547,7 @@ begin
   select array_agg(k.id) into v_due
   from (select k.id from rekey.keyrings k
         where k.next_rotation_at <= now()
-          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state))) k;
+          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state) and not r.in_line)) k;
   if v_due is null then
     return;
   end if;
@@ -11897,7 +12028,7 @@ COMMENT ON COLUMN rekey.rotation_status.next_attempt_at IS 'It goes on after thi
 -- Name: COLUMN rotation_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 
 
 --
@@ -11982,13 +12113,14 @@ begin
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
-  select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+  select r.id into v_rotation from rekey.rotations r where r.column_id = v_column.id and rekey._is_under_way(r.state);
   if found then
-    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
+    raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
-  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced)
+  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, in_line)
   select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
-    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false)
+    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false),
+    exists (select from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))
   from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
   returning id into v_rotation;
   if v_rotation is null then
@@ -12007,7 +12139,7 @@ ALTER FUNCTION rekey.adopt_column(target regclass, column_name name, formats tex
 -- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text) IS 'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the keyring is under way; RK005: blocked; RK006: retired keyring; RK007: not protected.';
+COMMENT ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text) IS 'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked; RK006: retired keyring; RK007: not protected.';
 
 
 --
@@ -12070,7 +12202,7 @@ ALTER FUNCTION rekey.adoption_batch(rotation_id bigint) OWNER TO rekey_owner;
 -- Name: FUNCTION adoption_batch(rotation_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adoption_batch(rotation_id bigint) IS 'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, or the throttle holds it up. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
+COMMENT ON FUNCTION rekey.adoption_batch(rotation_id bigint) IS 'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, the throttle holds it up, or the column is blocked, for which the rotation waits. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: changed meanwhile; RK007: no such adoption.';
 
 
 --
@@ -12732,7 +12864,7 @@ COMMENT ON FUNCTION rekey.encrypt_text(plaintext text, keyring text, context tex
 -- Name: find_envelopes(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE(relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint)
+CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE(relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint, encrypted bigint, secret_keys bigint)
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
@@ -12746,26 +12878,40 @@ declare
   -- In full: source text of pg_rekey, this line too, may stand in a table of migrations.
   v_within text := $q$(strpos(%1$s collate "C", 'rk1:UksB') > 0 and %1$s collate "C" ~ 'rk1:UksB[A-Za-z0-9+/]{96}'
     or strpos(%1$s collate "C", '\x524b01') > 0 and %1$s collate "C" ~ '\\x524b01[0-9a-f]{144}')$q$;
+  v_of_others text := $q$octet_length(%1$s) >= 16 and rekey._legacy_format(%1$s) not in ('envelope', 'plaintext')$q$;
+  -- (To take a document apart takes long: not without one of these letters in a key.)
+  v_of_keys text := $q$%1$s ~* '(token|secret|pass|pwd|wort|key|cred|pat|bearer|jwt|otp|cv[cv]|senha|mnemonic|phrase|word|code)[^"]*"\s*:' and rekey._has_secret(%1$s::json)$q$;
   v_table record;
   v_part oid;
   v_counts bigint[];
 begin
   for v_table in
     select c.oid, c.oid::regclass as relation, array_agg(a.attname order by a.attnum) as names,
-      string_agg(case
-        when a.atttypid = 'bytea'::regtype then
-          format($q$count(*) filter (where %2$s), 0, count(*) filter (where substr(%1$s, 1, 3) <> '\x524b01')$q$, v.value, format(v_of_bytes, v.value))
-        when a.atttypid in ('text'::regtype, 'varchar'::regtype) then
-          format($q$count(*) filter (where %2$s), count(*) filter (where not (%2$s) and %3$s),
-            count(*) filter (where left(%1$s, 4) collate "C" <> 'rk1:')$q$, v.value, format(v_of_text, v.value), format(v_within, v.value))
-        else format('0, count(*) filter (where %s), null', format(v_within, format($q$format('%%s', %s)$q$, v.value))) end,
+      string_agg(case k.kind
+        when 'bytea' then format($q$count(*) filter (where %2$s), 0, count(*) filter (where substr(%1$s, 1, 3) <> '\x524b01'), count(*) filter (where %3$s), null$q$,
+          v.value, format(v_of_bytes, v.value), format(v_of_others, v.value))
+        when 'text' then format($q$count(*) filter (where %2$s), count(*) filter (where not (%2$s) and %3$s),
+            count(*) filter (where left(%1$s, 4) collate "C" <> 'rk1:'), count(*) filter (where %4$s), null$q$,
+          v.value, format(v_of_text, v.value), format(v_within, v.value), format(v_of_others, format($q$convert_to(%s, 'UTF8')$q$, v.value)))
+        -- Of what else holds text, what is empty is nothing.
+        else format($q$0, count(*) filter (where %2$s), %3$s, count(*) filter (where %4$s), %5$s$q$, v.value, format(v_within, v.printed),
+          case when k.kind <> 'other' then format($q$count(*) filter (where %s not in ('', 'null', '""', '{}', '[]'))$q$, v.printed) else 'null' end,
+          format(v_of_others, format($q$convert_to(%s, 'UTF8')$q$, v.printed)),
+          case when k.kind = 'json' then format('count(*) filter (where %s)', format(v_of_keys, v.printed)) else 'null' end) end,
         ', ' order by a.attnum) as counts
     from pg_class c
     join pg_namespace n on n.oid = c.relnamespace
     join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-    cross join lateral (select format('t.%I', a.attname)) as v(value)
+    cross join lateral (select format('t.%I', a.attname), format($q$format('%%s', t.%I)$q$, a.attname)) as v(value, printed)
     join pg_type y on y.oid = a.atttypid
     left join pg_type e on e.oid = y.typelem and y.typcategory = 'A'
+    cross join lateral (
+      select case
+        when y.oid = 'bytea'::regtype then 'bytea'
+        when y.oid in ('text'::regtype, 'varchar'::regtype) then 'text'
+        when y.oid in ('json'::regtype, 'jsonb'::regtype) or y.typbasetype in ('json'::regtype, 'jsonb'::regtype) then 'json'
+        when y.typcategory = 'S' or e.typcategory = 'S' or 'bytea'::regtype in (y.typbasetype, e.oid) then 'strings'
+        else 'other' end) as k(kind)
     where c.relkind in ('r', 'p', 'm') and not c.relispartition and c.relpersistence <> 't' and c.relispopulated
       and c.oid >= 16384 and not (n.nspname in ('rekey', 'rekey_targets') and c.relowner = 'rekey_owner'::regrole) and rekey._is_extension_table(c.oid) is false
       -- Numbers, times, network addresses and the like have no room for one.
@@ -12795,9 +12941,11 @@ begin
     end;
     for v_place in 1 .. case when v_counts is null then 1 else cardinality(v_table.names) end loop
       column_name := case when v_counts is not null then v_table.names[v_place] end;
-      envelopes := v_counts[3 * v_place - 2];
-      embedded := v_counts[3 * v_place - 1];
-      others := v_counts[3 * v_place];
+      envelopes := v_counts[5 * v_place - 4];
+      embedded := v_counts[5 * v_place - 3];
+      others := v_counts[5 * v_place - 2];
+      encrypted := v_counts[5 * v_place - 1];
+      secret_keys := v_counts[5 * v_place];
       return next;
     end loop;
   end loop;
@@ -12811,7 +12959,7 @@ ALTER FUNCTION rekey.find_envelopes() OWNER TO rekey_owner;
 -- Name: FUNCTION find_envelopes(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.find_envelopes() IS 'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); and, of text and bytea columns, others. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole, or that has an index or statistics over a function that is neither a superuser''s nor his, which reading it may run, there is a row without a column. Left out are tables of PostgreSQL, pg_rekey, pg_cron and Supabase Vault, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
+COMMENT ON FUNCTION rekey.find_envelopes() IS 'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); of columns of text, bytea or JSON, their domains and arrays, others; of those, what looks encrypted by another tool; and JSON documents that have a string under a key that sounds like a secret. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole, or that has an index or statistics over a function that is neither a superuser''s nor his, which reading it may run, there is a row without a column. Left out are tables of PostgreSQL, pg_rekey, pg_cron and Supabase Vault, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
 
 
 --
@@ -12821,17 +12969,18 @@ COMMENT ON FUNCTION rekey.find_envelopes() IS 'Counts, in every column that has 
 CREATE FUNCTION rekey.find_unprotected() RETURNS TABLE(relation regclass, column_name name, finding text, rows bigint, advice text)
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $_$
+    AS $$
 begin
   return query
     select f.relation, f.column_name, w.finding, w.rows, w.advice
-    from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, place)
+    from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, encrypted, secret_keys, place)
     left join rekey.column_status s on s.relation = f.relation and s.column_name = f.column_name
     cross join lateral (
-      select f.column_name ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)'
-          -- Those of Supabase's own schemas are its own affair.
-          and (select s.nspowner::regrole::text !~ '^"?supabase' from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = f.relation) as telling,
-        format('%L, %L', f.relation, f.column_name) as names) n
+      select format('%L, %L', f.relation, f.column_name) as names,
+        -- Those of Supabase's own schemas are its own affair.
+        (select s.nspowner::regrole::text !~ '^"?supabase' from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = f.relation) as ours,
+        exists (select from pg_attribute a where a.attrelid = f.relation and a.attname = f.column_name
+                and a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype)) as fit) n
     cross join lateral (values
       (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.'),
       (f.envelopes > 0 and s.label is null, 'holds envelopes, and is not protected', f.envelopes,
@@ -12840,14 +12989,21 @@ begin
         'No rotation takes them along, and a key that only they stand on counts as unused. Give them a column of their own, and protect it.'),
       (f.others > 0 and s.label is not null, 'is protected, and holds values that are not encrypted', f.others,
         format('select rekey.adopt_column(%s)', n.names)),
-      (f.others > 0 and s.label is null and n.telling, 'sounds like a secret, and is not encrypted', f.others,
-        format('select rekey.protect_column(%s), then rekey.adopt_column()', n.names))
+      (f.encrypted > 0 and s.label is null and n.ours, 'holds values that another tool encrypted', f.encrypted,
+        case when n.fit then format('select rekey.protect_column(%s), then pg-rekey columns adopt --from what that tool writes', n.names)
+          else 'Give them a column of type text or bytea, and protect it.' end),
+      (f.others > coalesce(f.encrypted, 0) and s.label is null and n.ours and rekey._sounds_secret(f.column_name::text), 'sounds like a secret, and is not encrypted',
+        f.others - coalesce(f.encrypted, 0),
+        case when n.fit then format('select rekey.protect_column(%s), then rekey.adopt_column()', n.names)
+          else 'Give the values a column of type text or bytea, and protect it.' end),
+      (f.secret_keys > 0 and n.ours and not rekey._sounds_secret(f.column_name::text), 'has JSON keys that sound like secrets, and are not encrypted', f.secret_keys,
+        'Give their values a column of type text or bytea, and protect it.')
     ) as w (so, finding, rows, advice)
     -- A materialized view is a copy, made anew by REFRESH.
     where w.so and (select c.relkind from pg_class c where c.oid = f.relation) <> 'm'
     order by f.place;
 end
-$_$;
+$$;
 
 
 ALTER FUNCTION rekey.find_unprotected() OWNER TO rekey_owner;
@@ -12856,7 +13012,7 @@ ALTER FUNCTION rekey.find_unprotected() OWNER TO rekey_owner;
 -- Name: FUNCTION find_unprotected(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.find_unprotected() IS 'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; and those whose name sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
+COMMENT ON FUNCTION rekey.find_unprotected() IS 'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; those that hold what another tool encrypted; and those whose name, or a key of whose JSON, sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
 
 
 --
@@ -13082,15 +13238,15 @@ begin
     select r into v_rotation from rekey._rotate(array[v_keyring.id], 'compromise', reason, true) r;
     v_key := rekey._key(v_keyring.id, version);
   else
-    -- An adoption takes no envelopes along: it has to be asked for again.
+    -- An adoption takes no envelopes along: it has to be asked for again. Those in line wait for this one.
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
-    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and r.trigger = 'adoption';
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line and r.trigger = 'adoption';
     -- Any other that is under way takes the rows along, and does not wait any longer, whatever it was.
     update rekey.rotations r
     set trigger = 'compromise', attempts = 0, next_attempt_at = null,
         state = case when r.state in ('paused', 'failed') then 'queued' else r.state end
-    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state)
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line
     returning r.id into v_rotation;
     v_event := 'rotation.resumed';
     if not found and v_keyring.retired_at is null then
@@ -13119,7 +13275,7 @@ ALTER FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason 
 -- Name: FUNCTION mark_key_compromised(keyring text, version integer, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text) IS 'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+COMMENT ON FUNCTION rekey.mark_key_compromised(keyring text, version integer, reason text) IS 'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it; those in line come after. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
 
 
 --
@@ -13291,7 +13447,7 @@ ALTER FUNCTION rekey.protect_column(target regclass, column_name name, keyring t
 -- Name: FUNCTION protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text) IS 'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). fire_triggers: whether the triggers and rules of the table see what a rotation or an adoption writes; false takes a right of the owner of the table: GRANT SET ON PARAMETER session_replication_role. search_path: with which they run meanwhile; left out, it is that of the session that calls. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context, table or search path cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition, triggers cannot be kept from firing; RK006: protected already, in another way; RK007: no such keyring.';
+COMMENT ON FUNCTION rekey.protect_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text) IS 'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). fire_triggers: whether the triggers and rules of the table see what a rotation or an adoption writes; false takes a right of the owner of the table: GRANT SET ON PARAMETER session_replication_role. search_path: with which they run meanwhile; left out, it is that of the session that calls. What envelopes break, and where encrypt_on_write will need other context columns, comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context, table or search path cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition, triggers cannot be kept from firing; RK006: protected already, in another way; RK007: no such keyring.';
 
 
 --
@@ -13601,10 +13757,10 @@ begin
   end if;
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
   if action = 'retry' and v_failure.rotation_id is not null and not exists (
-       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
+       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state) and not r.in_line) then
     perform rekey._refuse_over(v_rotation);
     update rekey.rotations r
-    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
     where r.id = v_failure.rotation_id;
   end if;
   perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_failure.keyring_id), v_failure.version, v_failure.rotation_id,
@@ -13758,7 +13914,7 @@ begin
   set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
   update rekey.rotations r
-  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
   where r.id = retry_rotation.id;
   perform rekey._audit('rotation.retried', rekey._keyring_name(v_rotation.keyring_id), v_rotation.to_version, id);
 end
@@ -13928,14 +14084,14 @@ begin
   if keyring is null then
     perform rekey._note_passed_by(v_ids, v_new, reason);
   elsif v_new = '{}' then
-    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line;
     raise exception 'keyring % is under way in rotation %', quote_literal(keyring), v_rotation using errcode = 'RK004',
       hint = 'Wait for it, or let this one take its rows along: supersede => true.', constraint = 'supersede';
   end if;
   return query
     select s.* from rekey.rotation_status s
     where s.id = any (v_new)
-       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state))
+       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state) and not r.in_line)
     order by s.id;
 end
 $$;
@@ -13947,7 +14103,7 @@ ALTER FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) O
 -- Name: FUNCTION rotate_keys(keyring text, reason text, supersede boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
+COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boolean) IS 'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along; an adoption under way has to be asked for again, those in line come after. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
 
 
 --
@@ -13969,8 +14125,9 @@ begin
   perform rekey._refuse_snapshot();
   keyring_count := 0;
   rows := 0;
+  perform rekey._next_in_line();
   if not exists (
-       select from rekey.rotations r where r.state in ('queued', 'running', 'verifying')
+       select from rekey.rotations r where r.state in ('queued', 'running', 'verifying') and not r.in_line
          -- An adoption whose keys only pg-rekey columns adopt has.
          and not (r.state = 'running' and r.formats is not null and r.formats <> '{plaintext}' and exists (select from rekey._chunks c where c.pass_id = r.pass_id))) then
     event := 'idle';
@@ -13981,7 +14138,7 @@ begin
   -- What was just asked for, or only waits, comes before the batches: a compromised key does not wait for a long sweep.
   if (exists (
         select from rekey.rotations r
-        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
+        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' and not r.in_line or r.state = 'verifying' and r.barrier_at is null))
       or exists (
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
         where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))
@@ -16320,7 +16477,7 @@ CREATE INDEX rotations_open ON rekey.rotations USING btree (id) WHERE (state = A
 -- Name: rotations_under_way_key; Type: INDEX; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE UNIQUE INDEX rotations_under_way_key ON rekey.rotations USING btree (keyring_id) WHERE (state = ANY (ARRAY['queued'::text, 'running'::text, 'paused'::text, 'verifying'::text, 'failed'::text]));
+CREATE UNIQUE INDEX rotations_under_way_key ON rekey.rotations USING btree (keyring_id) WHERE ((state = ANY (ARRAY['queued'::text, 'running'::text, 'paused'::text, 'verifying'::text, 'failed'::text])) AND (NOT in_line));
 
 
 --
@@ -16943,17 +17100,17 @@ REVOKE ALL ON FUNCTION rekey._others_schemas(relation regclass, search_path text
 
 
 --
+-- Name: FUNCTION _refused_updates(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refused_updates(relation regclass) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _relations_here(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
 REVOKE ALL ON FUNCTION rekey._relations_here(relation regclass) FROM PUBLIC;
-
-
---
--- Name: FUNCTION _unpublishable(leaf regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey._unpublishable(leaf regclass) FROM PUBLIC;
 
 
 --
@@ -17134,6 +17291,13 @@ REVOKE ALL ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) FROM PU
 
 
 --
+-- Name: FUNCTION _end_adoptions(column_id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._end_adoptions(column_id integer) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _ensure_rows(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -17247,6 +17411,26 @@ REVOKE ALL ON FUNCTION rekey._function_statements(protected rekey.protected_colu
 --
 
 REVOKE ALL ON FUNCTION rekey._guarded_settings() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _sounds_secret(name text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._sounds_secret(name text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._sounds_secret(name text) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._sounds_secret(name text) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._sounds_secret(name text) TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _has_secret(document json); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._has_secret(document json) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._has_secret(document json) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._has_secret(document json) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._has_secret(document json) TO rekey_auditor;
 
 
 --
@@ -17487,6 +17671,9 @@ REVOKE ALL ON FUNCTION rekey._legacy_bytes(value bytea) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._legacy_format(value bytea) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._legacy_format(value bytea) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._legacy_format(value bytea) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._legacy_format(value bytea) TO rekey_auditor;
 
 
 --
@@ -17609,6 +17796,13 @@ REVOKE ALL ON FUNCTION rekey._new_keys(keyrings integer[], versions integer[]) F
 --
 
 REVOKE ALL ON FUNCTION rekey._newest_problem(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _next_in_line(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._next_in_line() FROM PUBLIC;
 
 
 --

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import click
 import psycopg
 
 from pg_rekey import db, worker
@@ -52,10 +53,11 @@ def begin(
 def advance(connection: db.Connection, number: int, keys: Keys) -> Iterator[None]:
     """Take the steps of an adoption until it has ended or somebody paused it."""
     attempts = 0
+    locked = False
     steps = worker.Steps(connection)
     while True:
         state = connection.execute(
-            "select state from rekey.rotation_status where id = %s", [number]
+            "select state, adopts from rekey.rotation_status where id = %s", [number]
         ).fetchone()
         if state is None or state["state"] not in ("queued", "running", "verifying"):
             return
@@ -68,6 +70,14 @@ def advance(connection: db.Connection, number: int, keys: Keys) -> Iterator[None
                 if step["event"] in ("idle", "waiting", "blocked", "error"):
                     time.sleep(step["wait"].total_seconds() if step["wait"] else 0.2)
             attempts = 0
+            if locked:
+                locked = False
+                click.echo("goes on", err=True)
+        except psycopg.errors.LockNotAvailable:
+            # Whoever locks a table ends some time: that is waited for.
+            if not locked:
+                locked = True
+                click.echo(f"waits for somebody who locks the table of {state['adopts']}", err=True)
         except psycopg.Error as error:
             attempts += 1
             if error.sqlstate not in PASSING or attempts >= ATTEMPTS:

@@ -50,6 +50,10 @@ ACTIONS = {
         "INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that "
         "never was. Name that other key in --context."
     ),
+    "context_of_trigger": Words(
+        "If --encrypt-on-write is to come later, `pg-rekey columns unprotect` and protect it again now, with "
+        "that other key in --context: later, what is bound to the primary key has to be decrypted first."
+    ),
     "create_keyring": Words(
         "`pg-rekey keyrings list` shows those that there are; `pg-rekey keyrings create NAME` makes one.",
         "GET /api/keys shows those that there are; on the command line, `pg-rekey keyrings create NAME` "

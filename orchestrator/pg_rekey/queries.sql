@@ -486,6 +486,12 @@ from rekey.column_status s order by s.label
 select rekey.protect_column(%s::regclass, %s, %s, %s::name[], %s, %s,
   coalesce(%s, nullif(current_setting('pg_rekey.login_path', true), ''), current_setting('search_path')))
 
+-- name: never searched
+-- description: What `columns find` does not look into, whoever asks: foreign tables, of which ten, and large objects.
+(select format('foreign table %s', c.oid::regclass) as name from pg_class c where c.relkind = 'f' order by 1 limit 10)
+union all
+select format('%s large objects', count(*)) from pg_largeobject_metadata having count(*) > 0
+
 -- name: rebind column
 -- description: Binds a protected column to the table and column that hold its values now.
 select rekey.rebind_column(%s::regclass, %s::name, %s)
@@ -497,6 +503,10 @@ select rekey.unprotect_column(%s::regclass, %s, %s)
 -- name: adopt vault
 -- description: Copy the secrets of the Supabase Vault.
 select rekey.adopt_vault(%s, %s)
+
+-- name: dropped column
+-- description: The label of a protected column that has lost its table.
+select s.label from rekey.column_status s where s.relation is null and s.label = format('%%s.%%I', %s::text, %s::text)
 
 -- name: uninstall
 -- description: What `uninstall` finds: pg_rekey, by which road, who installed it, whether this role may remove it, and where pg_cron lives.

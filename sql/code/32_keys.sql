@@ -315,7 +315,7 @@ declare
 begin
   select r.id into v_rotation from rekey.rotations r
   where r.keyring_id = _refuse_needed.keyring_id and (_refuse_needed.version = any (r.from_versions) or r.to_version = _refuse_needed.version)
-    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed');
+    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not r.in_line;
   if found then
     raise exception 'version % is needed by rotation %', version, v_rotation using errcode = 'RK005',
       hint = 'Let the rotation complete first.';

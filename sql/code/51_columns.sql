@@ -454,7 +454,7 @@ begin
   if current_setting('standard_conforming_strings') = 'off' then
     return 'standard_conforming_strings is off in this session: its functions would take envelopes for something else';
   elsif v_shape.relation is null then
-    return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
+    return format('its table or column was dropped, or its functions were not restored: %s, or, where it is gone for good, rekey.unprotect_column(%L), or pg-rekey columns unprotect', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
   v_other := rekey._namesake(protected, v_shape.relation, v_shape.attnums[protected.places[1]]);

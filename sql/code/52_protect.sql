@@ -486,11 +486,16 @@ begin
       raise exception '% has no primary key', target using errcode = 'invalid_parameter_value',
         hint = 'Name in context_columns what its rows are told apart by: columns that do not change.', constraint = 'context';
     end if;
-    if encrypt_on_write and exists (
+    if exists (
          select from pg_attribute a where a.attrelid = target and a.attname = any (v_context) and (a.atthasdef or a.attidentity <> ''))
        and exists (select from pg_index i where i.indrelid = target and i.indisunique and not i.indisprimary) then
-      raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
-        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
+      if encrypt_on_write then
+        raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
+          hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
+      end if;
+      -- Said before any value is bound to it: context stays.
+      raise warning 'encrypt_on_write will be refused with this context: the primary key of % has a default, and another key is unique', target
+        using hint = 'If a trigger is to encrypt what is written, name that other key in context_columns now, before values are bound to the primary key.', constraint = 'context_of_trigger';
     end if;
   end if;
   foreach v_name in array v_context loop
@@ -646,7 +651,7 @@ begin
 end
 $$;
 comment on function rekey.protect_column is
-  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). fire_triggers: whether the triggers and rules of the table see what a rotation or an adoption writes; false takes a right of the owner of the table: GRANT SET ON PARAMETER session_replication_role. search_path: with which they run meanwhile; left out, it is that of the session that calls. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context, table or search path cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition, triggers cannot be kept from firing; RK006: protected already, in another way; RK007: no such keyring.';
+  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). fire_triggers: whether the triggers and rules of the table see what a rotation or an adoption writes; false takes a right of the owner of the table: GRANT SET ON PARAMETER session_replication_role. search_path: with which they run meanwhile; left out, it is that of the session that calls. What envelopes break, and where encrypt_on_write will need other context columns, comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context, table or search path cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition, triggers cannot be kept from firing; RK006: protected already, in another way; RK007: no such keyring.';
 grant execute on function rekey.protect_column to rekey_admin;
 
 create or replace function rekey._refuse_encrypted(protected rekey.protected_columns) returns void
@@ -668,6 +673,18 @@ end
 $$;
 comment on function rekey._refuse_encrypted is 'RK005 where a protected column holds envelopes; 25001 outside READ COMMITTED.';
 
+create or replace function rekey._end_adoptions(column_id integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update rekey.rotations r
+  set state = 'superseded', finished_at = now(), in_line = false, pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.column_id = _end_adoptions.column_id and rekey._is_under_way(r.state);
+end
+$$;
+comment on function rekey._end_adoptions is 'Ends the adoption of a column that is in line or, where its table is gone, under way.';
+
 create or replace function rekey._release_column(target regclass, column_name name, decrypt boolean, out id integer, out statements text[])
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -684,10 +701,11 @@ begin
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
-  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
+  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state) and not r.in_line;
   if found then
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
+  perform rekey._end_adoptions(id);
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
   else
@@ -747,6 +765,7 @@ begin
   loop
     execute format('drop function %s', v_function);
   end loop;
+  perform rekey._end_adoptions(id);
   update rekey.rotation_failures f set resolved_at = now(), resolution = 'cleared'
   where f.target = v_protected.label and f.resolved_at is null;
   delete from rekey.protected_columns c where c.id = _forget_column.id;

@@ -27,41 +27,58 @@ begin atomic
 end;
 comment on function rekey._others_schemas is 'The schemas of a search path in which others may create than the owner of this table, and who may do all in its database.';
 
--- PostgreSQL looks at the replica identity when a row is updated, whoever does it, and not when a publication is made.
-create or replace function rekey._unpublishable(leaf regclass) returns table (pubname name, finding text, advice text)
+-- As PostgreSQL checks it when an UPDATE begins, whatever columns it sets.
+create or replace function rekey._refused_updates(relation regclass) returns table (publication name, why text)
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   with identity as (
-    select c.relreplident = 'f' as is_full, array(
+    select c.relreplident = 'f' as whole, array(
       select a.attname
-      from pg_attribute a
-      where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-        and (c.relreplident = 'f' or c.relreplident <> 'n' and exists (
-          select from pg_index i
-          where i.indrelid = c.oid and i.indimmediate and a.attnum = any (i.indkey::smallint[])
-            and case when c.relreplident = 'd' then i.indisprimary else i.indisreplident end))) as names
-    from pg_class c where c.oid = leaf
+      from pg_index i
+      cross join lateral unnest(i.indkey::smallint[]) as k(attnum)
+      join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+      where i.indrelid = c.oid and i.indimmediate and i.indisvalid
+        and case c.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end) as columns
+    from pg_class c where c.oid = _refused_updates.relation
   ), published as (
-    select b.pubname, r.prattrs is not null as listed,
-      array(select a.attname from pg_attribute a where a.attrelid = r.prrelid and a.attnum = any (r.prattrs::smallint[])) as list,
-      array(select a.attname from regexp_matches(r.prqual::text, ':varattno (\d+)', 'g') v join pg_attribute a on a.attrelid = r.prrelid and a.attnum = v[1]::smallint) as filtered
-    from pg_publication b
-    cross join (select leaf as relation union select p.relid from pg_partition_ancestors(leaf) p) s
-    join pg_class c on c.oid = s.relation
-    left join pg_publication_rel r on r.prpubid = b.oid and r.prrelid = s.relation
+    -- With publish_via_partition_root, list and filter are those of the topmost table; else the relation's own.
+    select distinct on (b.oid) b.oid, b.pubname, o.entry, o.prrelid, o.prattrs, o.prqual is not null as filtered
+    from (
+      select _refused_updates.relation::oid, 0::bigint
+      union all
+      select a.relid, a.place from pg_partition_ancestors(_refused_updates.relation) with ordinality as a(relid, place)
+    ) as t(oid, place)
+    join pg_class c on c.oid = t.oid
+    cross join pg_publication b
     left join pg_publication_namespace m on m.pnpubid = b.oid and m.pnnspid = c.relnamespace
-    where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or r.oid is not null or m.oid is not null)
+    left join pg_publication_rel r on r.prpubid = b.oid and r.prrelid = t.oid
+    left join lateral (
+      select r.oid as entry, r.prrelid, r.prattrs, r.prqual where b.pubviaroot or t.oid = _refused_updates.relation) o on true
+    where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or m.oid is not null or r.oid is not null)
+    order by b.oid, o.entry is not null desc, t.place desc
+  ), named as (
+    select p.pubname, p.filtered,
+      case when p.prattrs is not null then array(
+        select a.attname from pg_attribute a where a.attrelid = p.prrelid and a.attnum = any (p.prattrs::smallint[])) end as listed,
+      array(
+        select a.attname from pg_depend d join pg_attribute a on a.attrelid = d.refobjid and a.attnum = d.refobjsubid
+        where p.filtered and d.classid = 'pg_publication_rel'::regclass and d.objid = p.entry and d.refclassid = 'pg_class'::regclass
+          and d.refobjsubid > 0 and (p.prattrs is null or d.refobjsubid <> all (p.prattrs::smallint[]))) as asked
+    from published p
   )
-  select distinct p.pubname,
-    format(case when i.names = '{}' then 'publication %I makes every update of %s fail (55000): it has no replica identity'
-                when p.listed and (i.is_full or not i.names <@ p.list) then 'publication %I makes every update of %s fail (42P10): its column list does not fit the replica identity'
-                else 'publication %I makes every update of %s fail (42P10): its filter takes columns that are not of the replica identity' end, p.pubname, leaf),
-    'ALTER TABLE ... REPLICA IDENTITY, or change the publication: a rotation cannot update a row before.'
-  from published p cross join identity i
-  where i.names = '{}' or p.listed and (i.is_full or not i.names <@ p.list) or not p.filtered <@ i.names;
+  select n.pubname, w.why
+  from identity y
+  cross join named n
+  cross join lateral (values
+    (n.listed is not null and (y.whole or not y.columns <@ n.listed), 'its column list does not cover the replica identity'),
+    (not y.whole and not n.asked <@ y.columns, 'its WHERE asks for a column that is not part of the replica identity'),
+    (not y.whole and y.columns = '{}', 'the table has no replica identity')
+  ) as w(so, why)
+  where w.so;
 end;
-comment on function rekey._unpublishable is 'Publications for which PostgreSQL refuses every UPDATE of this relation.';
+comment on function rekey._refused_updates is
+  'The publications because of which every UPDATE of a relation, a sweep''s too, is refused by PostgreSQL (42P10, 55000), and why.';
 
 create or replace function rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text)
 returns table (kind text, fatal boolean, finding text, advice text)
@@ -164,7 +181,9 @@ begin atomic
          else 'Subscribers get the envelopes: they need the same keys.' end
   from published b
   union all
-  select 'publication', false, u.finding, u.advice from parts p cross join lateral rekey._unpublishable(p.relation) u;
+  select distinct 'publication', false, format('publication %I makes every UPDATE of %s fail, and so the sweep: %s', u.publication, p.relation, u.why),
+    'ALTER TABLE ... REPLICA IDENTITY, or ALTER PUBLICATION, before anything is swept.'
+  from parts p cross join lateral rekey._refused_updates(p.relation) u;
 end;
 comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected.';
 

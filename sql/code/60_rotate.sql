@@ -35,7 +35,10 @@ select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions
   r.attempts, r.last_error,
   coalesce(r.next_attempt_at, case when r.attempts > 0 then (
     select min(c.next_attempt_at) from rekey._chunks c where c.pass_id = r.pass_id and c.attempts > 0 and not c.stuck) end) as next_attempt_at,
-  coalesce(r.blocked_by, h.steps) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
+  coalesce(r.blocked_by, h.steps, case when r.in_line then (
+    select jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('rotation', o.id, 'state', o.state, 'adopts', q.label)))
+    from rekey.rotations o left join rekey.protected_columns q on q.id = o.column_id
+    where o.keyring_id = r.keyring_id and o.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not o.in_line) end) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
   p.label as adopts, r.formats, r.forced
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
@@ -62,7 +65,7 @@ comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: reke
 comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
@@ -114,10 +117,10 @@ begin
   perform rekey._lock_kek();
   perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for no key update;
   if supersede then
-    perform from rekey.rotations r where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) order by r.id for no key update;
+    perform from rekey.rotations r where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line order by r.id for no key update;
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
-    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state);
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line;
   end if;
   select array_agg(k.id order by k.id), array_agg(a.version order by k.id),
     array_agg((select max(m.version) + 1 from rekey.encryption_keys m where m.keyring_id = k.id) order by k.id)
@@ -125,7 +128,7 @@ begin
   from rekey.keyrings k
   join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
   where k.id = any (keyrings) and k.retired_at is null
-    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state));
+    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state) and not r.in_line);
   if v_due is null then
     return;
   end if;
@@ -176,7 +179,7 @@ begin
     select k.name, r.id, r.to_version, row_number() over (order by r.id) as place
     from rekey.rotations r
     join rekey.keyrings k on k.id = r.keyring_id
-    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and r.id <> all (begun)
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line and r.id <> all (begun)
   )
   select jsonb_agg(jsonb_build_object('event', 'rotation.passed_by', 'keyring', p.name, 'version', p.to_version, 'rotation_id', p.id,
                                       'details', jsonb_strip_nulls(jsonb_build_object('reason', _note_passed_by.reason))) order by p.place),
@@ -219,19 +222,19 @@ begin
   if keyring is null then
     perform rekey._note_passed_by(v_ids, v_new, reason);
   elsif v_new = '{}' then
-    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line;
     raise exception 'keyring % is under way in rotation %', quote_literal(keyring), v_rotation using errcode = 'RK004',
       hint = 'Wait for it, or let this one take its rows along: supersede => true.', constraint = 'supersede';
   end if;
   return query
     select s.* from rekey.rotation_status s
     where s.id = any (v_new)
-       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state))
+       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state) and not r.in_line)
     order by s.id;
 end
 $$;
 comment on function rekey.rotate_keys is
-  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
+  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along; an adoption under way has to be asked for again, those in line come after. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
 grant execute on function rekey.rotate_keys to rekey_admin;
 
 create or replace function rekey._rotation(id bigint) returns rekey.rotations
@@ -297,16 +300,20 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if exists (select from rekey.rotations r where r.keyring_id = rotation.keyring_id and r.id > rotation.id) then
+  -- (No other takes along what an adoption left. One that waited in line may be under way after one with a higher number.)
+  if rotation.trigger <> 'adoption' and exists (
+       select from rekey.rotations r
+       where r.keyring_id = rotation.keyring_id and r.id <> rotation.id and not r.in_line
+         and (r.id > rotation.id or rekey._is_under_way(r.state))) then
     raise exception 'rotation % is not the last one of its keyring', rotation.id using errcode = 'RK006',
-      hint = 'A later one takes its rows along.';
+      hint = 'A later one takes its rows along; an adoption that is under way has to end first.';
   end if;
   if exists (select from rekey.keyrings k where k.id = rotation.keyring_id and k.retired_at is not null) then
     raise exception 'the keyring of rotation % is retired', rotation.id using errcode = 'RK006';
   end if;
 end
 $$;
-comment on function rekey._refuse_over is 'RK006 where nothing comes of a rotation any more: the keyring has a later one, or is retired.';
+comment on function rekey._refuse_over is 'RK006 where nothing comes of a rotation any more: the keyring has a later one, or is retired; or where another is under way.';
 
 create or replace function rekey.retry_rotation(id bigint) returns void
 language plpgsql security definer
@@ -324,7 +331,7 @@ begin
   set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
   update rekey.rotations r
-  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
   where r.id = retry_rotation.id;
   perform rekey._audit('rotation.retried', rekey._keyring_name(v_rotation.keyring_id), v_rotation.to_version, id);
 end
@@ -401,15 +408,15 @@ begin
     select r into v_rotation from rekey._rotate(array[v_keyring.id], 'compromise', reason, true) r;
     v_key := rekey._key(v_keyring.id, version);
   else
-    -- An adoption takes no envelopes along: it has to be asked for again.
+    -- An adoption takes no envelopes along: it has to be asked for again. Those in line wait for this one.
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
-    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and r.trigger = 'adoption';
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line and r.trigger = 'adoption';
     -- Any other that is under way takes the rows along, and does not wait any longer, whatever it was.
     update rekey.rotations r
     set trigger = 'compromise', attempts = 0, next_attempt_at = null,
         state = case when r.state in ('paused', 'failed') then 'queued' else r.state end
-    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state)
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line
     returning r.id into v_rotation;
     v_event := 'rotation.resumed';
     if not found and v_keyring.retired_at is null then
@@ -431,7 +438,7 @@ begin
 end
 $$;
 comment on function rekey.mark_key_compromised is
-  'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+  'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it; those in line come after. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
 grant execute on function rekey.mark_key_compromised to rekey_admin;
 
 create or replace function rekey._replace_lost_keys(kek_id integer) returns void
@@ -495,10 +502,10 @@ begin
   end if;
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
   if action = 'retry' and v_failure.rotation_id is not null and not exists (
-       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
+       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state) and not r.in_line) then
     perform rekey._refuse_over(v_rotation);
     update rekey.rotations r
-    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
     where r.id = v_failure.rotation_id;
   end if;
   perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_failure.keyring_id), v_failure.version, v_failure.rotation_id,

@@ -247,7 +247,7 @@ begin
       q.id, q.rotation_id as before
     from unnest(keyrings, versions, row_keys, problems, codes) as f(keyring_id, version, row_key, problem, code)
     cross join lateral (select rekey._row_hash(f.row_key) as hash offset 0) h
-    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
+    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state) and not r.in_line
     -- Known from an earlier rotation or pass.
     left join lateral (
       select q.id, q.rotation_id from rekey.rotation_failures q
@@ -360,7 +360,7 @@ declare
 begin
   select array_agg(r.id), bool_or(r.trigger = 'compromise') into v_ids, v_urgent
   from (select * from rekey.rotations r
-        where r.state in ('queued', 'running') and r.pass_id is null
+        where r.state in ('queued', 'running') and r.pass_id is null and not r.in_line
           and rekey._is_due(r.next_attempt_at)
         order by r.id for update skip locked) r;
   if v_ids is null then
@@ -928,12 +928,38 @@ begin
   else
     -- As _plan() will find them: who holds one up does not hold up the batches.
     perform from rekey.rotations r
-    where r.state in ('queued', 'running') and r.pass_id is null and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
+    where r.state in ('queued', 'running') and r.pass_id is null and not r.in_line and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
     event := case when found then 'whole' end;
   end if;
 end
 $$;
 comment on function rekey._coordinate is 'What one worker does for all: ends passes, tries the barrier, begins passes; without planning, says that one is to be begun (event whole).';
+
+create or replace function rekey._next_in_line() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id bigint;
+begin
+  -- (Whoever has a keyring in hand begins something there, or ends it: the next step looks again.)
+  select r.id into v_id
+  from rekey.rotations r
+  join rekey.keyrings k on k.id = r.keyring_id
+  where r.state = 'queued' and r.in_line
+    and not exists (select from rekey.rotations o where o.keyring_id = r.keyring_id and rekey._is_under_way(o.state) and not o.in_line)
+  order by r.id limit 1 for no key update of k skip locked;
+  if not found then
+    return;
+  end if;
+  update rekey.rotations r
+  set in_line = false,
+      to_version = (select k.version from rekey.encryption_keys k where k.keyring_id = r.keyring_id and k.state = 'active')
+  where r.id = v_id and r.state = 'queued' and r.in_line
+    and not exists (select from rekey.rotations o where o.keyring_id = r.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
+end
+$$;
+comment on function rekey._next_in_line is 'Lets the first adoption in line begin whose keyring has nothing else under way, with the version that is active now.';
 
 create or replace function rekey.rotation_step(
   whole boolean = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
@@ -951,8 +977,9 @@ begin
   perform rekey._refuse_snapshot();
   keyring_count := 0;
   rows := 0;
+  perform rekey._next_in_line();
   if not exists (
-       select from rekey.rotations r where r.state in ('queued', 'running', 'verifying')
+       select from rekey.rotations r where r.state in ('queued', 'running', 'verifying') and not r.in_line
          -- An adoption whose keys only pg-rekey columns adopt has.
          and not (r.state = 'running' and r.formats is not null and r.formats <> '{plaintext}' and exists (select from rekey._chunks c where c.pass_id = r.pass_id))) then
     event := 'idle';
@@ -963,7 +990,7 @@ begin
   -- What was just asked for, or only waits, comes before the batches: a compromised key does not wait for a long sweep.
   if (exists (
         select from rekey.rotations r
-        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
+        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' and not r.in_line or r.state = 'verifying' and r.barrier_at is null))
       or exists (
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
         where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))

@@ -39,6 +39,7 @@ begin
 end
 $$;
 comment on function rekey._legacy_format is 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
+grant execute on function rekey._legacy_format to rekey_admin, rekey_operator, rekey_auditor;
 
 -- Decryption under a wrong passphrase fails, and no expression with a secret may (41_encrypt.sql). So passphrases wait in a setting
 -- of the transaction, sealed as the KEK of a session is, and come into the statement as a column.
@@ -217,13 +218,14 @@ begin
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
-  select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+  select r.id into v_rotation from rekey.rotations r where r.column_id = v_column.id and rekey._is_under_way(r.state);
   if found then
-    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
+    raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
-  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced)
+  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, in_line)
   select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
-    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false)
+    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false),
+    exists (select from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))
   from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
   returning id into v_rotation;
   if v_rotation is null then
@@ -235,7 +237,7 @@ begin
 end
 $$;
 comment on function rekey.adopt_column is
-  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the keyring is under way; RK005: blocked; RK006: retired keyring; RK007: not protected.';
+  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked; RK006: retired keyring; RK007: not protected.';
 grant execute on function rekey.adopt_column to rekey_admin;
 
 -- What follows is how pg-rekey columns adopt works. One batch is two calls in one transaction: in between, the client opens
@@ -284,10 +286,12 @@ comment on function rekey._adoption_rows is 'Locks values of a range that are no
 create or replace function rekey._adoption_batch(rotation_id bigint) returns rekey._adoption
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '2 s'  -- as rekey.rotation_step()
 as $$
 declare
   v_rotation record;
   v_chunk rekey._chunks;
+  v_table regclass;
   v_target rekey._target;
   v_state text := rekey._target_state();
   v_until_block bigint;
@@ -303,7 +307,10 @@ begin
   if not found then
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
-  perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  v_table := (rekey._column_shape(v_rotation.column_id)).relation;
+  if v_table is not null then
+    perform rekey._refuse_stranger(v_table);
+  end if;
   select c.* into v_chunk from rekey._chunks c
   where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.kind = 'adopt' and c.target = v_rotation.label
   order by c.id limit 1 for update skip locked;
@@ -311,7 +318,11 @@ begin
     return null;
   end if;
   v_target := rekey._target_of(v_chunk);
-  perform rekey._refuse_problem(v_chunk.target, v_target.problem);
+  if v_target.problem is not null then
+    -- As in rekey._sweep_batch(): the verification says what it waits for.
+    delete from rekey._chunks c where c.id = v_chunk.id;
+    return null;
+  end if;
   select w.rows into v_max_rows from rekey._throttle(least(v_chunk.batch_rows, 1000)) w;
   if v_max_rows is null then
     return null;
@@ -340,7 +351,7 @@ begin
   return v_adoption;
 end
 $$;
-comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the rotation is not running, and while the throttle holds it up.';
+comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the column is blocked, where the rotation is not running, and while the throttle holds it up.';
 grant execute on function rekey._adoption_batch to rekey_admin;
 
 create or replace function rekey._note_adopted(
@@ -360,6 +371,7 @@ comment on function rekey._note_adopted is 'rekey._note_batch() for an adoption.
 create or replace function rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) returns bigint
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '2 s'  -- as rekey.rotation_step()
 as $$
 declare
   v_rotation record;
@@ -499,7 +511,7 @@ begin
 end
 $$;
 comment on function rekey.adoption_batch is
-  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, or the throttle holds it up. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
+  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, the throttle holds it up, or the column is blocked, for which the rotation waits. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: changed meanwhile; RK007: no such adoption.';
 grant execute on function rekey.adoption_batch to rekey_admin;
 
 create or replace function rekey.adoption_store(rotation_id bigint, relation regclass) returns bigint

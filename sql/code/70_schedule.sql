@@ -80,7 +80,7 @@ begin
   select array_agg(k.id) into v_due
   from (select k.id from rekey.keyrings k
         where k.next_rotation_at <= now()
-          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state))) k;
+          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state) and not r.in_line)) k;
   if v_due is null then
     return;
   end if;

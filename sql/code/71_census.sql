@@ -182,7 +182,7 @@ begin
         array_agg(distinct c.keyring_id)
       into v_keyrings, v_current
       from rekey._call_count(v_target.function_name, v_target.relation, null) c
-      where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
+      where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
       -- And where the census has put rows into quarantine: they may open again.
       v_keyrings := array(
         select unnest(v_keyrings) union
@@ -247,7 +247,7 @@ begin
     order by c.keyring_id
   loop
     perform rekey._keyring(v_stale.name, lock => true);
-    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state));
+    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
     v_id := rekey._queue_sweep(v_stale.keyring_id, 'schedule', 'rows on an older version, found by the census');
     v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
       'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));

@@ -25,13 +25,14 @@ create table rekey.rotations (
   column_id integer constraint rotations_column_fkey references rekey.protected_columns on delete set null,
   formats text[],
   forced boolean not null default false,
+  in_line boolean not null default false,
   created_at timestamptz not null default now(),
   started_at timestamptz,
   finished_at timestamptz,
   constraint rotations_to_version_fkey foreign key (keyring_id, to_version) references rekey.encryption_keys (keyring_id, version)
 ) with (fillfactor = 50);  -- room for the progress, which each batch notes
 create unique index rotations_under_way_key on rekey.rotations (keyring_id)
-  where state in ('queued', 'running', 'paused', 'verifying', 'failed');
+  where state in ('queued', 'running', 'paused', 'verifying', 'failed') and not in_line;
 create index rotations_keyring_id on rekey.rotations (keyring_id, id);
 create index rotations_open on rekey.rotations (id) where state in ('queued', 'running', 'verifying');
 comment on table rekey.rotations is 'Rotations: which keyring goes from which versions to which, and how far it is.';
@@ -59,6 +60,7 @@ comment on column rekey.rotations.verification_id is 'Number of the verification
 comment on column rekey.rotations.column_id is 'Protected column that is adopted; NULL for other rotations, and once it is no longer protected.';
 comment on column rekey.rotations.formats is 'Formats that are adopted; NULL for other rotations.';
 comment on column rekey.rotations.forced is 'Whether values that look encrypted in another format are adopted as plaintext.';
+comment on column rekey.rotations.in_line is 'Whether it is an adoption that waits, queued, until nothing else of its keyring is under way.';
 comment on column rekey.rotations.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
 comment on column rekey.rotations.started_at is 'When the first row was looked at.';
 comment on column rekey.rotations.finished_at is 'When it ended.';

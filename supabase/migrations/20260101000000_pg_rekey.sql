@@ -350,13 +350,14 @@ create table rekey.rotations (
   column_id integer constraint rotations_column_fkey references rekey.protected_columns on delete set null,
   formats text[],
   forced boolean not null default false,
+  in_line boolean not null default false,
   created_at timestamptz not null default now(),
   started_at timestamptz,
   finished_at timestamptz,
   constraint rotations_to_version_fkey foreign key (keyring_id, to_version) references rekey.encryption_keys (keyring_id, version)
 ) with (fillfactor = 50);  -- room for the progress, which each batch notes
 create unique index rotations_under_way_key on rekey.rotations (keyring_id)
-  where state in ('queued', 'running', 'paused', 'verifying', 'failed');
+  where state in ('queued', 'running', 'paused', 'verifying', 'failed') and not in_line;
 create index rotations_keyring_id on rekey.rotations (keyring_id, id);
 create index rotations_open on rekey.rotations (id) where state in ('queued', 'running', 'verifying');
 comment on table rekey.rotations is 'Rotations: which keyring goes from which versions to which, and how far it is.';
@@ -384,6 +385,7 @@ comment on column rekey.rotations.verification_id is 'Number of the verification
 comment on column rekey.rotations.column_id is 'Protected column that is adopted; NULL for other rotations, and once it is no longer protected.';
 comment on column rekey.rotations.formats is 'Formats that are adopted; NULL for other rotations.';
 comment on column rekey.rotations.forced is 'Whether values that look encrypted in another format are adopted as plaintext.';
+comment on column rekey.rotations.in_line is 'Whether it is an adoption that waits, queued, until nothing else of its keyring is under way.';
 comment on column rekey.rotations.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
 comment on column rekey.rotations.started_at is 'When the first row was looked at.';
 comment on column rekey.rotations.finished_at is 'When it ended.';
@@ -2202,7 +2204,7 @@ declare
 begin
   select r.id into v_rotation from rekey.rotations r
   where r.keyring_id = _refuse_needed.keyring_id and (_refuse_needed.version = any (r.from_versions) or r.to_version = _refuse_needed.version)
-    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed');
+    and r.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not r.in_line;
   if found then
     raise exception 'version % is needed by rotation %', version, v_rotation using errcode = 'RK005',
       hint = 'Let the rotation complete first.';
@@ -3870,7 +3872,7 @@ begin
   if current_setting('standard_conforming_strings') = 'off' then
     return 'standard_conforming_strings is off in this session: its functions would take envelopes for something else';
   elsif v_shape.relation is null then
-    return format('its table or column was dropped, or its functions were not restored: %s, or rekey.unprotect_column(%L)', v_again, protected.label);
+    return format('its table or column was dropped, or its functions were not restored: %s, or, where it is gone for good, rekey.unprotect_column(%L), or pg-rekey columns unprotect', v_again, protected.label);
   end if;
   select c.* into v_table from pg_class c where c.oid = v_shape.relation;
   v_other := rekey._namesake(protected, v_shape.relation, v_shape.attnums[protected.places[1]]);
@@ -4483,11 +4485,16 @@ begin
       raise exception '% has no primary key', target using errcode = 'invalid_parameter_value',
         hint = 'Name in context_columns what its rows are told apart by: columns that do not change.', constraint = 'context';
     end if;
-    if encrypt_on_write and exists (
+    if exists (
          select from pg_attribute a where a.attrelid = target and a.attname = any (v_context) and (a.atthasdef or a.attidentity <> ''))
        and exists (select from pg_index i where i.indrelid = target and i.indisunique and not i.indisprimary) then
-      raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
-        hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
+      if encrypt_on_write then
+        raise exception 'the primary key of % has a default, and another key is unique', target using errcode = 'invalid_parameter_value',
+          hint = 'INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that never was. Name that other key in context_columns.', constraint = 'context_of_conflict';
+      end if;
+      -- Said before any value is bound to it: context stays.
+      raise warning 'encrypt_on_write will be refused with this context: the primary key of % has a default, and another key is unique', target
+        using hint = 'If a trigger is to encrypt what is written, name that other key in context_columns now, before values are bound to the primary key.', constraint = 'context_of_trigger';
     end if;
   end if;
   foreach v_name in array v_context loop
@@ -4643,7 +4650,7 @@ begin
 end
 $$;
 comment on function rekey.protect_column is
-  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). fire_triggers: whether the triggers and rules of the table see what a rotation or an adoption writes; false takes a right of the owner of the table: GRANT SET ON PARAMETER session_replication_role. search_path: with which they run meanwhile; left out, it is that of the session that calls. What envelopes break comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context, table or search path cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition, triggers cannot be kept from firing; RK006: protected already, in another way; RK007: no such keyring.';
+  'Puts a bytea or text column under rotation, and returns its label: the values are bound to (label, context columns as text), so rekey.decrypt(value, array[label, id::text]) opens them. The owner of the table calls it, as a member of rekey_admin, or a superuser. context_columns: what tells rows apart and does not change; NULL: the primary key. encrypt_on_write: a trigger encrypts what is written, and refuses envelopes of other rows; a value that an update leaves as it is waits for rekey.adopt_column(). fire_triggers: whether the triggers and rules of the table see what a rotation or an adoption writes; false takes a right of the owner of the table: GRANT SET ON PARAMETER session_replication_role. search_path: with which they run meanwhile; left out, it is that of the session that calls. What envelopes break, and where encrypt_on_write will need other context columns, comes as warnings. Repeated, it makes the column''s functions anew. It encrypts nothing that is there: rekey.adopt_column() does. 22023: column, context, table or search path cannot be; 23505: the label is taken; 42501: not the owner; 42703: no such column; RK005: a forced policy, a foreign partition, triggers cannot be kept from firing; RK006: protected already, in another way; RK007: no such keyring.';
 grant execute on function rekey.protect_column to rekey_admin;
 
 create or replace function rekey._refuse_encrypted(protected rekey.protected_columns) returns void
@@ -4665,6 +4672,18 @@ end
 $$;
 comment on function rekey._refuse_encrypted is 'RK005 where a protected column holds envelopes; 25001 outside READ COMMITTED.';
 
+create or replace function rekey._end_adoptions(column_id integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update rekey.rotations r
+  set state = 'superseded', finished_at = now(), in_line = false, pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
+  where r.column_id = _end_adoptions.column_id and rekey._is_under_way(r.state);
+end
+$$;
+comment on function rekey._end_adoptions is 'Ends the adoption of a column that is in line or, where its table is gone, under way.';
+
 create or replace function rekey._release_column(target regclass, column_name name, decrypt boolean, out id integer, out statements text[])
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -4681,10 +4700,11 @@ begin
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007', hint = 'See rekey.column_status.', constraint = 'columns';
   end if;
   perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
-  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state);
+  select r.id into v_rotation from rekey.rotations r where r.column_id = _release_column.id and rekey._is_under_way(r.state) and not r.in_line;
   if found then
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
+  perform rekey._end_adoptions(id);
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
   else
@@ -4744,6 +4764,7 @@ begin
   loop
     execute format('drop function %s', v_function);
   end loop;
+  perform rekey._end_adoptions(id);
   update rekey.rotation_failures f set resolved_at = now(), resolution = 'cleared'
   where f.target = v_protected.label and f.resolved_at is null;
   delete from rekey.protected_columns c where c.id = _forget_column.id;
@@ -5189,8 +5210,8 @@ comment on function rekey.rebind_column is
 grant execute on function rekey.rebind_column to rekey_admin;
 
 -- sql/code/54_find.sql
--- Where envelopes are, and what was forgotten: envelopes in columns that are not protected, and columns that sound like
--- secrets and hold none.
+-- Where envelopes are, and what was forgotten: envelopes in columns that are not protected, what other tools encrypted, and
+-- columns, and keys of JSON, that sound like secrets and hold none.
 
 -- The text form of an envelope begins with rk1:UksB and has 104 characters or more; its bytes, 75 or more, are printed as
 -- \x524b01..., in an array, a row or JSON too. Nothing is cast to text, which may be anybody's function: format() calls the
@@ -5208,8 +5229,54 @@ end;
 comment on function rekey._is_extension_table is 'Whether a table belongs to pg_cron or Supabase Vault, which hold no envelopes.';
 grant execute on function rekey._is_extension_table to rekey_operator, rekey_auditor;
 
+create or replace function rekey._sounds_secret(name text) returns boolean
+language sql immutable parallel safe
+begin atomic
+  select w.words ~ (' [a-z]*(token|secret|password|passwd|passwort|kennwort|passphrase|passcode|(api|private|secret|access|signing|encryption)key|credential)s? '
+      || '| (pwd|pat|bearer|creds?|jwt|[th]?otp|cvv|cvc|senha|mnemonic) '
+      || '| (api|private|secret|access|signing|encryption|encrypted|decryption|master|hmac|aes|rsa|ssh|pgp|gpg|ssl|tls|vapid|deploy|shared|session|auth|account|server|service|role|webhook) keys? '
+      || '| (seed|recovery|backup) (phrase|word|code)s? '
+      || '| (smtp|imap|pop|mail|email|db|database|postgres|pg|mysql|redis|mongo|amqp|mqtt|user|admin|root|ftp|sftp|ssh|ldap|bind|proxy|wifi|vpn|http|auth|login) ?pass '
+      || '|^ pass $')
+    -- What is said of a secret is none.
+    and w.words !~ (' (id|ids|uuid|name|label|title|type|kind|status|state|version|format|scope|scopes|prefix|suffix|hint|count|counts|length|len|size|limit|usage|used|remaining|quota|budget'
+      || '|cost|price|at|on|by|date|time|timestamp|ttl|age|lifetime|expiry|expires|expired|expiration|created|updated|changed|rotated|revoked|issued|reset|enabled|disabled|required|valid|verified'
+      || '|policy|strategy|strength|score|algorithm|alg|issuer|audience|provider|source|owner|manager|url|uri|endpoint|path|file|filename|location|arn|ref|reference'
+      || '|hash|hashes|digest|checksum|fingerprint|salt|symbol|address|balance|supply|decimals|description|comment|note|notes|question|attempts|flag|index|position) $')
+    and w.words !~ '^ (is|has|have|needs?|requires?|uses?|allows?|shows?|max|min|num|number|non?|total|prompt|completion|input|output|cached|design|public) '
+    and w.words !~ ' (next|prev|previous|page|paging|sync|cursor|continuation) tokens? | public keys? $'
+  from (
+    -- The words of camelCase, PascalCase and snake_case, with blanks, hyphens or digits in between.
+    select ' ' || btrim(lower(regexp_replace(regexp_replace(regexp_replace(
+      name collate "C", '([a-z])([A-Z])', '\1 \2', 'g'), '([A-Z])([A-Z][a-z])', '\1 \2', 'g'), '[^A-Za-z]+', ' ', 'g'))) || ' ' as words) w;
+end;
+comment on function rekey._sounds_secret is
+  'Whether a name, of a column or a key of JSON, sounds like a secret: token, password, apiKey, smtpPass and their kin. token_count, passwordResetAt and the like do not.';
+grant execute on function rekey._sounds_secret to rekey_admin, rekey_operator, rekey_auditor;
+
+create or replace function rekey._has_secret(document json) returns boolean
+language sql immutable parallel safe
+begin atomic
+  with recursive parts (name, value) as (
+    select null::text, document
+    union all
+    select e.name, e.value
+    from parts p
+    cross join lateral (
+      select o.key, o.value from json_each(case when json_typeof(p.value) = 'object' then p.value end) o
+      union all
+      select p.name, a.value from json_array_elements(case when json_typeof(p.value) = 'array' then p.value end) a
+    ) as e(name, value)
+  )
+  select exists (
+    select from parts p
+    where json_typeof(p.value) = 'string' and p.value::text <> '""' and left(p.value::text, 5) <> '"rk1:' and rekey._sounds_secret(p.name));
+end;
+comment on function rekey._has_secret is 'Whether a JSON document has, at any depth, a string that is no envelope under a key that sounds like a secret, or in an array under one.';
+grant execute on function rekey._has_secret to rekey_admin, rekey_operator, rekey_auditor;
+
 create or replace function rekey.find_envelopes()
-returns table (relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint)
+returns table (relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint, encrypted bigint, secret_keys bigint)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set row_security = off  -- an error, where a policy would hide rows
@@ -5223,26 +5290,40 @@ declare
   -- In full: source text of pg_rekey, this line too, may stand in a table of migrations.
   v_within text := $q$(strpos(%1$s collate "C", 'rk1:UksB') > 0 and %1$s collate "C" ~ 'rk1:UksB[A-Za-z0-9+/]{96}'
     or strpos(%1$s collate "C", '\x524b01') > 0 and %1$s collate "C" ~ '\\x524b01[0-9a-f]{144}')$q$;
+  v_of_others text := $q$octet_length(%1$s) >= 16 and rekey._legacy_format(%1$s) not in ('envelope', 'plaintext')$q$;
+  -- (To take a document apart takes long: not without one of these letters in a key.)
+  v_of_keys text := $q$%1$s ~* '(token|secret|pass|pwd|wort|key|cred|pat|bearer|jwt|otp|cv[cv]|senha|mnemonic|phrase|word|code)[^"]*"\s*:' and rekey._has_secret(%1$s::json)$q$;
   v_table record;
   v_part oid;
   v_counts bigint[];
 begin
   for v_table in
     select c.oid, c.oid::regclass as relation, array_agg(a.attname order by a.attnum) as names,
-      string_agg(case
-        when a.atttypid = 'bytea'::regtype then
-          format($q$count(*) filter (where %2$s), 0, count(*) filter (where substr(%1$s, 1, 3) <> '\x524b01')$q$, v.value, format(v_of_bytes, v.value))
-        when a.atttypid in ('text'::regtype, 'varchar'::regtype) then
-          format($q$count(*) filter (where %2$s), count(*) filter (where not (%2$s) and %3$s),
-            count(*) filter (where left(%1$s, 4) collate "C" <> 'rk1:')$q$, v.value, format(v_of_text, v.value), format(v_within, v.value))
-        else format('0, count(*) filter (where %s), null', format(v_within, format($q$format('%%s', %s)$q$, v.value))) end,
+      string_agg(case k.kind
+        when 'bytea' then format($q$count(*) filter (where %2$s), 0, count(*) filter (where substr(%1$s, 1, 3) <> '\x524b01'), count(*) filter (where %3$s), null$q$,
+          v.value, format(v_of_bytes, v.value), format(v_of_others, v.value))
+        when 'text' then format($q$count(*) filter (where %2$s), count(*) filter (where not (%2$s) and %3$s),
+            count(*) filter (where left(%1$s, 4) collate "C" <> 'rk1:'), count(*) filter (where %4$s), null$q$,
+          v.value, format(v_of_text, v.value), format(v_within, v.value), format(v_of_others, format($q$convert_to(%s, 'UTF8')$q$, v.value)))
+        -- Of what else holds text, what is empty is nothing.
+        else format($q$0, count(*) filter (where %2$s), %3$s, count(*) filter (where %4$s), %5$s$q$, v.value, format(v_within, v.printed),
+          case when k.kind <> 'other' then format($q$count(*) filter (where %s not in ('', 'null', '""', '{}', '[]'))$q$, v.printed) else 'null' end,
+          format(v_of_others, format($q$convert_to(%s, 'UTF8')$q$, v.printed)),
+          case when k.kind = 'json' then format('count(*) filter (where %s)', format(v_of_keys, v.printed)) else 'null' end) end,
         ', ' order by a.attnum) as counts
     from pg_class c
     join pg_namespace n on n.oid = c.relnamespace
     join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-    cross join lateral (select format('t.%I', a.attname)) as v(value)
+    cross join lateral (select format('t.%I', a.attname), format($q$format('%%s', t.%I)$q$, a.attname)) as v(value, printed)
     join pg_type y on y.oid = a.atttypid
     left join pg_type e on e.oid = y.typelem and y.typcategory = 'A'
+    cross join lateral (
+      select case
+        when y.oid = 'bytea'::regtype then 'bytea'
+        when y.oid in ('text'::regtype, 'varchar'::regtype) then 'text'
+        when y.oid in ('json'::regtype, 'jsonb'::regtype) or y.typbasetype in ('json'::regtype, 'jsonb'::regtype) then 'json'
+        when y.typcategory = 'S' or e.typcategory = 'S' or 'bytea'::regtype in (y.typbasetype, e.oid) then 'strings'
+        else 'other' end) as k(kind)
     where c.relkind in ('r', 'p', 'm') and not c.relispartition and c.relpersistence <> 't' and c.relispopulated
       and c.oid >= 16384 and not (n.nspname in ('rekey', 'rekey_targets') and c.relowner = 'rekey_owner'::regrole) and rekey._is_extension_table(c.oid) is false
       -- Numbers, times, network addresses and the like have no room for one.
@@ -5272,16 +5353,18 @@ begin
     end;
     for v_place in 1 .. case when v_counts is null then 1 else cardinality(v_table.names) end loop
       column_name := case when v_counts is not null then v_table.names[v_place] end;
-      envelopes := v_counts[3 * v_place - 2];
-      embedded := v_counts[3 * v_place - 1];
-      others := v_counts[3 * v_place];
+      envelopes := v_counts[5 * v_place - 4];
+      embedded := v_counts[5 * v_place - 3];
+      others := v_counts[5 * v_place - 2];
+      encrypted := v_counts[5 * v_place - 1];
+      secret_keys := v_counts[5 * v_place];
       return next;
     end loop;
   end loop;
 end
 $$;
 comment on function rekey.find_envelopes is
-  'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); and, of text and bytea columns, others. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole, or that has an index or statistics over a function that is neither a superuser''s nor his, which reading it may run, there is a row without a column. Left out are tables of PostgreSQL, pg_rekey, pg_cron and Supabase Vault, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
+  'Counts, in every column that has room for one: envelopes; values of another kind that an envelope stands in (text around it, JSON, arrays, rows, domains, and their like); of columns of text, bytea or JSON, their domains and arrays, others; of those, what looks encrypted by another tool; and JSON documents that have a string under a key that sounds like a secret. Reads every ordinary and partitioned table and materialized view that the caller may read, whole, with his rights; of one that he may not read whole, or that has an index or statistics over a function that is neither a superuser''s nor his, which reading it may run, there is a row without a column. Left out are tables of PostgreSQL, pg_rekey, pg_cron and Supabase Vault, temporary and foreign tables, large objects, and what stands within a longer bytea value.';
 grant execute on function rekey.find_envelopes to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey.find_unprotected()
@@ -5292,13 +5375,14 @@ as $$
 begin
   return query
     select f.relation, f.column_name, w.finding, w.rows, w.advice
-    from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, place)
+    from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, encrypted, secret_keys, place)
     left join rekey.column_status s on s.relation = f.relation and s.column_name = f.column_name
     cross join lateral (
-      select f.column_name ~* '(^|_)(token|secret|password|passwd|api_?key|private_?key|credentials?)(s?)(_|$)'
-          -- Those of Supabase's own schemas are its own affair.
-          and (select s.nspowner::regrole::text !~ '^"?supabase' from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = f.relation) as telling,
-        format('%L, %L', f.relation, f.column_name) as names) n
+      select format('%L, %L', f.relation, f.column_name) as names,
+        -- Those of Supabase's own schemas are its own affair.
+        (select s.nspowner::regrole::text !~ '^"?supabase' from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = f.relation) as ours,
+        exists (select from pg_attribute a where a.attrelid = f.relation and a.attname = f.column_name
+                and a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype)) as fit) n
     cross join lateral (values
       (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.'),
       (f.envelopes > 0 and s.label is null, 'holds envelopes, and is not protected', f.envelopes,
@@ -5307,8 +5391,15 @@ begin
         'No rotation takes them along, and a key that only they stand on counts as unused. Give them a column of their own, and protect it.'),
       (f.others > 0 and s.label is not null, 'is protected, and holds values that are not encrypted', f.others,
         format('select rekey.adopt_column(%s)', n.names)),
-      (f.others > 0 and s.label is null and n.telling, 'sounds like a secret, and is not encrypted', f.others,
-        format('select rekey.protect_column(%s), then rekey.adopt_column()', n.names))
+      (f.encrypted > 0 and s.label is null and n.ours, 'holds values that another tool encrypted', f.encrypted,
+        case when n.fit then format('select rekey.protect_column(%s), then pg-rekey columns adopt --from what that tool writes', n.names)
+          else 'Give them a column of type text or bytea, and protect it.' end),
+      (f.others > coalesce(f.encrypted, 0) and s.label is null and n.ours and rekey._sounds_secret(f.column_name::text), 'sounds like a secret, and is not encrypted',
+        f.others - coalesce(f.encrypted, 0),
+        case when n.fit then format('select rekey.protect_column(%s), then rekey.adopt_column()', n.names)
+          else 'Give the values a column of type text or bytea, and protect it.' end),
+      (f.secret_keys > 0 and n.ours and not rekey._sounds_secret(f.column_name::text), 'has JSON keys that sound like secrets, and are not encrypted', f.secret_keys,
+        'Give their values a column of type text or bytea, and protect it.')
     ) as w (so, finding, rows, advice)
     -- A materialized view is a copy, made anew by REFRESH.
     where w.so and (select c.relkind from pg_class c where c.oid = f.relation) <> 'm'
@@ -5316,7 +5407,7 @@ begin
 end
 $$;
 comment on function rekey.find_unprotected is
-  'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; and those whose name sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
+  'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; those that hold what another tool encrypted; and those whose name, or a key of whose JSON, sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
 grant execute on function rekey.find_unprotected to rekey_admin, rekey_operator, rekey_auditor;
 
 -- sql/code/55_findings.sql
@@ -5349,41 +5440,58 @@ begin atomic
 end;
 comment on function rekey._others_schemas is 'The schemas of a search path in which others may create than the owner of this table, and who may do all in its database.';
 
--- PostgreSQL looks at the replica identity when a row is updated, whoever does it, and not when a publication is made.
-create or replace function rekey._unpublishable(leaf regclass) returns table (pubname name, finding text, advice text)
+-- As PostgreSQL checks it when an UPDATE begins, whatever columns it sets.
+create or replace function rekey._refused_updates(relation regclass) returns table (publication name, why text)
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   with identity as (
-    select c.relreplident = 'f' as is_full, array(
+    select c.relreplident = 'f' as whole, array(
       select a.attname
-      from pg_attribute a
-      where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-        and (c.relreplident = 'f' or c.relreplident <> 'n' and exists (
-          select from pg_index i
-          where i.indrelid = c.oid and i.indimmediate and a.attnum = any (i.indkey::smallint[])
-            and case when c.relreplident = 'd' then i.indisprimary else i.indisreplident end))) as names
-    from pg_class c where c.oid = leaf
+      from pg_index i
+      cross join lateral unnest(i.indkey::smallint[]) as k(attnum)
+      join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+      where i.indrelid = c.oid and i.indimmediate and i.indisvalid
+        and case c.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end) as columns
+    from pg_class c where c.oid = _refused_updates.relation
   ), published as (
-    select b.pubname, r.prattrs is not null as listed,
-      array(select a.attname from pg_attribute a where a.attrelid = r.prrelid and a.attnum = any (r.prattrs::smallint[])) as list,
-      array(select a.attname from regexp_matches(r.prqual::text, ':varattno (\d+)', 'g') v join pg_attribute a on a.attrelid = r.prrelid and a.attnum = v[1]::smallint) as filtered
-    from pg_publication b
-    cross join (select leaf as relation union select p.relid from pg_partition_ancestors(leaf) p) s
-    join pg_class c on c.oid = s.relation
-    left join pg_publication_rel r on r.prpubid = b.oid and r.prrelid = s.relation
+    -- With publish_via_partition_root, list and filter are those of the topmost table; else the relation's own.
+    select distinct on (b.oid) b.oid, b.pubname, o.entry, o.prrelid, o.prattrs, o.prqual is not null as filtered
+    from (
+      select _refused_updates.relation::oid, 0::bigint
+      union all
+      select a.relid, a.place from pg_partition_ancestors(_refused_updates.relation) with ordinality as a(relid, place)
+    ) as t(oid, place)
+    join pg_class c on c.oid = t.oid
+    cross join pg_publication b
     left join pg_publication_namespace m on m.pnpubid = b.oid and m.pnnspid = c.relnamespace
-    where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or r.oid is not null or m.oid is not null)
+    left join pg_publication_rel r on r.prpubid = b.oid and r.prrelid = t.oid
+    left join lateral (
+      select r.oid as entry, r.prrelid, r.prattrs, r.prqual where b.pubviaroot or t.oid = _refused_updates.relation) o on true
+    where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or m.oid is not null or r.oid is not null)
+    order by b.oid, o.entry is not null desc, t.place desc
+  ), named as (
+    select p.pubname, p.filtered,
+      case when p.prattrs is not null then array(
+        select a.attname from pg_attribute a where a.attrelid = p.prrelid and a.attnum = any (p.prattrs::smallint[])) end as listed,
+      array(
+        select a.attname from pg_depend d join pg_attribute a on a.attrelid = d.refobjid and a.attnum = d.refobjsubid
+        where p.filtered and d.classid = 'pg_publication_rel'::regclass and d.objid = p.entry and d.refclassid = 'pg_class'::regclass
+          and d.refobjsubid > 0 and (p.prattrs is null or d.refobjsubid <> all (p.prattrs::smallint[]))) as asked
+    from published p
   )
-  select distinct p.pubname,
-    format(case when i.names = '{}' then 'publication %I makes every update of %s fail (55000): it has no replica identity'
-                when p.listed and (i.is_full or not i.names <@ p.list) then 'publication %I makes every update of %s fail (42P10): its column list does not fit the replica identity'
-                else 'publication %I makes every update of %s fail (42P10): its filter takes columns that are not of the replica identity' end, p.pubname, leaf),
-    'ALTER TABLE ... REPLICA IDENTITY, or change the publication: a rotation cannot update a row before.'
-  from published p cross join identity i
-  where i.names = '{}' or p.listed and (i.is_full or not i.names <@ p.list) or not p.filtered <@ i.names;
+  select n.pubname, w.why
+  from identity y
+  cross join named n
+  cross join lateral (values
+    (n.listed is not null and (y.whole or not y.columns <@ n.listed), 'its column list does not cover the replica identity'),
+    (not y.whole and not n.asked <@ y.columns, 'its WHERE asks for a column that is not part of the replica identity'),
+    (not y.whole and y.columns = '{}', 'the table has no replica identity')
+  ) as w(so, why)
+  where w.so;
 end;
-comment on function rekey._unpublishable is 'Publications for which PostgreSQL refuses every UPDATE of this relation.';
+comment on function rekey._refused_updates is
+  'The publications because of which every UPDATE of a relation, a sweep''s too, is refused by PostgreSQL (42P10, 55000), and why.';
 
 create or replace function rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text)
 returns table (kind text, fatal boolean, finding text, advice text)
@@ -5486,7 +5594,9 @@ begin atomic
          else 'Subscribers get the envelopes: they need the same keys.' end
   from published b
   union all
-  select 'publication', false, u.finding, u.advice from parts p cross join lateral rekey._unpublishable(p.relation) u;
+  select distinct 'publication', false, format('publication %I makes every UPDATE of %s fail, and so the sweep: %s', u.publication, p.relation, u.why),
+    'ALTER TABLE ... REPLICA IDENTITY, or ALTER PUBLICATION, before anything is swept.'
+  from parts p cross join lateral rekey._refused_updates(p.relation) u;
 end;
 comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected.';
 
@@ -5760,7 +5870,10 @@ select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions
   r.attempts, r.last_error,
   coalesce(r.next_attempt_at, case when r.attempts > 0 then (
     select min(c.next_attempt_at) from rekey._chunks c where c.pass_id = r.pass_id and c.attempts > 0 and not c.stuck) end) as next_attempt_at,
-  coalesce(r.blocked_by, h.steps) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
+  coalesce(r.blocked_by, h.steps, case when r.in_line then (
+    select jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('rotation', o.id, 'state', o.state, 'adopts', q.label)))
+    from rekey.rotations o left join rekey.protected_columns q on q.id = o.column_id
+    where o.keyring_id = r.keyring_id and o.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not o.in_line) end) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
   p.label as adopts, r.formats, r.forced
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
@@ -5787,7 +5900,7 @@ comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: reke
 comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
@@ -5839,10 +5952,10 @@ begin
   perform rekey._lock_kek();
   perform from rekey.keyrings k where k.id = any (keyrings) order by k.id for no key update;
   if supersede then
-    perform from rekey.rotations r where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) order by r.id for no key update;
+    perform from rekey.rotations r where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line order by r.id for no key update;
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
-    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state);
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line;
   end if;
   select array_agg(k.id order by k.id), array_agg(a.version order by k.id),
     array_agg((select max(m.version) + 1 from rekey.encryption_keys m where m.keyring_id = k.id) order by k.id)
@@ -5850,7 +5963,7 @@ begin
   from rekey.keyrings k
   join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
   where k.id = any (keyrings) and k.retired_at is null
-    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state));
+    and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state) and not r.in_line);
   if v_due is null then
     return;
   end if;
@@ -5901,7 +6014,7 @@ begin
     select k.name, r.id, r.to_version, row_number() over (order by r.id) as place
     from rekey.rotations r
     join rekey.keyrings k on k.id = r.keyring_id
-    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and r.id <> all (begun)
+    where r.keyring_id = any (keyrings) and rekey._is_under_way(r.state) and not r.in_line and r.id <> all (begun)
   )
   select jsonb_agg(jsonb_build_object('event', 'rotation.passed_by', 'keyring', p.name, 'version', p.to_version, 'rotation_id', p.id,
                                       'details', jsonb_strip_nulls(jsonb_build_object('reason', _note_passed_by.reason))) order by p.place),
@@ -5944,19 +6057,19 @@ begin
   if keyring is null then
     perform rekey._note_passed_by(v_ids, v_new, reason);
   elsif v_new = '{}' then
-    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+    select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line;
     raise exception 'keyring % is under way in rotation %', quote_literal(keyring), v_rotation using errcode = 'RK004',
       hint = 'Wait for it, or let this one take its rows along: supersede => true.', constraint = 'supersede';
   end if;
   return query
     select s.* from rekey.rotation_status s
     where s.id = any (v_new)
-       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state))
+       or rotate_keys.keyring is null and s.id in (select r.id from rekey.rotations r where rekey._is_under_way(r.state) and not r.in_line)
     order by s.id;
 end
 $$;
 comment on function rekey.rotate_keys is
-  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
+  'Rotates: makes a new version of the keyring, active from now on, and queues the re-encryption of its rows, which the worker does. Returns at once. keyring NULL: every keyring; one under way gets no new version: its rotation is returned as it is (created_at is before now()), a warning names it, and the audit log has the reason in rotation.passed_by. reason: for the audit log. supersede: also where a rotation is under way, whose rows this one takes along; an adoption under way has to be asked for again, those in line come after. RK001, RK002: KEK; RK004: under way; RK005: a table of pg_rekey''s may hide rows; RK006: retired; RK007: no such keyring.';
 grant execute on function rekey.rotate_keys to rekey_admin;
 
 create or replace function rekey._rotation(id bigint) returns rekey.rotations
@@ -6022,16 +6135,20 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if exists (select from rekey.rotations r where r.keyring_id = rotation.keyring_id and r.id > rotation.id) then
+  -- (No other takes along what an adoption left. One that waited in line may be under way after one with a higher number.)
+  if rotation.trigger <> 'adoption' and exists (
+       select from rekey.rotations r
+       where r.keyring_id = rotation.keyring_id and r.id <> rotation.id and not r.in_line
+         and (r.id > rotation.id or rekey._is_under_way(r.state))) then
     raise exception 'rotation % is not the last one of its keyring', rotation.id using errcode = 'RK006',
-      hint = 'A later one takes its rows along.';
+      hint = 'A later one takes its rows along; an adoption that is under way has to end first.';
   end if;
   if exists (select from rekey.keyrings k where k.id = rotation.keyring_id and k.retired_at is not null) then
     raise exception 'the keyring of rotation % is retired', rotation.id using errcode = 'RK006';
   end if;
 end
 $$;
-comment on function rekey._refuse_over is 'RK006 where nothing comes of a rotation any more: the keyring has a later one, or is retired.';
+comment on function rekey._refuse_over is 'RK006 where nothing comes of a rotation any more: the keyring has a later one, or is retired; or where another is under way.';
 
 create or replace function rekey.retry_rotation(id bigint) returns void
 language plpgsql security definer
@@ -6049,7 +6166,7 @@ begin
   set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
   update rekey.rotations r
-  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+  set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
   where r.id = retry_rotation.id;
   perform rekey._audit('rotation.retried', rekey._keyring_name(v_rotation.keyring_id), v_rotation.to_version, id);
 end
@@ -6126,15 +6243,15 @@ begin
     select r into v_rotation from rekey._rotate(array[v_keyring.id], 'compromise', reason, true) r;
     v_key := rekey._key(v_keyring.id, version);
   else
-    -- An adoption takes no envelopes along: it has to be asked for again.
+    -- An adoption takes no envelopes along: it has to be asked for again. Those in line wait for this one.
     update rekey.rotations r
     set state = 'superseded', finished_at = now(), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
-    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and r.trigger = 'adoption';
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line and r.trigger = 'adoption';
     -- Any other that is under way takes the rows along, and does not wait any longer, whatever it was.
     update rekey.rotations r
     set trigger = 'compromise', attempts = 0, next_attempt_at = null,
         state = case when r.state in ('paused', 'failed') then 'queued' else r.state end
-    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state)
+    where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state) and not r.in_line
     returning r.id into v_rotation;
     v_event := 'rotation.resumed';
     if not found and v_keyring.retired_at is null then
@@ -6156,7 +6273,7 @@ begin
 end
 $$;
 comment on function rekey.mark_key_compromised is
-  'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
+  'Marks a version compromised: it still opens, and never encrypts again. Its rows are re-encrypted by the rotation that is returned; an active version is replaced in the same transaction, superseding a rotation under way. An adoption under way is superseded in any case: repeat it; those in line come after. RK001, RK002: KEK; RK006: neither active nor decrypt_only; RK007: there is none.';
 grant execute on function rekey.mark_key_compromised to rekey_admin;
 
 create or replace function rekey._replace_lost_keys(kek_id integer) returns void
@@ -6220,10 +6337,10 @@ begin
   end if;
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
   if action = 'retry' and v_failure.rotation_id is not null and not exists (
-       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state)) then
+       select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state) and not r.in_line) then
     perform rekey._refuse_over(v_rotation);
     update rekey.rotations r
-    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null
+    set state = 'queued', attempts = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
     where r.id = v_failure.rotation_id;
   end if;
   perform rekey._audit('rotation.failure_resolved', rekey._keyring_name(v_failure.keyring_id), v_failure.version, v_failure.rotation_id,
@@ -6484,7 +6601,7 @@ begin
       q.id, q.rotation_id as before
     from unnest(keyrings, versions, row_keys, problems, codes) as f(keyring_id, version, row_key, problem, code)
     cross join lateral (select rekey._row_hash(f.row_key) as hash offset 0) h
-    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state)
+    join rekey.rotations r on r.keyring_id = f.keyring_id and rekey._is_under_way(r.state) and not r.in_line
     -- Known from an earlier rotation or pass.
     left join lateral (
       select q.id, q.rotation_id from rekey.rotation_failures q
@@ -6597,7 +6714,7 @@ declare
 begin
   select array_agg(r.id), bool_or(r.trigger = 'compromise') into v_ids, v_urgent
   from (select * from rekey.rotations r
-        where r.state in ('queued', 'running') and r.pass_id is null
+        where r.state in ('queued', 'running') and r.pass_id is null and not r.in_line
           and rekey._is_due(r.next_attempt_at)
         order by r.id for update skip locked) r;
   if v_ids is null then
@@ -7165,12 +7282,38 @@ begin
   else
     -- As _plan() will find them: who holds one up does not hold up the batches.
     perform from rekey.rotations r
-    where r.state in ('queued', 'running') and r.pass_id is null and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
+    where r.state in ('queued', 'running') and r.pass_id is null and not r.in_line and rekey._is_due(r.next_attempt_at) limit 1 for update skip locked;
     event := case when found then 'whole' end;
   end if;
 end
 $$;
 comment on function rekey._coordinate is 'What one worker does for all: ends passes, tries the barrier, begins passes; without planning, says that one is to be begun (event whole).';
+
+create or replace function rekey._next_in_line() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id bigint;
+begin
+  -- (Whoever has a keyring in hand begins something there, or ends it: the next step looks again.)
+  select r.id into v_id
+  from rekey.rotations r
+  join rekey.keyrings k on k.id = r.keyring_id
+  where r.state = 'queued' and r.in_line
+    and not exists (select from rekey.rotations o where o.keyring_id = r.keyring_id and rekey._is_under_way(o.state) and not o.in_line)
+  order by r.id limit 1 for no key update of k skip locked;
+  if not found then
+    return;
+  end if;
+  update rekey.rotations r
+  set in_line = false,
+      to_version = (select k.version from rekey.encryption_keys k where k.keyring_id = r.keyring_id and k.state = 'active')
+  where r.id = v_id and r.state = 'queued' and r.in_line
+    and not exists (select from rekey.rotations o where o.keyring_id = r.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
+end
+$$;
+comment on function rekey._next_in_line is 'Lets the first adoption in line begin whose keyring has nothing else under way, with the version that is active now.';
 
 create or replace function rekey.rotation_step(
   whole boolean = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
@@ -7188,8 +7331,9 @@ begin
   perform rekey._refuse_snapshot();
   keyring_count := 0;
   rows := 0;
+  perform rekey._next_in_line();
   if not exists (
-       select from rekey.rotations r where r.state in ('queued', 'running', 'verifying')
+       select from rekey.rotations r where r.state in ('queued', 'running', 'verifying') and not r.in_line
          -- An adoption whose keys only pg-rekey columns adopt has.
          and not (r.state = 'running' and r.formats is not null and r.formats <> '{plaintext}' and exists (select from rekey._chunks c where c.pass_id = r.pass_id))) then
     event := 'idle';
@@ -7200,7 +7344,7 @@ begin
   -- What was just asked for, or only waits, comes before the batches: a compromised key does not wait for a long sweep.
   if (exists (
         select from rekey.rotations r
-        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' or r.state = 'verifying' and r.barrier_at is null))
+        where rekey._is_due(r.next_attempt_at) and (r.state = 'queued' and not r.in_line or r.state = 'verifying' and r.barrier_at is null))
       or exists (
         select from (select distinct r.pass_id from rekey.rotations r where r.state = 'running' and rekey._is_due(r.next_attempt_at)) p
         where not exists (select from rekey._chunks c where c.pass_id = p.pass_id and c.attempts = 0)))
@@ -9217,6 +9361,7 @@ begin
 end
 $$;
 comment on function rekey._legacy_format is 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
+grant execute on function rekey._legacy_format to rekey_admin, rekey_operator, rekey_auditor;
 
 -- Decryption under a wrong passphrase fails, and no expression with a secret may (41_encrypt.sql). So passphrases wait in a setting
 -- of the transaction, sealed as the KEK of a session is, and come into the statement as a column.
@@ -9395,13 +9540,14 @@ begin
   end if;
   v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
-  select r.id into v_rotation from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state);
+  select r.id into v_rotation from rekey.rotations r where r.column_id = v_column.id and rekey._is_under_way(r.state);
   if found then
-    raise exception 'keyring % is under way in rotation %', quote_literal(v_keyring.name), v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
+    raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
-  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced)
+  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, in_line)
   select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
-    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false)
+    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false),
+    exists (select from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))
   from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
   returning id into v_rotation;
   if v_rotation is null then
@@ -9413,7 +9559,7 @@ begin
 end
 $$;
 comment on function rekey.adopt_column is
-  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the keyring is under way; RK005: blocked; RK006: retired keyring; RK007: not protected.';
+  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked; RK006: retired keyring; RK007: not protected.';
 grant execute on function rekey.adopt_column to rekey_admin;
 
 -- What follows is how pg-rekey columns adopt works. One batch is two calls in one transaction: in between, the client opens
@@ -9462,10 +9608,12 @@ comment on function rekey._adoption_rows is 'Locks values of a range that are no
 create or replace function rekey._adoption_batch(rotation_id bigint) returns rekey._adoption
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '2 s'  -- as rekey.rotation_step()
 as $$
 declare
   v_rotation record;
   v_chunk rekey._chunks;
+  v_table regclass;
   v_target rekey._target;
   v_state text := rekey._target_state();
   v_until_block bigint;
@@ -9481,7 +9629,10 @@ begin
   if not found then
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
-  perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
+  v_table := (rekey._column_shape(v_rotation.column_id)).relation;
+  if v_table is not null then
+    perform rekey._refuse_stranger(v_table);
+  end if;
   select c.* into v_chunk from rekey._chunks c
   where v_rotation.state = 'running' and c.pass_id = v_rotation.pass_id and c.kind = 'adopt' and c.target = v_rotation.label
   order by c.id limit 1 for update skip locked;
@@ -9489,7 +9640,11 @@ begin
     return null;
   end if;
   v_target := rekey._target_of(v_chunk);
-  perform rekey._refuse_problem(v_chunk.target, v_target.problem);
+  if v_target.problem is not null then
+    -- As in rekey._sweep_batch(): the verification says what it waits for.
+    delete from rekey._chunks c where c.id = v_chunk.id;
+    return null;
+  end if;
   select w.rows into v_max_rows from rekey._throttle(least(v_chunk.batch_rows, 1000)) w;
   if v_max_rows is null then
     return null;
@@ -9518,7 +9673,7 @@ begin
   return v_adoption;
 end
 $$;
-comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the rotation is not running, and while the throttle holds it up.';
+comment on function rekey._adoption_batch is 'One batch of an adoption: adopts what the server can, and returns the rest, locked. NULL at the end, where the column is blocked, where the rotation is not running, and while the throttle holds it up.';
 grant execute on function rekey._adoption_batch to rekey_admin;
 
 create or replace function rekey._note_adopted(
@@ -9538,6 +9693,7 @@ comment on function rekey._note_adopted is 'rekey._note_batch() for an adoption.
 create or replace function rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) returns bigint
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '2 s'  -- as rekey.rotation_step()
 as $$
 declare
   v_rotation record;
@@ -9677,7 +9833,7 @@ begin
 end
 $$;
 comment on function rekey.adoption_batch is
-  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, or the throttle holds it up. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: blocked; RK007: no such adoption.';
+  'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, the throttle holds it up, or the column is blocked, for which the rotation waits. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: changed meanwhile; RK007: no such adoption.';
 grant execute on function rekey.adoption_batch to rekey_admin;
 
 create or replace function rekey.adoption_store(rotation_id bigint, relation regclass) returns bigint
@@ -9829,7 +9985,7 @@ begin
   select array_agg(k.id) into v_due
   from (select k.id from rekey.keyrings k
         where k.next_rotation_at <= now()
-          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state))) k;
+          and not exists (select from rekey.rotations r where r.keyring_id = k.id and rekey._is_under_way(r.state) and not r.in_line)) k;
   if v_due is null then
     return;
   end if;
@@ -10246,7 +10402,7 @@ begin
         array_agg(distinct c.keyring_id)
       into v_keyrings, v_current
       from rekey._call_count(v_target.function_name, v_target.relation, null) c
-      where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state));
+      where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
       -- And where the census has put rows into quarantine: they may open again.
       v_keyrings := array(
         select unnest(v_keyrings) union
@@ -10311,7 +10467,7 @@ begin
     order by c.keyring_id
   loop
     perform rekey._keyring(v_stale.name, lock => true);
-    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state));
+    continue when exists (select from rekey.rotations o where o.keyring_id = v_stale.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
     v_id := rekey._queue_sweep(v_stale.keyring_id, 'schedule', 'rows on an older version, found by the census');
     v_events := v_events || jsonb_build_object('event', 'rotation.requested', 'keyring', v_stale.name, 'version', v_stale.version,
       'rotation_id', v_id, 'details', jsonb_build_object('trigger', 'schedule', 'census_rows', v_stale.rows));

@@ -29,7 +29,7 @@ insert into contract values
   ('encrypt', 'plaintext bytea, keyring text DEFAULT ''default''::text, context text[] DEFAULT ''{}''::text[]', 'bytea'),
   ('encrypt', 'plaintext text, keyring text DEFAULT ''default''::text, context text[] DEFAULT ''{}''::text[]', 'bytea'),
   ('encrypt_text', 'plaintext text, keyring text DEFAULT ''default''::text, context text[] DEFAULT ''{}''::text[]', 'text'),
-  ('find_envelopes', '', 'TABLE(relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint)'),
+  ('find_envelopes', '', 'TABLE(relation regclass, column_name name, envelopes bigint, embedded bigint, others bigint, encrypted bigint, secret_keys bigint)'),
   ('find_unprotected', '', 'TABLE(relation regclass, column_name name, finding text, rows bigint, advice text)'),
   ('findings', '', 'TABLE(kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text)'),
   ('get_secret', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'text'),

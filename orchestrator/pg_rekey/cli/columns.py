@@ -161,10 +161,17 @@ def _dry_run(
 @yes_option
 @output
 def unprotect(out: Output, table: str, column: str, decrypt: bool, yes: bool) -> None:
-    """Take a column out of rotation. It is refused while rows are encrypted, unless --decrypt."""
+    """Take a column out of rotation. It is refused while rows are encrypted, unless --decrypt.
+
+    A table that was dropped is named as `pg-rekey columns list` shows it.
+    """
     with worker.connect() as connection:
         if decrypt:
             confirm(connection, f"Write the plain values of {table}.{column} back?", yes)
+        for row in fetch(connection, db.query("dropped column"), table, column):
+            connection.execute("select rekey.unprotect_column(%s)", [row["label"]])
+            out.done(f"{row['label']} is forgotten", table=table, column=column)
+            return
         total = 0
         table = db.named(connection, table)
         for count in release(connection, table, column, decrypt):
@@ -229,9 +236,16 @@ def view(connection: db.Connection, out: Output, table: str) -> None:
 @columns.command()
 @database()
 def find(connection: db.Connection, out: Output) -> None:
-    """Find columns that were forgotten, by counting; no value is shown. Exit code 5 if there are any."""
+    """Find columns that were forgotten, by counting; no value is shown. Exit code 5 if there are any.
+
+    Those that hold envelopes without protection, or what another tool encrypted, and those whose name, or a
+    key of whose JSON, sounds like a secret. What cannot be read is named.
+    """
     rows = fetch(connection, "select * from rekey.find_unprotected()")
     shown = ("relation", "column_name", "finding", "rows", "advice")
-    out.table(rows, shown, empty="nothing was forgotten")
+    unread = [row["name"] for row in fetch(connection, db.query("never searched"))]
+    out.table(rows, shown, empty="nothing was found in what was read" if unread else "nothing was forgotten")
+    if unread:
+        click.echo(f"never read: {', '.join(unread)}", err=True)
     if rows:
         raise click.exceptions.Exit(FINDINGS)

@@ -189,6 +189,9 @@ def describe(blockers: list[dict[str, Any]] | None) -> str:
 
 
 def _describe_one(blocker: dict[str, Any]) -> str:
+    if "rotation" in blocker:
+        what = f"adopts {blocker['adopts']}, and is" if "adopts" in blocker else "is"
+        return f"rotation {blocker['rotation']} of its keyring, which {what} {blocker['state']}"
     if "rows" in blocker:
         return f"{blocker['rows']} rows that are {blocker['why']}"
     if "error" in blocker:
