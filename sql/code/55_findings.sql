@@ -43,7 +43,7 @@ begin atomic
     from pg_class c where c.oid = _refused_updates.relation
   ), published as (
     -- With publish_via_partition_root, list and filter are those of the topmost table; else the relation's own.
-    select distinct on (b.oid) b.oid, b.pubname, o.entry, o.prrelid, o.prattrs, o.prqual is not null as filtered
+    select distinct on (b.oid) b.oid, b.pubname, o.entry, o.prrelid, o.prattrs, o.prqual
     from (
       select _refused_updates.relation::oid, 0::bigint
       union all
@@ -58,13 +58,13 @@ begin atomic
     where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or m.oid is not null or r.oid is not null)
     order by b.oid, o.entry is not null desc, t.place desc
   ), named as (
-    select p.pubname, p.filtered,
+    select p.pubname,
       case when p.prattrs is not null then array(
         select a.attname from pg_attribute a where a.attrelid = p.prrelid and a.attnum = any (p.prattrs::smallint[])) end as listed,
+      -- (By the expression: what it depends on, the column list may depend on too.)
       array(
-        select a.attname from pg_depend d join pg_attribute a on a.attrelid = d.refobjid and a.attnum = d.refobjsubid
-        where p.filtered and d.classid = 'pg_publication_rel'::regclass and d.objid = p.entry and d.refclassid = 'pg_class'::regclass
-          and d.refobjsubid > 0 and (p.prattrs is null or d.refobjsubid <> all (p.prattrs::smallint[]))) as asked
+        select a.attname from regexp_matches(p.prqual::text, ':varattno (\d+)', 'g') as v(found)
+        join pg_attribute a on a.attrelid = p.prrelid and a.attnum = v.found[1]::smallint) as asked
     from published p
   )
   select n.pubname, w.why
