@@ -4,11 +4,13 @@ import base64
 import json
 import os
 import random
+import re
 import secrets
 import string
 import uuid
 from collections.abc import Callable
 
+import psycopg
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
@@ -16,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cli_fixtures import Cli
 from driving import run
 from helpers import Connection, value
-from test_cli_columns import opened
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -232,35 +233,121 @@ PLAIN: dict[str, Callable[[], str | bytes]] = {
 }
 
 
+MARK = """
+select coalesce(rekey._legacy_mark(v), rekey._legacy_mark(rekey._marked_inside(v)))
+from unnest(%s::bytea[]) v
+"""
+
+
+def stored(values: list[str | bytes]) -> list[bytes]:
+    return [one if isinstance(one, bytes) else one.encode() for one in values]
+
+
 def table(connection: Connection, values: list[str | bytes]) -> None:
+    """Make the table t of these values, and protect it."""
     type_ = "bytea" if isinstance(values[0], bytes) else "text"
     connection.execute(f"drop table if exists t; create table t (id int primary key, v {type_})".encode())
     with connection.cursor() as cursor:
         cursor.executemany("insert into t values (%s, %s)", list(enumerate(values)))
+    connection.execute("select rekey.protect_column('t', 'v')")
 
 
 @pytest.mark.parametrize("kind", MARKED)
-def test_marked_values_are_refused_by_name(ready: Connection, kind: str) -> None:
-    """Each alone in a column; and among plain values, where the sweep leaves it."""
-    for one in MARKED[kind]:
-        raw = one if isinstance(one, bytes) else one.encode()
-        mark = value(
-            ready,
-            "select coalesce(rekey._legacy_mark(v), rekey._legacy_mark(rekey._marked_inside(v))) from (select %s::bytea as v) s",
-            raw,
-        )
+def test_marks_are_known_by_name(ready: Connection, kind: str) -> None:
+    for one in stored(MARKED[kind]):
+        [(mark,)] = ready.execute(MARK, [[one]]).fetchall()
         assert mark == kind, one
 
 
+def test_every_mark_has_a_sample(ready: Connection) -> None:
+    source = value(
+        ready,
+        "select string_agg(prosrc, ' ') from pg_proc where proname in ('_text_mark', '_byte_mark')",
+    )
+    names = {
+        name
+        for block in re.findall(r"'\{([a-z0-9_,\s]+)\}'", source)
+        for name in re.split(r",\s*", block.strip())
+    }
+    assert names == set(MARKED)
+
+
 @pytest.mark.parametrize("kind", PLAIN)
-def test_plain_values_are_not_stopped(ready: Connection, kind: str) -> None:
-    values = [PLAIN[kind]() for _ in range(40 if "pem" in kind or "der" in kind else 200)]
-    raw = [one if isinstance(one, bytes) else one.encode() for one in values]
-    marks = ready.execute(
-        "select coalesce(rekey._legacy_mark(v), rekey._legacy_mark(rekey._marked_inside(v))) from unnest(%s::bytea[]) v",
-        [raw],
-    ).fetchall()
-    assert {mark for (mark,) in marks} == {None}
+def test_plain_values_are_at_most_asked(ready: Connection, kind: str) -> None:
+    raw = stored([PLAIN[kind]() for _ in range(40 if "pem" in kind or "der" in kind else 200)])
+    assert {mark for (mark,) in ready.execute(MARK, [raw])} == {None}
     doubt = value(ready, "select rekey._shape_doubt(%s::bytea[])", raw)
-    print(doubt)
     assert doubt is None or doubt.startswith("asked: ")
+
+
+# Without a mark: only the values together tell.
+SHAPES: dict[str, tuple[str, list[str | bytes]]] = {
+    "blocks in base64": ("blocks", [b64(16 * (1 + n % 4)) for n in range(30)]),
+    "blocks in hexadecimal": ("blocks", [os.urandom(16 * (2 + n % 3)).hex() for n in range(30)]),
+    "blocks in bytes": ("blocks", [os.urandom(16 * (1 + n % 4)) for n in range(30)]),
+    "iv and blocks": (
+        "blocks",
+        [f"{os.urandom(16).hex()}:{os.urandom(16 * (1 + n % 4)).hex()}" for n in range(30)],
+    ),
+    "iv, blocks and mac": ("blocks", [b64(16 + 16 * (1 + n % 4) + 20) for n in range(30)]),
+    "a header": ("header", [b"\x01\x19\x38\x0e\xe2" + os.urandom(28 + n) for n in range(30)]),
+    "a header in base64": (
+        "header",
+        [base64.b64encode(b"\x07\x19\x38\x0e\xe2" + os.urandom(28 + n)).decode() for n in range(30)],
+    ),
+    "texts under a stream cipher": ("differ", [b64(28 + n) for n in range(30)]),
+    "texts of one length": ("one length", [b64(44) for _ in range(30)]),
+    "one value": ("one length", [b64(16)]),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_shape_of_a_column_stops_an_adoption(cli_ready: Cli, ready: Connection, kind: str) -> None:
+    words, values = SHAPES[kind]
+    table(ready, values)
+    asked = words in ("differ", "one length")
+    counted = f"looks encrypted: {len(values)} of {len(values)}"
+    for arguments in (("--dry-run",), ()):
+        cli_ready("columns", "adopt", "t", "v", "--from", "plaintext", *arguments, code=5)
+        assert counted in cli_ready.out + cli_ready.err
+        assert words in cli_ready.out + cli_ready.err
+    assert ("--values-are-tokens" in cli_ready.err) == asked
+    with pytest.raises(psycopg.Error, match=counted) as caught:
+        ready.execute("select rekey.adopt_column('t', 'v')")
+    assert caught.value.sqlstate == "RK005"
+    assert value(ready, "select count(*) from rekey.rotations") == 0
+    [row] = cli_ready.json("columns", "adopt", "t", "v", "--from", "plaintext", "--dry-run", code=5)
+    assert counted in row["doubt"]
+    past = "--values-are-tokens" if asked else "--force"
+    if not asked:
+        cli_ready("columns", "adopt", "t", "v", "--from", "plaintext", "--values-are-tokens", code=5)
+    cli_ready("columns", "adopt", "t", "v", "--from", "plaintext", past, "--dry-run")
+    cli_ready("columns", "adopt", "t", "v", "--from", "plaintext", past)
+    sealed = "select id, rekey.decrypt(v, array['public.t.v', id::text]) from t order by id"
+    assert [one for _, one in ready.execute(sealed)] == stored(values)
+
+
+def test_marked_values_stop_an_adoption(cli_ready: Cli, ready: Connection) -> None:
+    table(ready, ["vault:v1:" + b64(40 + n) for n in range(30)])
+    for arguments in (("--dry-run",), ()):
+        cli_ready("columns", "adopt", "t", "v", "--from", "plaintext", *arguments, code=5)
+        assert "transit" in cli_ready.out + cli_ready.err
+    assert "30 of 30" in cli_ready.err
+    ready.execute("select rekey.adopt_column('t', 'v', force => true)")
+    run(ready)
+    assert value(ready, "select count(*) from t where v like 'rk1:%%'") == 30
+
+
+def test_a_marked_value_among_plain_ones_is_quarantined(cli_ready: Cli, ready: Connection) -> None:
+    """So is one that comes after the sample was looked at: the sweep looks at each."""
+    every = [one for values in MARKED.values() for one in values if isinstance(one, str)]
+    plain: list[str | bytes] = [f"password no. {n}" for n in range(20 * len(every))]
+    table(ready, [*plain, *every])
+    ready.execute("select rekey.adopt_column('t', 'v')")
+    ready.execute("insert into t values (-1, %s)", ["ENC[AES256_GCM,data:abcd]"])
+    run(ready)
+    left = ready.execute("select v from t where v not like 'rk1:UksB%%' order by id").fetchall()
+    assert [one for (one,) in left] == ["ENC[AES256_GCM,data:abcd]", *every]
+    failures = value(ready, "select array_agg(reason) from rekey.failure_status")
+    assert sum("looks like sops" in one for one in failures) == 3
+    assert len(failures) == len(left)

@@ -76,8 +76,8 @@ ACTIONS = {
         "GET /api/keys shows the versions of every keyring.",
     ),
     "looks_encrypted": Words(
-        "Name its format with --from; `pg-rekey columns adopt --dry-run` counts what there is. To encrypt the "
-        "values as they are: --force."
+        "Name its format with --from; `pg-rekey columns adopt --dry-run` counts what there is. To encrypt "
+        "the values as they are: --force."
     ),
     "next_kek": Words(
         "Give the current KEK and the next one: PG_REKEY_NEW_KEK, PG_REKEY_NEW_KEK_FILE or "

@@ -35,7 +35,7 @@ $$;
 comment on function rekey._first_place is 'Where the first element that is not NULL stands.';
 
 -- One pattern for all marks, since most values differ from each at their first characters. A group stands for the name in the same
--- place of the list above it.
+-- place of the list above it. Each goes on to the end: of matches that are as long as each other, the first one counts.
 create or replace function rekey._text_mark(start text) returns text
 language plpgsql immutable
 set search_path = pg_catalog, pg_temp
@@ -46,40 +46,40 @@ declare
     paseto, k8s, iron, ciphersweet, halite, plug, grafana, jenkins, magento, nextcloud, saltpack, armored, rails_message,
     adonis, iv_tag, simple_encryptor, mongodb, json, encrypted, versioned}';
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
-      (rk1:)
-    | (-----BEGIN\ PGP\ MESSAGE-----)
-    | (gAAAAA.{94})
-    | (v1:[A-Za-z0-9+/]{16,24}={0,2}:)
-    | (\$ba\$\d+\$[0-9a-f])
-    | (eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*\.[A-Za-z0-9_-]{16,22}\.)
-    | (\{"iv":"[^"]+","value":")
-    | (Salted__)
-    | (v\d\.aesgcm\d+\.[0-9a-f]{8}\.)
-    | (\{"p":"[^"]*","h":\{)
-    | (vault:v\d+:)
-    | (-----BEGIN\ AGE\ ENCRYPTED\ FILE-----|age-encryption\.org/v\d)
-    | (\$ANSIBLE_VAULT;)
-    | (ENC\[|EJ\[\d)
-    | (v\d\.local\.[A-Za-z0-9_-]{32})
-    | (k8s:enc:)
-    | (Fe26\.\d\*)
-    | ((?:nacl|fips|brng):[A-Za-z0-9_-]{20})
-    | (MUI[DEFG]A[A-Za-z0-9_-]{20})
-    | ((?:QTEyOEdDTQ|QTE5MkdDTQ|QTI1NkdDTQ|WENQ)\.)
-    | ((?:\#[A-Za-z0-9+/=]{4,99}\#)?\*YWVzL)
-    | (\{AQAAAB[A-Za-z0-9+/=]{20})
-    | (\d:\d:[A-Za-z0-9+/=]{20})
-    | ([0-9a-f]{32,}\|[0-9a-zA-Z/+=]{16,}\|[0-9a-f]{64})
-    | (BEGIN\ [A-Z0-9\ ]*SALTPACK\ ENCRYPTED)
-    | (-----BEGIN\ CMS-----|-----BEGIN\ (?:[A-Z0-9]+\ )*ENCRYPTED\ (?:MESSAGE|FILE|DATA|VALUE|TEXT))
-    | ([A-Za-z0-9+/_=%-]*--[A-Za-z0-9+/_-]{16}--[A-Za-z0-9+/_-]{22}(?:==)?$)
-    | ([A-Za-z0-9_-]+\.v\d+:[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{22}$)
-    | ((?:[0-9a-fA-F]{24}|[0-9a-fA-F]{32}):(?:[0-9a-fA-F]{32}:[0-9a-fA-F]*|[0-9a-fA-F]*:[0-9a-fA-F]{32})$|(?:[A-Za-z0-9+/]{16}|[A-Za-z0-9+/]{22}==):(?:[A-Za-z0-9+/]{22}==:[A-Za-z0-9+/]*=*|[A-Za-z0-9+/]*=*:[A-Za-z0-9+/]{22}==)$)
-    | ([0-9a-f]{96}(?:[0-9a-f]*[A-Zg-z+/][A-Za-z0-9+/]*)={0,2}$)
-    | (\{.*"\$binary".*"subType":\ *"0?6")
-    | (\{.*"(?:iv|nonce|salt|cipher|alg|algorithm|enc)":\ *".*"(?:ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}|\{.*"(?:c|ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}.*"(?:iv|nonce|cipher|salt)":\ *"|\{.*"k":\ *"ct")
-    | ([[<_$:{(]*(?:enc|ENC|encrypted|ENCRYPTED|crypt|cipher|CIPHER|ciphertext|aes|AES|aead|sealed|secretbox|sodium|libsodium|nacl|x?chacha20|gcm|kms|KMS|awskms|gcpkms|fernet|transit|pgp|gpg|tink|jwe|bao)(?:[0-9_/-][0-9A-Za-z_/-]*)?[]>}():;|$.,!]+(?:v?\d+[:.|$])?[A-Za-z0-9+/_=-]{16}|\{(?:des|3des|3DES|xor|wsenc)\}.{8})
-    | (v\d+[:|$][A-Za-z0-9+/_=-]{16}))$re$);
+      (rk1:).*
+    | (-----BEGIN\ PGP\ MESSAGE-----).*
+    | (gAAAAA.{94}).*
+    | (v1:[A-Za-z0-9+/]{16,24}={0,2}:).*
+    | (\$ba\$\d+\$[0-9a-f]).*
+    | (eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*\.[A-Za-z0-9_-]{16,22}\.).*
+    | (\{"iv":"[^"]+","value":").*
+    | (Salted__).*
+    | (v\d\.aesgcm\d+\.[0-9a-f]{8}\.).*
+    | (\{"p":"[^"]*","h":\{).*
+    | (vault:v\d+:).*
+    | (-----BEGIN\ AGE\ ENCRYPTED\ FILE-----|age-encryption\.org/v\d).*
+    | (\$ANSIBLE_VAULT;).*
+    | (ENC\[|EJ\[\d).*
+    | (v\d\.local\.[A-Za-z0-9_-]{32}).*
+    | (k8s:enc:).*
+    | (Fe26\.\d\*).*
+    | ((?:nacl|fips|brng):[A-Za-z0-9_-]{20}).*
+    | (MUI[DEFG]A[A-Za-z0-9_-]{20}).*
+    | ((?:QTEyOEdDTQ|QTE5MkdDTQ|QTI1NkdDTQ|WENQ)\.).*
+    | ((?:\#[A-Za-z0-9+/=]{4,99}\#)?\*YWVzL).*
+    | (\{AQAAAB[A-Za-z0-9+/=]{20}).*
+    | (\d:\d:[A-Za-z0-9+/=]{20}).*
+    | ([0-9a-f]{32,}\|[0-9a-zA-Z/+=]{16,}\|[0-9a-f]{64}).*
+    | (BEGIN\ [A-Z0-9\ ]*SALTPACK\ ENCRYPTED).*
+    | (-----BEGIN\ CMS-----|-----BEGIN\ (?:[A-Z0-9]+\ )*ENCRYPTED\ (?:MESSAGE|FILE|DATA|VALUE|TEXT)).*
+    | ([A-Za-z0-9+/_=%-]*--[A-Za-z0-9+/_-]{16}--[A-Za-z0-9+/_-]{22}(?:==)?$).*
+    | ([A-Za-z0-9_-]+\.v\d+:[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{22}$).*
+    | ((?:[0-9a-fA-F]{24}|[0-9a-fA-F]{32}):(?:[0-9a-fA-F]{32}:[0-9a-fA-F]*|[0-9a-fA-F]*:[0-9a-fA-F]{32})$|(?:[A-Za-z0-9+/]{16}|[A-Za-z0-9+/]{22}==):(?:[A-Za-z0-9+/]{22}==:[A-Za-z0-9+/]*=*|[A-Za-z0-9+/]*=*:[A-Za-z0-9+/]{22}==)$).*
+    | ([0-9a-f]{96}(?:[0-9a-f]*[A-Zg-z+/][A-Za-z0-9+/]*)={0,2}$).*
+    | (\{.*"\$binary".*"subType":\ *"0?6").*
+    | (\{.*"(?:iv|nonce|salt|cipher|alg|algorithm|enc)":\ *".*"(?:ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}|\{.*"(?:c|ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}.*"(?:iv|nonce|cipher|salt)":\ *"|\{.*"k":\ *"ct").*
+    | ([[<_$:{(]*(?:enc|ENC|encrypted|ENCRYPTED|crypt|cipher|CIPHER|ciphertext|aes|AES|aead|sealed|secretbox|sodium|libsodium|nacl|x?chacha20|gcm|kms|KMS|awskms|gcpkms|fernet|transit|pgp|gpg|tink|jwe|bao)(?:[0-9_/-][0-9A-Za-z_/-]*)?[]>}():;|$.,!]+(?:v?\d+[:.|$])?[A-Za-z0-9+/_=-]{16}|\{(?:des|3des|3DES|xor|wsenc)\}.{8}).*
+    | (v\d+[:|$][A-Za-z0-9+/_=-]{16}).*)$re$);
 begin
   return case when v_groups is not null then v_names[rekey._first_place(v_groups)] end;
 end
@@ -95,24 +95,24 @@ declare
     envelope, pgp_sym, openpgp, fernet, aws_kms, aws_encryption, gcp_kms, dataprotection, dpapi, cloak, themis, acra,
     git_crypt, sealed_object, cms, nss, safe_storage, luks}';
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
-      (524b01)
-    | ((?:c3|8c)(?:0[4-9a-f]|[1-3].)04..0[013])
-    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)0[56]|(?:84|c1)..0[36](?:.{16}(?:01|1[0289])|21)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289]))
-    | (8000000000[4-9a-f])
-    | (010[12]020078)
-    | (01800[0-3](?:14|46|78)|020[45]78)
-    | (0a2400.{70}12)
-    | (09f0c9f0)
-    | (01000000d08c9ddf)
-    | (01..4145532e)
-    | (00010140)
-    | (2222222222222222|252525)
-    | (00474954435259505400)
-    | (aced00057372....6a617661782e63727970746f2e5365616c6564)
-    | (30(?:80|8[1-4](?:..){1,4}|..)06092a864886f70d01(?:070[36]|091001(?:17|09)))
-    | (30..0410f800000000000000)
-    | (76313[01][89a-f])
-    | (4c554b53babe))$re$);
+      (524b01).*
+    | ((?:c3|8c)(?:0[4-9a-f]|[1-3].)04..0[013]).*
+    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)0[56]|(?:84|c1)..0[36](?:.{16}(?:01|1[0289])|21)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289])).*
+    | (8000000000[4-9a-f]).*
+    | (010[12]020078).*
+    | (01800[0-3](?:14|46|78)|020[45]78).*
+    | (0a2400.{70}12).*
+    | (09f0c9f0).*
+    | (01000000d08c9ddf).*
+    | (01..4145532e).*
+    | (00010140).*
+    | (2222222222222222|252525).*
+    | (00474954435259505400).*
+    | (aced00057372....6a617661782e63727970746f2e5365616c6564).*
+    | (30(?:80|8[1-4](?:..){1,4}|..)06092a864886f70d01(?:070[36]|091001(?:17|09))).*
+    | (30..0410f800000000000000).*
+    | (76313[01][89a-f]).*
+    | (4c554b53babe).*)$re$);
 begin
   return case when v_groups is not null then v_names[rekey._first_place(v_groups)] end;
 end
@@ -314,9 +314,9 @@ begin
   select array_agg(distinct l.length order by l.length) into v_distinct from unnest(v_lengths) as l(length);
   v_reason := case
     when rekey._same_heads(v_heads) >= greatest(2, 0.9 * cardinality(v_lengths)) then 'blocked: they begin with the same header'
-    -- Keys of two lengths are no blocks yet.
-    when cardinality(v_distinct) >= case when v_distinct <@ '{16,24,32,48,64,128,256}' then 3 else 2 end
-      and (select count(distinct d.length % 16) from unnest(v_distinct) as d(length)) = 1 then 'blocked: their lengths go by the blocks of a cipher'
+    -- (Keys and tokens of several lengths have these.)
+    when cardinality(v_distinct) > 1 and not v_distinct <@ '{16,20,24,32,40,64,128,256}'
+      and (select count(distinct d.length % case when cardinality(v_distinct) = 2 then 16 else 8 end) from unnest(v_distinct) as d(length)) = 1 then 'blocked: their lengths go by the blocks of a cipher'
     when cardinality(v_distinct) = 1 then 'asked: they all have one length, as tokens and keys have'
     else 'asked: their lengths differ, as those of texts do' end;
   return format('%s: looks encrypted: %s of %s values are base64, hexadecimal or bytes without words, and %s', split_part(v_reason, ': ', 1),

@@ -1,7 +1,7 @@
 """What the user's values were encrypted with before: a module for each format, or for those of one library.
 
-The keys come by the road of a KEK: PG_REKEY_FROM_<NAME>, also as _FILE or _COMMAND, one key a line. pgp_sym is
-opened by the server (sql/code/63_adopt.sql); which marks tell the others is in sql/code/63_formats.sql.
+The keys come by the road of a KEK: PG_REKEY_FROM_<NAME>, also as _FILE or _COMMAND, one key a line. pgp_sym
+is opened by the server (sql/code/63_adopt.sql); which marks tell the others is in sql/code/63_formats.sql.
 """
 
 from collections.abc import Iterable, Sequence
@@ -100,7 +100,7 @@ class Keys:
     def _closed(self, value: bytes, mark: str) -> Opened:
         """Say what a value is that no key opens: damaged, or plaintext that has no format's mark or shape."""
         name = next((one.name for one in self.formats if one.recognise(value)), None)
-        if self.plaintext and (self.force or mark == "unmarked" and name is None):
+        if self.plaintext and (self.force or (mark == "unmarked" and name is None)):
             return Opened("plaintext", value)
         if name is None:
             return Opened(mark, None, "is in none of the formats")

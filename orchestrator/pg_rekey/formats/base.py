@@ -115,7 +115,10 @@ def aes_key(line: str) -> bytes:
     raise ValueError
 
 
-AES_KEY_FORM = "64 hexadecimal characters, base64 of 32 bytes, or a passphrase of 32 characters or more, which is hashed with SHA-256."
+AES_KEY_FORM = (
+    "64 hexadecimal characters, base64 of 32 bytes, or a passphrase of 32 characters or more, which is "
+    "hashed with SHA-256."
+)
 
 
 def open_gcm(key: bytes, nonce: bytes, ciphertext: bytes, tag: bytes) -> bytes:

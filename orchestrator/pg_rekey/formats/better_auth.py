@@ -1,4 +1,4 @@
-"""Better Auth's symmetricEncrypt(): `$ba$<version>$<hexadecimal>`, and what was written before there were versions."""
+"""Better Auth's symmetricEncrypt(): `$ba$<version>$<hexadecimal>`, and hexadecimal alone, as before."""
 
 import hashlib
 import re

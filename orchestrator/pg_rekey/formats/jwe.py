@@ -18,7 +18,7 @@ CBC = {
 
 
 class Jwe(Format[bytes]):
-    """The content encryption is named in the header; one that the key is too long or short for does not open."""
+    """The header names the content encryption; where the key has another length, it does not open."""
 
     name = "jwe"
     key_form = 'A JWK, {"kty": "oct", "k": ...}, on one line; or the key in hexadecimal or base64.'

@@ -1,4 +1,4 @@
-"""`openssl enc -aes-256-cbc` and CryptoJS' AES.encrypt(text, passphrase), as n8n has it: `Salted__`, salt, ciphertext."""
+"""`openssl enc -aes-256-cbc`, and CryptoJS' AES.encrypt(text, passphrase), which n8n uses."""
 
 import hashlib
 
@@ -23,7 +23,7 @@ class Openssl(Format[bytes]):
         return value.startswith(MAGIC)
 
     def open_with(self, key: bytes, value: bytes) -> bytes | None:
-        """Try what CryptoJS, OpenSSL 1.1 and later, older OpenSSL, and -pbkdf2 derive; the value does not tell."""
+        """Try what CryptoJS, `openssl enc` and its -pbkdf2 derive: the value does not tell."""
         salt, ciphertext = value[len(MAGIC) : len(MAGIC) + SALT], value[len(MAGIC) + SALT :]
         for derived in (
             _bytes_to_key("md5", key, salt),

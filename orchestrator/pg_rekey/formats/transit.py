@@ -1,4 +1,4 @@
-"""The transit engine of OpenBao and Vault: `vault:v<version>:<base64>`, opened by the server that has the key."""
+"""The transit engine of OpenBao and Vault: `vault:v<version>:<base64>`, opened by the server with the key."""
 
 import base64
 import json
@@ -29,8 +29,8 @@ class Transit(Format[TransitKey]):
 
     name = "transit"
     key_form = (
-        "MOUNT/KEY, as transit/app, and behind white space its associated data in base64, if any. The address is "
-        "BAO_ADDR or VAULT_ADDR, the token BAO_TOKEN or VAULT_TOKEN."
+        "MOUNT/KEY, as transit/app, and behind white space its associated data in base64, if any. The "
+        "address is BAO_ADDR or VAULT_ADDR, the token BAO_TOKEN or VAULT_TOKEN."
     )
 
     def parse(self, line: str) -> list[TransitKey]:
