@@ -387,8 +387,8 @@ begin
     v_plaintext := null;
     v_problem := null;
     v_bytes := v_value;  -- NULL: too large to be read
-    v_format := rekey._legacy_mark(v_value);
-    if v_format is null then
+    v_format := case when rekey._may_be_marked(v_value) then rekey._legacy_mark(v_value) end;
+    if v_format is null and rekey._may_be_wrapped(v_value) then
       v_inner := rekey._marked_inside(v_value);
       v_format := rekey._legacy_mark(v_inner);
       v_bytes := coalesce(v_inner, v_value);
@@ -5590,9 +5590,11 @@ CREATE FUNCTION rekey._legacy_mark(value bytea) RETURNS text
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_mark text := rekey._text_mark(encode(substr(value, 1, 1024), 'escape'));
+  v_mark text;
 begin
-  v_mark := coalesce(v_mark, rekey._byte_mark(encode(substr(value, 1, 64), 'hex')));
+  if rekey._may_be_marked(value) then
+    v_mark := coalesce(rekey._byte_mark(encode(substr(value, 1, 64), 'hex')), rekey._text_mark(encode(substr(value, 1, 1024), 'escape')));
+  end if;
   -- Packets and raw tokens are told by little: so they have a length that they can have.
   return case
     when v_mark in ('pgp_sym', 'openpgp') and octet_length(value) <= 20 then null
@@ -6032,6 +6034,63 @@ ALTER FUNCTION rekey._may_administer() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._may_administer() IS 'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
+
+
+--
+-- Name: _may_begin(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._may_begin(start bytea) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._may_begin(start bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _may_begin(start bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._may_begin(start bytea) IS 'Whether a value may have a mark, as far as its first bytes tell.';
+
+
+--
+-- Name: _may_be_marked(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._may_be_marked(value bytea) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._may_be_marked(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _may_be_marked(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._may_be_marked(value bytea) IS 'Whether a value may have a mark, as far as its first bytes tell, and where separators stand.';
+
+
+--
+-- Name: _may_be_wrapped(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._may_be_wrapped(value bytea) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._may_be_wrapped(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _may_be_wrapped(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._may_be_wrapped(value bytea) IS 'Whether something that has a mark may stand within a value, under what rekey._unwrapped() takes off.';
 
 
 --
@@ -17855,6 +17914,27 @@ REVOKE ALL ON FUNCTION rekey._max_bytes() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._may_administer() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _may_begin(start bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._may_begin(start bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _may_be_marked(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._may_be_marked(value bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _may_be_wrapped(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._may_be_wrapped(value bytea) FROM PUBLIC;
 
 
 --

@@ -117,8 +117,8 @@ begin
     v_plaintext := null;
     v_problem := null;
     v_bytes := v_value;  -- NULL: too large to be read
-    v_format := rekey._legacy_mark(v_value);
-    if v_format is null then
+    v_format := case when rekey._may_be_marked(v_value) then rekey._legacy_mark(v_value) end;
+    if v_format is null and rekey._may_be_wrapped(v_value) then
       v_inner := rekey._marked_inside(v_value);
       v_format := rekey._legacy_mark(v_inner);
       v_bytes := coalesce(v_inner, v_value);

@@ -119,14 +119,57 @@ end
 $$;
 comment on function rekey._byte_mark is 'The mark that bytes begin with, by name; NULL: none. start: the first ones, in hexadecimal.';
 
+-- Patterns cost more than the rest of an adoption. So most values are passed by, by their first bytes and by where separators
+-- stand. These three are inlined.
+create or replace function rekey._may_begin(start bytea) returns boolean
+language sql immutable parallel safe
+return encode(substr(start, 1, 1), 'hex') in ('c3', '8c', '84', 'c1', '85', '80', '01', '02', '0a', '09', '00', 'ac')
+  or encode(substr(start, 1, 3), 'hex') ~~ any ('{524b01,308%,30__04,222222,252525,763130,763131,4c554b}')
+  or left(ltrim(encode(substr(start, 1, 8), 'escape'), '[<_$:{('), 3) in (
+    'rk1', 'gAA', 'Sal', 'vau', 'age', 'ANS', 'ENC', 'EJ[', 'k8s', 'Fe2', 'nac', 'fip', 'brn', 'MUI', 'QTE', 'QTI', 'WEN', '*YW', 'AQA', 'BEG',
+    'ba$', 'enc', 'cry', 'cip', 'CIP', 'aes', 'AES', 'aea', 'sea', 'sod', 'lib', 'xch', 'cha', 'gcm', 'kms', 'KMS', 'aws', 'gcp', 'fer', 'tra',
+    'pgp', 'gpg', 'tin', 'jwe', 'bao', 'xor', 'wse', 'des', '3de', '3DE')
+  or left(encode(substr(start, 1, 9), 'escape'), 9) = 'secretbox'
+  or encode(substr(start, 1, 2), 'hex') between '7630' and '7639';
+comment on function rekey._may_begin is 'Whether a value may have a mark, as far as its first bytes tell.';
+
+create or replace function rekey._may_be_marked(value bytea) returns boolean
+language sql immutable parallel safe
+return rekey._may_begin(value) or case encode(substr(value, 1, 1), 'escape')
+  when '{' then strpos(encode(substr(value, 1, 1024), 'escape'), '"iv"') > 0
+    or encode(substr(value, 1, 1024), 'escape') ~ '"(p|k|nonce|ct|c|ciphertext|cipher|salt|tag|subType|encrypted[_A-Za-z]*)":'
+  when '-' then position('\x454e43525950544544' in substr(value, 1, 60)) > 0 or position('\x4d455353414745' in substr(value, 1, 60)) > 0
+    or position('\x424547494e20434d53' in substr(value, 1, 60)) > 0
+  when '#' then position('\x2a5957567a4c' in substr(value, 1, 120)) > 0
+  when 'e' then split_part(encode(substr(value, 1, 1024), 'escape'), '.', 4) <> ''
+  else position('\x3a' in substr(value, 1, 40)) in (2, 17, 25, 33) or position('\x7c' in substr(value, 1, 99)) > 32
+    or position('\x2d2d' in value) > 1 or position('\x2e76' in value) > 1
+    or octet_length(value) >= 118 and substr(value, 5, 1) between '\x30' and '\x66' and position('\x20' in substr(value, 1, 96)) = 0
+  end;
+comment on function rekey._may_be_marked is 'Whether a value may have a mark, as far as its first bytes tell, and where separators stand.';
+
+create or replace function rekey._may_be_wrapped(value bytea) returns boolean
+language sql immutable parallel safe
+return substr(value, 1, 1) in ('\x00', '\x09', '\x0a', '\x0d', '\x20', '\x22', '\x27') or substr(value, octet_length(value), 1) in ('\x00', '\x09', '\x0a', '\x0d', '\x20')
+  or substr(value, 1, 2) in ('\x6227', '\x6222', '\x5c78', '\x3078')
+  or case when octet_length(value) >= 16 and encode(substr(value, 1, 8), 'escape') ~ '^[A-Za-z0-9+/_-]{8}$'
+    then rekey._may_begin(decode(translate(encode(substr(value, 1, 8), 'escape'), '-_', '+/'), 'base64'))
+      or substr(value, 1, 2) = '\x6579' and position('\x2e' in substr(value, 1, 1024)) = 0
+      or case when encode(substr(value, 1, 8), 'escape') ~ '^[0-9a-fA-F]{8}$'
+        then rekey._may_begin(decode(encode(substr(value, 1, 8), 'escape'), 'hex')) end
+    end;
+comment on function rekey._may_be_wrapped is 'Whether something that has a mark may stand within a value, under what rekey._unwrapped() takes off.';
+
 create or replace function rekey._legacy_mark(value bytea) returns text
 language plpgsql immutable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_mark text := rekey._text_mark(encode(substr(value, 1, 1024), 'escape'));
+  v_mark text;
 begin
-  v_mark := coalesce(v_mark, rekey._byte_mark(encode(substr(value, 1, 64), 'hex')));
+  if rekey._may_be_marked(value) then
+    v_mark := coalesce(rekey._byte_mark(encode(substr(value, 1, 64), 'hex')), rekey._text_mark(encode(substr(value, 1, 1024), 'escape')));
+  end if;
   -- Packets and raw tokens are told by little: so they have a length that they can have.
   return case
     when v_mark in ('pgp_sym', 'openpgp') and octet_length(value) <= 20 then null
