@@ -92,7 +92,7 @@ def _post(path: str, document: object) -> tuple[int, dict[str, dict[str, object]
     )
     try:
         with urlopen(request, timeout=SECONDS) as response:
-            return response.status, json.load(response)
+            return response.status, json.loads(response.read() or b"{}")
     except HTTPError as error:
         with error:
             try:
