@@ -26,6 +26,7 @@ from driving import rotate, run
 from helpers import Connection, value
 from pg_rekey import formats, release
 from pg_rekey.formats import transit, wrappers
+from pg_rekey.formats.base import unbase64, variable
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -83,7 +84,7 @@ def adopts(
 ) -> None:
     """Adopt values of one format, the last of them damaged, and rotate."""
     name, type_, unwrap = group
-    patch.setenv(formats.variable(name), "\n".join(dict.fromkeys(entry["key"] for entry in entries)))
+    patch.setenv(variable(name), "\n".join(dict.fromkeys(entry["key"] for entry in entries)))
     values = [stored(entry) for entry in entries]
     bad = damaged(values[-1])
     table(connection, type_, [*values, bad])
@@ -130,11 +131,11 @@ def fresh(command: list[str], directory: Path) -> list[Entry]:
 def opens(entries: list[Entry], patch: pytest.MonkeyPatch) -> None:
     assert entries
     for entry in entries:
-        patch.setenv(formats.variable(entry["format"]), entry["key"])
+        patch.setenv(variable(entry["format"]), entry["key"])
         one = stored(entry)
         raw = one if isinstance(one, bytes) else one.encode()
         if entry["format"] == "openssl":  # base64 is the database's to take off
-            raw = formats.base.unbase64(raw)
+            raw = unbase64(raw)
         keys = formats.Keys.from_environment([entry["format"]])
         assert keys.open([raw], [entry["format"]]) == [
             formats.Opened(entry["format"], entry["plaintext"].encode())
