@@ -9562,7 +9562,7 @@ declare
   v_names constant text[] := '{
     envelope, pgp_sym, fernet, v1, better_auth, jwe, laravel, openssl, prisma, rails, transit, age, ansible_vault, sops,
     paseto, k8s, iron, ciphersweet, halite, plug, grafana, jenkins, magento, nextcloud, saltpack, armored, rails_message,
-    adonis, iv_tag, simple_encryptor, mongodb, json, encrypted, versioned}';
+    adonis, iv_tag, simple_encryptor, mongodb, json, encrypted, versioned}'::text[];
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
       (rk1:).*
     | (-----BEGIN\ PGP\ MESSAGE-----).*
@@ -9611,7 +9611,7 @@ as $$
 declare
   v_names constant text[] := '{
     envelope, pgp_sym, openpgp, fernet, aws_kms, aws_encryption, gcp_kms, dataprotection, dpapi, cloak, themis, acra,
-    git_crypt, sealed_object, cms, nss, safe_storage, luks}';
+    git_crypt, sealed_object, cms, nss, safe_storage, luks}'::text[];
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
       (524b01).*
     | ((?:c3|8c)(?:0[4-9a-f]|[1-3].)04..0[013]).*
@@ -9801,7 +9801,7 @@ declare
   v_target rekey._target;
   v_blocks bigint;
   v_batch record;
-  v_values bytea[] := '{}';
+  v_values bytea[] := '{}'::bytea[];
 begin
   for v_target in select t.* from rekey._targets(label) t order by t.relation limit 32 loop
     v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
@@ -9854,8 +9854,8 @@ as $$
 declare
   v_value bytea;
   v_bytes bytea;
-  v_heads bytea[] := '{}';
-  v_lengths integer[] := '{}';
+  v_heads bytea[] := '{}'::bytea[];
+  v_lengths integer[] := '{}'::integer[];
   v_distinct integer[];
   v_reason text;
 begin
@@ -9895,8 +9895,8 @@ declare
   v_value bytea;
   v_inner bytea;
   v_mark text;
-  v_marks text[] := '{}';
-  v_unmarked bytea[] := '{}';
+  v_marks text[] := '{}'::text[];
+  v_unmarked bytea[] := '{}'::bytea[];
   v_looked_at integer := 0;
   v_doubt text;
 begin
