@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +32,7 @@ from pg_rekey.formats.base import unbase64, variable
 pytest_plugins = ["cli_fixtures"]
 
 CIPHERTEXTS = release.ROOT / "tests" / "ciphertexts"
-UV = Path(__file__).parent.parent / ".venv" / "bin" / "uv"
+UV = Path(sys.executable).parent / "uv"
 Entry = dict[str, str]
 Group = tuple[str, str, str | None]
 
