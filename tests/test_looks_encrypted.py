@@ -144,7 +144,7 @@ MARKED: dict[str, list[str | bytes]] = {
     "prisma": [f"v1.aesgcm256.5c0a0e46.{url(12)}.{url(40)}=="],
     "rails": [json.dumps({"p": b64(5), "h": {"iv": b64(12), "at": b64(16)}}, separators=(",", ":"))],
     "rails_message": [f"{b64(50)}--{b64(12)}--{b64(16)}"],
-    "adonis": [f"app.v1:{url(40)}.{url(24)}.{url(16)}"],
+    "adonis": [f"app.v1:{url(40)}.{url(24)}.{url(16)}", f"app.{url(32)}.{url(16)}.{url(32)}"],
     "safe_storage": [b"v10\x9c" + os.urandom(40)],
     "saltpack": ["BEGIN KEYBASE SALTPACK ENCRYPTED MESSAGE. kcJn5brvybfNjz6 " + b64(60)],
     "sealed_object": [bytes.fromhex("aced000573720019") + b"javax.crypto.SealedObject" + os.urandom(90)],

@@ -9591,7 +9591,7 @@ declare
     | (BEGIN\ [A-Z0-9\ ]*SALTPACK\ ENCRYPTED).*
     | (-----BEGIN\ CMS-----|-----BEGIN\ (?:[A-Z0-9]+\ )*ENCRYPTED\ (?:MESSAGE|FILE|DATA|VALUE|TEXT)).*
     | ([A-Za-z0-9+/_=%-]*--[A-Za-z0-9+/_-]{16}--[A-Za-z0-9+/_-]{22}(?:==)?$).*
-    | ([A-Za-z0-9_-]+\.v\d+:[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{22}$).*
+    | ([A-Za-z0-9_-]+\.(?:v\d+:[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{22}|[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43})$).*
     | ((?:[0-9a-fA-F]{24}|[0-9a-fA-F]{32}):(?:[0-9a-fA-F]{32}:[0-9a-fA-F]*|[0-9a-fA-F]*:[0-9a-fA-F]{32})$|(?:[A-Za-z0-9+/]{16}|[A-Za-z0-9+/]{22}==):(?:[A-Za-z0-9+/]{22}==:[A-Za-z0-9+/]*=*|[A-Za-z0-9+/]*=*:[A-Za-z0-9+/]{22}==)$).*
     | ([0-9a-f]{96}(?:[0-9a-f]*[A-Zg-z+/][A-Za-z0-9+/]*)={0,2}$).*
     | (\{.*"\$binary".*"subType":\ *"0?6").*
@@ -9663,6 +9663,7 @@ return rekey._may_begin(value) or case encode(substr(value, 1, 1), 'escape')
     or split_part(encode(substr(value, 1, 1024), 'escape'), '.', 4) <> ''
   else position('\x3a' in substr(value, 1, 40)) in (2, 17, 25, 33) or position('\x7c' in substr(value, 1, 99)) > 32
     or position('\x2d2d' in value) > 1 or position('\x2e76' in value) > 1
+    or octet_length(value) > 90 and substr(value, octet_length(value) - 43, 1) = '\x2e'
     or octet_length(value) >= 118 and substr(value, 5, 1) between '\x30' and '\x66' and position('\x20' in substr(value, 1, 96)) = 0
   end;
 comment on function rekey._may_be_marked is 'Whether a value may have a mark, as far as its first bytes tell, and where separators stand.';
