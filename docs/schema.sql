@@ -94,7 +94,8 @@ COMMENT ON TYPE rekey._adoption IS 'A batch of values that are no envelopes: by 
 CREATE TYPE rekey._sealed AS (
 	ciphertexts bytea[],
 	problems text[],
-	formats text[]
+	formats text[],
+	closed bytea[]
 );
 
 
@@ -104,7 +105,7 @@ ALTER TYPE rekey._sealed OWNER TO rekey_owner;
 -- Name: TYPE _sealed; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON TYPE rekey._sealed IS 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL and the format that only the client can open.';
+COMMENT ON TYPE rekey._sealed IS 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL, and what only the client can open.';
 
 
 --
@@ -351,17 +352,19 @@ COMMENT ON FUNCTION rekey._active_versions(keyrings integer[]) IS 'The active ve
 
 
 --
--- Name: _adopt(bytea[], bytea[], rekey._sealing, boolean, text[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _adopt(bytea[], bytea[], rekey._sealing, text[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean) RETURNS rekey._sealed
+CREATE FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean) RETURNS rekey._sealed
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_key bytea := sealing.key;
   v_header bytea := sealing.header;
+  v_takes text[] := rekey._marks_of(formats);
   v_bytes bytea;
+  v_inner bytea;
   v_format text;
   v_plaintext bytea;
   v_problem text;
@@ -374,6 +377,7 @@ declare
   v_ciphertexts bytea[];
   v_problems text[];
   v_formats text[];
+  v_closed bytea[];
   v_made rekey._sealed;
 begin
   v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
@@ -382,11 +386,16 @@ begin
     v_place := v_place + 1;
     v_plaintext := null;
     v_problem := null;
-    v_bytes := rekey._legacy_bytes(v_value);  -- NULL: too large to be read
-    v_format := rekey._legacy_format(v_bytes);
-    if v_format = 'plaintext' and 'aes_gcm' = any (formats) and octet_length(v_bytes) >= 28 and not is_text then
-      v_format := 'aes_gcm';
-    elsif v_format <> 'envelope' and not v_format = any (formats) and forced and 'plaintext' = any (formats) then
+    v_bytes := v_value;  -- NULL: too large to be read
+    v_format := case when rekey._may_be_marked(v_value) then rekey._legacy_mark(v_value) end;
+    if v_format is null and rekey._may_be_wrapped(v_value) then
+      v_inner := rekey._marked_inside(v_value);
+      v_format := rekey._legacy_mark(v_inner);
+      v_bytes := coalesce(v_inner, v_value);
+    end if;
+    if v_format is null then
+      v_format := case when 'unmarked' = any (v_takes) then 'unmarked' else 'plaintext' end;
+    elsif forced and 'plaintext' = any (formats) and v_format <> 'envelope' and not v_format = any (v_takes) then
       v_format := 'plaintext';
       v_bytes := v_value;
     end if;
@@ -394,8 +403,10 @@ begin
       v_problem := 'has more than 64 MiB, and was not read';
     elsif v_format = 'envelope' then
       v_problem := 'is a damaged envelope';
-    elsif not v_format = any (formats) then
-      v_problem := case v_format when 'plaintext' then 'is in none of the formats' else format('looks like %s, which is not among the formats', v_format) end;
+    elsif v_format = 'plaintext' and not 'plaintext' = any (formats) then
+      v_problem := 'is in none of the formats';
+    elsif v_format <> 'plaintext' and not v_format = any (v_takes) then
+      v_problem := format('looks like %s, which is not among the formats', v_format);
     elsif octet_length(v_bytes) > rekey._max_bytes() then
       v_problem := format('has more than %s bytes', rekey._max_bytes());
     elsif v_format = 'plaintext' then
@@ -409,6 +420,7 @@ begin
     v_ciphertexts[v_place] := null;
     v_problems[v_place] := v_problem;
     v_formats[v_place] := v_format;
+    v_closed[v_place] := case when v_plaintext is null and v_problem is null then v_bytes end;
     if v_plaintext is not null then
       v_iv := rekey._random_bytes(16);
       v_aad := v_header || v_contexts[v_place];
@@ -418,18 +430,19 @@ begin
   v_made.ciphertexts := v_ciphertexts;
   v_made.problems := v_problems;
   v_made.formats := v_formats;
+  v_made.closed := v_closed;
   return v_made;
 end
 $$;
 
 
-ALTER FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean) IS 'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open (fernet, v1, aes_gcm) gets neither ciphertext nor problem.';
+COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean) IS 'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open gets neither ciphertext nor problem, and stands in closed, without what was wrapped around it.';
 
 
 --
@@ -517,6 +530,62 @@ COMMENT ON FUNCTION rekey._adoption_batch(rotation_id bigint) IS 'One batch of a
 
 
 --
+-- Name: _adoption_doubt(text, text[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._adoption_doubt(label text, formats text[], values_are_tokens boolean) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_takes text[] := rekey._marks_of(formats);
+  v_value bytea;
+  v_inner bytea;
+  v_mark text;
+  v_marks text[] := '{}'::text[];
+  v_unmarked bytea[] := '{}'::bytea[];
+  v_looked_at integer := 0;
+  v_doubt text;
+begin
+  if not 'plaintext' = any (formats) then
+    return null;
+  end if;
+  foreach v_value in array rekey._adoption_sample(label) loop
+    continue when coalesce(octet_length(v_value), 0) = 0;
+    v_looked_at := v_looked_at + 1;
+    v_mark := rekey._legacy_mark(v_value);
+    if v_mark is null then
+      v_inner := rekey._marked_inside(v_value);
+      v_mark := rekey._legacy_mark(v_inner);
+    end if;
+    if v_mark is null then
+      v_unmarked := v_unmarked || v_value;
+    elsif v_mark <> 'envelope' and not v_mark = any (v_takes) then
+      v_marks := v_marks || v_mark;
+    end if;
+  end loop;
+  if cardinality(v_marks) > 0.9 * v_looked_at then
+    select format('blocked: looks encrypted: %s of %s values look like %s', cardinality(v_marks), v_looked_at, string_agg(distinct m.mark, ', '))
+    into v_doubt from unnest(v_marks) as m(mark);
+  -- Where a key is at hand that may open them, each is tried.
+  elsif not 'unmarked' = any (v_takes) then
+    v_doubt := rekey._shape_doubt(v_unmarked);
+  end if;
+  return case when v_doubt not like 'asked:%' or not coalesce(values_are_tokens, false) then v_doubt end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._adoption_doubt(label text, formats text[], values_are_tokens boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _adoption_doubt(label text, formats text[], values_are_tokens boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._adoption_doubt(label text, formats text[], values_are_tokens boolean) IS 'Why the values of a protected column may not be the plaintext that they are to be taken for, as a sample tells: see rekey._shape_doubt(). NULL: there is no reason.';
+
+
+--
 -- Name: _adoption_preview(regclass, name, regclass, tid, text[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -580,7 +649,6 @@ declare
   v_contexts bytea[];
   v_sealing rekey._sealing;
   v_made rekey._sealed;
-  v_legacy bytea[];
   v_adoption rekey._adoption;
 begin
   select b.* into v_batch from rekey._call_read(
@@ -591,19 +659,13 @@ begin
     v_contexts := array(
       select target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
     v_sealing := rekey._sealing(keyring_id);
-    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, target.is_text, formats, forced);
+    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, formats, forced);
     v_adoption.rows := v_batch.rows;
     v_adoption.keys := v_batch.keys;
     v_adoption.formats := v_made.formats;
     v_adoption.problems := v_made.problems;
     v_adoption.ciphertexts := v_made.ciphertexts;
-    v_legacy := array_fill(null::bytea, array[cardinality(v_batch.rows)]);
-    for v_place in 1 .. cardinality(v_batch.rows) loop
-      if v_made.ciphertexts[v_place] is null and v_made.problems[v_place] is null then
-        v_legacy[v_place] := rekey._legacy_bytes(v_batch.ciphertexts[v_place]);
-      end if;
-    end loop;
-    v_adoption.legacy := v_legacy;
+    v_adoption.legacy := v_made.closed;
   end if;
   return v_adoption;
 end
@@ -617,6 +679,48 @@ ALTER FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, fir
 --
 
 COMMENT ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean) IS 'Locks values of a range that are no envelopes, and seals those that the server can open; legacy are those that the client has to.';
+
+
+--
+-- Name: _adoption_sample(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._adoption_sample(label text) RETURNS bytea[]
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_target rekey._target;
+  v_blocks bigint;
+  v_batch record;
+  v_values bytea[] := '{}'::bytea[];
+begin
+  for v_target in select t.* from rekey._targets(label) t order by t.relation limit 32 loop
+    v_blocks := pg_relation_size(v_target.relation) / current_setting('block_size')::integer;
+    for v_place in 0 .. 7 loop
+      exit when cardinality(v_values) >= 1000;
+      begin
+        select b.* into v_batch from rekey._call_read(
+          v_target.function_name, v_target.relation, format('(%s,0)', v_blocks * v_place / 8)::tid,
+          format('(%s,0)', least(v_blocks * (v_place + 1) / 8, v_blocks * v_place / 8 + 256))::tid, null, null, 125, 2097152) b;
+        v_values := v_values || v_batch.ciphertexts;
+        raise exception using errcode = 'RKEND';
+      exception when sqlstate 'RKEND' then null;  -- gives the locks of the rows back
+      end;
+    end loop;
+  end loop;
+  return v_values;
+end
+$$;
+
+
+ALTER FUNCTION rekey._adoption_sample(label text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _adoption_sample(label text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._adoption_sample(label text) IS 'Up to 1,000 values of a protected column that are no envelopes, from places all over its table.';
 
 
 --
@@ -673,7 +777,7 @@ begin
   end loop;
   if v_rows is not null then
     v_sealing := rekey._sealing(v_rotation.keyring_id);
-    v_made := rekey._adopt(v_values, v_contexts, v_sealing, v_target.is_text, '{plaintext}', true);
+    v_made := rekey._adopt(v_values, v_contexts, v_sealing, '{plaintext}', true);
     for v_place in 1 .. cardinality(v_rows) loop
       if v_made.problems[v_place] is not null then
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
@@ -1468,6 +1572,52 @@ ALTER FUNCTION rekey._blocked_targets(keyrings integer[]) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._blocked_targets(keyrings integer[]) IS 'The targets that cannot be read or counted now, and why; NULL: none. keyrings: only those that may hold rows of one of these; NULL: all.';
+
+
+--
+-- Name: _byte_mark(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._byte_mark(start text) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_names constant text[] := '{
+    envelope, pgp_sym, openpgp, fernet, aws_kms, aws_encryption, gcp_kms, dataprotection, dpapi, cloak, themis, acra,
+    git_crypt, sealed_object, cms, nss, safe_storage, luks}'::text[];
+  v_groups text[] := regexp_match(start, $re$(?x)^(?:
+      (524b01).*
+    | ((?:c3|8c)(?:0[4-9a-f]|[1-3].)04..0[013]).*
+    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)0[56]|(?:84|c1)..0[36](?:.{16}(?:01|1[0289])|21)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289])).*
+    | (8000000000[4-9a-f]).*
+    | (010[12]020078).*
+    | (01800[0-3](?:14|46|78)|020[45]78).*
+    | (0a2400.{70}12).*
+    | (09f0c9f0).*
+    | (01000000d08c9ddf).*
+    | (01..4145532e).*
+    | (00010140).*
+    | (2222222222222222|252525).*
+    | (00474954435259505400).*
+    | (aced00057372....6a617661782e63727970746f2e5365616c6564).*
+    | (30(?:80|8[1-4](?:..){1,4}|..)06092a864886f70d01(?:070[36]|091001(?:17|09))).*
+    | (30..0410f800000000000000).*
+    | (76313[01][89a-f]).*
+    | (4c554b53babe).*)$re$);
+begin
+  return case when v_groups is not null then v_names[rekey._first_place(v_groups)] end;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._byte_mark(start text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _byte_mark(start text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._byte_mark(start text) IS 'The mark that bytes begin with, by name; NULL: none. start: the first ones, in hexadecimal.';
 
 
 --
@@ -3305,6 +3455,39 @@ COMMENT ON FUNCTION rekey._dearmor(armored text) IS 'pgcrypto''s dearmor(), wher
 
 
 --
+-- Name: _decoded(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._decoded(value text) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_digits text := regexp_replace(value, '^(\\\\x|0x)', '');
+begin
+  if length(v_digits) % 2 = 0 and v_digits ~ '^[0-9a-fA-F]+$' then
+    return decode(v_digits, 'hex');
+  end if;
+  v_digits := rtrim(translate(value, E'-_ \r\n\t', '+/'), '=');
+  -- Bits that no byte takes are 0 at the end: texts of the same alphabet seldom are base64.
+  if v_digits ~ '^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/][AQgw]|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048])?$' then
+    return decode(rpad(v_digits, (length(v_digits) + 3) / 4 * 4, '='), 'base64');
+  end if;
+  return null;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._decoded(value text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _decoded(value text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._decoded(value text) IS 'The bytes of a text (of the encoding escape) that is hexadecimal (with \x or 0x before it, or without) or base64 (of both alphabets, with or without padding and line breaks); NULL: it is neither.';
+
+
+--
 -- Name: _dek(integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4361,6 +4544,34 @@ ALTER FUNCTION rekey._first_bad(start bigint, hash bytea, OUT id bigint, OUT rea
 --
 
 COMMENT ON FUNCTION rekey._first_bad(start bigint, hash bytea, OUT id bigint, OUT reason text) IS 'The first entry of the audit log that is not as it should be, where the chain is all there from the entry after start on.';
+
+
+--
+-- Name: _first_place(text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._first_place(groups text[]) RETURNS integer
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  for v_place in 1 .. cardinality(groups) loop
+    if groups[v_place] is not null then
+      return v_place;
+    end if;
+  end loop;
+  return null;
+end
+$$;
+
+
+ALTER FUNCTION rekey._first_place(groups text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _first_place(groups text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._first_place(groups text[]) IS 'Where the first element that is not NULL stands.';
 
 
 --
@@ -5583,68 +5794,54 @@ COMMENT ON FUNCTION rekey._later_trigger(name text, relation oid) IS 'A trigger 
 
 
 --
--- Name: _legacy_bytes(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _legacy_formats(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._legacy_bytes(value bytea) RETURNS bytea
+CREATE FUNCTION rekey._legacy_formats() RETURNS TABLE(format text, marks text[])
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._legacy_formats() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _legacy_formats(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._legacy_formats() IS 'The formats that can be adopted, and which marks (rekey._legacy_mark) each may open; unmarked: a value without one, to be tried.';
+
+
+--
+-- Name: _legacy_mark(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._legacy_mark(value bytea) RETURNS text
     LANGUAGE plpgsql IMMUTABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $_$
+    AS $$
 declare
-  v_inner bytea;
+  v_mark text;
 begin
-  -- bytea that was cast to text: \x and hexadecimal digits.
-  if substr(value, 1, 2) <> '\x5c78'::bytea or encode(substr(value, 3), 'escape') !~ '^([0-9a-fA-F]{2})+$' then
-    return value;
+  if rekey._may_be_marked(value) then
+    v_mark := coalesce(rekey._byte_mark(encode(substr(value, 1, 64), 'hex')), rekey._text_mark(encode(substr(value, 1, 1024), 'escape')));
   end if;
-  v_inner := decode(encode(substr(value, 3), 'escape'), 'hex');
-  return case when rekey._legacy_format(v_inner) <> 'plaintext' then v_inner else value end;
-end
-$_$;
-
-
-ALTER FUNCTION rekey._legacy_bytes(value bytea) OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _legacy_bytes(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._legacy_bytes(value bytea) IS 'A value without the hexadecimal form around it that a cast of bytea to text gives, where something known is inside.';
-
-
---
--- Name: _legacy_format(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._legacy_format(value bytea) RETURNS text
-    LANGUAGE plpgsql IMMUTABLE
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $_$
-declare
-  v_start text := encode(substr(value, 1, 40), 'escape');
-begin
+  -- Packets and raw tokens are told by little: so they have a length that they can have.
   return case
-    when substr(value, 1, 3) = '\x524b01'::bytea or v_start like 'rk1:%' then 'envelope'
-    when v_start like '-----BEGIN PGP MESSAGE-----%' then 'pgp_sym'
-    -- A symmetric-key encrypted session key packet (RFC 4880, 5.3), in new or old form: its length, version 4, and how
-    -- the key is made of the passphrase.
-    when octet_length(value) > 20 and get_byte(value, 0) in (195, 140) and get_byte(value, 1) between 4 and 60
-      and get_byte(value, 2) = 4 and get_byte(value, 4) in (0, 1, 3) then 'pgp_sym'
-    -- Version 0x80 and a time before the year 2242; https://github.com/fernet/spec
-    when octet_length(value) >= 100 and v_start ~ '^gAAAAA[A-Za-z0-9_-]{34}$' then 'fernet'
-    when v_start ~ '^v1:[A-Za-z0-9+/]{16,24}={0,2}:' then 'v1'
-    else 'plaintext' end;
+    when v_mark in ('pgp_sym', 'openpgp') and octet_length(value) <= 20 then null
+    when v_mark = 'fernet' and substr(value, 1, 1) = '\x80' and (octet_length(value) < 73 or octet_length(value) % 16 <> 9) then null
+    else v_mark end;
 end
-$_$;
+$$;
 
 
-ALTER FUNCTION rekey._legacy_format(value bytea) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._legacy_mark(value bytea) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _legacy_format(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _legacy_mark(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._legacy_format(value bytea) IS 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
+COMMENT ON FUNCTION rekey._legacy_mark(value bytea) IS 'Whose mark a value begins with, by name: envelope, the formats that open, and those that are known to be refused. NULL: none.';
 
 
 --
@@ -5970,6 +6167,83 @@ COMMENT ON FUNCTION rekey._lost_part(protected rekey.protected_columns, relation
 
 
 --
+-- Name: _mark_within(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._mark_within(value bytea) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_mark text := rekey._legacy_mark(value);
+begin
+  if v_mark is null and rekey._may_be_wrapped(value) then
+    v_mark := rekey._legacy_mark(rekey._marked_inside(value));
+  end if;
+  return v_mark;
+end
+$$;
+
+
+ALTER FUNCTION rekey._mark_within(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _mark_within(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._mark_within(value bytea) IS 'Whose mark stands in a value, also under layers as of rekey._marked_inside(), by name; NULL: none.';
+
+
+--
+-- Name: _marked_inside(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._marked_inside(value bytea) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_inner bytea := value;
+begin
+  for v_layer in 1 .. 4 loop
+    v_inner := rekey._unwrapped(v_inner);
+    exit when v_inner is null or rekey._legacy_mark(v_inner) is not null;
+  end loop;
+  return case when rekey._legacy_mark(v_inner) is not null then v_inner end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._marked_inside(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _marked_inside(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._marked_inside(value bytea) IS 'What stands in a value under at most four layers of white space, quotes, hexadecimal and base64, where it has a mark; else NULL.';
+
+
+--
+-- Name: _marks_of(text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._marks_of(formats text[]) RETURNS text[]
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._marks_of(formats text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _marks_of(formats text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._marks_of(formats text[]) IS 'The marks of the values that these formats may open.';
+
+
+--
 -- Name: _max_bytes(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6020,6 +6294,63 @@ ALTER FUNCTION rekey._may_administer() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._may_administer() IS 'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
+
+
+--
+-- Name: _may_begin(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._may_begin(start bytea) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._may_begin(start bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _may_begin(start bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._may_begin(start bytea) IS 'Whether a value may have a mark, as far as its first bytes tell.';
+
+
+--
+-- Name: _may_be_marked(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._may_be_marked(value bytea) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._may_be_marked(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _may_be_marked(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._may_be_marked(value bytea) IS 'Whether a value may have a mark, as far as its first bytes tell, and where separators stand.';
+
+
+--
+-- Name: _may_be_wrapped(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._may_be_wrapped(value bytea) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._may_be_wrapped(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _may_be_wrapped(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._may_be_wrapped(value bytea) IS 'Whether something that has a mark may stand within a value, under what rekey._unwrapped() takes off.';
 
 
 --
@@ -6900,6 +7231,56 @@ ALTER FUNCTION rekey._older_transactions(older xid8, since timestamp with time z
 --
 
 COMMENT ON FUNCTION rekey._older_transactions(older xid8, since timestamp with time zone) IS 'Who in this database has a transaction older than this one, or a snapshot from before it; NULL: nobody. since: what counts as the beginning of a transaction whose own is hidden from us.';
+
+
+--
+-- Name: _opaque_bytes(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._opaque_bytes(value bytea) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  -- UTF-8 without control characters, but for a character that is cut off at the end.
+  v_is_text constant text := '^(0[9ad]|[2-6].|7[0-9a-e]|(c[2-9a-f]|d.)[89ab].|e.([89ab].){2}|f[0-4]([89ab].){3})*([c-f].([89ab].){0,2})?$';
+  v_text text;
+  v_bytes bytea := value;
+  v_part text;
+  v_decoded bytea;
+begin
+  if encode(substr(value, 1, 64), 'hex') ~ v_is_text then
+    v_text := encode(value, 'escape');
+    -- One part or several; hexadecimal, or letters of both kinds and something else.
+    if v_text !~ '^(\\\\x)?[A-Za-z0-9+/_-]{8,}={0,2}([.:|,][A-Za-z0-9+/_-]{8,}={0,2}){0,4}\s*$'
+      or not (v_text ~ '^(\\\\x|0x)?[0-9a-fA-F.:|,\s]+$' or v_text ~ '[a-z]' and v_text ~ '[A-Z]' and v_text ~ '[0-9+/_=-]') then
+      return null;
+    end if;
+    v_bytes := '';
+    foreach v_part in array regexp_split_to_array(rtrim(v_text, E'\r\n\t '), '[.:|,]') loop
+      v_decoded := rekey._decoded(v_part);
+      if v_decoded is null or v_part ~ '^[0-9]+$' then
+        return null;
+      end if;
+      v_bytes := v_bytes || v_decoded;
+    end loop;
+  end if;
+  -- With words in it, or what keys and files begin with: DER, OpenSSH, PNG, JPEG, gzip, zip, a Java key store.
+  return case
+    when octet_length(v_bytes) < 16 or encode(substr(v_bytes, 1, 64), 'hex') ~ v_is_text
+      or encode(substr(v_bytes, 1, 64), 'escape') ~ '[A-Za-z]{6}' or encode(substr(v_bytes, 1, 8), 'hex') ~ '^(308[1-3]|30[2-7].02|0000000[7b]|89504e47|ffd8ff|1f8b08|504b0304|feedfeed)' then null
+    else v_bytes end;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._opaque_bytes(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _opaque_bytes(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._opaque_bytes(value bytea) IS 'The bytes of a value that may be ciphertext: 16 or more, without words, as they are or in hexadecimal or base64, in up to five parts. NULL: the value is something else.';
 
 
 --
@@ -7981,6 +8362,38 @@ ALTER FUNCTION rekey._refuse_doomed() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._refuse_doomed() IS 'Trigger of every protected column, under the condition rekey._is_doomed(): RK006. So nothing comes to stand on a version whose destruction is scheduled.';
+
+
+--
+-- Name: _refuse_doubt(text, text[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_doubt(label text, formats text[], values_are_tokens boolean) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_doubt text := rekey._adoption_doubt(label, formats, values_are_tokens);
+  v_reason text := regexp_replace(v_doubt, '^\w+: ', '');
+begin
+  if v_doubt like 'asked:%' then
+    raise exception 'column % %', label, v_reason using errcode = 'RK005',
+      hint = 'If they are plain tokens or keys: values_are_tokens => true. If another tool encrypted them: name its format in formats.', constraint = 'values_are_tokens';
+  elsif v_doubt is not null then
+    raise exception 'column % %', label, v_reason using errcode = 'RK005',
+      hint = 'Name the format in formats, and adopt with pg-rekey columns adopt, which has its keys. To encrypt the values as they are: force => true.', constraint = 'looks_encrypted';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_doubt(label text, formats text[], values_are_tokens boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_doubt(label text, formats text[], values_are_tokens boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_doubt(label text, formats text[], values_are_tokens boolean) IS 'RK005 where the values of a protected column look encrypted by another tool, and are to be taken for plaintext.';
 
 
 --
@@ -9676,6 +10089,44 @@ COMMENT ON FUNCTION rekey._rpc_refusal() IS 'The answer to whoever may not: 403 
 
 
 --
+-- Name: _same_heads(bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._same_heads(heads bytea[]) RETURNS integer
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_head bytea;
+  v_most bytea;
+  v_votes integer := 0;
+  v_count integer := 0;
+begin
+  -- What more than half of them have in common is left at the end of this.
+  foreach v_head in array heads loop
+    if v_votes = 0 then
+      v_most := v_head;
+    end if;
+    v_votes := v_votes + case when v_head = v_most then 1 else -1 end;
+  end loop;
+  foreach v_head in array heads loop
+    v_count := v_count + case when v_head = v_most then 1 else 0 end;
+  end loop;
+  return v_count;
+end
+$$;
+
+
+ALTER FUNCTION rekey._same_heads(heads bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _same_heads(heads bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._same_heads(heads bytea[]) IS 'How many of these are equal, where they are more than half.';
+
+
+--
 -- Name: _schedule_destruction(text, integer, interval); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10317,6 +10768,58 @@ COMMENT ON FUNCTION rekey._settings() IS 'The settings. RK001 before rekey.regis
 
 
 --
+-- Name: _shape_doubt(bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._shape_doubt("values" bytea[]) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_value bytea;
+  v_bytes bytea;
+  v_heads bytea[] := '{}'::bytea[];
+  v_lengths integer[] := '{}'::integer[];
+  v_distinct integer[];
+  v_reason text;
+begin
+  foreach v_value in array "values" loop
+    v_bytes := rekey._opaque_bytes(v_value);
+    if v_bytes is not null then
+      v_lengths := v_lengths || octet_length(v_bytes);
+      -- The prefix of a token (sk_live_) is no header, and what has 16 bytes has no room for one.
+      if octet_length(v_bytes) > 16 and encode(substr(v_value, 1, 6), 'escape') !~ '[_-]' then
+        v_heads := v_heads || substr(v_bytes, 1, 4);
+      end if;
+    end if;
+  end loop;
+  if cardinality(v_lengths) = 0 or cardinality(v_lengths) < 0.9 * cardinality("values") then
+    return null;
+  end if;
+  select array_agg(distinct l.length order by l.length) into v_distinct from unnest(v_lengths) as l(length);
+  v_reason := case
+    when rekey._same_heads(v_heads) >= greatest(2, 0.9 * cardinality(v_lengths)) then 'blocked: they begin with the same header'
+    -- (Keys and tokens of several lengths have these.)
+    when cardinality(v_distinct) > 1 and not v_distinct <@ '{16,20,24,32,40,64,128,256}'
+      and (select count(distinct d.length % case when cardinality(v_distinct) = 2 then 16 else 8 end) from unnest(v_distinct) as d(length)) = 1 then 'blocked: their lengths go by the blocks of a cipher'
+    when cardinality(v_distinct) = 1 then 'asked: they all have one length, as tokens and keys have'
+    else 'asked: their lengths differ, as those of texts do' end;
+  return format('%s: looks encrypted: %s of %s values are base64, hexadecimal or bytes without words, and %s', split_part(v_reason, ': ', 1),
+    cardinality(v_lengths), cardinality("values"), split_part(v_reason, ': ', 2));
+end
+$$;
+
+
+ALTER FUNCTION rekey._shape_doubt("values" bytea[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _shape_doubt("values" bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._shape_doubt("values" bytea[]) IS 'Why values without a mark may be ciphertext all the same, over all of them: "blocked: ..." or, where they may as well be tokens, "asked: ...". NULL: there is no reason.';
+
+
+--
 -- Name: _shape_problem(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10627,7 +11130,7 @@ begin
         v_contexts := array(
           select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
         v_sealing := rekey._sealing(v_keyrings[1]);
-        v_adopted := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, v_target.is_text, '{plaintext}', v_forced);
+        v_adopted := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, '{plaintext}', v_forced);
         v_rows := v_batch.rows;
         v_made := v_adopted.ciphertexts;
         select array_agg(u.place), array_agg(u.problem) into v_failed_places, v_failed_problems
@@ -10804,6 +11307,69 @@ ALTER FUNCTION rekey._targets(only_target text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._targets(only_target text) IS 'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast. prefix: the label of the context. problem: why it is blocked.';
+
+
+--
+-- Name: _text_mark(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._text_mark(start text) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_names constant text[] := '{
+    envelope, pgp_sym, fernet, v1, better_auth, jwe, laravel, openssl, prisma, rails, transit, age, ansible_vault, sops,
+    paseto, k8s, iron, ciphersweet, halite, plug, grafana, jenkins, magento, nextcloud, saltpack, armored, rails_message,
+    adonis, iv_tag, simple_encryptor, mongodb, json, encrypted, versioned}'::text[];
+  v_groups text[] := regexp_match(start, $re$(?x)^(?:
+      (rk1:).*
+    | (-----BEGIN\ PGP\ MESSAGE-----).*
+    | (gAAAAA.{94}).*
+    | (v1:[A-Za-z0-9+/]{16,24}={0,2}:).*
+    | (\$ba\$\d+\$[0-9a-f]).*
+    | (eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*\.[A-Za-z0-9_-]{16,22}\.).*
+    | (\{"iv":"[^"]+","value":").*
+    | (Salted__).*
+    | (v\d\.aesgcm\d+\.[0-9a-f]{8}\.).*
+    | (\{"p":"[^"]*","h":\{).*
+    | (vault:v\d+:).*
+    | (-----BEGIN\ AGE\ ENCRYPTED\ FILE-----|age-encryption\.org/v\d).*
+    | (\$ANSIBLE_VAULT;).*
+    | (ENC\[|EJ\[\d).*
+    | (v\d\.local\.[A-Za-z0-9_-]{32}).*
+    | (k8s:enc:).*
+    | (Fe26\.\d\*).*
+    | ((?:nacl|fips|brng):[A-Za-z0-9_-]{20}).*
+    | (MUI[DEFG]A[A-Za-z0-9_-]{20}).*
+    | ((?:QTEyOEdDTQ|QTE5MkdDTQ|QTI1NkdDTQ|WENQ)\.).*
+    | ((?:\#[A-Za-z0-9+/=]{4,99}\#)?\*YWVzL).*
+    | (\{AQAAAB[A-Za-z0-9+/=]{20}).*
+    | (\d:\d:[A-Za-z0-9+/=]{20}).*
+    | ([0-9a-f]{32,}\|[0-9a-zA-Z/+=]{16,}\|[0-9a-f]{64}).*
+    | (BEGIN\ [A-Z0-9\ ]*SALTPACK\ ENCRYPTED).*
+    | (-----BEGIN\ CMS-----|-----BEGIN\ (?:[A-Z0-9]+\ )*ENCRYPTED\ (?:MESSAGE|FILE|DATA|VALUE|TEXT)).*
+    | ([A-Za-z0-9+/_=%-]*--[A-Za-z0-9+/_-]{16}--[A-Za-z0-9+/_-]{22}(?:==)?$).*
+    | ([A-Za-z0-9_-]+\.(?:v\d+:[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{22}|[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43})$).*
+    | ((?:[0-9a-fA-F]{24}|[0-9a-fA-F]{32}):(?:[0-9a-fA-F]{32}:[0-9a-fA-F]*|[0-9a-fA-F]*:[0-9a-fA-F]{32})$|(?:[A-Za-z0-9+/]{16}|[A-Za-z0-9+/]{22}==):(?:[A-Za-z0-9+/]{22}==:[A-Za-z0-9+/]*=*|[A-Za-z0-9+/]*=*:[A-Za-z0-9+/]{22}==)$).*
+    | ([0-9a-f]{96}(?:[0-9a-f]*[A-Zg-z+/][A-Za-z0-9+/]*)={0,2}$).*
+    | (\{.*"\$binary".*"subType":\ *"0?6").*
+    | (\{.*"(?:iv|nonce|salt|cipher|alg|algorithm|enc)":\ *".*"(?:ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}|\{.*"(?:c|ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}.*"(?:iv|nonce|cipher|salt)":\ *"|\{.*"k":\ *"ct").*
+    | ([[<_$:{(]*(?:enc|ENC|encrypted|ENCRYPTED|crypt|cipher|CIPHER|ciphertext|aes|AES|aead|sealed|secretbox|sodium|libsodium|nacl|x?chacha20|gcm|kms|KMS|awskms|gcpkms|fernet|transit|pgp|gpg|tink|jwe|bao)(?:[0-9_/-][0-9A-Za-z_/-]*)?[]>}():;|$.,!]+(?:v?\d+[:.|$])?[A-Za-z0-9+/_=-]{16}|\{(?:des|3des|3DES|xor|wsenc)\}.{8}).*
+    | (v\d+[:|$][A-Za-z0-9+/_=-]{16}).*)$re$);
+begin
+  return case when v_groups is not null then v_names[rekey._first_place(v_groups)] end;
+end
+$_$;
+
+
+ALTER FUNCTION rekey._text_mark(start text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _text_mark(start text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._text_mark(start text) IS 'The mark that a text begins with, by name; NULL: none. start: its first characters, where other bytes stand as the encoding escape writes them.';
 
 
 --
@@ -11275,6 +11841,42 @@ ALTER FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) O
 --
 
 COMMENT ON FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad bytea) IS 'The DEK of a wrapped key; NULL where it does not open. aad: rekey._wrap_aad().';
+
+
+--
+-- Name: _unwrapped(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._unwrapped(value bytea) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_bare bytea := btrim(value, '\x00090a0d20');
+  v_first bytea := substr(v_bare, 1, 1);
+begin
+  -- "...", '...', and b'...', Python's str() of bytes.
+  if v_first = '\x62' and substr(v_bare, 2, 1) in ('\x22', '\x27') then
+    v_bare := substr(v_bare, 2);
+    v_first := substr(v_bare, 1, 1);
+  end if;
+  if v_first in ('\x22', '\x27') and octet_length(v_bare) > 2 and substr(v_bare, octet_length(v_bare)) = v_first then
+    v_bare := substr(v_bare, 2, octet_length(v_bare) - 2);
+  end if;
+  return case
+    when v_bare <> value then v_bare
+    when encode(substr(value, 1, 24), 'escape') ~ '^(\\\\x)?[A-Za-z0-9+/_-]{16}' then rekey._decoded(encode(value, 'escape')) end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._unwrapped(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _unwrapped(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._unwrapped(value bytea) IS 'A value without the outermost layer around it: white space, quotes, hexadecimal, base64. NULL: there is none.';
 
 
 --
@@ -12088,10 +12690,10 @@ COMMENT ON COLUMN rekey.rotation_status.forced IS 'Whether values that look like
 
 
 --
--- Name: adopt_column(regclass, name, text[], boolean, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: adopt_column(regclass, name, text[], boolean, text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[] DEFAULT '{plaintext}'::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
+CREATE FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[] DEFAULT '{plaintext}'::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text, values_are_tokens boolean DEFAULT false) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
@@ -12102,17 +12704,20 @@ declare
   v_rotation bigint;
 begin
   perform rekey._refuse_stranger(target);
-  if coalesce(cardinality(formats), 0) = 0 or not formats <@ '{plaintext,pgp_sym,fernet,v1,aes_gcm}' then
+  if coalesce(cardinality(formats), 0) = 0 or not formats <@ array(select f.format from rekey._legacy_formats() f) then
     raise exception 'there is no such format' using errcode = 'invalid_parameter_value',
-      hint = 'plaintext, pgp_sym, fernet, v1, aes_gcm: one or more of them.';
+      hint = (select string_agg(f.format, ', ') from rekey._legacy_formats() f) || ': one or more of them.';
   end if;
   select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
   if not found then
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007',
       hint = 'rekey.protect_column() first.', constraint = 'protect';
   end if;
-  v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
+  if not coalesce(force, false) then
+    perform rekey._refuse_doubt(v_column.label, formats, values_are_tokens);
+  end if;
+  v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   select r.id into v_rotation from rekey.rotations r where r.column_id = v_column.id and rekey._is_under_way(r.state);
   if found then
     raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
@@ -12133,13 +12738,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text) OWNER TO rekey_owner;
+ALTER FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text) IS 'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked; RK006: retired keyring; RK007: not protected.';
+COMMENT ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean) IS 'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, and those of docs/adopting.md. Each is recognised; one that looks like another format is never taken for plaintext, unless force. Where plaintext is among them, a sample of the column is looked at first: RK005 where it looks encrypted by another tool, unless force, or, where random tokens look the same, values_are_tokens. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked, or it looks encrypted; RK006: retired keyring; RK007: not protected.';
 
 
 --
@@ -12203,6 +12808,34 @@ ALTER FUNCTION rekey.adoption_batch(rotation_id bigint) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.adoption_batch(rotation_id bigint) IS 'For pg-rekey columns adopt: adopts a batch of values as far as the server can open them (plaintext; pgp_sym with the passphrases in the temporary table pg_rekey_passphrases), and returns the others in legacy, their rows locked, for rekey.adoption_store() in the same transaction. NULL: nothing is left of this pass, the throttle holds it up, or the column is blocked, for which the rotation waits. 25001: not in READ COMMITTED; 42501: not the owner of the table; RK005: changed meanwhile; RK007: no such adoption.';
+
+
+--
+-- Name: adoption_doubt(regclass, name, text[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.adoption_doubt(target regclass, column_name name, formats text[] DEFAULT '{plaintext}'::text[], values_are_tokens boolean DEFAULT false) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_label text;
+begin
+  perform rekey._refuse_stranger(target);
+  select c.label into v_label from rekey.protected_columns c where c.id = rekey._column_id(target, adoption_doubt.column_name);
+  return regexp_replace(rekey._adoption_doubt(v_label, formats, values_are_tokens), '^\w+: ', '');
+end
+$$;
+
+
+ALTER FUNCTION rekey.adoption_doubt(target regclass, column_name name, formats text[], values_are_tokens boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION adoption_doubt(target regclass, column_name name, formats text[], values_are_tokens boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.adoption_doubt(target regclass, column_name name, formats text[], values_are_tokens boolean) IS 'For pg-rekey columns adopt --dry-run: why rekey.adopt_column() would refuse a protected column without force, as a sample tells: its values look encrypted by another tool. NULL: it would not. 42501: not the owner of the table.';
 
 
 --
@@ -12878,7 +13511,7 @@ declare
   -- In full: source text of pg_rekey, this line too, may stand in a table of migrations.
   v_within text := $q$(strpos(%1$s collate "C", 'rk1:UksB') > 0 and %1$s collate "C" ~ 'rk1:UksB[A-Za-z0-9+/]{96}'
     or strpos(%1$s collate "C", '\x524b01') > 0 and %1$s collate "C" ~ '\\x524b01[0-9a-f]{144}')$q$;
-  v_of_others text := $q$octet_length(%1$s) >= 16 and rekey._legacy_format(%1$s) not in ('envelope', 'plaintext')$q$;
+  v_of_others text := $q$octet_length(%1$s) >= 16 and coalesce(rekey._mark_within(%1$s), 'envelope') <> 'envelope'$q$;
   -- (To take a document apart takes long: not without one of these letters in a key.)
   v_of_keys text := $q$%1$s ~* '(token|secret|pass|pwd|wort|key|cred|pat|bearer|jwt|otp|cv[cv]|senha|mnemonic|phrase|word|code)[^"]*"\s*:' and rekey._has_secret(%1$s::json)$q$;
   v_table record;
@@ -16732,10 +17365,10 @@ REVOKE ALL ON FUNCTION rekey._active_versions(keyrings integer[]) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean) FROM PUBLIC;
 
 
 --
@@ -16744,6 +17377,13 @@ REVOKE ALL ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing 
 
 REVOKE ALL ON FUNCTION rekey._adoption_batch(rotation_id bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._adoption_batch(rotation_id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _adoption_doubt(label text, formats text[], values_are_tokens boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._adoption_doubt(label text, formats text[], values_are_tokens boolean) FROM PUBLIC;
 
 
 --
@@ -16759,6 +17399,13 @@ GRANT ALL ON FUNCTION rekey._adoption_preview(target regclass, column_name name,
 --
 
 REVOKE ALL ON FUNCTION rekey._adoption_rows(target rekey._target, relation regclass, first tid, until_block bigint, max_rows integer, keyring_id integer, formats text[], forced boolean) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _adoption_sample(label text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._adoption_sample(label text) FROM PUBLIC;
 
 
 --
@@ -16914,6 +17561,13 @@ REVOKE ALL ON FUNCTION rekey._block(pointer tid) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._blocked_targets(keyrings integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _byte_mark(start text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._byte_mark(start text) FROM PUBLIC;
 
 
 --
@@ -17223,6 +17877,13 @@ REVOKE ALL ON FUNCTION rekey._dearmor(armored text) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _decoded(value text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._decoded(value text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _dek(keyring_id integer, version integer, OUT key bytea, OUT problem text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -17382,6 +18043,13 @@ REVOKE ALL ON FUNCTION rekey._is_kept(event text) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._first_bad(start bigint, hash bytea, OUT id bigint, OUT reason text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _first_place(groups text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._first_place(groups text[]) FROM PUBLIC;
 
 
 --
@@ -17660,20 +18328,17 @@ REVOKE ALL ON FUNCTION rekey._later_trigger(name text, relation oid) FROM PUBLIC
 
 
 --
--- Name: FUNCTION _legacy_bytes(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _legacy_formats(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._legacy_bytes(value bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._legacy_formats() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _legacy_format(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _legacy_mark(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._legacy_format(value bytea) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._legacy_format(value bytea) TO rekey_admin;
-GRANT ALL ON FUNCTION rekey._legacy_format(value bytea) TO rekey_operator;
-GRANT ALL ON FUNCTION rekey._legacy_format(value bytea) TO rekey_auditor;
+REVOKE ALL ON FUNCTION rekey._legacy_mark(value bytea) FROM PUBLIC;
 
 
 --
@@ -17735,6 +18400,30 @@ REVOKE ALL ON FUNCTION rekey._lost_part(protected rekey.protected_columns, relat
 
 
 --
+-- Name: FUNCTION _mark_within(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._mark_within(value bytea) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._mark_within(value bytea) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._mark_within(value bytea) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._mark_within(value bytea) TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _marked_inside(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._marked_inside(value bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _marks_of(formats text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._marks_of(formats text[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _max_bytes(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -17746,6 +18435,27 @@ REVOKE ALL ON FUNCTION rekey._max_bytes() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._may_administer() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _may_begin(start bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._may_begin(start bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _may_be_marked(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._may_be_marked(value bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _may_be_wrapped(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._may_be_wrapped(value bytea) FROM PUBLIC;
 
 
 --
@@ -17911,6 +18621,13 @@ REVOKE ALL ON FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, co
 --
 
 REVOKE ALL ON FUNCTION rekey._older_transactions(older xid8, since timestamp with time zone) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _opaque_bytes(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._opaque_bytes(value bytea) FROM PUBLIC;
 
 
 --
@@ -18103,6 +18820,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_change() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION rekey._refuse_changes(before text) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._refuse_changes(before text) TO rekey_sweeper;
+
+
+--
+-- Name: FUNCTION _refuse_doubt(label text, formats text[], values_are_tokens boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_doubt(label text, formats text[], values_are_tokens boolean) FROM PUBLIC;
 
 
 --
@@ -18360,6 +19084,13 @@ REVOKE ALL ON FUNCTION rekey._rpc_refusal() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _same_heads(heads bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._same_heads(heads bytea[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _schedule_destruction(keyring text, version integer, wait interval); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -18473,6 +19204,13 @@ REVOKE ALL ON FUNCTION rekey._settings() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _shape_doubt("values" bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._shape_doubt("values" bytea[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _shape_problem(ciphertext bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -18558,6 +19296,13 @@ REVOKE ALL ON FUNCTION rekey._target_of(chunk rekey._chunks) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._targets(only_target text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _text_mark(start text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._text_mark(start text) FROM PUBLIC;
 
 
 --
@@ -18669,6 +19414,13 @@ REVOKE ALL ON FUNCTION rekey._unwrap(wrapping_key bytea, wrapped_key bytea, aad 
 
 
 --
+-- Name: FUNCTION _unwrapped(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._unwrapped(value bytea) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _verify(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -18742,11 +19494,11 @@ GRANT SELECT ON TABLE rekey.rotation_status TO rekey_auditor;
 
 
 --
--- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text) TO rekey_admin;
+REVOKE ALL ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean) TO rekey_admin;
 
 
 --
@@ -18763,6 +19515,14 @@ GRANT ALL ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) TO rekey_a
 
 REVOKE ALL ON FUNCTION rekey.adoption_batch(rotation_id bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.adoption_batch(rotation_id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION adoption_doubt(target regclass, column_name name, formats text[], values_are_tokens boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.adoption_doubt(target regclass, column_name name, formats text[], values_are_tokens boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.adoption_doubt(target regclass, column_name name, formats text[], values_are_tokens boolean) TO rekey_admin;
 
 
 --

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cli_fixtures import Cli
 from driving import rotate, run
 from helpers import Connection, belong, value
-from pg_rekey import legacy
+from pg_rekey.formats.base import variable
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -160,9 +160,9 @@ def test_wrong_and_missing_keys(columns: Cli, ready: Connection, monkeypatch: py
     write(ready, "fernet bytea", range(5, 10))
     columns("columns", "protect", "t", "v")
     for name in ("pgp_sym", "fernet", "v1", "aes_gcm"):
-        monkeypatch.delenv(legacy.variable(name))
+        monkeypatch.delenv(variable(name))
         columns("columns", "adopt", "t", "v", "--from", name, code=3)
-        assert legacy.variable(name) in columns.err
+        assert variable(name) in columns.err
     monkeypatch.setenv("PG_REKEY_FROM_PGP_SYM", "wrong")
     monkeypatch.setenv("PG_REKEY_FROM_FERNET", Fernet.generate_key().decode())
     shown = columns.json(

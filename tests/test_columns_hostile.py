@@ -28,7 +28,7 @@ SPY: LiteralString = """
         'select * from rekey._kek()', 'select rekey._session_keks()',
         'select rekey._reencrypt(''{}'', ''{}'', '''', ''{}'')', 'set role rekey_owner',
         'set role rekey_sweeper',
-        'select rekey._adopt(''{}'', ''{}'', null, true, ''{}'', true)',
+        'select rekey._adopt(''{}'', ''{}'', null, ''{}'', true)',
         'set session authorization postgres', 'create role rekey_mine superuser'] loop
         begin
           execute v_try into v_got;

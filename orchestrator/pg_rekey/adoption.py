@@ -10,7 +10,7 @@ import psycopg
 
 from pg_rekey import db, worker
 from pg_rekey.errors import LOCKED, Problem
-from pg_rekey.legacy import Keys
+from pg_rekey.formats import Keys, Opened
 
 PASSING = ("40001", "40P01", "55P03", "57014")  # another attempt may succeed
 ATTEMPTS = 8
@@ -33,6 +33,7 @@ def begin(
     formats: Sequence[str],
     force: bool,
     reason: str | None,
+    values_are_tokens: bool,
 ) -> int:
     """Queue the adoption, or find the one of this column that is under way; return its number."""
     [row] = connection.execute(db.query("adoption under way"), [table, column]).fetchall() or [{}]
@@ -45,7 +46,7 @@ def begin(
         return int(row["id"])
     with worker.transaction(connection):
         [row] = connection.execute(
-            db.query("adopt column"), [table, column, list(formats), force, reason]
+            db.query("adopt column"), [table, column, list(formats), force, reason, values_are_tokens]
         ).fetchall()
     return int(row["id"])
 
@@ -86,8 +87,18 @@ def advance(connection: db.Connection, number: int, keys: Keys) -> Iterator[None
         yield
 
 
+def doubt(
+    connection: db.Connection, table: str, column: str, formats: Sequence[str], values_are_tokens: bool
+) -> str | None:
+    """Say why the values may not be the plaintext that they are to be taken for, if so."""
+    [row] = connection.execute(
+        db.query("adoption doubt"), [table, column, list(formats), values_are_tokens]
+    ).fetchall()
+    return None if row["doubt"] is None else str(row["doubt"])
+
+
 def preview(
-    connection: db.Connection, table: str, column: str, formats: Sequence[str], force: bool, keys: Keys
+    connection: db.Connection, table: str, column: str, formats: Sequence[str], keys: Keys
 ) -> dict[str, Found]:
     """Say what an adoption would find, by format; every transaction is taken back."""
     found: dict[str, Found] = {}
@@ -97,22 +108,35 @@ def preview(
         with connection.transaction(force_rollback=True):
             _send_passphrases(connection, keys)
             batch = connection.execute(
-                db.query("adoption preview"), [table, column, list(formats), force, relation, first]
+                db.query("adoption preview"), [table, column, list(formats), keys.force, relation, first]
             ).fetchone()
         assert batch is not None
-        for place, name in enumerate(batch["formats"] or []):
-            one = found.setdefault(name, Found())
-            one.rows += 1
-            value = batch["legacy"][place]
-            problem = batch["problems"][place]
-            if problem is None and (value is None or keys.open(name, value) is not None):
-                one.opens += 1
-            elif len(one.closed) < SHOWN_KEYS:
-                one.closed.append(batch["keys"][place])
+        _count(batch, keys, found)
         if batch["next"] is None and batch["next_relation"] is None:
             return found
         relation = batch["relation"] if batch["next"] else batch["next_relation"]
         first = batch["next"] or "(0,0)"
+
+
+def _count(batch: dict[str, Any], keys: Keys, found: dict[str, Found]) -> None:
+    """Add the values of a batch to what was found."""
+    opened = _open(batch, keys)
+    for place, name in enumerate(batch["formats"] or []):
+        client = opened.get(place)
+        one = found.setdefault(client.format if client else name, Found())
+        one.rows += 1
+        if (client.plaintext is not None) if client else batch["problems"][place] is None:
+            one.opens += 1
+        elif len(one.closed) < SHOWN_KEYS:
+            one.closed.append(batch["keys"][place])
+
+
+def _open(batch: dict[str, Any], keys: Keys) -> dict[int, Opened]:
+    """Open what the server could not, by place."""
+    legacy = batch["legacy"] or []
+    places = [place for place, value in enumerate(legacy) if value is not None]
+    marks = [batch["formats"][place] for place in places]
+    return dict(zip(places, keys.open([legacy[place] for place in places], marks), strict=True))
 
 
 def _batch(connection: db.Connection, steps: worker.Steps, number: int, keys: Keys) -> bool:
@@ -123,15 +147,9 @@ def _batch(connection: db.Connection, steps: worker.Steps, number: int, keys: Ke
         batch = connection.execute(db.query("adoption batch"), [number]).fetchone()
         if batch is None or batch["relation"] is None:
             return False
-        opened: list[tuple[str, bytes | None, str | None]] = []
-        for place, row in enumerate(batch["rows"] or []):
-            value = batch["legacy"][place]
-            if value is None:
-                continue
-            name = batch["formats"][place]
-            plaintext = keys.open(name, value)
-            problem = None if plaintext is not None else f"{name} does not open: damaged, or another key"
-            opened.append((row, plaintext, problem))
+        opened = [
+            (batch["rows"][place], one.plaintext, one.problem) for place, one in _open(batch, keys).items()
+        ]
         if opened:
             connection.execute(
                 'create temporary table pg_rekey_opened ("row" text, plaintext bytea, problem text)'

@@ -11,6 +11,8 @@ from pg_rekey.hints import Road
 FAILED, USAGE, LOCKED, UNFINISHED, FINDINGS, INTERRUPTED = 1, 2, 3, 4, 5, 130
 
 _EXIT_CODES = {"RK001": LOCKED, "RK002": LOCKED}
+# Refusals that are findings about the data, by their action.
+_FINDINGS = ("looks_encrypted", "values_are_tokens")
 
 
 class Problem(click.ClickException):
@@ -53,7 +55,8 @@ def from_database(error: psycopg.Error) -> Problem:
     """Translate what the database or the connection to it says, without details: they may quote rows."""
     state = error.sqlstate or ""
     message, hint = explain(error)
-    return Problem(message + (f" [{state}]" if state else ""), hint, _EXIT_CODES.get(state, FAILED))
+    code = FINDINGS if error.diag.constraint_name in _FINDINGS else _EXIT_CODES.get(state, FAILED)
+    return Problem(message + (f" [{state}]" if state else ""), hint, code)
 
 
 def explain(error: psycopg.Error, road: Road = Road.COMMAND) -> tuple[str, str | None]:

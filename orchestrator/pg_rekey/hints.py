@@ -80,6 +80,10 @@ ACTIONS = {
         "`pg-rekey keys list` shows the versions of every keyring.",
         "GET /api/keys shows the versions of every keyring.",
     ),
+    "looks_encrypted": Words(
+        "Name its format with --from; `pg-rekey columns adopt --dry-run` counts what there is. To encrypt "
+        "the values as they are: --force."
+    ),
     "next_kek": Words(
         "Give the current KEK and the next one: PG_REKEY_NEW_KEK, PG_REKEY_NEW_KEK_FILE or "
         "PG_REKEY_NEW_KEK_COMMAND for the next, or the Vault secret or file with _new appended."
@@ -134,6 +138,10 @@ ACTIONS = {
     "unprotect": Words("Name the table and the column: `pg-rekey columns unprotect TABLE COLUMN`."),
     "unreadable_secret": Words(
         "`pg-rekey secrets get NAME` says more of each; `pg-rekey verify` counts them."
+    ),
+    "values_are_tokens": Words(
+        "If they are plain tokens or keys: --values-are-tokens. If another tool encrypted them: name its "
+        "format with --from."
     ),
     "verify": Words("`pg-rekey audit verify` says what is wrong with the log."),
     "wait": Words(

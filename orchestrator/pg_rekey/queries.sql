@@ -464,11 +464,15 @@ where s.relation = %s::regclass and s.column_name = %s and r.state in ('queued',
 
 -- name: adopt column
 -- description: Queue the adoption of a column.
-select * from rekey.adopt_column(%s::regclass, %s, %s, %s, %s)
+select * from rekey.adopt_column(%s::regclass, %s, %s, %s, %s, %s)
+
+-- name: adoption doubt
+-- description: Why an adoption would not begin without force.
+select rekey.adoption_doubt(%s::regclass, %s, %s, %s) as doubt
 
 -- name: adoption batch
 -- description: Adopt a batch as far as the server can; what only the client can open comes back.
-select a.relation::oid as relation, a.rows::text[] as rows, a.keys, a.formats, a.legacy
+select a.relation::oid as relation, a.rows::text[] as rows, a.keys, a.formats, a.problems, a.legacy
 from rekey.adoption_batch(%s) a
 
 -- name: adoption preview

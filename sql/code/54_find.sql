@@ -78,7 +78,7 @@ declare
   -- In full: source text of pg_rekey, this line too, may stand in a table of migrations.
   v_within text := $q$(strpos(%1$s collate "C", 'rk1:UksB') > 0 and %1$s collate "C" ~ 'rk1:UksB[A-Za-z0-9+/]{96}'
     or strpos(%1$s collate "C", '\x524b01') > 0 and %1$s collate "C" ~ '\\x524b01[0-9a-f]{144}')$q$;
-  v_of_others text := $q$octet_length(%1$s) >= 16 and rekey._legacy_format(%1$s) not in ('envelope', 'plaintext')$q$;
+  v_of_others text := $q$octet_length(%1$s) >= 16 and coalesce(rekey._mark_within(%1$s), 'envelope') <> 'envelope'$q$;
   -- (To take a document apart takes long: not without one of these letters in a key.)
   v_of_keys text := $q$%1$s ~* '(token|secret|pass|pwd|wort|key|cred|pat|bearer|jwt|otp|cv[cv]|senha|mnemonic|phrase|word|code)[^"]*"\s*:' and rekey._has_secret(%1$s::json)$q$;
   v_table record;

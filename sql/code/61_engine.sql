@@ -769,7 +769,7 @@ begin
         v_contexts := array(
           select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
         v_sealing := rekey._sealing(v_keyrings[1]);
-        v_adopted := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, v_target.is_text, '{plaintext}', v_forced);
+        v_adopted := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, '{plaintext}', v_forced);
         v_rows := v_batch.rows;
         v_made := v_adopted.ciphertexts;
         select array_agg(u.place), array_agg(u.problem) into v_failed_places, v_failed_problems

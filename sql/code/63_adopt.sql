@@ -1,46 +1,6 @@
 -- Adoption: values that are there already, plain or encrypted by other means, become envelopes. It is a rotation with the
 -- trigger adoption. Plain values any worker adopts; where a key is needed, pg-rekey columns adopt brings it.
 
-create or replace function rekey._legacy_bytes(value bytea) returns bytea
-language plpgsql immutable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_inner bytea;
-begin
-  -- bytea that was cast to text: \x and hexadecimal digits.
-  if substr(value, 1, 2) <> '\x5c78'::bytea or encode(substr(value, 3), 'escape') !~ '^([0-9a-fA-F]{2})+$' then
-    return value;
-  end if;
-  v_inner := decode(encode(substr(value, 3), 'escape'), 'hex');
-  return case when rekey._legacy_format(v_inner) <> 'plaintext' then v_inner else value end;
-end
-$$;
-comment on function rekey._legacy_bytes is 'A value without the hexadecimal form around it that a cast of bytea to text gives, where something known is inside.';
-
-create or replace function rekey._legacy_format(value bytea) returns text
-language plpgsql immutable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_start text := encode(substr(value, 1, 40), 'escape');
-begin
-  return case
-    when substr(value, 1, 3) = '\x524b01'::bytea or v_start like 'rk1:%' then 'envelope'
-    when v_start like '-----BEGIN PGP MESSAGE-----%' then 'pgp_sym'
-    -- A symmetric-key encrypted session key packet (RFC 4880, 5.3), in new or old form: its length, version 4, and how
-    -- the key is made of the passphrase.
-    when octet_length(value) > 20 and get_byte(value, 0) in (195, 140) and get_byte(value, 1) between 4 and 60
-      and get_byte(value, 2) = 4 and get_byte(value, 4) in (0, 1, 3) then 'pgp_sym'
-    -- Version 0x80 and a time before the year 2242; https://github.com/fernet/spec
-    when octet_length(value) >= 100 and v_start ~ '^gAAAAA[A-Za-z0-9_-]{34}$' then 'fernet'
-    when v_start ~ '^v1:[A-Za-z0-9+/]{16,24}={0,2}:' then 'v1'
-    else 'plaintext' end;
-end
-$$;
-comment on function rekey._legacy_format is 'What a value looks like: envelope, pgp_sym, fernet, v1 (v1:<iv>:<tag>:<ciphertext> in base64), else plaintext.';
-grant execute on function rekey._legacy_format to rekey_admin, rekey_operator, rekey_auditor;
-
 -- Decryption under a wrong passphrase fails, and no expression with a secret may (41_encrypt.sql). So passphrases wait in a setting
 -- of the transaction, sealed as the KEK of a session is, and come into the statement as a column.
 create or replace function rekey._keep_passphrases(passphrases bytea[]) returns boolean
@@ -124,7 +84,7 @@ $$;
 comment on function rekey._open_pgp is 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
 
 create or replace function rekey._adopt(
-  "values" bytea[], contexts bytea[], sealing rekey._sealing, is_text boolean, formats text[], forced boolean
+  "values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean
 ) returns rekey._sealed
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -132,7 +92,9 @@ as $$
 declare
   v_key bytea := sealing.key;
   v_header bytea := sealing.header;
+  v_takes text[] := rekey._marks_of(formats);
   v_bytes bytea;
+  v_inner bytea;
   v_format text;
   v_plaintext bytea;
   v_problem text;
@@ -145,6 +107,7 @@ declare
   v_ciphertexts bytea[];
   v_problems text[];
   v_formats text[];
+  v_closed bytea[];
   v_made rekey._sealed;
 begin
   v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
@@ -153,11 +116,16 @@ begin
     v_place := v_place + 1;
     v_plaintext := null;
     v_problem := null;
-    v_bytes := rekey._legacy_bytes(v_value);  -- NULL: too large to be read
-    v_format := rekey._legacy_format(v_bytes);
-    if v_format = 'plaintext' and 'aes_gcm' = any (formats) and octet_length(v_bytes) >= 28 and not is_text then
-      v_format := 'aes_gcm';
-    elsif v_format <> 'envelope' and not v_format = any (formats) and forced and 'plaintext' = any (formats) then
+    v_bytes := v_value;  -- NULL: too large to be read
+    v_format := case when rekey._may_be_marked(v_value) then rekey._legacy_mark(v_value) end;
+    if v_format is null and rekey._may_be_wrapped(v_value) then
+      v_inner := rekey._marked_inside(v_value);
+      v_format := rekey._legacy_mark(v_inner);
+      v_bytes := coalesce(v_inner, v_value);
+    end if;
+    if v_format is null then
+      v_format := case when 'unmarked' = any (v_takes) then 'unmarked' else 'plaintext' end;
+    elsif forced and 'plaintext' = any (formats) and v_format <> 'envelope' and not v_format = any (v_takes) then
       v_format := 'plaintext';
       v_bytes := v_value;
     end if;
@@ -165,8 +133,10 @@ begin
       v_problem := 'has more than 64 MiB, and was not read';
     elsif v_format = 'envelope' then
       v_problem := 'is a damaged envelope';
-    elsif not v_format = any (formats) then
-      v_problem := case v_format when 'plaintext' then 'is in none of the formats' else format('looks like %s, which is not among the formats', v_format) end;
+    elsif v_format = 'plaintext' and not 'plaintext' = any (formats) then
+      v_problem := 'is in none of the formats';
+    elsif v_format <> 'plaintext' and not v_format = any (v_takes) then
+      v_problem := format('looks like %s, which is not among the formats', v_format);
     elsif octet_length(v_bytes) > rekey._max_bytes() then
       v_problem := format('has more than %s bytes', rekey._max_bytes());
     elsif v_format = 'plaintext' then
@@ -180,6 +150,7 @@ begin
     v_ciphertexts[v_place] := null;
     v_problems[v_place] := v_problem;
     v_formats[v_place] := v_format;
+    v_closed[v_place] := case when v_plaintext is null and v_problem is null then v_bytes end;
     if v_plaintext is not null then
       v_iv := rekey._random_bytes(16);
       v_aad := v_header || v_contexts[v_place];
@@ -189,14 +160,16 @@ begin
   v_made.ciphertexts := v_ciphertexts;
   v_made.problems := v_problems;
   v_made.formats := v_formats;
+  v_made.closed := v_closed;
   return v_made;
 end
 $$;
 comment on function rekey._adopt is
-  'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open (fernet, v1, aes_gcm) gets neither ciphertext nor problem.';
+  'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open gets neither ciphertext nor problem, and stands in closed, without what was wrapped around it.';
 
 create or replace function rekey.adopt_column(
-  target regclass, column_name name, formats text[] = '{plaintext}', force boolean = false, reason text = null
+  target regclass, column_name name, formats text[] = '{plaintext}', force boolean = false, reason text = null,
+  values_are_tokens boolean = false
 ) returns setof rekey.rotation_status
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -207,17 +180,20 @@ declare
   v_rotation bigint;
 begin
   perform rekey._refuse_stranger(target);
-  if coalesce(cardinality(formats), 0) = 0 or not formats <@ '{plaintext,pgp_sym,fernet,v1,aes_gcm}' then
+  if coalesce(cardinality(formats), 0) = 0 or not formats <@ array(select f.format from rekey._legacy_formats() f) then
     raise exception 'there is no such format' using errcode = 'invalid_parameter_value',
-      hint = 'plaintext, pgp_sym, fernet, v1, aes_gcm: one or more of them.';
+      hint = (select string_agg(f.format, ', ') from rekey._legacy_formats() f) || ': one or more of them.';
   end if;
   select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
   if not found then
     raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007',
       hint = 'rekey.protect_column() first.', constraint = 'protect';
   end if;
-  v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   perform rekey._refuse_problem(v_column.label, rekey._column_problem(v_column));
+  if not coalesce(force, false) then
+    perform rekey._refuse_doubt(v_column.label, formats, values_are_tokens);
+  end if;
+  v_keyring := rekey._keyring(rekey._keyring_name(v_column.keyring_id), lock => true);
   select r.id into v_rotation from rekey.rotations r where r.column_id = v_column.id and rekey._is_under_way(r.state);
   if found then
     raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
@@ -237,7 +213,7 @@ begin
 end
 $$;
 comment on function rekey.adopt_column is
-  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, pgp_sym, fernet, v1, aes_gcm. Each is recognised; one that looks like another format is never taken for plaintext, unless force. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked; RK006: retired keyring; RK007: not protected.';
+  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, and those of docs/adopting.md. Each is recognised; one that looks like another format is never taken for plaintext, unless force. Where plaintext is among them, a sample of the column is looked at first: RK005 where it looks encrypted by another tool, unless force, or, where random tokens look the same, values_are_tokens. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked, or it looks encrypted; RK006: retired keyring; RK007: not protected.';
 grant execute on function rekey.adopt_column to rekey_admin;
 
 -- What follows is how pg-rekey columns adopt works. One batch is two calls in one transaction: in between, the client opens
@@ -253,7 +229,6 @@ declare
   v_contexts bytea[];
   v_sealing rekey._sealing;
   v_made rekey._sealed;
-  v_legacy bytea[];
   v_adoption rekey._adoption;
 begin
   select b.* into v_batch from rekey._call_read(
@@ -264,19 +239,13 @@ begin
     v_contexts := array(
       select target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
     v_sealing := rekey._sealing(keyring_id);
-    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, target.is_text, formats, forced);
+    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, formats, forced);
     v_adoption.rows := v_batch.rows;
     v_adoption.keys := v_batch.keys;
     v_adoption.formats := v_made.formats;
     v_adoption.problems := v_made.problems;
     v_adoption.ciphertexts := v_made.ciphertexts;
-    v_legacy := array_fill(null::bytea, array[cardinality(v_batch.rows)]);
-    for v_place in 1 .. cardinality(v_batch.rows) loop
-      if v_made.ciphertexts[v_place] is null and v_made.problems[v_place] is null then
-        v_legacy[v_place] := rekey._legacy_bytes(v_batch.ciphertexts[v_place]);
-      end if;
-    end loop;
-    v_adoption.legacy := v_legacy;
+    v_adoption.legacy := v_made.closed;
   end if;
   return v_adoption;
 end
@@ -417,7 +386,7 @@ begin
   end loop;
   if v_rows is not null then
     v_sealing := rekey._sealing(v_rotation.keyring_id);
-    v_made := rekey._adopt(v_values, v_contexts, v_sealing, v_target.is_text, '{plaintext}', true);
+    v_made := rekey._adopt(v_values, v_contexts, v_sealing, '{plaintext}', true);
     for v_place in 1 .. cardinality(v_rows) loop
       if v_made.problems[v_place] is not null then
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
@@ -481,6 +450,24 @@ end
 $$;
 comment on function rekey._adoption_preview is 'As rekey._adoption_batch(), before there is an adoption: writes nothing. first: where to begin in relation. next, next_relation: where to go on.';
 grant execute on function rekey._adoption_preview to rekey_admin;
+
+create or replace function rekey.adoption_doubt(
+  target regclass, column_name name, formats text[] = '{plaintext}', values_are_tokens boolean = false
+) returns text
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_label text;
+begin
+  perform rekey._refuse_stranger(target);
+  select c.label into v_label from rekey.protected_columns c where c.id = rekey._column_id(target, adoption_doubt.column_name);
+  return regexp_replace(rekey._adoption_doubt(v_label, formats, values_are_tokens), '^\w+: ', '');
+end
+$$;
+comment on function rekey.adoption_doubt is
+  'For pg-rekey columns adopt --dry-run: why rekey.adopt_column() would refuse a protected column without force, as a sample tells: its values look encrypted by another tool. NULL: it would not. 42501: not the owner of the table.';
+grant execute on function rekey.adoption_doubt to rekey_admin;
 
 -- Run with the caller's rights: what stands in pg_temp is the caller's.
 create or replace function rekey._copied_passphrases() returns bytea[]

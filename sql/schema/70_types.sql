@@ -7,8 +7,8 @@ comment on type rekey.verified_rows is 'Result of rekey.verify_ciphertexts(): ro
 create type rekey._sealing as (header bytea, key bytea);
 comment on type rekey._sealing is 'What a value is sealed with: the header of its envelope, and the DEK.';
 
-create type rekey._sealed as (ciphertexts bytea[], problems text[], formats text[]);
-comment on type rekey._sealed is 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL and the format that only the client can open.';
+create type rekey._sealed as (ciphertexts bytea[], problems text[], formats text[], closed bytea[]);
+comment on type rekey._sealed is 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL, and what only the client can open.';
 
 create type rekey._target as (
   target text, relation regclass, function_name name, indexed boolean, prefix bytea, is_text boolean, problem text);

@@ -12,7 +12,8 @@ from pg_rekey.cli.base import Output, confirm, database, fetch, output, reason_o
 from pg_rekey.cli.rotate import follow
 from pg_rekey.cli.rotations import COLUMNS
 from pg_rekey.errors import FINDINGS, UNFINISHED
-from pg_rekey.legacy import FORMATS, Keys
+from pg_rekey.formats import FORMATS, Keys
+from pg_rekey.formats.wrappers import WRAPPERS
 
 SHOWN = (
     "label",
@@ -85,6 +86,12 @@ def protect(
     help="As what values may be taken; several may be given.",
 )
 @click.option("--dry-run", is_flag=True, help="Open every value, change nothing, count them by format.")
+@click.option(
+    "--unwrap", type=click.Choice(list(WRAPPERS)), help="Opened values are texts in this, take it off."
+)
+@click.option(
+    "--values-are-tokens", is_flag=True, help="With plaintext: what looks random is tokens or keys."
+)
 @click.option("--force", is_flag=True, help="With plaintext: also what looks encrypted in another format.")
 @reason_option
 @output
@@ -94,24 +101,25 @@ def adopt(
     column: str,
     formats: tuple[str, ...],
     dry_run: bool,
+    unwrap: str | None,
+    values_are_tokens: bool,
     force: bool,
     reason: str | None,
 ) -> None:
     """Encrypt what stands in a protected column and is no envelope yet: online, in batches.
 
-    The keys come from PG_REKEY_FROM_PGP_SYM, PG_REKEY_FROM_FERNET, PG_REKEY_FROM_V1 and
-    PG_REKEY_FROM_AES_GCM, each also as _FILE or _COMMAND, one key a line. Repeated after an
+    The keys come from PG_REKEY_FROM_<FORMAT>, also as _FILE or _COMMAND, one key a line. Repeated after an
     interruption, it goes on where it stopped. A value that does not open is left as it is, and named:
-    exit code 4.
+    exit code 4. A column that is to be taken for plaintext and looks encrypted is refused: exit code 5.
     """
     formats = tuple(dict.fromkeys(formats))
-    keys = Keys.from_environment(formats)
+    keys = Keys.from_environment(formats, unwrap, force)
     with worker.connect() as connection:
         table = db.named(connection, table)
         if dry_run:
-            _dry_run(connection, out, table, column, formats, force, keys)
+            _dry_run(connection, out, table, column, formats, values_are_tokens, keys)
             return
-        number = adoption.begin(connection, table, column, formats, force, reason)
+        number = adoption.begin(connection, table, column, formats, force, reason, values_are_tokens)
         advance = adoption.advance(connection, number, keys)
         rotations = follow(connection, [number], lambda: next(advance, None))
         out.table(rotations, COLUMNS)
@@ -125,11 +133,12 @@ def _dry_run(
     table: str,
     column: str,
     formats: tuple[str, ...],
-    force: bool,
+    values_are_tokens: bool,
     keys: Keys,
 ) -> None:
     begun = time.monotonic()
-    found = adoption.preview(connection, table, column, formats, force, keys)
+    doubt = None if keys.force else adoption.doubt(connection, table, column, formats, values_are_tokens)
+    found = adoption.preview(connection, table, column, formats, keys)
     rows = [
         {
             "format": name,
@@ -137,6 +146,7 @@ def _dry_run(
             "would_open": one.opens,
             "would_not": one.rows - one.opens,
             "keys": one.closed,
+            "doubt": doubt if name == "plaintext" else None,
         }
         for name, one in sorted(found.items())
     ]
@@ -149,8 +159,10 @@ def _dry_run(
             if one.closed:
                 more = ", ..." if one.rows - one.opens > SHOWN_KEYS else ""
                 out.say(f"{name} would not open: {', '.join(one.closed)}{more}")
+        if doubt:
+            out.say(f"{table}.{column} {doubt}")
         out.say(f"looked at in {time.monotonic() - begun:.1f} s; nothing was changed")
-    if closed:
+    if closed or doubt:
         raise click.exceptions.Exit(FINDINGS)
 
 
