@@ -95,6 +95,8 @@ MARKED: dict[str, list[str | bytes]] = {
     "halite": ["MUIFA" + url(120)],
     "iron": ["Fe26.2*1*" + os.urandom(32).hex() + "*" + url(16)],
     "iv_tag": [
+        f"e{os.urandom(12).hex()[1:]}:{os.urandom(16).hex()}:{os.urandom(23).hex()}",
+        f"e{b64(12)[1:]}:{b64(16)}:{b64(31)}",
         f"{os.urandom(12).hex()}:{os.urandom(16).hex()}:{os.urandom(23).hex()}",
         f"{os.urandom(16).hex()}:{os.urandom(41).hex()}:{os.urandom(16).hex()}",
         f"{b64(12)}:{b64(16)}:{b64(31)}",
@@ -119,7 +121,9 @@ MARKED: dict[str, list[str | bytes]] = {
     ],
     "magento": ["0:3:" + b64(60)],
     "mongodb": [json.dumps({"$binary": {"base64": b64(80), "subType": "06"}})],
-    "nextcloud": [f"{os.urandom(32).hex()}|{os.urandom(16).hex()}|{os.urandom(64).hex()}|3"],
+    "nextcloud": [
+        f"{first}{os.urandom(32).hex()[1:]}|{os.urandom(16).hex()}|{os.urandom(64).hex()}|3" for first in "0e"
+    ],
     "nss": [
         base64.b64encode(bytes.fromhex("303a0410f8000000000000000000000000000001") + os.urandom(40)).decode()
     ],
@@ -143,12 +147,12 @@ MARKED: dict[str, list[str | bytes]] = {
     "plug": ["QTEyOEdDTQ." + f"{url(30)}.{url(12)}.{url(40)}.{url(16)}"],
     "prisma": [f"v1.aesgcm256.5c0a0e46.{url(12)}.{url(40)}=="],
     "rails": [json.dumps({"p": b64(5), "h": {"iv": b64(12), "at": b64(16)}}, separators=(",", ":"))],
-    "rails_message": [f"{b64(50)}--{b64(12)}--{b64(16)}"],
+    "rails_message": [f"{first}{b64(50)[1:]}--{b64(12)}--{b64(16)}" for first in "Be"],
     "adonis": [f"app.v1:{url(40)}.{url(24)}.{url(16)}", f"app.{url(32)}.{url(16)}.{url(32)}"],
     "safe_storage": [b"v10\x9c" + os.urandom(40)],
     "saltpack": ["BEGIN KEYBASE SALTPACK ENCRYPTED MESSAGE. kcJn5brvybfNjz6 " + b64(60)],
     "sealed_object": [bytes.fromhex("aced000573720019") + b"javax.crypto.SealedObject" + os.urandom(90)],
-    "simple_encryptor": [os.urandom(48).hex() + b64(16)],
+    "simple_encryptor": [first + os.urandom(48).hex()[1:] + b64(16) for first in "0e"],
     "sops": [
         "ENC[AES256_GCM,data:" + b64(9) + ",iv:" + b64(32) + ",type:str]",
         "EJ[1:" + b64(32) + ":" + b64(24) + "]",
@@ -306,10 +310,11 @@ def test_the_shape_of_a_column_stops_an_adoption(cli_ready: Cli, ready: Connecti
     words, values = SHAPES[kind]
     table(ready, values)
     asked = words in ("differ", "one length")
-    counted = f"looks encrypted: {len(values)} of {len(values)}"
+    # Among random bytes there are words, too.
+    counted = rf"looks encrypted: \d+ of {len(values)} values"
     for arguments in (("--dry-run",), ()):
         cli_ready("columns", "adopt", "t", "v", "--from", "plaintext", *arguments, code=5)
-        assert counted in cli_ready.out + cli_ready.err
+        assert re.search(counted, cli_ready.out + cli_ready.err)
         assert words in cli_ready.out + cli_ready.err
     assert ("--values-are-tokens" in cli_ready.err) == asked
     with pytest.raises(psycopg.Error, match=counted) as caught:
@@ -317,7 +322,7 @@ def test_the_shape_of_a_column_stops_an_adoption(cli_ready: Cli, ready: Connecti
     assert caught.value.sqlstate == "RK005"
     assert value(ready, "select count(*) from rekey.rotations") == 0
     [row] = cli_ready.json("columns", "adopt", "t", "v", "--from", "plaintext", "--dry-run", code=5)
-    assert counted in row["doubt"]
+    assert re.search(counted, row["doubt"])
     past = "--values-are-tokens" if asked else "--force"
     if not asked:
         cli_ready("columns", "adopt", "t", "v", "--from", "plaintext", "--values-are-tokens", code=5)

@@ -10034,12 +10034,12 @@ return rekey._may_begin(value) or case encode(substr(value, 1, 1), 'escape')
   when '-' then position('\x454e43525950544544' in substr(value, 1, 60)) > 0 or position('\x4d455353414745' in substr(value, 1, 60)) > 0
     or position('\x424547494e20434d53' in substr(value, 1, 60)) > 0
   when '#' then position('\x2a5957567a4c' in substr(value, 1, 120)) > 0
-  when 'e' then strpos(encode(substr(value, 1, 1024), 'escape'), '..') > 0
-    or split_part(encode(substr(value, 1, 1024), 'escape'), '.', 4) <> ''
   else position('\x3a' in substr(value, 1, 40)) in (2, 17, 25, 33) or position('\x7c' in substr(value, 1, 99)) > 32
     or position('\x2d2d' in value) > 1 or position('\x2e76' in value) > 1
     or octet_length(value) > 90 and substr(value, octet_length(value) - 43, 1) = '\x2e'
     or octet_length(value) >= 118 and substr(value, 5, 1) between '\x30' and '\x66' and position('\x20' in substr(value, 1, 96)) = 0
+    or substr(value, 1, 1) = '\x65' and (strpos(encode(substr(value, 1, 1024), 'escape'), '..') > 0
+      or split_part(encode(substr(value, 1, 1024), 'escape'), '.', 4) <> '')
   end;
 comment on function rekey._may_be_marked is 'Whether a value may have a mark, as far as its first bytes tell, and where separators stand.';
 
