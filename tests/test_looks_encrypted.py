@@ -37,6 +37,11 @@ def wide(count: int) -> str:
 
 # The beginnings are as the tools write them; what follows is random.
 MARKED: dict[str, list[str | bytes]] = {
+    "aes_cbc": [
+        f"{digit}{os.urandom(16).hex()[1:]}:{os.urandom(16 * size).hex()}"
+        for digit in "09aeFE"
+        for size in (1, 2, 70)
+    ],
     "age": [
         "-----BEGIN AGE ENCRYPTED FILE-----\n" + b64(150),
         b"age-encryption.org/v1\n-> scrypt " + os.urandom(90),
@@ -53,6 +58,20 @@ MARKED: dict[str, list[str | bytes]] = {
         base64.b64encode(bytes.fromhex("0101020078") + os.urandom(120)).decode(),
     ],
     "better_auth": ["$ba$2$" + os.urandom(47).hex()],
+    "calcom": [
+        json.dumps(
+            {
+                "v": 1,
+                "alg": "AES-256-GCM",
+                "ring": "SMTP",
+                "kid": "K1",
+                "nonce": url(12),
+                "ct": url(40),
+                "tag": url(16),
+            },
+            separators=(",", ":"),
+        )
+    ],
     "ciphersweet": ["nacl:" + url(60), "fips:" + url(60), "brng:" + url(60)],
     "cloak": [
         b"\x01\x0aAES.GCM.V1" + os.urandom(60),
@@ -289,10 +308,7 @@ SHAPES: dict[str, tuple[str, list[str | bytes]]] = {
     "blocks in base64": ("blocks", [b64(16 * (1 + n % 4)) for n in range(30)]),
     "blocks in hexadecimal": ("blocks", [os.urandom(16 * (2 + n % 3)).hex() for n in range(30)]),
     "blocks in bytes": ("blocks", [os.urandom(16 * (1 + n % 4)) for n in range(30)]),
-    "iv and blocks": (
-        "blocks",
-        [f"{os.urandom(16).hex()}:{os.urandom(16 * (1 + n % 4)).hex()}" for n in range(30)],
-    ),
+    "iv and blocks": ("blocks", [f"{b64(16)}:{b64(16 * (1 + n % 4))}" for n in range(30)]),
     "iv, blocks and mac": ("blocks", [b64(16 + 16 * (1 + n % 4) + 20) for n in range(30)]),
     "a header": ("header", [b"\x01\x19\x38\x0e\xe2" + os.urandom(28 + n) for n in range(30)]),
     "a header in base64": (
