@@ -8750,6 +8750,7 @@ CREATE TABLE rekey.rotations (
     column_id integer,
     formats text[],
     forced boolean DEFAULT false NOT NULL,
+    unwrap text,
     in_line boolean DEFAULT false NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     started_at timestamp with time zone,
@@ -8935,6 +8936,13 @@ COMMENT ON COLUMN rekey.rotations.formats IS 'Formats that are adopted; NULL for
 --
 
 COMMENT ON COLUMN rekey.rotations.forced IS 'Whether values that look encrypted in another format are adopted as plaintext.';
+
+
+--
+-- Name: COLUMN rotations.unwrap; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.unwrap IS 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
 
 
 --
@@ -11329,7 +11337,7 @@ declare
   v_names constant text[] := '{
     envelope, pgp_sym, fernet, v1, better_auth, jwe, laravel, openssl, prisma, rails, transit, age, ansible_vault, sops,
     paseto, k8s, iron, ciphersweet, halite, plug, grafana, jenkins, magento, nextcloud, saltpack, armored, rails_message,
-    adonis, iv_tag, simple_encryptor, mongodb, json, encrypted, versioned}'::text[];
+    adonis, iv_tag, aes_cbc, simple_encryptor, mongodb, calcom, json, encrypted, versioned}'::text[];
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
       (rk1:).*
     | (-----BEGIN\ PGP\ MESSAGE-----).*
@@ -11360,8 +11368,10 @@ declare
     | ([A-Za-z0-9+/_=%-]*--[A-Za-z0-9+/_-]{16}--[A-Za-z0-9+/_-]{22}(?:==)?$).*
     | ([A-Za-z0-9_-]+\.(?:v\d+:[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{22}|[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43})$).*
     | ((?:[0-9a-fA-F]{24}|[0-9a-fA-F]{32}):(?:[0-9a-fA-F]{32}:[0-9a-fA-F]*|[0-9a-fA-F]*:[0-9a-fA-F]{32})$|(?:[A-Za-z0-9+/]{16}|[A-Za-z0-9+/]{22}==):(?:[A-Za-z0-9+/]{22}==:[A-Za-z0-9+/]*=*|[A-Za-z0-9+/]*=*:[A-Za-z0-9+/]{22}==)$).*
+    | ([0-9a-fA-F]{32}:(?:[0-9a-fA-F]{32})+(?:[0-9a-fA-F]{31})?$).*  # 31: cut off at 1,024
     | ([0-9a-f]{96}(?:[0-9a-f]*[A-Zg-z+/][A-Za-z0-9+/]*)={0,2}$).*
     | (\{.*"\$binary".*"subType":\ *"0?6").*
+    | (\{"v":1,"alg":"AES-256-GCM","ring":").*
     | (\{.*"(?:iv|nonce|salt|cipher|alg|algorithm|enc)":\ *".*"(?:ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}|\{.*"(?:c|ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}.*"(?:iv|nonce|cipher|salt)":\ *"|\{.*"k":\ *"ct").*
     | ([[<_$:{(]*(?:enc|ENC|encrypted|ENCRYPTED|crypt|cipher|CIPHER|ciphertext|aes|AES|aead|sealed|secretbox|sodium|libsodium|nacl|x?chacha20|gcm|kms|KMS|awskms|gcpkms|fernet|transit|pgp|gpg|tink|jwe|bao)(?:[0-9_/-][0-9A-Za-z_/-]*)?[]>}():;|$.,!]+(?:v?\d+[:.|$])?[A-Za-z0-9+/_=-]{16}|\{(?:des|3des|3DES|xor|wsenc)\}.{8}).*
     | (v\d+[:|$][A-Za-z0-9+/_=-]{16}).*)$re$);
@@ -12698,10 +12708,17 @@ COMMENT ON COLUMN rekey.rotation_status.forced IS 'Whether values that look like
 
 
 --
--- Name: adopt_column(regclass, name, text[], boolean, text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: COLUMN rotation_status.unwrap; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[] DEFAULT '{plaintext}'::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text, values_are_tokens boolean DEFAULT false) RETURNS SETOF rekey.rotation_status
+COMMENT ON COLUMN rekey.rotation_status.unwrap IS 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
+
+
+--
+-- Name: adopt_column(regclass, name, text[], boolean, text, boolean, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[] DEFAULT '{plaintext}'::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text, values_are_tokens boolean DEFAULT false, unwrap text DEFAULT NULL::text) RETURNS SETOF rekey.rotation_status
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
@@ -12715,6 +12732,10 @@ begin
   if coalesce(cardinality(formats), 0) = 0 or not formats <@ array(select f.format from rekey._legacy_formats() f) then
     raise exception 'there is no such format' using errcode = 'invalid_parameter_value',
       hint = (select string_agg(f.format, ', ') from rekey._legacy_formats() f) || ': one or more of them.';
+  end if;
+  if unwrap not in ('json', 'php', 'pickle') then
+    raise exception 'values are not unwrapped from %', quote_literal(unwrap) using errcode = 'invalid_parameter_value',
+      hint = 'unwrap: json, php or pickle.';
   end if;
   select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
   if not found then
@@ -12730,9 +12751,9 @@ begin
   if found then
     raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
-  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, in_line)
+  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, unwrap, in_line)
   select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
-    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false),
+    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false), adopt_column.unwrap,
     exists (select from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))
   from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
   returning id into v_rotation;
@@ -12740,19 +12761,19 @@ begin
     raise exception 'keyring % is retired', quote_literal(v_keyring.name) using errcode = 'RK006';
   end if;
   perform rekey._audit('rotation.requested', v_keyring.name, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
-    jsonb_build_object('trigger', 'adoption', 'column', v_column.label, 'formats', formats, 'force', nullif(force, false), 'reason', reason));
+    jsonb_build_object('trigger', 'adoption', 'column', v_column.label, 'formats', formats, 'force', nullif(force, false), 'unwrap', unwrap, 'reason', reason));
   return query select s.* from rekey.rotation_status s where s.id = v_rotation;
 end
 $$;
 
 
-ALTER FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean, unwrap text) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean, unwrap text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean) IS 'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, and those of docs/adopting.md. Each is recognised; one that looks like another format is never taken for plaintext, unless force. Where plaintext is among them, a sample of the column is looked at first: RK005 where it looks encrypted by another tool, unless force, or, where random tokens look the same, values_are_tokens. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked, or it looks encrypted; RK006: retired keyring; RK007: not protected.';
+COMMENT ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean, unwrap text) IS 'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, and those of docs/adopting.md. Each is recognised; one that looks like another format is never taken for plaintext, unless force. Where plaintext is among them, a sample of the column is looked at first: RK005 where it looks encrypted by another tool, unless force, or, where random tokens look the same, values_are_tokens. unwrap: what pg-rekey columns adopt takes off opened values. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format, or nothing to unwrap from; 42501: not the owner; RK004: the column is being adopted; RK005: blocked, or it looks encrypted; RK006: retired keyring; RK007: not protected.';
 
 
 --
@@ -19502,11 +19523,11 @@ GRANT SELECT ON TABLE rekey.rotation_status TO rekey_auditor;
 
 
 --
--- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean, unwrap text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean) TO rekey_admin;
+REVOKE ALL ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean, unwrap text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.adopt_column(target regclass, column_name name, formats text[], force boolean, reason text, values_are_tokens boolean, unwrap text) TO rekey_admin;
 
 
 --

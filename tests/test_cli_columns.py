@@ -213,6 +213,7 @@ def test_an_interrupted_adoption_goes_on(columns: Cli, ready: Connection, tmp_pa
         assert value(ready, "select count(*) from rekey.rotation_status where state = 'running'") == 1
     printed = (tmp_path / "out").read_text()
     assert "stays queued" in printed
+    assert "The same command goes on with it" in printed
     columns("columns", "adopt", "t", "v", "--from", "plaintext", code=1)
     assert "Repeat that command" in columns.err
     ready.execute("select rekey.set_setting('max_rows_per_second', null)")

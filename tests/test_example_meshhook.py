@@ -1,18 +1,24 @@
 """examples/meshhook: a multi-tenant schema whose secrets are adopted and rotated while its API goes on."""
 
+import base64
 import json
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
 from uuid import UUID, uuid4
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from psycopg import errors
 
+from cli_fixtures import Cli
 from driving import in_background, refused, rotation
 from helpers import Connection, connect, install, value
 from hosted import Hosted
 from pg_rekey import release
+
+pytest_plugins = ["cli_fixtures"]
 
 EXAMPLE = release.ROOT / "examples" / "meshhook"
 USERS = [UUID(int=number) for number in (1, 2)]
@@ -230,3 +236,47 @@ def test_triggers_that_do_not_know_of_sweeps_keep_rows_in_quarantine(owner: Conn
     owner.execute("select rekey.retry_rotation(1)")
     work(owner)
     assert rotation(owner, 1, "state", "rows_done") == ("completed", 2 * KEYS)
+
+
+def v1(key: bytes, text: str) -> bytes:
+    """Encrypt a value as the product did itself."""
+    iv = os.urandom(12)
+    sealed = AESGCM(key).encrypt(iv, text.encode(), None)
+    parts = (iv, sealed[-16:], sealed[:-16])
+    return ":".join(["v1", *(base64.b64encode(part).decode() for part in parts)]).encode()
+
+
+def test_what_the_product_encrypted_is_adopted(
+    owner: Connection, api: Callable[[], Connection], cli: Cli, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command, in place of the example's last step, while the API goes on in plain text."""
+    key = os.urandom(32)
+    monkeypatch.setenv("PG_REKEY_DSN", product)
+    monkeypatch.setenv("PG_REKEY_FROM_V1", key.hex())
+    models = [{f"k{number}": f"old {number}" for number in range(KEYS)} for _ in USERS]
+    for user, model in zip(USERS, models, strict=True):
+        with acting(owner, user):
+            for name, text in model.items():
+                owner.execute(UPDATE, [v1(key, text), user, name])
+    damaged = v1(os.urandom(32), "lost")
+    with acting(owner, USERS[0]):
+        owner.execute(UPSERT, [USERS[0], "damaged", damaged])
+    script = (EXAMPLE / "protect.sql").read_text()
+    owner.execute(script[: script.index("-- What is there already")].encode())
+    command = ("columns", "adopt", "public.secrets", "value_encrypted", "--from")
+    cli(*command, "plaintext", code=5)
+    cli(*command, "v1", "--dry-run", code=5)
+    quiet = "select count(*), (select max(updated_at) from secrets) from audit_log"
+    before = owner.execute(quiet).fetchone()
+    cli(*command, "v1", code=4)
+    assert owner.execute(quiet).fetchone() == before
+    left = "select value_encrypted from secrets where key = 'damaged'"
+    assert (value(owner, "select count(*) from rekey.failure_status"), value(owner, left)) == (1, damaged)
+    owner.execute("delete from secrets where key = 'damaged'")
+    tasks = (client(api(), user, model) for user, model in zip(USERS, models, strict=True))
+    with in_background(*tasks):
+        cli(*command, "v1")
+        cli("rotate", "--wait")
+    for user, model in zip(USERS, models, strict=True):
+        assert read(api(), user) == model
+    cli("verify")

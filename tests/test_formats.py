@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from cryptography.fernet import Fernet
 
@@ -294,6 +295,24 @@ def test_what_is_wrapped_in_something_else_is_left(
     assert [one for (one,) in ready.execute("select v from t order by id")] == [
         stored(one) for one in entries
     ]
+
+
+def test_an_adoption_goes_on_with_what_it_unwraps(
+    cli_ready: Cli, ready: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of which some were unwrapped, and some not, could not be told apart."""
+    key = Fernet.generate_key()
+    monkeypatch.setenv("PG_REKEY_FROM_FERNET", key.decode())
+    texts = [f'"{number}"' for number in range(20)]
+    table(ready, "text", [Fernet(key).encrypt(json.dumps(text).encode()).decode() for text in texts])
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="unwrapped from 'yaml'"):
+        ready.execute("select rekey.adopt_column('t', 'v', '{fernet}', unwrap => 'yaml')")
+    ready.execute("select rekey.adopt_column('t', 'v', '{fernet}', unwrap => 'json')")
+    for other in ([], ["--unwrap", "php"]):
+        cli_ready("columns", "adopt", "t", "v", "--from", "fernet", *other, code=1)
+        assert "from fernet, with --unwrap json" in cli_ready.err
+    cli_ready("columns", "adopt", "t", "v", "--from", "fernet", "--unwrap", "json")
+    assert opened(ready) == texts
 
 
 @pytest.fixture

@@ -31,22 +31,25 @@ def begin(
     table: str,
     column: str,
     formats: Sequence[str],
-    force: bool,
+    keys: Keys,
     reason: str | None,
     values_are_tokens: bool,
 ) -> int:
     """Queue the adoption, or find the one of this column that is under way; return its number."""
     [row] = connection.execute(db.query("adoption under way"), [table, column]).fetchall() or [{}]
     if row:
-        if sorted(row["formats"]) != sorted(formats) or row["forced"] != force:
+        asked = (sorted(formats), keys.force, keys.unwrap)
+        if (sorted(row["formats"]), row["forced"], row["unwrap"]) != asked:
+            off = f", with --unwrap {row['unwrap']}" if row["unwrap"] else ""
             raise Problem(
-                f"rotation {row['id']} adopts this column from {', '.join(row['formats'])}",
+                f"rotation {row['id']} adopts this column from {', '.join(row['formats'])}{off}",
                 "Repeat that command, or let it end first.",
             )
         return int(row["id"])
     with worker.transaction(connection):
         [row] = connection.execute(
-            db.query("adopt column"), [table, column, list(formats), force, reason, values_are_tokens]
+            db.query("adopt column"),
+            [table, column, list(formats), keys.force, reason, values_are_tokens, keys.unwrap],
         ).fetchall()
     return int(row["id"])
 

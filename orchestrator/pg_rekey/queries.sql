@@ -457,14 +457,14 @@ limit %(limit)s
 
 -- name: adoption under way
 -- description: The adoption of a column that has not ended.
-select r.id, r.formats, r.forced
+select r.id, r.formats, r.forced, r.unwrap
 from rekey.rotation_status r
 join rekey.column_status s on s.label = r.adopts
 where s.relation = %s::regclass and s.column_name = %s and r.state in ('queued', 'running', 'paused', 'verifying', 'failed')
 
 -- name: adopt column
 -- description: Queue the adoption of a column.
-select * from rekey.adopt_column(%s::regclass, %s, %s, %s, %s, %s)
+select * from rekey.adopt_column(%s::regclass, %s, %s, %s, %s, %s, %s)
 
 -- name: adoption doubt
 -- description: Why an adoption would not begin without force.

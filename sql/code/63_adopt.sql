@@ -169,7 +169,7 @@ comment on function rekey._adopt is
 
 create or replace function rekey.adopt_column(
   target regclass, column_name name, formats text[] = '{plaintext}', force boolean = false, reason text = null,
-  values_are_tokens boolean = false
+  values_are_tokens boolean = false, unwrap text = null
 ) returns setof rekey.rotation_status
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -183,6 +183,10 @@ begin
   if coalesce(cardinality(formats), 0) = 0 or not formats <@ array(select f.format from rekey._legacy_formats() f) then
     raise exception 'there is no such format' using errcode = 'invalid_parameter_value',
       hint = (select string_agg(f.format, ', ') from rekey._legacy_formats() f) || ': one or more of them.';
+  end if;
+  if unwrap not in ('json', 'php', 'pickle') then
+    raise exception 'values are not unwrapped from %', quote_literal(unwrap) using errcode = 'invalid_parameter_value',
+      hint = 'unwrap: json, php or pickle.';
   end if;
   select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
   if not found then
@@ -198,9 +202,9 @@ begin
   if found then
     raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
-  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, in_line)
+  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, unwrap, in_line)
   select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
-    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false),
+    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false), adopt_column.unwrap,
     exists (select from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))
   from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
   returning id into v_rotation;
@@ -208,12 +212,12 @@ begin
     raise exception 'keyring % is retired', quote_literal(v_keyring.name) using errcode = 'RK006';
   end if;
   perform rekey._audit('rotation.requested', v_keyring.name, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
-    jsonb_build_object('trigger', 'adoption', 'column', v_column.label, 'formats', formats, 'force', nullif(force, false), 'reason', reason));
+    jsonb_build_object('trigger', 'adoption', 'column', v_column.label, 'formats', formats, 'force', nullif(force, false), 'unwrap', unwrap, 'reason', reason));
   return query select s.* from rekey.rotation_status s where s.id = v_rotation;
 end
 $$;
 comment on function rekey.adopt_column is
-  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, and those of docs/adopting.md. Each is recognised; one that looks like another format is never taken for plaintext, unless force. Where plaintext is among them, a sample of the column is looked at first: RK005 where it looks encrypted by another tool, unless force, or, where random tokens look the same, values_are_tokens. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked, or it looks encrypted; RK006: retired keyring; RK007: not protected.';
+  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, and those of docs/adopting.md. Each is recognised; one that looks like another format is never taken for plaintext, unless force. Where plaintext is among them, a sample of the column is looked at first: RK005 where it looks encrypted by another tool, unless force, or, where random tokens look the same, values_are_tokens. unwrap: what pg-rekey columns adopt takes off opened values. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format, or nothing to unwrap from; 42501: not the owner; RK004: the column is being adopted; RK005: blocked, or it looks encrypted; RK006: retired keyring; RK007: not protected.';
 grant execute on function rekey.adopt_column to rekey_admin;
 
 -- What follows is how pg-rekey columns adopt works. One batch is two calls in one transaction: in between, the client opens

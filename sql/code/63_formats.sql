@@ -5,8 +5,8 @@ create or replace function rekey._legacy_formats() returns table (format text, m
 language sql immutable parallel safe
 begin atomic
   values
-    ('plaintext', '{}'::text[]), ('pgp_sym', '{pgp_sym}'), ('fernet', '{fernet}'), ('v1', '{v1}'), ('aes_gcm', '{unmarked}'),
-    ('better_auth', '{better_auth,unmarked}'), ('cryptr', '{unmarked}'), ('django_fernet', '{fernet}'), ('jwe', '{jwe}'),
+    ('plaintext', '{}'::text[]), ('pgp_sym', '{pgp_sym}'), ('fernet', '{fernet}'), ('v1', '{v1}'), ('aes_cbc', '{aes_cbc}'), ('aes_gcm', '{unmarked}'),
+    ('better_auth', '{better_auth,unmarked}'), ('calcom', '{calcom}'), ('cryptr', '{unmarked}'), ('django_fernet', '{fernet}'), ('jwe', '{jwe}'),
     ('laravel', '{laravel}'), ('openssl', '{openssl}'), ('prisma', '{prisma}'), ('rails', '{rails}'), ('sqlalchemy_aes', '{unmarked}'),
     ('sqlalchemy_aes_gcm', '{unmarked}'), ('sqlalchemy_fernet', '{fernet}'), ('tink', '{unmarked}'), ('transit', '{transit}');
 end;
@@ -44,7 +44,7 @@ declare
   v_names constant text[] := '{
     envelope, pgp_sym, fernet, v1, better_auth, jwe, laravel, openssl, prisma, rails, transit, age, ansible_vault, sops,
     paseto, k8s, iron, ciphersweet, halite, plug, grafana, jenkins, magento, nextcloud, saltpack, armored, rails_message,
-    adonis, iv_tag, simple_encryptor, mongodb, json, encrypted, versioned}'::text[];
+    adonis, iv_tag, aes_cbc, simple_encryptor, mongodb, calcom, json, encrypted, versioned}'::text[];
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
       (rk1:).*
     | (-----BEGIN\ PGP\ MESSAGE-----).*
@@ -75,8 +75,10 @@ declare
     | ([A-Za-z0-9+/_=%-]*--[A-Za-z0-9+/_-]{16}--[A-Za-z0-9+/_-]{22}(?:==)?$).*
     | ([A-Za-z0-9_-]+\.(?:v\d+:[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{22}|[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43})$).*
     | ((?:[0-9a-fA-F]{24}|[0-9a-fA-F]{32}):(?:[0-9a-fA-F]{32}:[0-9a-fA-F]*|[0-9a-fA-F]*:[0-9a-fA-F]{32})$|(?:[A-Za-z0-9+/]{16}|[A-Za-z0-9+/]{22}==):(?:[A-Za-z0-9+/]{22}==:[A-Za-z0-9+/]*=*|[A-Za-z0-9+/]*=*:[A-Za-z0-9+/]{22}==)$).*
+    | ([0-9a-fA-F]{32}:(?:[0-9a-fA-F]{32})+(?:[0-9a-fA-F]{31})?$).*  # 31: cut off at 1,024
     | ([0-9a-f]{96}(?:[0-9a-f]*[A-Zg-z+/][A-Za-z0-9+/]*)={0,2}$).*
     | (\{.*"\$binary".*"subType":\ *"0?6").*
+    | (\{"v":1,"alg":"AES-256-GCM","ring":").*
     | (\{.*"(?:iv|nonce|salt|cipher|alg|algorithm|enc)":\ *".*"(?:ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}|\{.*"(?:c|ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}.*"(?:iv|nonce|cipher|salt)":\ *"|\{.*"k":\ *"ct").*
     | ([[<_$:{(]*(?:enc|ENC|encrypted|ENCRYPTED|crypt|cipher|CIPHER|ciphertext|aes|AES|aead|sealed|secretbox|sodium|libsodium|nacl|x?chacha20|gcm|kms|KMS|awskms|gcpkms|fernet|transit|pgp|gpg|tink|jwe|bao)(?:[0-9_/-][0-9A-Za-z_/-]*)?[]>}():;|$.,!]+(?:v?\d+[:.|$])?[A-Za-z0-9+/_=-]{16}|\{(?:des|3des|3DES|xor|wsenc)\}.{8}).*
     | (v\d+[:|$][A-Za-z0-9+/_=-]{16}).*)$re$);
@@ -141,12 +143,12 @@ return rekey._may_begin(value) or case encode(substr(value, 1, 1), 'escape')
   when '-' then position('\x454e43525950544544' in substr(value, 1, 60)) > 0 or position('\x4d455353414745' in substr(value, 1, 60)) > 0
     or position('\x424547494e20434d53' in substr(value, 1, 60)) > 0
   when '#' then position('\x2a5957567a4c' in substr(value, 1, 120)) > 0
-  when 'e' then strpos(encode(substr(value, 1, 1024), 'escape'), '..') > 0
-    or split_part(encode(substr(value, 1, 1024), 'escape'), '.', 4) <> ''
   else position('\x3a' in substr(value, 1, 40)) in (2, 17, 25, 33) or position('\x7c' in substr(value, 1, 99)) > 32
     or position('\x2d2d' in value) > 1 or position('\x2e76' in value) > 1
     or octet_length(value) > 90 and substr(value, octet_length(value) - 43, 1) = '\x2e'
     or octet_length(value) >= 118 and substr(value, 5, 1) between '\x30' and '\x66' and position('\x20' in substr(value, 1, 96)) = 0
+    or substr(value, 1, 1) = '\x65' and (strpos(encode(substr(value, 1, 1024), 'escape'), '..') > 0
+      or split_part(encode(substr(value, 1, 1024), 'escape'), '.', 4) <> '')
   end;
 comment on function rekey._may_be_marked is 'Whether a value may have a mark, as far as its first bytes tell, and where separators stand.';
 

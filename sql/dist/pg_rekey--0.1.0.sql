@@ -351,6 +351,7 @@ create table rekey.rotations (
   column_id integer constraint rotations_column_fkey references rekey.protected_columns on delete set null,
   formats text[],
   forced boolean not null default false,
+  unwrap text,
   in_line boolean not null default false,
   created_at timestamptz not null default now(),
   started_at timestamptz,
@@ -386,6 +387,7 @@ comment on column rekey.rotations.verification_id is 'Number of the verification
 comment on column rekey.rotations.column_id is 'Protected column that is adopted; NULL for other rotations, and once it is no longer protected.';
 comment on column rekey.rotations.formats is 'Formats that are adopted; NULL for other rotations.';
 comment on column rekey.rotations.forced is 'Whether values that look encrypted in another format are adopted as plaintext.';
+comment on column rekey.rotations.unwrap is 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
 comment on column rekey.rotations.in_line is 'Whether it is an adoption that waits, queued, until nothing else of its keyring is under way.';
 comment on column rekey.rotations.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
 comment on column rekey.rotations.started_at is 'When the first row was looked at.';
@@ -5883,7 +5885,7 @@ select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions
     select jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('rotation', o.id, 'state', o.state, 'adopts', q.label)))
     from rekey.rotations o left join rekey.protected_columns q on q.id = o.column_id
     where o.keyring_id = r.keyring_id and o.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not o.in_line) end) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
-  p.label as adopts, r.formats, r.forced
+  p.label as adopts, r.formats, r.forced, r.unwrap
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
 left join rekey.protected_columns p on p.id = r.column_id
@@ -5918,6 +5920,7 @@ comment on column rekey.rotation_status.finished_at is 'When it ended.';
 comment on column rekey.rotation_status.adopts is 'Protected column that it adopts; NULL for other rotations.';
 comment on column rekey.rotation_status.formats is 'As what its values may be taken; NULL for other rotations.';
 comment on column rekey.rotation_status.forced is 'Whether values that look like another format are taken for plaintext.';
+comment on column rekey.rotation_status.unwrap is 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
 grant select on rekey.rotation_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._is_under_way(state text) returns boolean
@@ -9500,7 +9503,7 @@ comment on function rekey._adopt is
 
 create or replace function rekey.adopt_column(
   target regclass, column_name name, formats text[] = '{plaintext}', force boolean = false, reason text = null,
-  values_are_tokens boolean = false
+  values_are_tokens boolean = false, unwrap text = null
 ) returns setof rekey.rotation_status
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -9514,6 +9517,10 @@ begin
   if coalesce(cardinality(formats), 0) = 0 or not formats <@ array(select f.format from rekey._legacy_formats() f) then
     raise exception 'there is no such format' using errcode = 'invalid_parameter_value',
       hint = (select string_agg(f.format, ', ') from rekey._legacy_formats() f) || ': one or more of them.';
+  end if;
+  if unwrap not in ('json', 'php', 'pickle') then
+    raise exception 'values are not unwrapped from %', quote_literal(unwrap) using errcode = 'invalid_parameter_value',
+      hint = 'unwrap: json, php or pickle.';
   end if;
   select * into v_column from rekey.protected_columns c where c.id = rekey._column_id(target, adopt_column.column_name);
   if not found then
@@ -9529,9 +9536,9 @@ begin
   if found then
     raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
-  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, in_line)
+  insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, unwrap, in_line)
   select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
-    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false),
+    array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false), adopt_column.unwrap,
     exists (select from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))
   from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
   returning id into v_rotation;
@@ -9539,12 +9546,12 @@ begin
     raise exception 'keyring % is retired', quote_literal(v_keyring.name) using errcode = 'RK006';
   end if;
   perform rekey._audit('rotation.requested', v_keyring.name, (rekey._active_versions(array[v_keyring.id]))[1], v_rotation,
-    jsonb_build_object('trigger', 'adoption', 'column', v_column.label, 'formats', formats, 'force', nullif(force, false), 'reason', reason));
+    jsonb_build_object('trigger', 'adoption', 'column', v_column.label, 'formats', formats, 'force', nullif(force, false), 'unwrap', unwrap, 'reason', reason));
   return query select s.* from rekey.rotation_status s where s.id = v_rotation;
 end
 $$;
 comment on function rekey.adopt_column is
-  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, and those of docs/adopting.md. Each is recognised; one that looks like another format is never taken for plaintext, unless force. Where plaintext is among them, a sample of the column is looked at first: RK005 where it looks encrypted by another tool, unless force, or, where random tokens look the same, values_are_tokens. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format; 42501: not the owner; RK004: the column is being adopted; RK005: blocked, or it looks encrypted; RK006: retired keyring; RK007: not protected.';
+  'Queues the encryption of what stands in a protected column and is no envelope, as a rotation with the trigger adoption, which it returns. Where the keyring is under way, it waits in line, queued, and blocked_by says for what. formats: as what a value may be taken: plaintext, and those of docs/adopting.md. Each is recognised; one that looks like another format is never taken for plaintext, unless force. Where plaintext is among them, a sample of the column is looked at first: RK005 where it looks encrypted by another tool, unless force, or, where random tokens look the same, values_are_tokens. unwrap: what pg-rekey columns adopt takes off opened values. What does not open is left as it is, in quarantine. With plaintext alone any worker does it; else pg-rekey columns adopt, which has the keys. The owner of the table calls it, as a member of rekey_admin, or a superuser. 22023: no such format, or nothing to unwrap from; 42501: not the owner; RK004: the column is being adopted; RK005: blocked, or it looks encrypted; RK006: retired keyring; RK007: not protected.';
 grant execute on function rekey.adopt_column to rekey_admin;
 
 -- What follows is how pg-rekey columns adopt works. One batch is two calls in one transaction: in between, the client opens
@@ -9906,8 +9913,8 @@ create or replace function rekey._legacy_formats() returns table (format text, m
 language sql immutable parallel safe
 begin atomic
   values
-    ('plaintext', '{}'::text[]), ('pgp_sym', '{pgp_sym}'), ('fernet', '{fernet}'), ('v1', '{v1}'), ('aes_gcm', '{unmarked}'),
-    ('better_auth', '{better_auth,unmarked}'), ('cryptr', '{unmarked}'), ('django_fernet', '{fernet}'), ('jwe', '{jwe}'),
+    ('plaintext', '{}'::text[]), ('pgp_sym', '{pgp_sym}'), ('fernet', '{fernet}'), ('v1', '{v1}'), ('aes_cbc', '{aes_cbc}'), ('aes_gcm', '{unmarked}'),
+    ('better_auth', '{better_auth,unmarked}'), ('calcom', '{calcom}'), ('cryptr', '{unmarked}'), ('django_fernet', '{fernet}'), ('jwe', '{jwe}'),
     ('laravel', '{laravel}'), ('openssl', '{openssl}'), ('prisma', '{prisma}'), ('rails', '{rails}'), ('sqlalchemy_aes', '{unmarked}'),
     ('sqlalchemy_aes_gcm', '{unmarked}'), ('sqlalchemy_fernet', '{fernet}'), ('tink', '{unmarked}'), ('transit', '{transit}');
 end;
@@ -9945,7 +9952,7 @@ declare
   v_names constant text[] := '{
     envelope, pgp_sym, fernet, v1, better_auth, jwe, laravel, openssl, prisma, rails, transit, age, ansible_vault, sops,
     paseto, k8s, iron, ciphersweet, halite, plug, grafana, jenkins, magento, nextcloud, saltpack, armored, rails_message,
-    adonis, iv_tag, simple_encryptor, mongodb, json, encrypted, versioned}'::text[];
+    adonis, iv_tag, aes_cbc, simple_encryptor, mongodb, calcom, json, encrypted, versioned}'::text[];
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
       (rk1:).*
     | (-----BEGIN\ PGP\ MESSAGE-----).*
@@ -9976,8 +9983,10 @@ declare
     | ([A-Za-z0-9+/_=%-]*--[A-Za-z0-9+/_-]{16}--[A-Za-z0-9+/_-]{22}(?:==)?$).*
     | ([A-Za-z0-9_-]+\.(?:v\d+:[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{22}|[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43})$).*
     | ((?:[0-9a-fA-F]{24}|[0-9a-fA-F]{32}):(?:[0-9a-fA-F]{32}:[0-9a-fA-F]*|[0-9a-fA-F]*:[0-9a-fA-F]{32})$|(?:[A-Za-z0-9+/]{16}|[A-Za-z0-9+/]{22}==):(?:[A-Za-z0-9+/]{22}==:[A-Za-z0-9+/]*=*|[A-Za-z0-9+/]*=*:[A-Za-z0-9+/]{22}==)$).*
+    | ([0-9a-fA-F]{32}:(?:[0-9a-fA-F]{32})+(?:[0-9a-fA-F]{31})?$).*  # 31: cut off at 1,024
     | ([0-9a-f]{96}(?:[0-9a-f]*[A-Zg-z+/][A-Za-z0-9+/]*)={0,2}$).*
     | (\{.*"\$binary".*"subType":\ *"0?6").*
+    | (\{"v":1,"alg":"AES-256-GCM","ring":").*
     | (\{.*"(?:iv|nonce|salt|cipher|alg|algorithm|enc)":\ *".*"(?:ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}|\{.*"(?:c|ct|ciphertext|cipher_text|cipherText|encrypted_data|encryptedData|encrypted|content|data|tag|auth_tag|authTag)":\ *"[A-Za-z0-9+/_=-]{8}.*"(?:iv|nonce|cipher|salt)":\ *"|\{.*"k":\ *"ct").*
     | ([[<_$:{(]*(?:enc|ENC|encrypted|ENCRYPTED|crypt|cipher|CIPHER|ciphertext|aes|AES|aead|sealed|secretbox|sodium|libsodium|nacl|x?chacha20|gcm|kms|KMS|awskms|gcpkms|fernet|transit|pgp|gpg|tink|jwe|bao)(?:[0-9_/-][0-9A-Za-z_/-]*)?[]>}():;|$.,!]+(?:v?\d+[:.|$])?[A-Za-z0-9+/_=-]{16}|\{(?:des|3des|3DES|xor|wsenc)\}.{8}).*
     | (v\d+[:|$][A-Za-z0-9+/_=-]{16}).*)$re$);
@@ -10042,12 +10051,12 @@ return rekey._may_begin(value) or case encode(substr(value, 1, 1), 'escape')
   when '-' then position('\x454e43525950544544' in substr(value, 1, 60)) > 0 or position('\x4d455353414745' in substr(value, 1, 60)) > 0
     or position('\x424547494e20434d53' in substr(value, 1, 60)) > 0
   when '#' then position('\x2a5957567a4c' in substr(value, 1, 120)) > 0
-  when 'e' then strpos(encode(substr(value, 1, 1024), 'escape'), '..') > 0
-    or split_part(encode(substr(value, 1, 1024), 'escape'), '.', 4) <> ''
   else position('\x3a' in substr(value, 1, 40)) in (2, 17, 25, 33) or position('\x7c' in substr(value, 1, 99)) > 32
     or position('\x2d2d' in value) > 1 or position('\x2e76' in value) > 1
     or octet_length(value) > 90 and substr(value, octet_length(value) - 43, 1) = '\x2e'
     or octet_length(value) >= 118 and substr(value, 5, 1) between '\x30' and '\x66' and position('\x20' in substr(value, 1, 96)) = 0
+    or substr(value, 1, 1) = '\x65' and (strpos(encode(substr(value, 1, 1024), 'escape'), '..') > 0
+      or split_part(encode(substr(value, 1, 1024), 'escape'), '.', 4) <> '')
   end;
 comment on function rekey._may_be_marked is 'Whether a value may have a mark, as far as its first bytes tell, and where separators stand.';
 

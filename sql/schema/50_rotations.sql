@@ -25,6 +25,7 @@ create table rekey.rotations (
   column_id integer constraint rotations_column_fkey references rekey.protected_columns on delete set null,
   formats text[],
   forced boolean not null default false,
+  unwrap text,
   in_line boolean not null default false,
   created_at timestamptz not null default now(),
   started_at timestamptz,
@@ -60,6 +61,7 @@ comment on column rekey.rotations.verification_id is 'Number of the verification
 comment on column rekey.rotations.column_id is 'Protected column that is adopted; NULL for other rotations, and once it is no longer protected.';
 comment on column rekey.rotations.formats is 'Formats that are adopted; NULL for other rotations.';
 comment on column rekey.rotations.forced is 'Whether values that look encrypted in another format are adopted as plaintext.';
+comment on column rekey.rotations.unwrap is 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
 comment on column rekey.rotations.in_line is 'Whether it is an adoption that waits, queued, until nothing else of its keyring is under way.';
 comment on column rekey.rotations.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
 comment on column rekey.rotations.started_at is 'When the first row was looked at.';

@@ -93,6 +93,7 @@ class Rotation(BaseModel):
     adopts: str | None = Field(description="Protected column that it adopts; null for other rotations.")
     formats: list[str] | None
     forced: bool
+    unwrap: str | None
 
 
 class Begun(BaseModel):

@@ -15,6 +15,7 @@ from pg_rekey.errors import FINDINGS, UNFINISHED
 from pg_rekey.formats import FORMATS, Keys
 from pg_rekey.formats.wrappers import WRAPPERS
 
+WITH_KEYS = "The same command goes on with it: no other worker has the keys."
 SHOWN = (
     "label",
     "relation",
@@ -119,9 +120,10 @@ def adopt(
         if dry_run:
             _dry_run(connection, out, table, column, formats, values_are_tokens, keys)
             return
-        number = adoption.begin(connection, table, column, formats, force, reason, values_are_tokens)
+        number = adoption.begin(connection, table, column, formats, keys, reason, values_are_tokens)
         advance = adoption.advance(connection, number, keys)
-        rotations = follow(connection, [number], lambda: next(advance, None))
+        resume = WITH_KEYS if set(formats) - {"plaintext"} else None
+        rotations = follow(connection, [number], lambda: next(advance, None), resume)
         out.table(rotations, COLUMNS)
     if any(row["state"] != "completed" for row in rotations):
         raise click.exceptions.Exit(UNFINISHED)

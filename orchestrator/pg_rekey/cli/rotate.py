@@ -127,8 +127,13 @@ def _dry_run(connection: db.Connection, out: Output, keyring: str | None) -> Non
         raise click.exceptions.Exit(FINDINGS)
 
 
-def follow(connection: db.Connection, ids: list[int], steps: Callable[[], None]) -> list[Row]:
-    """Take steps until these rotations have ended, and show how far they are."""
+def follow(
+    connection: db.Connection, ids: list[int], steps: Callable[[], None], resume: str | None = None
+) -> list[Row]:
+    """Take steps until these rotations have ended, and show how far they are.
+
+    resume: what goes on with them after an interruption, where not every worker does.
+    """
     console = Console(stderr=True, highlight=False)
     columns: tuple[ProgressColumn, ...] = (
         SpinnerColumn(),
@@ -161,7 +166,7 @@ def follow(connection: db.Connection, ids: list[int], steps: Callable[[], None])
     except KeyboardInterrupt:
         raise Problem(
             f"interrupted: {name} stays queued, and everything can be read and written",
-            "`pg-rekey work` goes on with it; so does pg_cron, where it runs the worker.",
+            resume or "`pg-rekey work` goes on with it; so does pg_cron, where it runs the worker.",
             INTERRUPTED,
         ) from None
     if state["paused"]:

@@ -17,6 +17,7 @@ from pg_rekey.formats.cryptr import Cryptr
 from pg_rekey.formats.fernet import DjangoFernet, FernetFormat, SqlalchemyFernet
 from pg_rekey.formats.jwe import Jwe
 from pg_rekey.formats.laravel import Laravel
+from pg_rekey.formats.node import AesCbc, Calcom
 from pg_rekey.formats.openssl import Openssl
 from pg_rekey.formats.prisma import Prisma
 from pg_rekey.formats.rails import Rails
@@ -30,8 +31,10 @@ OPENED: dict[str, type[Format[Any]]] = {
     for one in (
         FernetFormat,
         V1,
+        AesCbc,
         AesGcm,
         BetterAuth,
+        Calcom,
         Cryptr,
         DjangoFernet,
         Jwe,

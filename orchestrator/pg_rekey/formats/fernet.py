@@ -15,11 +15,13 @@ class FernetFormat(Format[Fernet]):
     """Tokens as Python's cryptography opens them, and raw ones."""
 
     name = "fernet"
-    key_form = "32 bytes in URL-safe base64, as Fernet.generate_key() makes them."
+    key_form = (
+        "32 bytes in URL-safe base64, as Fernet.generate_key() makes them; several with commas between."
+    )
 
     def parse(self, line: str) -> list[Fernet]:
-        """Return the key."""
-        return [Fernet(line.strip())]
+        """Return the keys: Airflow's FERNET_KEY has commas between them."""
+        return [Fernet(key.strip()) for key in line.split(",")]
 
     def recognise(self, value: bytes) -> bool:
         """Tell by the version."""
