@@ -140,7 +140,7 @@ def _column(connection: db.Connection, rows: int) -> dict[str, Any]:
     settle(connection, NOTES)
     plain = table_bytes(connection, NOTES)
     connection.execute("select rekey.protect_column(%s, 'note')", [NOTES])
-    connection.execute("select rekey.adopt_column(%s, 'note')", [NOTES])
+    connection.execute("select rekey.adopt_column(%s, 'note', values_are_tokens => true)", [NOTES])
     adoption = _work(connection, rows)
     settle(connection, NOTES)
     adopted = table_bytes(connection, NOTES)
