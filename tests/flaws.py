@@ -115,6 +115,44 @@ FLAWS = [
         "null;",
         SLEEP,
     ),
+    Flaw(
+        "an adoption in line is never begun",
+        "61_engine.sql",
+        "perform rekey._next_in_line();",
+        "null;",
+    ),
+    Flaw(
+        "an adoption in line keeps the version that was active when it was asked for",
+        "61_engine.sql",
+        "to_version = (select k.version from rekey.encryption_keys k"
+        " where k.keyring_id = r.keyring_id and k.state = 'active')",
+        "to_version = r.to_version",
+    ),
+    Flaw(
+        "an adoption begins beside what is under way",
+        "63_adopt.sql",
+        "exists (select from rekey.rotations r"
+        " where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))",
+        "false",
+    ),
+    Flaw(
+        "an adoption ends with plain values left",
+        "61_verify.sql",
+        "else greatest(coalesce(a.rows, 0) - (",
+        "else greatest(0 - (",
+    ),
+    Flaw(
+        "a sweep fires triggers all the same",
+        "51_columns.sql",
+        "'perform set_config(''session_replication_role'', ''replica'', true);'",
+        "'perform set_config(''session_replication_role'', ''origin'', true);'",
+    ),
+    Flaw(
+        "triggers stay off after a sweep",
+        "51_columns.sql",
+        "v_after text := case when protected.fire_triggers then '' else",
+        "v_after text := case when true then '' else",
+    ),
 ]
 
 

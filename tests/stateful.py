@@ -23,14 +23,16 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
     run_state_machine_as_test,
 )
 
+import helpers
 from driving import NIL, refused
-from helpers import Connection, connect, create_database, drop_database, initialize, install, unlock, value
+from helpers import Connection, connect, create_database, drop_database, install, unlock, value
 from pg_rekey import local, release
 
 A, B = "0000000a-0000-0000-0000-00000000000a", "0000000b-0000-0000-0000-00000000000b"
@@ -40,8 +42,10 @@ DEAD = {"disabled", "destroyed"}  # nor for the sweep
 MAX_ATTEMPTS = 3
 EXAMPLES, STEPS = 10, 50  # of one seed
 
-# Where the work of one step can bring a rotation.
+# Where the work of one step can bring a rotation. (Of an adoption in line, state is queued or paused.)
+IN_LINE, PAUSED_IN_LINE = "in line", "paused in line"
 EDGES = {
+    IN_LINE: {"queued", "running", "failed"},
     "queued": {"running", "failed"},
     "running": {"verifying", "failed"},
     "verifying": {"running", "completed", "completed_with_failures", "failed"},
@@ -62,6 +66,7 @@ CLAIMS: dict[str, tuple[str, set[str]]] = {
 SETUP: LiteralString = """
     create role stateful_owner login in role rekey_admin, rekey_app;
     create role stateful_app login in role rekey_app;
+    grant set on parameter session_replication_role to stateful_owner;
     create schema app authorization stateful_owner;
     set role stateful_owner;
     grant usage on schema app to stateful_app;
@@ -97,7 +102,22 @@ SETUP: LiteralString = """
       return new;
     end $$;
     create trigger break_down before update on app.notes for each row execute function app.break_down();
+    create table app.fired (kind text);  -- by sweeps
+    create function app.fire() returns trigger language plpgsql as $$
+    begin
+      if current_setting('rekey.sweeping', true) = 'on' then
+        insert into app.fired values (tg_argv[0]);
+      end if;
+      return null;
+    end $$;
+    create trigger fire after update on app.parts for each row execute function app.fire('parts');
+    create trigger fire after update on app.letters for each row execute function app.fire('letters');
     reset role;
+"""
+
+SILENCE: LiteralString = """
+    select rekey.protect_column('app.parts', 'v', fire_triggers => false);
+    select rekey.protect_column('app.letters', 'v', encrypt_on_write => true, fire_triggers => false);
 """
 
 ROWS: LiteralString = """
@@ -111,7 +131,9 @@ KEYS: LiteralString = """
       e.kek_id || ':' || encode(substr(e.wrapped_key, 12, 16), 'hex')
     from rekey.keyrings k join rekey.encryption_keys e on e.keyring_id = k.id order by 1, 5"""
 ROTATIONS: LiteralString = """
-    select r.id, k.name, r.state, r.trigger, r.from_versions, r.to_version, r.previous_version,
+    select r.id, k.name,
+      case when r.in_line then replace(r.state || ' in line', 'queued ', '') else r.state end,
+      r.trigger, r.from_versions, r.to_version, r.previous_version,
       r.rows_total, r.rows_done, r.rows_failed, r.attempts, r.passes
     from rekey.rotations r join rekey.keyrings k on k.id = r.keyring_id order by r.id"""
 FAILURES: LiteralString = """
@@ -216,10 +238,18 @@ class Rotation:
     done: int = 0
     attempts: int = 0
     passes: int = 0
+    adopts: str = ""
 
     @property
     def under_way(self) -> bool:
         return self.state in UNDER_WAY
+
+    @property
+    def in_line(self) -> bool:
+        return self.state in (IN_LINE, PAUSED_IN_LINE)
+
+    def again(self) -> None:
+        self.state, self.attempts = IN_LINE if self.adopts else "queued", 0
 
 
 @dataclass(frozen=True)
@@ -260,6 +290,7 @@ class World:
     values: dict[Place, str] = field(default_factory=dict)
     rows: dict[Place, Envelope] = field(default_factory=dict)
     corrupt: set[Place] = field(default_factory=set)
+    plain: dict[Place, str] = field(default_factory=dict)  # what is no envelope yet
     kek: int = 1
     step: int = 0
 
@@ -316,7 +347,7 @@ class Lab:
         template = create_database(self.server.dsn(), self.template)
         install(template, release.assemble("plain"))
         with connect(template) as connection:
-            initialize(connection, kek(1))
+            helpers.initialize(connection, kek(1))
             connection.execute(SETUP)
             connection.execute("select rekey.create_keyring('a', %s)", (A,))
             connection.execute("select rekey.set_setting('max_attempts', %s)", (str(MAX_ATTEMPTS),))
@@ -394,6 +425,8 @@ class Walk(RuleBasedStateMachine):
         self.wraps: dict[str, tuple[str, int]] = {}
         self.edges: dict[str, set[str]] = {}  # what this rule may have moved
         self.written: set[Place] = set()  # and written
+        self.adopting: set[str] = set()  # and adopted
+        self.silent = False  # whether sweeps fire no triggers
         self.expected: list[tuple[str, str | None, int | None, Rotation | None]] = []
         self.broken = self.was_broken = self.noted = False
         self.astray = ""  # what became of a table
@@ -405,6 +438,14 @@ class Walk(RuleBasedStateMachine):
         self.audited = value(self.eye, "select max(id) from rekey.audit_log")
         for name, number in self.eye.execute("select name, id from rekey.keyrings"):
             self.now.rings[name].number = number
+
+    @initialize(silent=st.booleans())
+    def let_triggers_fire(self, silent: bool) -> None:
+        self.silent = silent
+        if silent:
+            with self.lab.connect(self.database, "stateful_owner") as owner:
+                owner.execute(SILENCE)
+            self.audited = value(self.eye, "select max(id) from rekey.audit_log")
 
     def open_sessions(self) -> None:
         """Connect; whatever was open before is lost."""
@@ -462,8 +503,13 @@ class Walk(RuleBasedStateMachine):
         """One of the last rotations; None: one that there is not."""
         return self.rotations[-1 - place] if place < len(self.rotations) else None
 
+    def waits(self, it: Rotation) -> bool:
+        """Whether a step finds something to do for a rotation."""
+        return it.state in EDGES and not (it.state == IN_LINE and self.current(it.ring))
+
     def store(self, place: Place, text: str) -> None:
         self.now.values[place] = text
+        self.now.plain.pop(place, None)
         self.now.corrupt.discard(place)
         self.written.add(place)
         # Of a table that went astray, what other keyrings put into it afterwards is not known of.
@@ -474,6 +520,7 @@ class Walk(RuleBasedStateMachine):
 
     def remove(self, place: Place) -> None:
         self.now.values.pop(place, None)
+        self.now.plain.pop(place, None)
         self.now.corrupt.discard(place)
         self.now.rows.pop(place, None)
 
@@ -490,6 +537,9 @@ class Walk(RuleBasedStateMachine):
         self.expect("key.deactivated", ring.name, previous, it)
         self.expect("key.activated", ring.name, target, it)
         return it
+
+    def is_adopted(self, kind: str) -> bool:
+        return any(it.adopts == kind and (it.under_way or it.in_line) for it in self.rotations)
 
     def queue(self, ring: Ring, trigger: str, previous: int | None = None) -> Rotation:
         target = ring.active
@@ -820,7 +870,7 @@ class Walk(RuleBasedStateMachine):
             else "RK006"
             if it.retired
             else "RK004"
-            if self.current(ring)
+            if any(other.ring == ring and (other.under_way or other.in_line) for other in self.rotations)
             else "RK005"
             if self.astray
             or any((ring, it.active) in writer.locks for writer in self.writers)
@@ -860,6 +910,8 @@ class Walk(RuleBasedStateMachine):
         self.call(self.admin, code, "select rekey.mark_key_compromised(%s, %s)", ring, version)
         if it is None or code:
             return
+        if (adoption := self.current(ring)) and adoption.adopts:
+            adoption.state = "superseded"
         if it.keys[version].state == "active":
             self.begin(it, "compromise")
         elif rotation := self.current(ring):
@@ -959,19 +1011,19 @@ class Walk(RuleBasedStateMachine):
     @move(place=nth)
     def pause(self, place: int) -> None:
         it = self.pick(place)
-        code = self.rotation_refuses(it, {"queued", "running", "verifying"})
+        code = self.rotation_refuses(it, {"queued", "running", "verifying", IN_LINE})
         self.call(self.admin, code, "select rekey.pause_rotation(%s)", it.number if it else 0)
         if it and code is None:
-            it.state = "paused"
+            it.state = PAUSED_IN_LINE if it.in_line else "paused"
             self.expect("rotation.paused", it.ring, it.target, it)
 
     @move(place=nth)
     def resume(self, place: int) -> None:
         it = self.pick(place)
-        code = self.rotation_refuses(it, {"paused"})
+        code = self.rotation_refuses(it, {"paused", PAUSED_IN_LINE})
         self.call(self.admin, code, "select rekey.resume_rotation(%s)", it.number if it else 0)
         if it and code is None:
-            it.state = "queued"
+            it.state = IN_LINE if it.in_line else "queued"
             self.expect("rotation.resumed", it.ring, it.target, it)
 
     @move(place=nth)
@@ -981,7 +1033,7 @@ class Walk(RuleBasedStateMachine):
         code = "RK006" if code is None and it and self.is_over(it) else code
         self.call(self.admin, code, "select rekey.retry_rotation(%s)", it.number if it else 0)
         if it and code is None:
-            it.state, it.attempts = "queued", 0
+            it.again()
             for number, failure in self.failures.items():
                 if failure[4] == it.number and failure[5] is None:
                     self.failures[number] = (*failure[:5], "retry")
@@ -1026,15 +1078,67 @@ class Walk(RuleBasedStateMachine):
         if failure and code is None:
             self.failures[number] = (*failure[:5], action)
             if it and again:
-                it.state, it.attempts = "queued", 0
+                it.again()
             self.expect("rotation.failure_resolved", failure[0], failure[3], it)
 
     def rotation_refuses(self, it: Rotation | None, of: set[str]) -> str | None:
         return "RK007" if it is None else None if it.state in of else "RK006"
 
     def is_over(self, it: Rotation) -> bool:
-        later = any(other.ring == it.ring and other.number > it.number for other in self.rotations)
-        return later or self.now.rings[it.ring].retired
+        others = [other for other in self.rotations if other.ring == it.ring and other is not it]
+        later = any(not other.in_line and (other.under_way or other.number > it.number) for other in others)
+        return (later and not it.adopts) or self.now.rings[it.ring].retired
+
+    # Adoptions
+
+    @move(number=ids, kind=st.sampled_from(["notes", "parts"]))
+    def write_plain(self, number: str, kind: str) -> None:
+        """As whoever does not know yet that the column is protected."""
+        place: Place = (kind, "", number)
+        text = self.text()
+        self.call(self.admin, None, PUT[kind], number, text.encode())
+        self.remove(place)
+        self.now.plain[place] = text
+
+    @move(lambda self: not self.astray, kind=st.sampled_from(["notes", "parts"]))
+    def adopt(self, kind: str) -> None:
+        """Behind whatever the keyring has under way, or in line."""
+        ring = self.now.rings["default"]
+        code = "RK004" if self.is_adopted(kind) else "RK006" if ring.retired else None
+        self.call(self.admin, code, ADOPT, f"app.{kind}")
+        if code is None:
+            waits = any(it.ring == ring.name and (it.under_way or it.in_line) for it in self.rotations)
+            it = Rotation(
+                ring.name, "adoption", [], ring.active, None, IN_LINE if waits else "queued", adopts=kind
+            )
+            self.rotations.append(it)
+            self.expect("rotation.requested", ring.name, ring.active, it)
+
+    @move(
+        lambda self: not self.astray,
+        number=ids,
+        rotates=st.sampled_from(["", "before", "after"]),
+        times=st.integers(0, 6),
+        late=ids,
+    )
+    def adoptions_wait_in_line(self, number: str, rotates: str, times: int, late: str) -> None:
+        """Begin one after the other, with what is active then; what comes meanwhile is adopted too."""
+        for kind in ("notes", "parts"):
+            self.write_plain(number=number, kind=kind)
+        if rotates == "before":
+            self.rotate(ring="default", supersede=False)
+            self.holds()
+        for kind in ("notes", "parts"):
+            self.adopt(kind=kind)
+            self.holds()
+        if rotates == "after":
+            self.rotate(ring="default", supersede=True)
+            self.holds()
+        for _ in range(times):
+            self.one_step()
+            self.holds()
+        self.write_plain(number=late, kind="notes")
+        self.run()
 
     @move(times=st.integers(1, 6))
     def step(self, times: int) -> None:
@@ -1049,8 +1153,9 @@ class Walk(RuleBasedStateMachine):
             "update rekey.rotations set next_attempt_at = null where next_attempt_at is not null;"
             "update rekey._chunks set next_attempt_at = null where next_attempt_at is not null"
         )
-        [(event, detail)] = self.call(self.admin, None, "select event, detail from rekey.rotation_step()")
-        waiting = any(it.state in EDGES for it in self.rotations)
+        [(event, detail, role)] = self.call(self.admin, None, STEP)
+        assert role == "origin", "a sweep left triggers off"
+        waiting = any(map(self.waits, self.rotations))
         assert event != "error" or self.broken, detail
         assert (event == "idle") is not waiting, event
         assert (event == "locked") is (waiting and not self.admin.keks), (event, detail)
@@ -1097,7 +1202,7 @@ class Walk(RuleBasedStateMachine):
             if ring.due and not self.current(ring.name)
         ]
         if locked:
-            refused = bool(due) or any(it.state in EDGES for it in self.rotations)
+            refused = bool(due) or any(map(self.waits, self.rotations))
         else:
             for ring in due:
                 self.begin(ring, "schedule")
@@ -1124,7 +1229,8 @@ class Walk(RuleBasedStateMachine):
         self.edges = dict.fromkeys(EDGES, REACHED)
         if not locked:
             for it in self.rotations:  # what could be done is done
-                if it.state in EDGES and not self.astray:
+                first = self.current(it.ring) or it
+                if it.state in EDGES and first.state in EDGES and not self.astray:
                     self.edges[it.state] = ENDED
 
     def destroy(self, ring: Ring, jumped: bool, snapshot: bool) -> None:
@@ -1500,7 +1606,7 @@ class Walk(RuleBasedStateMachine):
         self.look_at_failures(finished)
         self.look_at_audit()
         self.look_at_values()
-        self.edges, self.written, self.expected, self.may_be = {}, set(), [], []
+        self.edges, self.written, self.adopting, self.expected, self.may_be = {}, set(), set(), [], []
 
     def look_at_keys(self) -> None:
         assert not any(self.now.state_of(row) == "destroyed" for row in self.copies), "a copy was lost"
@@ -1525,6 +1631,9 @@ class Walk(RuleBasedStateMachine):
             )
             it = known.pop(number, None) or next(b for b in born if b.ring == ring and not b.number)
             it.number = number
+            if it.adopts and it.state in EDGES and state != IN_LINE:
+                self.adopting.add(it.adopts)
+                it.target = self.now.rings[ring].active if it.in_line else it.target
             assert (trigger, sources, target, previous) == (it.trigger, it.sources, it.target, it.previous)
             if state != it.state:
                 assert state in self.edges.get(it.state, set()), f"{it} became {state}"
@@ -1547,13 +1656,27 @@ class Walk(RuleBasedStateMachine):
         assert not known, "a rotation is gone"
         assert all(it.number for it in born), "a rotation was not begun"
         self.rotations.sort(key=lambda it: it.number)
+        assert not [it for it in self.rotations if it.under_way and self.current(it.ring) is not it], (
+            "two at once"
+        )
         return finished
 
     def look_at_rows(self) -> None:
         found: dict[Place, Envelope] = {}
+        plain: dict[Place, str] = {}
         for kind, tenant, name, row_key, raw in self.eye.execute(ROWS):
-            found[kind, tenant, name] = Envelope(from_text(raw) if kind == "letters" else raw, row_key)
+            if kind in PUT and not raw.startswith(b"RK\x01"):
+                plain[kind, tenant, name] = raw.decode()
+            else:
+                found[kind, tenant, name] = Envelope(from_text(raw) if kind == "letters" else raw, row_key)
+        for place in self.now.plain.keys() & found.keys():
+            assert place[0] in self.adopting, f"{place} was adopted by nobody"
+            assert found[place].version == self.now.ring_of(found[place]).active
+            self.store(place, self.now.plain[place])
+        assert plain == self.now.plain, "plain values were changed"
         assert set(found) == set(self.now.values), "rows were lost or found"
+        fired = {kind for (kind,) in self.eye.execute("select distinct kind from app.fired")}
+        assert not (self.silent and fired), f"a sweep fired triggers of {fired}"
         for place, row in found.items():
             before = self.now.rows.get(place)
             if place in self.written or before is None:
@@ -1566,6 +1689,7 @@ class Walk(RuleBasedStateMachine):
                     f"{place} moved to {row.version}"
                 )
                 assert before.version != row.version, f"{place} was swept for nothing"
+                assert self.silent or place[0] in fired | {"secret", "notes"}, "a sweep fired no trigger"
             if place not in self.now.corrupt and (before is None or before.raw != row.raw):
                 self.new_envelope(row)
         self.now.rows = found
@@ -1591,19 +1715,25 @@ class Walk(RuleBasedStateMachine):
             rows = {p: row for p, row in self.now.on(self.now.rings[it.ring]).items() if p not in strays}
             sources = {(it.ring, version) for version in it.sources}
             assert not any(sources & writer.locks for writer in self.writers), f"{it} did not wait"
-            open_ = [f for f in found.values() if f[0] == it.ring and f[5] is None]
+            left = {p for p in self.now.plain if p[0] == it.adopts}
+            lost = {p for p in left if not (self.was_broken and self.is_in_quarantine(p))}
+            assert not lost, f"{it} completed without {lost}"
+            # What an adoption left is a matter of adoptions: no other rotation takes it along.
+            mine = [f for f in found.values() if f[3] is not None or f[4] == it.number]
+            open_ = [f for f in mine if f[0] == it.ring and f[5] is None]
             behind = {p for p, row in rows.items() if self.now.sweepable(p) and row.version != it.target}
             refused = {p for p in behind if self.was_broken and self.is_in_quarantine(p)}
             assert behind == refused, f"{it} completed without {behind - refused}"
-            dead = sorted((p[0], rows[p].row_key) for p in rows if not self.now.sweepable(p) or p in refused)
+            dead = [(p[0], rows[p].row_key) for p in rows if not self.now.sweepable(p) or p in refused]
+            dead = sorted([*dead, *((p[0], p[2]) for p in left)])
             assert sorted((TARGETS[f[1]], f[2]) for f in open_) == dead
             assert (state, failed) == ("completed_with_failures" if dead else "completed", len(dead))
             assert total == done + failed
 
     def is_in_quarantine(self, place: Place) -> bool:
-        row = self.now.rows[place]
+        key = self.now.rows[place].row_key if place in self.now.rows else place[2]
         return any(
-            (TARGETS[target], row_key, resolution) == (place[0], row.row_key, None)
+            (TARGETS[target], row_key, resolution) == (place[0], key, None)
             for _, target, row_key, _, _, resolution in self.failures.values()
         )
 
@@ -1657,6 +1787,9 @@ def from_text(raw: bytes) -> bytes:
     return base64.b64decode(raw[4:], validate=True)
 
 
+ADOPT: LiteralString = "select id from rekey.adopt_column(%s, 'v')"
+STEP: LiteralString = """
+    select event, detail, current_setting('session_replication_role') from rekey.rotation_step()"""
 ROTATE: LiteralString = "select id from rekey.rotate_keys(%s, supersede => %s)"
 DUTY: LiteralString = "select rekey._tick_duty(%s, now())"
 SEARCH: tuple[LiteralString] = ("select rekey._search_on(now())",)

@@ -222,3 +222,19 @@ def test_protect_says_what_encrypt_on_write_will_need(
         assert "Name that other key in --context" in cli_ready.err
         cli_ready("columns", "unprotect", "t", "v")
         cli_ready("columns", "protect", "t", "v", "--context", "conn_id", "--encrypt-on-write")
+
+
+def test_an_old_entry_of_the_quarantine_hides_no_value(
+    ready: Connection, app: Connection, tables: tuple[str, ...]
+) -> None:
+    """One of a row that is gone is not taken for one that was left behind."""
+    app.execute("insert into a values (51, 'gAAAAA' || repeat('x', 120))")
+    adopt(app, "a")
+    run(ready)
+    app.execute("delete from a where id = 51")
+    number = adopt(app, "a")
+    step_until(ready, "planned", "checked", "verified")
+    app.execute("update a set v = 'plain 1' where id = 1")
+    run(ready)
+    assert rotation(ready, number, "state") == "completed"
+    check(ready, {}, columns={"app.a": MODEL})

@@ -8085,7 +8085,7 @@ begin
         case when r.trigger <> 'adoption' then coalesce(s.behind, 0)
              else greatest(coalesce(a.rows, 0) - (
                select count(*) from rekey.rotation_failures q
-               where q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
+               where q.rotation_id = r.id and q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
         coalesce(a.rows, 0) = 0 as adopted_all
       from rekey.rotations r
       left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint) on s.keyring_id = r.keyring_id
