@@ -122,6 +122,7 @@ def test_find_tells_what_another_tool_encrypted(columns: Cli, ready: Connection)
     assert found == {
         ("data", other): 3,
         ("raw", other): 3,
+        ("doc", other): 3,
         ("access_token", other): 2,
         ("access_token", "sounds like a secret, and is not encrypted"): 1,
     }

@@ -121,7 +121,8 @@ begin
   end if;
   return format('%s: %s', relation,
     -- Of a row that is plain yet, the words of a table's own code may have the value in them.
-    case when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
+    case when code = '55P03' then 'another session holds a lock that it waits for'
+         when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
     || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
     || case when code in ('42P01', '42883', '42704', '3F000') then
       format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column() the path that it needs',

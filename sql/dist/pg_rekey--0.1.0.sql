@@ -6487,7 +6487,8 @@ begin
   end if;
   return format('%s: %s', relation,
     -- Of a row that is plain yet, the words of a table's own code may have the value in them.
-    case when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
+    case when code = '55P03' then 'another session holds a lock that it waits for'
+         when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
     || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
     || case when code in ('42P01', '42883', '42704', '3F000') then
       format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column() the path that it needs',
@@ -7909,6 +7910,41 @@ end
 $$;
 comment on function rekey._any_opens is 'Whether a protected column holds a value of this keyring that opens.';
 
+create or replace function rekey._refused_plain(label text, rotation_id bigint) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_target rekey._target;
+  v_from tid;
+  v_found record;
+  v_refused bigint := 0;
+begin
+  for v_target in
+    select t.* from rekey._targets(label) t
+    where t.problem is null and exists (
+      select from rekey.rotation_failures q
+      where q.rotation_id = _refused_plain.rotation_id and q.relation = t.relation::text and q.version is null and q.resolved_at is null)
+  loop
+    v_from := '(0,0)';
+    while v_from is not null loop
+      -- They stay locked until it is noted that they are not behind.
+      select s.* into v_found from rekey._call_read(v_target.function_name, v_target.relation, v_from, '(4294967294,0)', null, null, 1000, 2097152) s;
+      v_refused := v_refused + (
+        select count(*) from unnest(v_found.keys) as k(row_key)
+        where exists (
+          select from rekey.rotation_failures q
+          where q.rotation_id = _refused_plain.rotation_id and q.target = label and q.relation = v_target.relation::text
+            and q.row_hash = rekey._row_hash(k.row_key) and q.version is null and q.resolved_at is null));
+      v_from := rekey._next_row(v_found.next);
+    end loop;
+  end loop;
+  return v_refused;
+end
+$$;
+comment on function rekey._refused_plain is
+  'How many rows of a column that hold no envelope this adoption has put into the quarantine. By their keys: an entry whose row is gone says nothing of a value that came meanwhile.';
+
 -- What cannot be counted is not complete. The rotations of other keyrings go on.
 create or replace function rekey._hold_blocked(rotations bigint[]) returns jsonb
 language plpgsql volatile
@@ -7974,6 +8010,7 @@ declare
   v_failed bigint;
   v_completed bigint[] := '{}'::bigint[];
   v_blocked jsonb;
+  v_refused jsonb;
   v_adoptions jsonb;
   v_seen jsonb;
   v_emptied jsonb;
@@ -8062,10 +8099,14 @@ begin
         select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c group by c.target, c.keyring_id) t)
     into v_results, v_held, v_seen;
     v_emptied := rekey._emptied(v_seen, v_keyrings);
-    -- Of an adoption, what is no envelope yet is behind.
+    -- Of an adoption, what is no envelope yet is behind, but for rows that were refused. (They are locked: so what is counted after
+    -- them has them in it.)
+    select jsonb_object_agg(r.id, rekey._refused_plain(p.label, r.id)) into v_refused
+    from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
+    where r.id = any (v_ids) and r.trigger = 'adoption';
     select jsonb_agg(to_jsonb(a)) into v_adoptions
     from (
-      select r.id as rotation_id, p.label,
+      select r.id as rotation_id, p.label, (v_refused ->> r.id::text)::bigint as refused,
         (select sum(c.rows) from rekey._targets(p.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
          where t.problem is null and c.keyring_id is null) as rows
       from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
@@ -8084,13 +8125,11 @@ begin
     for v_found in
       select r.id, r.keyring_id, r.passes, coalesce(s.rows, 0) as rows, a.label as adopted,
         case when r.trigger <> 'adoption' then coalesce(s.behind, 0)
-             else greatest(coalesce(a.rows, 0) - (
-               select count(*) from rekey.rotation_failures q
-               where q.rotation_id = r.id and q.target = a.label and q.version is null and q.resolved_at is null), 0) end as behind,
+             else coalesce(a.rows, 0) - coalesce(a.refused, 0) end as behind,
         coalesce(a.rows, 0) = 0 as adopted_all
       from rekey.rotations r
       left join jsonb_to_recordset(v_results) as s(keyring_id integer, rows bigint, behind bigint) on s.keyring_id = r.keyring_id
-      left join jsonb_to_recordset(v_adoptions) as a(rotation_id bigint, label text, rows bigint) on a.rotation_id = r.id
+      left join jsonb_to_recordset(v_adoptions) as a(rotation_id bigint, label text, rows bigint, refused bigint) on a.rotation_id = r.id
       where r.id = any (v_ids) and r.id <> all (v_held_ids) and r.state = 'verifying'  -- not paused, superseded or rolled back meanwhile
       order by r.id
     loop

@@ -2,13 +2,14 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(65 + 1);
+select plan(66 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
-  ('adopt_column', 'target regclass, column_name name, formats text[] DEFAULT ''{plaintext}''::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
+  ('adopt_column', 'target regclass, column_name name, formats text[] DEFAULT ''{plaintext}''::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text, values_are_tokens boolean DEFAULT false, unwrap text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
   ('adopt_vault', 'keyring text DEFAULT ''default''::text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'bigint'),
   ('adoption_batch', 'rotation_id bigint', 'rekey._adoption'),
+  ('adoption_doubt', 'target regclass, column_name name, formats text[] DEFAULT ''{plaintext}''::text[], values_are_tokens boolean DEFAULT false', 'text'),
   ('adoption_preview', 'target regclass, column_name name, formats text[] DEFAULT ''{plaintext}''::text[], force boolean DEFAULT false, relation regclass DEFAULT NULL::regclass, first tid DEFAULT ''(0,0)''::tid', 'rekey._adoption'),
   ('adoption_store', 'rotation_id bigint, relation regclass', 'bigint'),
   ('audit_checkpoint', '', 'jsonb'),
@@ -39,7 +40,7 @@ insert into contract values
   ('mark_key_compromised', 'keyring text, version integer, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
   ('metrics', '', 'TABLE(name text, labels jsonb, value double precision)'),
   ('pause_rotation', 'id bigint', 'void'),
-  ('protect_column', 'target regclass, column_name name, keyring text DEFAULT ''default''::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false', 'text'),
+  ('protect_column', 'target regclass, column_name name, keyring text DEFAULT ''default''::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false, fire_triggers boolean DEFAULT true, search_path text DEFAULT current_setting(''search_path''::text)', 'text'),
   ('prune_audit_log', 'first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb', 'bigint'),
   ('rebind_column', 'target regclass, column_name name, label text DEFAULT NULL::text', 'text'),
   ('protection_findings', '', 'TABLE(label text, kind text, severity text, finding text, advice text)'),
