@@ -82,9 +82,10 @@ def protect(
     "--from",
     "formats",
     type=click.Choice(FORMATS),
+    metavar="FORMAT",
     multiple=True,
     required=True,
-    help="As what values may be taken; several may be given.",
+    help=f"As what values may be taken, once for each: {', '.join(FORMATS)}.",
 )
 @click.option("--dry-run", is_flag=True, help="Open every value, change nothing, count them by format.")
 @click.option(
