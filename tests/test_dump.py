@@ -189,6 +189,38 @@ def test_plain_road_plain_format(
     check_that_it_works(restored, kek)
 
 
+def test_a_rebuilt_table_is_rebound_where_it_was_restored(
+    tools: Tools, db: str, make_database: Callable[..., str], kek: bytes, tmp_path: Path
+) -> None:
+    """What was a part of it is known by its name alone there."""
+    with connect(db) as connection:
+        initialize(connection, kek)
+        connection.execute("create table public.kept (id int primary key, w text)")
+        connection.execute("select rekey.protect_column('public.kept', 'w', encrypt_on_write => true)")
+        connection.execute("insert into public.kept select i, 'kept ' || i from generate_series(1, 50) i")
+        connection.execute("select rekey.rotate_keys()")
+        connection.execute("call rekey.run_rotations('10 s')")
+        connection.execute("create table public.anew (like public.kept including all)")
+        connection.execute("insert into public.anew select * from public.kept; truncate public.kept")
+        connection.execute("alter table public.kept rename to old; alter table public.anew rename to kept")
+        connection.execute("select rekey.rotate_keys()")
+        connection.execute("select rekey.rotation_step()")  # which notes the names
+    tools.dump(db, tmp_path / "dump", "--format", "custom")
+    restored = make_database()
+    tools.restore(restored, tmp_path / "dump", "--single-transaction")
+    with connect(restored) as connection:
+        unlock(connection, kek)
+        problem: LiteralString = "select problem from rekey.column_status"
+        assert "its name belongs to" in value(connection, problem)
+        connection.execute("select rekey.rebind_column('public.kept', 'w')")
+        assert value(connection, problem) is None
+        connection.execute("update rekey.rotations set next_attempt_at = null")
+        connection.execute("call rekey.run_rotations('10 s')")
+        assert value(connection, "select state from rekey.rotation_status order by id desc limit 1") == (
+            "completed"
+        )
+
+
 @pytest.mark.usefixtures("extension_files")
 @pytest.mark.parametrize("format_", ["custom", "plain"])
 def test_extension_road(

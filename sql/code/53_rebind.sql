@@ -85,10 +85,10 @@ begin
     union
     select c.oid::regclass, a.attname
     from rekey._column_relations r
-    join pg_class c on c.oid = r.relation
+    join pg_class c on c.oid = case when r.home = rekey._home() then r.relation else rekey._relation_named(r.relation_name) end
     join pg_attribute a on a.attrelid = c.oid and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped
-    where r.column_id = v_protected.id and r.attnum = 0 and not r.settled and r.home = rekey._home()
-      and not exists (select from rekey._relations_here(v_shape.relation) as t(oid) where t.oid = r.relation);
+    where r.column_id = v_protected.id and r.attnum = 0 and not r.settled
+      and not exists (select from rekey._relations_here(v_shape.relation) as t(oid) where t.oid = c.oid);
 end
 $$;
 comment on function rekey._unsettled is 'The columns that may hold values of a protected column beside it: those that have its name, and those of relations that were parts of its table.';
@@ -156,6 +156,7 @@ declare
 begin
   perform rekey._refuse_stranger(v_relation);
   select * into v_protected from rekey.protected_columns c where c.id = _finish_rebind.id for update;
+  perform rekey._note_names(id);  -- after a restore, parts are known by name alone
   -- Settled here, and not where it was found: what is in use elsewhere stays so.
   insert into rekey._column_relations (column_id, relation, attnum, relation_name, home, settled)
   select v_protected.id, s.relation, k.attnum, s.relation::text, rekey._home(), true
