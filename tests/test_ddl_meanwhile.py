@@ -2,15 +2,14 @@
 
 import itertools
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import LiteralString
 
 import pytest
 
 from cli_fixtures import Cli, eventually, process
 from column_fixtures import protect
-from driving import check, rotate, rotation, run, waits
-from helpers import Connection, connect, value
+from driving import check, rotation, run
+from helpers import Connection, value
 
 pytest_plugins = ["cli_fixtures", "column_fixtures"]
 
@@ -145,32 +144,3 @@ def test_what_is_gone_is_said_and_let_go(
     )
     if what == "partition detached":
         check(ready, {}, columns={"app.t": {key: it for key, it in MODEL.items() if int(key) <= 1000}})
-
-
-@pytest.mark.parametrize("phase", ["adopted", "rotated"])
-def test_who_changes_a_partitioned_table_meets_no_deadlock(
-    db: str, ready: Connection, app: Connection, phase: str
-) -> None:
-    """An UPDATE of a partition locks what it is a part of after it; ALTER TABLE comes from the other side."""
-    app.execute(f"{PARTITIONED}; insert into t values (1, 'one')")
-    ready.execute("grant usage on schema app to public")
-    app.execute(
-        "create function hold() returns trigger language plpgsql as"
-        " 'begin perform pg_catalog.pg_advisory_xact_lock(77); return new; end';"
-        "create trigger hold before update on t1 for each row execute function hold()"
-    )
-    label = protect(app, "t")
-    app.execute("select rekey.adopt_column('t', 'v')")
-    if phase == "rotated":
-        run(ready)
-        rotate(ready)
-    with ThreadPoolExecutor(2) as pool, connect(db) as holder, connect(db, user=app.info.user) as owner:
-        with holder.transaction():
-            holder.execute("select pg_advisory_xact_lock(77)")
-            sweep = pool.submit(run, ready)
-            waits(holder, ready.info.backend_pid)
-            change = pool.submit(owner.execute, b"alter table app.t add column n int")
-            waits(holder, owner.info.backend_pid)
-        change.result(30)
-        sweep.result(30)
-    assert value(app, f"select rekey.decrypt_text(v, '{{{label},1}}') from app.t") == "one"

@@ -3494,7 +3494,6 @@ declare
   v_key text;
   v_key_names text[];
   v_lengths text;
-  v_whole regclass;
 begin
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
@@ -3506,13 +3505,6 @@ begin
   if relation <> v_table and not exists (select from pg_partition_tree(v_table) p where p.relid = relation and p.isleaf) then
     raise exception '% is not the protected table', relation using errcode = 'RK005';
   end if;
-  -- To check a partition's bounds, an UPDATE locks what it is a part of. It has to before it locks the partition itself, or meets an
-  -- ALTER TABLE, which comes from above, in a deadlock.
-  for v_whole in
-    select a.relid from pg_partition_ancestors(relation) with ordinality as a(relid, place) where a.relid <> relation order by a.place desc
-  loop
-    execute format('select from only %s limit 0', v_whole);
-  end loop;
   select string_agg(format($q$coalesce(int4send(octet_length(convert_to(t.%1$s::text, 'UTF8'))) || convert_to(t.%1$s::text, 'UTF8'), '\xffffffff')$q$,
       v_names[p.place]), ' || ' order by p.rank)
   into v_context
