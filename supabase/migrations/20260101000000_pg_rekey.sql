@@ -5796,7 +5796,7 @@ begin
     join pg_class t on t.oid = s.relation
     where cardinality(s.attnums) = cardinality(c.places)
       -- Where the table has another owner since, the column waits for him.
-      and t.relowner = (select p.proowner from pg_proc p where p.oid = format('rekey_targets.column_%s_guard', c.id)::regproc)
+      and t.relowner = (select p.proowner from pg_proc p where p.oid = to_regproc(format('rekey_targets.column_%s_guard', c.id)))
     order by c.id
   loop
     v_function := to_regprocedure(format('rekey_targets.column_%s_trigger()', v_column.id));
