@@ -14,7 +14,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from cli_fixtures import Cli, eventually
 from driving import rotate, run
 from helpers import Connection, value
 from pg_rekey import formats, release
+from pg_rekey.errors import Problem
 from pg_rekey.formats import transit, wrappers
 from pg_rekey.formats.base import unbase64, variable
 
@@ -395,3 +398,28 @@ def test_a_transit_server_that_refuses_leaves_everything(
     monkeypatch.delenv("BAO_ADDR")
     cli_ready("columns", "adopt", "t", "v", "--from", "transit", code=3)
     assert value(ready, "select count(*) from rekey.failure_status") == 0
+
+
+def test_the_token_of_transit_follows_no_redirection(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append((self.path, self.headers["X-Vault-Token"]))
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("BAO_ADDR", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("BAO_TOKEN", "token")
+        with pytest.raises(Problem, match="HTTP 302"):
+            transit._decrypt(transit.TransitKey("transit/decrypt/app", None), [b"vault:v1:eA=="])
+        server.shutdown()
+    assert asked == [("/v1/transit/decrypt/app", "token")]

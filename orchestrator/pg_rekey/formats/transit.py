@@ -8,13 +8,23 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pg_rekey.errors import LOCKED, Problem
 from pg_rekey.formats.base import Format, unbase64
 
 BATCH = 249  # what Vault takes at once by default is 250
 SECONDS = 60
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """A redirection is an answer: followed, it would take the token to another server."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Follow none."""
+
+
+OPENER = build_opener(_NoRedirect)
 
 
 class TransitKey(NamedTuple):
@@ -91,7 +101,7 @@ def _post(path: str, document: object) -> tuple[int, dict[str, dict[str, object]
         {"X-Vault-Token": _setting("TOKEN"), "Content-Type": "application/json"},
     )
     try:
-        with urlopen(request, timeout=SECONDS) as response:
+        with OPENER.open(request, timeout=SECONDS) as response:
             return response.status, json.loads(response.read() or b"{}")
     except HTTPError as error:
         with error:
