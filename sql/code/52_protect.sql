@@ -806,6 +806,7 @@ begin
   if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
     execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
   end if;
+  execute format('lock table %s in access share mode', target);  -- the whole before its parts, as ALTER TABLE locks them
   foreach v_statement in array coalesce(v_released.statements, '{}') loop
     execute v_statement;
     get diagnostics v_count = row_count;

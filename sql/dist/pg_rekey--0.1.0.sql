@@ -3494,6 +3494,7 @@ declare
   v_key text;
   v_key_names text[];
   v_lengths text;
+  v_whole regclass;
 begin
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
@@ -3502,8 +3503,15 @@ begin
   where d.classid = 'pg_proc'::regclass and d.objid = 'rekey_targets.$body$ || v_prefix || $body$_guard'::regproc
     and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
   group by d.refobjid;
-  if relation <> v_table and not exists (select from pg_partition_tree(v_table) p where p.relid = relation and p.isleaf) then
-    raise exception '% is not the protected table', relation using errcode = 'RK005';
+  -- The whole before its parts, as ALTER TABLE locks them: an UPDATE of a partition would lock it after them, to check their bounds.
+  for v_whole in
+    select c.oid from pg_partition_ancestors(relation) with ordinality as a(relid, place) join pg_class c on c.oid = a.relid
+    where c.oid <> relation and has_table_privilege(c.oid, 'select') and has_schema_privilege(c.relnamespace, 'usage') order by a.place desc
+  loop
+    execute format('select from only %s limit 0', v_whole);
+  end loop;
+  if relation <> v_table and not exists (select from pg_partition_ancestors(relation) a where a.relid = v_table) then
+    raise exception '% is no part of the protected table any more', relation using errcode = 'serialization_failure';
   end if;
   select string_agg(format($q$coalesce(int4send(octet_length(convert_to(t.%1$s::text, 'UTF8'))) || convert_to(t.%1$s::text, 'UTF8'), '\xffffffff')$q$,
       v_names[p.place]), ' || ' order by p.rank)
@@ -3608,13 +3616,27 @@ end
 $$;
 comment on function rekey._home is 'In which cluster and database an oid is good.';
 
+-- (pg_partition_tree() would lock them, each before what it is a part of.)
+create or replace function rekey._parts(relation regclass) returns setof pg_class
+language sql stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with recursive parts as (
+    select i.inhrelid from pg_inherits i where i.inhparent = relation and not i.inhdetachpending
+    union all
+    select i.inhrelid from parts p join pg_inherits i on i.inhparent = p.inhrelid and not i.inhdetachpending
+  )
+  select c.* from parts p join pg_class c on c.oid = p.inhrelid;
+end;
+comment on function rekey._parts is 'The partitions of a partitioned table, and theirs; locks nothing.';
+
 create or replace function rekey._relations_here(relation regclass) returns setof regclass
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
-    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
+    return query select p.oid::regclass from rekey._parts(relation) p where p.relkind <> 'p';
   elsif relation is not null then
     return next relation;
   end if;
@@ -3908,9 +3930,7 @@ begin
   for v_part in
     select c.oid::regclass as relation, c.relkind, c.relowner, c.relforcerowsecurity from pg_class c where c.oid = v_shape.relation
     union all
-    select c.oid::regclass, c.relkind, c.relowner, c.relforcerowsecurity
-    from pg_partition_tree(v_shape.relation) p join pg_class c on c.oid = p.relid
-    where v_table.relkind = 'p' and p.relid <> v_shape.relation
+    select p.oid::regclass, p.relkind, p.relowner, p.relforcerowsecurity from rekey._parts(v_shape.relation) p where v_table.relkind = 'p'
   loop
     if v_part.relforcerowsecurity then
       return format('FORCE ROW LEVEL SECURITY may hide rows of %s from its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', v_part.relation);
@@ -4808,6 +4828,7 @@ begin
   if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
     execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
   end if;
+  execute format('lock table %s in access share mode', target);  -- the whole before its parts, as ALTER TABLE locks them
   foreach v_statement in array coalesce(v_released.statements, '{}') loop
     execute v_statement;
     get diagnostics v_count = row_count;
