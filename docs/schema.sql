@@ -96,6 +96,10 @@ CREATE TYPE rekey._counted AS (
 	keyring_id integer,
 	version integer,
 	rows bigint,
+	next tid,
+	ciphertexts bytea[],
+	contexts bytea[],
+	keys text[],
 	error text,
 	code text,
 	context text
@@ -108,7 +112,7 @@ ALTER TYPE rekey._counted OWNER TO rekey_owner;
 -- Name: TYPE _counted; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON TYPE rekey._counted IS 'Rows of a relation on a key version, as rekey._call_count() counts them; or the error, its SQLSTATE and context, with which it could not be counted. place: which of the relations.';
+COMMENT ON TYPE rekey._counted IS 'Rows of a relation on a key version, as rekey._call_count() counts them, or the rows themselves; or the error, its SQLSTATE and context, with which it could not be counted. place: which of the relations.';
 
 
 --
@@ -1666,10 +1670,10 @@ COMMENT ON FUNCTION rekey._byte_mark(start text) IS 'The mark that bytes begin w
 
 
 --
--- Name: _call_count(name[], regclass[], integer[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+-- Name: _call_count(name[], regclass[], integer[], boolean, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
 --
 
-CREATE FUNCTION rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean DEFAULT false) RETURNS SETOF rekey._counted
+CREATE FUNCTION rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean DEFAULT false, whole boolean DEFAULT false) RETURNS SETOF rekey._counted
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'on'
@@ -1681,6 +1685,10 @@ declare
   v_keyring integer;
   v_version integer;
   v_rows bigint;
+  v_next tid;
+  v_ciphertexts bytea[];
+  v_contexts bytea[];
+  v_keys text[];
   v_context text;
   v_found rekey._counted[];
   v_last integer;
@@ -1691,7 +1699,11 @@ begin
   end if;
   for v_run in
     select c.name <> 'secrets' as foreign, keyrings = '{}' as locks, count(*)::integer as count, array_agg(c.place::integer) as places,
-      array_agg(c.relation) as relations, array_agg(format('select s.* from rekey_targets.%I($1, $2) s', c.name || '_count')) as statements
+      array_agg(c.relation) as relations, array_agg(format(case when whole
+          then 'select null, null, pg_catalog.cardinality(s.rows), s.next, s.ciphertexts, s.contexts, s.keys
+            from rekey_targets.%I($1, ''(0,0)'', ''(4294967294,0)'', $2, null, 4000, 2097152) s'
+          else 'select s.keyring_id, s.version, s.rows, null, null, null, null from rekey_targets.%I($1, $2) s' end,
+        c.name || case when whole then '_scan' else '_count' end)) as statements
     from unnest(function_names, relations) with ordinality as c(name, relation, place)
     left join pg_proc p on p.pronamespace = 'rekey_targets'::regnamespace and p.proname = c.name || '_count'
     group by c.name <> 'secrets', p.proowner
@@ -1707,9 +1719,11 @@ begin
       for v_place in 1 .. v_run.count loop
         begin
           if v_run.locks or pg_catalog.pg_relation_size(v_run.relations[v_place]) operator(pg_catalog.>) 0 then
-            for v_keyring, v_version, v_rows in execute v_run.statements[v_place] using v_run.relations[v_place], keyrings loop
+            for v_keyring, v_version, v_rows, v_next, v_ciphertexts, v_contexts, v_keys in
+              execute v_run.statements[v_place] using v_run.relations[v_place], keyrings
+            loop
               v_last := v_last operator(pg_catalog.+) 1;
-              v_found[v_last] := row(v_run.places[v_place], v_keyring, v_version, v_rows, null, null, null)::rekey._counted;
+              v_found[v_last] := row(v_run.places[v_place], v_keyring, v_version, v_rows, v_next, v_ciphertexts, v_contexts, v_keys, null, null, null)::rekey._counted;
             end loop;
           end if;
         exception when assert_failure or others then
@@ -1718,7 +1732,7 @@ begin
             raise;
           end if;
           v_last := v_last operator(pg_catalog.+) 1;
-          v_found[v_last] := row(v_run.places[v_place], null, null, 0, sqlerrm, sqlstate, v_context)::rekey._counted;
+          v_found[v_last] := row(v_run.places[v_place], null, null, 0, null, null, null, null, sqlerrm, sqlstate, v_context)::rekey._counted;
         end;
       end loop;
       if v_run.foreign then
@@ -1730,13 +1744,13 @@ begin
       if not apart then
         raise;
       elsif v_run.count = 1 then
-        v_found := array[row(v_run.places[1], null, null, 0, sqlerrm, sqlstate, v_context)::rekey._counted];
+        v_found := array[row(v_run.places[1], null, null, 0, null, null, null, null, sqlerrm, sqlstate, v_context)::rekey._counted];
       else
         -- Each by itself, to find whose it is.
         v_found := array(
-          select row(p.place, c.keyring_id, c.version, c.rows, c.error, c.code, c.context)::rekey._counted
+          select row(p.place, c.keyring_id, c.version, c.rows, c.next, c.ciphertexts, c.contexts, c.keys, c.error, c.code, c.context)::rekey._counted
           from unnest(v_run.places) as p(place)
-          cross join lateral rekey._call_count(function_names[p.place:p.place], relations[p.place:p.place], keyrings, true) c);
+          cross join lateral rekey._call_count(function_names[p.place:p.place], relations[p.place:p.place], keyrings, true, whole) c);
       end if;
     end;
     return query select f.* from unnest(v_found) as f;
@@ -1745,13 +1759,13 @@ end
 $_$;
 
 
-ALTER FUNCTION rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean) OWNER TO rekey_sweeper;
+ALTER FUNCTION rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean, whole boolean) OWNER TO rekey_sweeper;
 
 --
--- Name: FUNCTION _call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean, whole boolean); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
 --
 
-COMMENT ON FUNCTION rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean) IS 'Calls the count functions of targets. keyrings empty: locks each relation, with its partitions, and counts nothing. apart: an error of one is a row, and does not stop the others; what came of it before is not to be trusted.';
+COMMENT ON FUNCTION rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean, whole boolean) IS 'Calls the count functions of targets. keyrings empty: locks each relation, with its partitions, and counts nothing. apart: an error of one is a row, and does not stop the others; what came of it before is not to be trusted. whole: calls their scan functions, for all rows of each relation, or the first of them, up to next.';
 
 
 --
@@ -3503,23 +3517,23 @@ COMMENT ON FUNCTION rekey._count(keyrings integer[], opening boolean, verificati
 
 
 --
--- Name: _count_rows(rekey._target[], integer[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _count_rows(rekey._target[], integer[], boolean, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean DEFAULT false) RETURNS SETOF rekey._counted
+CREATE FUNCTION rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean DEFAULT false, whole boolean DEFAULT false) RETURNS SETOF rekey._counted
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     -- in sql/code
 ;
 
 
-ALTER FUNCTION rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean, whole boolean) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _count_rows(targets rekey._target[], keyrings integer[], apart boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _count_rows(targets rekey._target[], keyrings integer[], apart boolean, whole boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean) IS 'Counts targets by keyring and version, in the snapshot of the caller''s statement, as rekey._call_count(); keyring NULL: values that are no envelopes. place: which of the targets.';
+COMMENT ON FUNCTION rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean, whole boolean) IS 'Counts targets by keyring and version, in the snapshot of the caller''s statement, as rekey._call_count(); keyring NULL: values that are no envelopes. place: which of the targets.';
 
 
 --
@@ -3911,8 +3925,15 @@ declare
   v_keyrings integer[] := (
     select case when bool_or(r.trigger = 'adoption') then null else array_agg(r.keyring_id) end
     from rekey.rotations r where r.id = any (rotations));
-  v_targets rekey._target[] := rekey._targets_now();
+  v_targets rekey._target[];
 begin
+  if (select bool_and(r.trigger = 'adoption') from rekey.rotations r where r.id = any (rotations)) then
+    v_targets := array(
+      select t from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id cross join lateral rekey._targets(p.label) t
+      where r.id = any (rotations) and t.problem is null);
+  else
+    v_targets := rekey._targets_now();
+  end if;
   return query
     select r.id, t.target, t.relation::oid, t.indexed, r.trigger = 'adoption', sum(c.rows)::bigint
     from rekey._count_rows(v_targets, v_keyrings, apart => true) c
@@ -7495,6 +7516,73 @@ COMMENT ON FUNCTION rekey._open(envelope bytea, context bytea) IS 'Plaintext of 
 
 
 --
+-- Name: _open_found(rekey._target[], rekey._counted[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._open_found(targets rekey._target[], whole rekey._counted[]) RETURNS TABLE(target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[], refused bigint, error text, code text)
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_of integer[];
+  v_at integer[];
+  v_ciphertexts bytea[];
+  v_contexts bytea[];
+  v_keys text[];
+begin
+  return query
+    select t.target, t.relation, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint,
+      rekey._explain_error(t.target, t.relation, f.error, f.code, f.context, true), f.code
+    from unnest(whole) f join unnest(targets) with ordinality t on t.ordinality = f.place
+    where f.error is not null;
+  select array_agg(r.place order by r.n), array_agg(r.at order by r.n), array_agg(r.ciphertext order by r.n), array_agg(r.context order by r.n), array_agg(r.key order by r.n)
+  into v_of, v_at, v_ciphertexts, v_contexts, v_keys
+  from (
+    select f.place, u.at::integer as at, u.ciphertext, t.prefix || u.context as context, u.key, row_number() over () as n
+    from unnest(whole) f
+    join unnest(targets) with ordinality t on t.ordinality = f.place
+    cross join lateral unnest(f.ciphertexts, f.contexts, f.keys) with ordinality as u(ciphertext, context, key, at)
+    where f.error is null) r;
+  return query
+    with failing as materialized (
+      select f.n, f.problem
+      from rekey._check(v_ciphertexts, '', v_contexts) c cross join lateral unnest(c.failed_places, c.problems) as f(n, problem)
+    ), opened as (
+      select u.place, u.at, u.key, f.problem, rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
+      from unnest(v_of, v_at, v_ciphertexts, v_keys) with ordinality as u(place, at, ciphertext, key, n)
+      left join failing f on f.n = u.n
+    ), refusing as (
+      select r.place as at, f.place, f.keys[r.place] as key, r.keyring_id, r.version
+      from unnest(whole) f
+      join unnest(targets) with ordinality t on t.ordinality = f.place
+      cross join lateral rekey._refused_rows(t.target, t.relation, f.ciphertexts, f.keys) r
+      where f.error is null and exists (
+        select from rekey.rotation_failures q where q.target = t.target and q.resolved_at is null and q.sqlstate is not null)
+    )
+    select t.target, t.relation, c.keyring_id, c.version, c.rows, c.failed, c.failed_keys, c.failed_problems, c.refused, null::text, null::text
+    from (
+      select o.place, o.keyring_id, o.version, count(*) as rows, count(o.problem) as failed, array_agg(o.key) filter (where o.problem is not null) as failed_keys,
+        array_agg(o.problem) filter (where o.problem is not null) as failed_problems, 0::bigint as refused
+      from opened o group by o.place, o.keyring_id, o.version
+      union all
+      select r.place, r.keyring_id, r.version, 0, 0, array_agg(r.key), null, count(*)
+      from refusing r where not exists (select from opened o where o.place = r.place and o.at = r.at and o.problem is not null)
+      group by r.place, r.keyring_id, r.version) c
+    join unnest(targets) with ordinality t on t.ordinality = c.place;
+end
+$$;
+
+
+ALTER FUNCTION rekey._open_found(targets rekey._target[], whole rekey._counted[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _open_found(targets rekey._target[], whole rekey._counted[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._open_found(targets rekey._target[], whole rekey._counted[]) IS 'Counts and opens rows of targets, as rekey._open_rows(), that rekey._count_rows(whole => true) found.';
+
+
+--
 -- Name: _open_pgp(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7547,6 +7635,9 @@ CREATE FUNCTION rekey._open_rows(targets rekey._target[], keyrings integer[], ve
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+  v_large rekey._target[] := array(select t from unnest(targets) t where t.indexed or pg_table_size(t.relation) > 524288);
+  v_group record;
+  v_whole rekey._counted[];
   v_target rekey._target;
   v_count rekey._counted;
   v_rows bigint[];
@@ -7563,9 +7654,20 @@ declare
   v_place integer := 0;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
-  for v_count in select c.* from rekey._count_rows(targets, keyrings, apart) c loop
-    target := targets[v_count.place].target;
-    relation := targets[v_count.place].relation;
+  -- What is small is counted by opening it, 4 MB of it at a time.
+  for v_group in
+    select array_agg(g.target) as targets
+    from (select t as target, sum(pg_table_size(t.relation)) over (order by t.relation, t.target) / 4194304 as number
+          from unnest(targets) t where not t.indexed and pg_table_size(t.relation) <= 524288) g
+    group by g.number::integer
+  loop
+    v_whole := array(select c from rekey._count_rows(v_group.targets, keyrings, apart, whole => true) c);
+    return query select o.* from rekey._open_found(v_group.targets, array(select f from unnest(v_whole) f where f.next is null)) o;
+    v_large := v_large || array(select v_group.targets[f.place] from unnest(v_whole) f where f.next is not null);
+  end loop;
+  for v_count in select c.* from rekey._count_rows(v_large, keyrings, apart) c loop
+    target := v_large[v_count.place].target;
+    relation := v_large[v_count.place].relation;
     keyring_id := v_count.keyring_id;
     version := v_count.version;
     rows := v_count.rows;
@@ -7583,7 +7685,7 @@ begin
     code := null;
   end loop;
   rows := 0;
-  foreach v_target in array targets loop
+  foreach v_target in array v_large loop
     v_place := v_place + 1;
     -- Where none was counted, there is none.
     continue when coalesce(v_rows[v_place], 0) = 0;
@@ -10112,15 +10214,11 @@ CREATE FUNCTION rekey._rival(protected rekey.protected_columns, relation regclas
 begin
   return (
     select o.label
-    from (
-      select t.oid from unnest(leaves) as t(oid) where t.oid <> _rival.relation
-      union all
-      select a.relid from pg_partition_ancestors(_rival.relation) a where a.relid <> _rival.relation
-    ) as t
-    join pg_depend d on d.refclassid = 'pg_class'::regclass and d.refobjid = t.oid and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass
+    from pg_depend d
     join pg_proc p on p.oid = d.objid and p.pronamespace = 'rekey_targets'::regnamespace
     join rekey.protected_columns o on o.id = substring(p.proname from '^column_(\d{1,9})_guard$')::integer
-    where o.id <> protected.id
+    where o.id <> protected.id and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass
+      and d.refobjid = any (array_remove(leaves || array(select a.relid::oid from pg_partition_ancestors(_rival.relation) a), _rival.relation::oid))
     limit 1);
 end
 $_$;
@@ -11888,9 +11986,8 @@ begin
       cross join unnest(v_names, v_functions) as n(name, function)
       except
       select g.tgrelid, g.tgname, g.tgfoid
-      from unnest(relations) as t(oid)
-      join pg_trigger g on g.tgrelid = t.oid
-      where g.tgname = any (v_names) and g.tgenabled in ('A', 'O')) w
+      from pg_trigger g
+      where g.tgrelid = any (relations) and g.tgname = any (v_names) and g.tgenabled in ('A', 'O')) w
     limit 1);
 end
 $_$;
@@ -17894,11 +17991,11 @@ REVOKE ALL ON FUNCTION rekey._byte_mark(start text) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean, whole boolean); Type: ACL; Schema: rekey; Owner: rekey_sweeper
 --
 
-REVOKE ALL ON FUNCTION rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean) TO rekey_owner;
+REVOKE ALL ON FUNCTION rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean, whole boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean, whole boolean) TO rekey_owner;
 
 
 --
@@ -18172,10 +18269,10 @@ REVOKE ALL ON FUNCTION rekey._count(keyrings integer[], opening boolean, verific
 
 
 --
--- Name: FUNCTION _count_rows(targets rekey._target[], keyrings integer[], apart boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _count_rows(targets rekey._target[], keyrings integer[], apart boolean, whole boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean, whole boolean) FROM PUBLIC;
 
 
 --
@@ -18965,6 +19062,13 @@ REVOKE ALL ON FUNCTION rekey._opaque_bytes(value bytea) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._open(envelope bytea, context bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _open_found(targets rekey._target[], whole rekey._counted[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._open_found(targets rekey._target[], whole rekey._counted[]) FROM PUBLIC;
 
 
 --

@@ -235,7 +235,9 @@ comment on function rekey._refuse_changes is 'RK005 where rows were changed sinc
 -- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql). What follows
 -- the call is named with its schema: the search path may be another one now.
 -- What one owner's code leaves behind is looked for before another's is called. (An empty file holds no rows for any snapshot.)
-create or replace function rekey._call_count(function_names name[], relations regclass[], keyrings integer[], apart boolean = false)
+create or replace function rekey._call_count(
+  function_names name[], relations regclass[], keyrings integer[], apart boolean = false, whole boolean = false
+)
 returns setof rekey._counted
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -247,6 +249,10 @@ declare
   v_keyring integer;
   v_version integer;
   v_rows bigint;
+  v_next tid;
+  v_ciphertexts bytea[];
+  v_contexts bytea[];
+  v_keys text[];
   v_context text;
   v_found rekey._counted[];
   v_last integer;
@@ -257,7 +263,11 @@ begin
   end if;
   for v_run in
     select c.name <> 'secrets' as foreign, keyrings = '{}' as locks, count(*)::integer as count, array_agg(c.place::integer) as places,
-      array_agg(c.relation) as relations, array_agg(format('select s.* from rekey_targets.%I($1, $2) s', c.name || '_count')) as statements
+      array_agg(c.relation) as relations, array_agg(format(case when whole
+          then 'select null, null, pg_catalog.cardinality(s.rows), s.next, s.ciphertexts, s.contexts, s.keys
+            from rekey_targets.%I($1, ''(0,0)'', ''(4294967294,0)'', $2, null, 4000, 2097152) s'
+          else 'select s.keyring_id, s.version, s.rows, null, null, null, null from rekey_targets.%I($1, $2) s' end,
+        c.name || case when whole then '_scan' else '_count' end)) as statements
     from unnest(function_names, relations) with ordinality as c(name, relation, place)
     left join pg_proc p on p.pronamespace = 'rekey_targets'::regnamespace and p.proname = c.name || '_count'
     group by c.name <> 'secrets', p.proowner
@@ -273,9 +283,11 @@ begin
       for v_place in 1 .. v_run.count loop
         begin
           if v_run.locks or pg_catalog.pg_relation_size(v_run.relations[v_place]) operator(pg_catalog.>) 0 then
-            for v_keyring, v_version, v_rows in execute v_run.statements[v_place] using v_run.relations[v_place], keyrings loop
+            for v_keyring, v_version, v_rows, v_next, v_ciphertexts, v_contexts, v_keys in
+              execute v_run.statements[v_place] using v_run.relations[v_place], keyrings
+            loop
               v_last := v_last operator(pg_catalog.+) 1;
-              v_found[v_last] := row(v_run.places[v_place], v_keyring, v_version, v_rows, null, null, null)::rekey._counted;
+              v_found[v_last] := row(v_run.places[v_place], v_keyring, v_version, v_rows, v_next, v_ciphertexts, v_contexts, v_keys, null, null, null)::rekey._counted;
             end loop;
           end if;
         exception when assert_failure or others then
@@ -284,7 +296,7 @@ begin
             raise;
           end if;
           v_last := v_last operator(pg_catalog.+) 1;
-          v_found[v_last] := row(v_run.places[v_place], null, null, 0, sqlerrm, sqlstate, v_context)::rekey._counted;
+          v_found[v_last] := row(v_run.places[v_place], null, null, 0, null, null, null, null, sqlerrm, sqlstate, v_context)::rekey._counted;
         end;
       end loop;
       if v_run.foreign then
@@ -296,20 +308,20 @@ begin
       if not apart then
         raise;
       elsif v_run.count = 1 then
-        v_found := array[row(v_run.places[1], null, null, 0, sqlerrm, sqlstate, v_context)::rekey._counted];
+        v_found := array[row(v_run.places[1], null, null, 0, null, null, null, null, sqlerrm, sqlstate, v_context)::rekey._counted];
       else
         -- Each by itself, to find whose it is.
         v_found := array(
-          select row(p.place, c.keyring_id, c.version, c.rows, c.error, c.code, c.context)::rekey._counted
+          select row(p.place, c.keyring_id, c.version, c.rows, c.next, c.ciphertexts, c.contexts, c.keys, c.error, c.code, c.context)::rekey._counted
           from unnest(v_run.places) as p(place)
-          cross join lateral rekey._call_count(function_names[p.place:p.place], relations[p.place:p.place], keyrings, true) c);
+          cross join lateral rekey._call_count(function_names[p.place:p.place], relations[p.place:p.place], keyrings, true, whole) c);
       end if;
     end;
     return query select f.* from unnest(v_found) as f;
   end loop;
 end
 $$;
-comment on function rekey._call_count is 'Calls the count functions of targets. keyrings empty: locks each relation, with its partitions, and counts nothing. apart: an error of one is a row, and does not stop the others; what came of it before is not to be trusted.';
+comment on function rekey._call_count is 'Calls the count functions of targets. keyrings empty: locks each relation, with its partitions, and counts nothing. apart: an error of one is a row, and does not stop the others; what came of it before is not to be trusted. whole: calls their scan functions, for all rows of each relation, or the first of them, up to next.';
 
 create or replace function rekey._call_scan(
   function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint,
@@ -533,13 +545,14 @@ language sql immutable parallel safe
 return case when pointer is not null then format('(%s,%s)', rekey._block(pointer), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid end;
 comment on function rekey._next_row is 'The row pointer after this one.';
 
-create or replace function rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean = false) returns setof rekey._counted
+create or replace function rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean = false, whole boolean = false)
+returns setof rekey._counted
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select c.*
   from (select array_agg(t.function_name) as functions, array_agg(t.relation) as relations from unnest(targets) as t) a
-  cross join lateral rekey._call_count(a.functions, a.relations, keyrings, apart) c;
+  cross join lateral rekey._call_count(a.functions, a.relations, keyrings, apart, whole) c;
 end;
 comment on function rekey._count_rows is
   'Counts targets by keyring and version, in the snapshot of the caller''s statement, as rekey._call_count(); keyring NULL: values that are no envelopes. place: which of the targets.';

@@ -292,15 +292,11 @@ as $$
 begin
   return (
     select o.label
-    from (
-      select t.oid from unnest(leaves) as t(oid) where t.oid <> _rival.relation
-      union all
-      select a.relid from pg_partition_ancestors(_rival.relation) a where a.relid <> _rival.relation
-    ) as t
-    join pg_depend d on d.refclassid = 'pg_class'::regclass and d.refobjid = t.oid and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass
+    from pg_depend d
     join pg_proc p on p.oid = d.objid and p.pronamespace = 'rekey_targets'::regnamespace
     join rekey.protected_columns o on o.id = substring(p.proname from '^column_(\d{1,9})_guard$')::integer
-    where o.id <> protected.id
+    where o.id <> protected.id and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass
+      and d.refobjid = any (array_remove(leaves || array(select a.relid::oid from pg_partition_ancestors(_rival.relation) a), _rival.relation::oid))
     limit 1);
 end
 $$;
@@ -366,9 +362,8 @@ begin
       cross join unnest(v_names, v_functions) as n(name, function)
       except
       select g.tgrelid, g.tgname, g.tgfoid
-      from unnest(relations) as t(oid)
-      join pg_trigger g on g.tgrelid = t.oid
-      where g.tgname = any (v_names) and g.tgenabled in ('A', 'O')) w
+      from pg_trigger g
+      where g.tgrelid = any (relations) and g.tgname = any (v_names) and g.tgenabled in ('A', 'O')) w
     limit 1);
 end
 $$;

@@ -298,8 +298,15 @@ declare
   v_keyrings integer[] := (
     select case when bool_or(r.trigger = 'adoption') then null else array_agg(r.keyring_id) end
     from rekey.rotations r where r.id = any (rotations));
-  v_targets rekey._target[] := rekey._targets_now();
+  v_targets rekey._target[];
 begin
+  if (select bool_and(r.trigger = 'adoption') from rekey.rotations r where r.id = any (rotations)) then
+    v_targets := array(
+      select t from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id cross join lateral rekey._targets(p.label) t
+      where r.id = any (rotations) and t.problem is null);
+  else
+    v_targets := rekey._targets_now();
+  end if;
   return query
     select r.id, t.target, t.relation::oid, t.indexed, r.trigger = 'adoption', sum(c.rows)::bigint
     from rekey._count_rows(v_targets, v_keyrings, apart => true) c

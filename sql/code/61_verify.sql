@@ -72,6 +72,62 @@ end;
 comment on function rekey._refused_rows is
   'Which of these rows are in quarantine because their table refused the new value, and still are as they were then.';
 
+create or replace function rekey._open_found(targets rekey._target[], whole rekey._counted[])
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
+               refused bigint, error text, code text)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_of integer[];
+  v_at integer[];
+  v_ciphertexts bytea[];
+  v_contexts bytea[];
+  v_keys text[];
+begin
+  return query
+    select t.target, t.relation, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint,
+      rekey._explain_error(t.target, t.relation, f.error, f.code, f.context, true), f.code
+    from unnest(whole) f join unnest(targets) with ordinality t on t.ordinality = f.place
+    where f.error is not null;
+  select array_agg(r.place order by r.n), array_agg(r.at order by r.n), array_agg(r.ciphertext order by r.n), array_agg(r.context order by r.n), array_agg(r.key order by r.n)
+  into v_of, v_at, v_ciphertexts, v_contexts, v_keys
+  from (
+    select f.place, u.at::integer as at, u.ciphertext, t.prefix || u.context as context, u.key, row_number() over () as n
+    from unnest(whole) f
+    join unnest(targets) with ordinality t on t.ordinality = f.place
+    cross join lateral unnest(f.ciphertexts, f.contexts, f.keys) with ordinality as u(ciphertext, context, key, at)
+    where f.error is null) r;
+  return query
+    with failing as materialized (
+      select f.n, f.problem
+      from rekey._check(v_ciphertexts, '', v_contexts) c cross join lateral unnest(c.failed_places, c.problems) as f(n, problem)
+    ), opened as (
+      select u.place, u.at, u.key, f.problem, rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
+      from unnest(v_of, v_at, v_ciphertexts, v_keys) with ordinality as u(place, at, ciphertext, key, n)
+      left join failing f on f.n = u.n
+    ), refusing as (
+      select r.place as at, f.place, f.keys[r.place] as key, r.keyring_id, r.version
+      from unnest(whole) f
+      join unnest(targets) with ordinality t on t.ordinality = f.place
+      cross join lateral rekey._refused_rows(t.target, t.relation, f.ciphertexts, f.keys) r
+      where f.error is null and exists (
+        select from rekey.rotation_failures q where q.target = t.target and q.resolved_at is null and q.sqlstate is not null)
+    )
+    select t.target, t.relation, c.keyring_id, c.version, c.rows, c.failed, c.failed_keys, c.failed_problems, c.refused, null::text, null::text
+    from (
+      select o.place, o.keyring_id, o.version, count(*) as rows, count(o.problem) as failed, array_agg(o.key) filter (where o.problem is not null) as failed_keys,
+        array_agg(o.problem) filter (where o.problem is not null) as failed_problems, 0::bigint as refused
+      from opened o group by o.place, o.keyring_id, o.version
+      union all
+      select r.place, r.keyring_id, r.version, 0, 0, array_agg(r.key), null, count(*)
+      from refusing r where not exists (select from opened o where o.place = r.place and o.at = r.at and o.problem is not null)
+      group by r.place, r.keyring_id, r.version) c
+    join unnest(targets) with ordinality t on t.ordinality = c.place;
+end
+$$;
+comment on function rekey._open_found is 'Counts and opens rows of targets, as rekey._open_rows(), that rekey._count_rows(whole => true) found.';
+
 create or replace function rekey._open_rows(targets rekey._target[], keyrings integer[], verification_id bigint, apart boolean = false)
 returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
                refused bigint, error text, code text)
@@ -79,6 +135,9 @@ language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_large rekey._target[] := array(select t from unnest(targets) t where t.indexed or pg_table_size(t.relation) > 524288);
+  v_group record;
+  v_whole rekey._counted[];
   v_target rekey._target;
   v_count rekey._counted;
   v_rows bigint[];
@@ -95,9 +154,20 @@ declare
   v_place integer := 0;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
-  for v_count in select c.* from rekey._count_rows(targets, keyrings, apart) c loop
-    target := targets[v_count.place].target;
-    relation := targets[v_count.place].relation;
+  -- What is small is counted by opening it, 4 MB of it at a time.
+  for v_group in
+    select array_agg(g.target) as targets
+    from (select t as target, sum(pg_table_size(t.relation)) over (order by t.relation, t.target) / 4194304 as number
+          from unnest(targets) t where not t.indexed and pg_table_size(t.relation) <= 524288) g
+    group by g.number::integer
+  loop
+    v_whole := array(select c from rekey._count_rows(v_group.targets, keyrings, apart, whole => true) c);
+    return query select o.* from rekey._open_found(v_group.targets, array(select f from unnest(v_whole) f where f.next is null)) o;
+    v_large := v_large || array(select v_group.targets[f.place] from unnest(v_whole) f where f.next is not null);
+  end loop;
+  for v_count in select c.* from rekey._count_rows(v_large, keyrings, apart) c loop
+    target := v_large[v_count.place].target;
+    relation := v_large[v_count.place].relation;
     keyring_id := v_count.keyring_id;
     version := v_count.version;
     rows := v_count.rows;
@@ -115,7 +185,7 @@ begin
     code := null;
   end loop;
   rows := 0;
-  foreach v_target in array targets loop
+  foreach v_target in array v_large loop
     v_place := v_place + 1;
     -- Where none was counted, there is none.
     continue when coalesce(v_rows[v_place], 0) = 0;
