@@ -49,7 +49,7 @@ FULL = Amounts(
     loops=1000,
     rounds=5,
     extent=Extent(rows=1_000_000, keyrings=10_000, column_rows=100_000),
-    contest=Contest(tables=200, partitions=200, secrets=50_000, calls=200, rounds=3),
+    contest=Contest(tables=200, partitions=200, secrets=50_000, calls=1000, rounds=3),
 )
 SMOKE = Amounts(
     heats=(Heat(256, 200, 2), *(Heat(size, 200, 1) for size in (32, 1024, 16_384))),

@@ -2851,6 +2851,17 @@ declare
   v_lengths text;
   v_whole regclass;
 begin
+  -- First the locks, so that what is found out remains true. The whole before its parts, as ALTER TABLE locks them: an UPDATE of a
+  -- partition would lock it after them, to check their bounds.
+  for v_whole in
+    select c.oid
+    from (select relation as relid, 0 as place union all select * from pg_partition_ancestors(relation) with ordinality) a join pg_class c on c.oid = a.relid
+    where c.oid = relation and a.place = 0
+      or c.oid <> relation and has_table_privilege(c.oid, 'select') and has_schema_privilege(c.relnamespace, 'usage')
+    order by a.place desc
+  loop
+    execute format('select from only %s limit 0', v_whole);
+  end loop;
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
   from pg_depend d
@@ -2858,17 +2869,9 @@ begin
   where d.classid = 'pg_proc'::regclass and d.objid = 'rekey_targets.$body$ || v_prefix || $body$_guard'::regproc
     and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
   group by d.refobjid;
-  -- The whole before its parts, as ALTER TABLE locks them: an UPDATE of a partition would lock it after them, to check their bounds.
-  for v_whole in
-    select c.oid from pg_partition_ancestors(relation) with ordinality as a(relid, place) join pg_class c on c.oid = a.relid
-    where c.oid <> relation and has_table_privilege(c.oid, 'select') and has_schema_privilege(c.relnamespace, 'usage') order by a.place desc
-  loop
-    execute format('select from only %s limit 0', v_whole);
-  end loop;
   if relation <> v_table and not exists (select from pg_partition_ancestors(relation) a where a.relid = v_table) then
     raise exception '% is no part of the protected table any more', relation using errcode = 'serialization_failure';
   elsif template is null then
-    execute format('select from only %s limit 0', relation);
     perform from pg_partition_tree(relation);
     return null;
   end if;

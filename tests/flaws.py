@@ -92,8 +92,8 @@ FLAWS = [
     Flaw(
         "forced policies are not noticed",
         "51_columns.sql",
-        "if v_part.relforcerowsecurity then",
-        "if false then",
+        "where w.relforcerowsecurity or w.relowner",
+        "where w.relowner",
     ),
     Flaw(
         "forced policies on our own tables are not noticed",
