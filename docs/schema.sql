@@ -412,9 +412,10 @@ begin
     elsif v_format = 'plaintext' then
       v_plaintext := v_bytes;
     elsif v_format = 'pgp_sym' then
+      v_bytes := rekey._pgp_message(v_bytes);
       v_plaintext := rekey._open_pgp(v_bytes);
       if v_plaintext is null then
-        v_problem := 'pgp_sym does not open: damaged, or another passphrase';
+        v_problem := rekey._pgp_problem(v_bytes);
       end if;
     end if;
     v_ciphertexts[v_place] := null;
@@ -7339,26 +7340,18 @@ COMMENT ON FUNCTION rekey._open(envelope bytea, context bytea) IS 'Plaintext of 
 -- Name: _open_pgp(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._open_pgp(value bytea) RETURNS bytea
+CREATE FUNCTION rekey._open_pgp(message bytea) RETURNS bytea
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_message bytea := value;
   v_plaintext bytea;
   v_count integer;
 begin
-  if substr(value, 1, 5) = '-----'::bytea then
-    begin
-      v_message := rekey._dearmor(encode(value, 'escape'));
-    exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
-      return null;
-    end;
-  end if;
   select count(*) into v_count from rekey._passphrases();
   for v_place in 1 .. v_count loop
     begin
-      select rekey._pgp_decrypt(v_message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
+      select rekey._pgp_decrypt(message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
       from rekey._passphrases() p where p.place = v_place;
       exit when v_plaintext is not null;
     exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
@@ -7370,13 +7363,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._open_pgp(value bytea) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._open_pgp(message bytea) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _open_pgp(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _open_pgp(message bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._open_pgp(value bytea) IS 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
+COMMENT ON FUNCTION rekey._open_pgp(message bytea) IS 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
 
 
 --
@@ -7714,6 +7707,69 @@ ALTER FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) OWNER TO rekey
 --
 
 COMMENT ON FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) IS 'pgcrypto''s pgp_sym_decrypt_bytea(), wherever it is.';
+
+
+--
+-- Name: _pgp_message(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._pgp_message(value bytea) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return case when substr(value, 1, 5) = '-----'::bytea then rekey._dearmor(encode(value, 'escape')) else value end;
+exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+  return null;
+end
+$$;
+
+
+ALTER FUNCTION rekey._pgp_message(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _pgp_message(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._pgp_message(value bytea) IS 'A message of OpenPGP without its armour; NULL where that is damaged.';
+
+
+--
+-- Name: _pgp_problem(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._pgp_problem(message bytea) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_cipher integer;
+  v_length integer;
+begin
+  if coalesce(octet_length(message), 0) < 40 or get_byte(message, 2) <> 4 or get_byte(message, 3) in (2, 7, 8, 9) then
+    return 'pgp_sym does not open: damaged, or another passphrase';
+  end if;
+  v_cipher := get_byte(message, 3);
+  if not v_cipher in (3, 4) then
+    return format('pgp_sym does not open: pgcrypto does not have cipher %s of OpenPGP', v_cipher);
+  end if;
+  v_length := case when get_byte(message, 16) = 255 then 5 when get_byte(message, 16) between 192 and 223 then 2 else 1 end;
+  return format(
+    case when substr(message, 24 + v_length, 2) = substr(message, 26 + v_length, 2) and get_byte(message, 27 + v_length) in (200, 203)
+         then 'pgp_sym holds its value unencrypted: pgcrypto wrote it where OpenSSL did not have the cipher %s (CVE-2026-14663)'
+         else 'pgp_sym does not open: made with the cipher %s, which OpenSSL 3 has in its legacy provider alone; or damaged, or another passphrase' end,
+    case v_cipher when 3 then 'cast5' else 'bf' end);
+end
+$$;
+
+
+ALTER FUNCTION rekey._pgp_problem(message bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _pgp_problem(message bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._pgp_problem(message bytea) IS 'Why a message that no passphrase opens may be so.';
 
 
 --
@@ -18711,10 +18767,10 @@ REVOKE ALL ON FUNCTION rekey._open(envelope bytea, context bytea) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _open_pgp(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _open_pgp(message bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._open_pgp(value bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._open_pgp(message bytea) FROM PUBLIC;
 
 
 --
@@ -18778,6 +18834,20 @@ REVOKE ALL ON FUNCTION rekey._passphrases() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _pgp_message(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._pgp_message(value bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _pgp_problem(message bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._pgp_problem(message bytea) FROM PUBLIC;
 
 
 --
