@@ -56,6 +56,29 @@ def unpacked(version: str) -> Iterator[local.Installation]:
         yield installation
 
 
+@contextlib.contextmanager
+def copied(installation: local.Installation) -> Iterator[local.Installation]:
+    """A copy of an installation that no other run uses, for tests that change its files.
+
+    A server finds its files from where its program is.
+    """
+    config = installation.bindir / "pg_config"
+    if not config.exists():
+        raise Unavailable(f"there is no {config}, which says what belongs to it")
+    told = subprocess.run([config, "--sharedir", "--pkglibdir"], capture_output=True, text=True, check=True)
+    folders = [installation.bindir, *map(Path, told.stdout.split())]
+    root = Path(os.path.commonpath(folders))
+    with tempfile.TemporaryDirectory(prefix="pgrk-server-", dir="/tmp") as name:
+        place = Path(name)
+        place.chmod(0o755)
+        for folder in folders:
+            shutil.copytree(folder, place / folder.relative_to(root), dirs_exist_ok=True)
+        copy = local.Installation.at(place / installation.bindir.relative_to(root))
+        if copy is None or not copy.extensions.is_relative_to(place):
+            raise Unavailable(f"what is in {installation.bindir} cannot be copied")
+        yield copy
+
+
 def search_path(installation: local.Installation) -> str:
     """Return a PATH that leads to this server first."""
     return f"{installation.bindir}{os.pathsep}{os.environ['PATH']}"

@@ -34,6 +34,19 @@ select version from only supabase_migrations.schema_migrations where name ~ '(^|
 select exists (
   select from pg_extension_update_paths('pg_rekey') p where p.source = %s and p.target = %s and p.path is not null)
 
+-- name: pg_tle has it
+-- description: Whether it is pg_tle that keeps the scripts of the extension: there is its control function, beside one of pg_tle's own.
+select exists (
+  select from pg_depend d
+  join pg_extension e on d.refclassid = 'pg_extension'::regclass and e.oid = d.refobjid and d.deptype = 'e' and e.extname = 'pg_tle'
+  where d.classid = 'pg_proc'::regclass and d.objid = to_regprocedure('pgtle.extension_update_paths(name)')
+    and to_regprocedure('pgtle."pg_rekey.control"()') is not null)
+
+-- name: pg_tle path
+-- description: Whether pg_tle has the script for one step of the extension.
+select exists (
+  select from pgtle.extension_update_paths('pg_rekey') p where p.source = %s and p.target = %s and p.path is not null)
+
 -- name: installer
 -- description: The role that installed it, and whether this one may replace what it owns.
 select p.proowner::regrole::text as role, coalesce(pg_has_role(p.proowner, 'usage'), true) as allowed
