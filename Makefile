@@ -12,7 +12,7 @@ LOCK = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11
 KILLS = 20
 MINUTES = 2
 
-.PHONY: help demo test test-matrix test-short prove bench lint sql lock install uninstall kek dev clean
+.PHONY: help demo test test-matrix test-short prove bench lint sql packages lock install uninstall kek dev clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-11s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -46,6 +46,9 @@ lint: $(STAMP) ## ruff, mypy, pgspot, plpgsql_check, the workflows, and that the
 sql: $(STAMP) ## assemble the SQL and write what is generated from it: sql/dist, the migration, the reference
 	@$(BIN)/python -m pg_rekey.release $(ARGS)
 	@$(BIN)/python docs/generate.py
+
+packages: $(STAMP) ## make what npm, PGXN and database.dev take, in build/
+	@$(BIN)/python packages/build.py
 
 lock: $(STAMP) ## resolve the ranges of pyproject.toml anew into requirements/, with hashes
 	@$(LOCK) --extra api --output-file requirements/api.txt pyproject.toml
