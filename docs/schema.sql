@@ -1455,6 +1455,7 @@ CREATE FUNCTION rekey._begin_search() RETURNS rekey._searches
 declare
   v_search rekey._searches;
 begin
+  perform rekey._expect_doomed();  -- whatever a restore may have made of it
   delete from rekey._searches s where s.id is not null;
   insert into rekey._searches (home, scope, begun_in)
   values (rekey._home(), (rekey._settings()).destroy_search, pg_current_xact_id()) returning * into v_search;
@@ -1590,7 +1591,7 @@ declare
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
       (524b01).*
     | ((?:c3|8c)(?:0[4-9a-f]|[1-3].)04..0[013]).*
-    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)0[56]|(?:84|c1)..0[36](?:.{16}(?:01|1[0289])|21)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289])).*
+    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)(?:05|06..)0[1-9a-d]0[123]|(?:84|c1)..(?:0[36].{16}(?:01|1[0289])|062106|061504)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289])).*
     | (8000000000[4-9a-f]).*
     | (010[12]020078).*
     | (01800[0-3](?:14|46|78)|020[45]78).*
@@ -2675,7 +2676,10 @@ CREATE FUNCTION rekey._column_bodies(protected rekey.protected_columns) RETURNS 
 declare
   v_prefix text := 'column_' || protected.id;
   v_bytes text := 't.%1$s';
-  v_header text := 'substr(t.%1$s, 1, 11)';
+  -- What a value begins with, whether an envelope may, and the header in it, without which it is none.
+  v_start text := 'substr(t.%1$s, 1, 11)';
+  v_may_be text := $sql$substr(g.start, 1, 3) = '\x524b01'$sql$;
+  v_header text := $sql$case when octet_length(g.start) = 11 and substr(g.start, 1, 3) = '\x524b01' then g.start end$sql$;
   v_stored text := 'u.ciphertext';
   -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
   -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
@@ -2692,28 +2696,24 @@ begin
   -- columns that these take (%5$s), and the bytes of context and key (%6$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
-    v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
+    v_start := 'left(t.%1$s, 20) collate "C"';
+    v_may_be := $sql$left(g.start, 8) = 'rk1:UksB'$sql$;
+    v_header := $sql$case when g.start ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(g.start, -4), 'base64'), 1, 11) end$sql$;
     -- As rekey._from_text(). Of an envelope that is damaged as a text, the header, by which its failure is noted.
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
-      then decode(right(t.%1$s, -4), 'base64') else coalesce($sql$ || v_header || $sql$, convert_to(t.%1$s, 'UTF8')) end$sql$;
+      then decode(right(t.%1$s, -4), 'base64') else coalesce((select $sql$ || v_header || ' from (select ' || v_start || $sql$ as start) g), convert_to(t.%1$s, 'UTF8')) end$sql$;
     v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
-    cross join lateral (select ' || v_header || $sql$ as header offset 0) h
-    cross join lateral (
-      select (get_byte(g.header, 3) << 24) | (get_byte(g.header, 4) << 16) | (get_byte(g.header, 5) << 8) | get_byte(g.header, 6) as keyring_id,
-        (get_byte(g.header, 7) << 24) | (get_byte(g.header, 8) << 16) | (get_byte(g.header, 9) << 8) | get_byte(g.header, 10) as version
-      from (select case when octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01' then h.header end as header offset 0) g
-      offset 0) e$sql$;
+    cross join lateral (select ' || v_header || ' as header from (select ' || v_start || ' as start offset 0) g offset 0) h';
   -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
   -- (What is added to the columns of the table has names of system columns, which none of them can have.)
   -- More bytes than any envelope can have (cmax is NULL then) are not read: a GB that was compressed, or stored out of line, has
   -- no room in the arrays. octet_length() asks only for the length that is stored.
   v_select := 'with page as materialized (
-    select t.ctid, %5$s, case when z.bytes <= 67108864 then z.bytes end as cmax,
-      case when z.bytes > 67108864 and e.keyring_id is not null then h.header || ''\x6c61726765'' end as xmin' || v_from || '
-    cross join lateral (select octet_length(t.%1$s)::bigint%6$s as bytes offset 0) z';
+    select t.ctid, %5$s, case when octet_length(t.%1$s)::bigint%6$s <= 67108864 then octet_length(t.%1$s)::bigint%6$s end as cmax,
+      case when octet_length(t.%1$s)::bigint%6$s > 67108864 then h.header || ''\x6c61726765'' end as xmin' || v_from;
   v_page := '), total as (
     select sum(coalesce(t.cmax, 100)) as bytes from page t
   ), sized as (
@@ -2775,9 +2775,15 @@ $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
 begin
   for keyring_id, version, rows in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'select e.keyring_id, e.version, count(*)' || v_from || '
-    where t.%1$s is not null and ($1 is null or e.keyring_id = any ($1))
-    group by 1, 2') || ') using keyrings loop
+    'with begun as (
+      select case when ' || v_may_be || ' then g.start end as start, count(*) as rows
+      from (select ' || v_start || ' as start from only %2$s t where t.%1$s is not null offset 0) g group by 1
+    ), headed as (
+      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
+        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version, g.rows
+      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
+    )
+    select e.keyring_id, e.version, sum(e.rows)::bigint from headed e where $1 is null or e.keyring_id = any ($1) group by 1, 2') || ') using keyrings loop
     return next;
   end loop;
 end
@@ -2786,23 +2792,25 @@ end
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and e.keyring_id is not null and ($3 is null or e.keyring_id = any ($3))
+    where t.ctid >= $1 and t.ctid < $2 and h.header is not null and ($3 is null or substr(h.header, 4, 4) = any ($3))
       and ($6 is null or age(t.xmin) <= age($6))
     order by t.ctid limit $4' || v_page) || ')
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, since;
+  into next, rows, ciphertexts, contexts, keys
+  using first, until, case when keyrings is not null then array(select int4send(k.id) from unnest(keyrings) as k(id)) end, max_rows, max_bytes, since;
 end
 '),
     ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, case when keyrings is null then ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and e.keyring_id is null
+    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and h.header is null
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
     v_select || '
-    join unnest($3, $6) as w(keyring_id, version) on w.keyring_id = e.keyring_id and w.version <> e.version
-    where t.ctid >= $1 and t.ctid < $2
+    where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and h.header <> all ($6)
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' end)
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, versions;
+  into next, rows, ciphertexts, contexts, keys
+  using first, until, array(select int4send(k.id) from unnest(keyrings) as k(id)), max_rows, max_bytes,
+    array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version));
 end
 '),
     ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
@@ -3671,6 +3679,7 @@ begin
   from rekey.encryption_keys k
   where k.state = 'destroy_scheduled' and k.destroy_after <= now() + case when clock_jumped then interval '1 day' else interval '0' end;
   if v_keyrings is null then
+    perform rekey._expect_none_doomed();
     return null;
   elsif clock_jumped then
     perform rekey._postpone(v_keyrings, v_versions, 'more than a day since the last tick: the clock may be wrong');
@@ -4232,6 +4241,67 @@ ALTER FUNCTION rekey._envelope_of(value text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._envelope_of(value text) IS 'As for bytea, of its text form; empty where that is damaged.';
+
+
+--
+-- Name: _expect_doomed(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._expect_doomed() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  -- Held till the end, so that rekey._expect_none_doomed() does not take it back before the version is seen.
+  perform pg_advisory_xact_lock_shared(0, 6);
+  perform setval('rekey._doomed', 1);
+end
+$$;
+
+
+ALTER FUNCTION rekey._expect_doomed() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _expect_doomed(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._expect_doomed() IS 'From now on what is written into protected columns is looked at for versions that are scheduled for destruction.';
+
+
+--
+-- Name: _expect_none_doomed(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._expect_none_doomed() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if not rekey._may_be_doomed() then
+    return;
+  end if;
+  begin
+    if pg_try_advisory_xact_lock(0, 6) then
+      -- In a statement of its own: it sees what was committed before the lock was given.
+      if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled') then
+        perform setval('rekey._doomed', 0);
+      end if;
+    end if;
+    raise exception using errcode = 'RKEND';
+  exception when sqlstate 'RKEND' then
+    null;  -- gives the lock back at once, and keeps the value
+  end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._expect_none_doomed() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _expect_none_doomed(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._expect_none_doomed() IS 'Takes rekey._expect_doomed() back where no version is scheduled. In READ COMMITTED only.';
 
 
 --
@@ -5120,27 +5190,87 @@ COMMENT ON FUNCTION rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad b
 
 
 --
--- Name: _is_doomed(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _is_scheduled(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._is_doomed(value bytea) RETURNS boolean
+CREATE FUNCTION rekey._is_scheduled(header bytea) RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
     AS $$
 declare
-  v_header bytea;
+  v_keyring integer;
+  v_version integer;
 begin
-  -- An assignment: what is written may be plain, and must not become the parameter of a statement.
-  v_header := case when substr(value, 1, 3) = '\x524b01'::bytea and octet_length(value) >= 11 then substr(value, 1, 11) end;
-  if v_header is null then
-    return false;
+  if octet_length(header) = 11 and substr(header, 1, 3) = '\x524b01'::bytea then
+    v_keyring := rekey._int4(header, 3);
+    v_version := rekey._int4(header, 7);
+    return exists (
+      select from rekey.encryption_keys k
+      where k.keyring_id = v_keyring and k.version = v_version and k.state = 'destroy_scheduled');
   end if;
-  return exists (
-    select from rekey.encryption_keys k
-    where k.state = 'destroy_scheduled' and k.keyring_id = rekey._int4(v_header, 3) and k.version = rekey._int4(v_header, 7));
+  return false;
 end
 $$;
+
+
+ALTER FUNCTION rekey._is_scheduled(header bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_scheduled(header bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_scheduled(header bytea) IS 'Whether it is the header of an envelope of a version that is scheduled for destruction.';
+
+
+--
+-- Name: _doomed; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE SEQUENCE rekey._doomed
+    START WITH 0
+    INCREMENT BY 1
+    MINVALUE 0
+    MAXVALUE 1
+    CACHE 1;
+
+
+ALTER TABLE rekey._doomed OWNER TO rekey_owner;
+
+--
+-- Name: SEQUENCE _doomed; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON SEQUENCE rekey._doomed IS '0: no version is scheduled for destruction; 1: one may be, and rekey._is_scheduled() knows.';
+
+
+--
+-- Name: _may_be_doomed(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._may_be_doomed() RETURNS boolean
+    LANGUAGE sql
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._may_be_doomed() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _may_be_doomed(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._may_be_doomed() IS 'Whether a version may be scheduled for destruction, without a query.';
+
+
+--
+-- Name: _is_doomed(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_doomed(value bytea) RETURNS boolean
+    LANGUAGE sql
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._is_doomed(value bytea) OWNER TO rekey_owner;
@@ -5157,17 +5287,9 @@ COMMENT ON FUNCTION rekey._is_doomed(value bytea) IS 'Whether a value is an enve
 --
 
 CREATE FUNCTION rekey._is_doomed(value text) RETURNS boolean
-    LANGUAGE plpgsql STABLE SECURITY DEFINER
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    SET row_security TO 'off'
-    AS $$
-declare
-  v_header bytea;
-begin
-  v_header := case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then decode(right(left(value, 20), -4), 'base64') end;
-  return rekey._is_doomed(v_header);
-end
-$$;
+    LANGUAGE sql
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey._is_doomed(value text) OWNER TO rekey_owner;
@@ -6447,6 +6569,9 @@ CREATE FUNCTION rekey._move_key(key rekey.encryption_keys, state text, event tex
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
+  if state = 'destroy_scheduled' then
+    perform rekey._expect_doomed();
+  end if;
   update rekey.encryption_keys k
   set state = _move_key.state,
       scheduled_from = case when _move_key.state = 'destroy_scheduled' then key.state end,
@@ -7799,6 +7924,7 @@ begin
   end if;
   begin
     perform rekey._note_names();
+    perform rekey._expect_none_doomed();  -- so that no row of its batches is looked at in vain
     v_pass := nextval('rekey._pass_id');
     v_size := rekey._batch_size(cardinality(v_ids));
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
@@ -18116,6 +18242,20 @@ REVOKE ALL ON FUNCTION rekey._envelope_of(value text) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _expect_doomed(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._expect_doomed() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _expect_none_doomed(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._expect_none_doomed() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _explain_error(target text, relation regclass, message text, code text, context text, plain boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -18316,6 +18456,13 @@ REVOKE ALL ON FUNCTION rekey._int4(bytes bytea, place integer) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._is_authentic(key bytea, iv bytea, sealed bytea, aad bytea) FROM PUBLIC;
+
+
+--
+-- Name: SEQUENCE _doomed; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON SEQUENCE rekey._doomed TO PUBLIC;
 
 
 --

@@ -109,6 +109,18 @@ FLAWS = [
         "where false",
     ),
     Flaw(
+        "a version is scheduled, and the triggers do not look",
+        "32_keys.sql",
+        "perform rekey._expect_doomed();",
+        "null;",
+    ),
+    Flaw(
+        "the triggers stop to look while a version is scheduled",
+        "32_keys.sql",
+        "if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled') then",
+        "if true then",
+    ),
+    Flaw(
         "triggers sleep in the replica role",
         "52_protect.sql",
         "v_statements := v_statements || format('alter table %s enable always trigger %I', target, v_name);",

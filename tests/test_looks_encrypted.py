@@ -147,7 +147,9 @@ MARKED: dict[str, list[str | bytes]] = {
         base64.b64encode(bytes.fromhex("303a0410f8000000000000000000000000000001") + os.urandom(40)).decode()
     ],
     "openpgp": [
-        b"\x8c\x4d\x05\x09" + os.urandom(70),
+        b"\x8c\x4d\x05\x09\x02\x03" + os.urandom(70),
+        b"\xc3\x4d\x06\x1a\x09\x02\x0b\x03" + os.urandom(70),
+        b"\xc1\x55\x06\x21\x06" + os.urandom(32) + b"\x19" + os.urandom(70),
         b"\x85\x01\x0c\x03" + os.urandom(8) + b"\x01" + os.urandom(200),
     ],
     "openssl": [
@@ -280,6 +282,15 @@ def test_marks_are_known_by_name(ready: Connection, kind: str) -> None:
     for one in stored(MARKED[kind]):
         [(mark,)] = ready.execute(MARK, [[one]]).fetchall()
         assert mark == kind, one
+
+
+def test_random_keys_have_no_mark(ready: Connection) -> None:
+    """Of 32 bytes, as they are and in hexadecimal."""
+    marked = """
+        select count(*) from (select sha256(g::text::bytea) as key from generate_series(1, 40000) g) k
+        where rekey._legacy_mark(k.key) is not null
+          or rekey._legacy_mark(rekey._marked_inside(encode(k.key, 'hex')::bytea)) is not null"""
+    assert value(ready, marked) == 0
 
 
 def test_every_mark_has_a_sample(ready: Connection) -> None:

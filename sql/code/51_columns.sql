@@ -10,7 +10,10 @@ as $$
 declare
   v_prefix text := 'column_' || protected.id;
   v_bytes text := 't.%1$s';
-  v_header text := 'substr(t.%1$s, 1, 11)';
+  -- What a value begins with, whether an envelope may, and the header in it, without which it is none.
+  v_start text := 'substr(t.%1$s, 1, 11)';
+  v_may_be text := $sql$substr(g.start, 1, 3) = '\x524b01'$sql$;
+  v_header text := $sql$case when octet_length(g.start) = 11 and substr(g.start, 1, 3) = '\x524b01' then g.start end$sql$;
   v_stored text := 'u.ciphertext';
   -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
   -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
@@ -27,28 +30,24 @@ begin
   -- columns that these take (%5$s), and the bytes of context and key (%6$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
-    v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
+    v_start := 'left(t.%1$s, 20) collate "C"';
+    v_may_be := $sql$left(g.start, 8) = 'rk1:UksB'$sql$;
+    v_header := $sql$case when g.start ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(g.start, -4), 'base64'), 1, 11) end$sql$;
     -- As rekey._from_text(). Of an envelope that is damaged as a text, the header, by which its failure is noted.
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
-      then decode(right(t.%1$s, -4), 'base64') else coalesce($sql$ || v_header || $sql$, convert_to(t.%1$s, 'UTF8')) end$sql$;
+      then decode(right(t.%1$s, -4), 'base64') else coalesce((select $sql$ || v_header || ' from (select ' || v_start || $sql$ as start) g), convert_to(t.%1$s, 'UTF8')) end$sql$;
     v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
-    cross join lateral (select ' || v_header || $sql$ as header offset 0) h
-    cross join lateral (
-      select (get_byte(g.header, 3) << 24) | (get_byte(g.header, 4) << 16) | (get_byte(g.header, 5) << 8) | get_byte(g.header, 6) as keyring_id,
-        (get_byte(g.header, 7) << 24) | (get_byte(g.header, 8) << 16) | (get_byte(g.header, 9) << 8) | get_byte(g.header, 10) as version
-      from (select case when octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01' then h.header end as header offset 0) g
-      offset 0) e$sql$;
+    cross join lateral (select ' || v_header || ' as header from (select ' || v_start || ' as start offset 0) g offset 0) h';
   -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
   -- (What is added to the columns of the table has names of system columns, which none of them can have.)
   -- More bytes than any envelope can have (cmax is NULL then) are not read: a GB that was compressed, or stored out of line, has
   -- no room in the arrays. octet_length() asks only for the length that is stored.
   v_select := 'with page as materialized (
-    select t.ctid, %5$s, case when z.bytes <= 67108864 then z.bytes end as cmax,
-      case when z.bytes > 67108864 and e.keyring_id is not null then h.header || ''\x6c61726765'' end as xmin' || v_from || '
-    cross join lateral (select octet_length(t.%1$s)::bigint%6$s as bytes offset 0) z';
+    select t.ctid, %5$s, case when octet_length(t.%1$s)::bigint%6$s <= 67108864 then octet_length(t.%1$s)::bigint%6$s end as cmax,
+      case when octet_length(t.%1$s)::bigint%6$s > 67108864 then h.header || ''\x6c61726765'' end as xmin' || v_from;
   v_page := '), total as (
     select sum(coalesce(t.cmax, 100)) as bytes from page t
   ), sized as (
@@ -110,9 +109,15 @@ $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
 begin
   for keyring_id, version, rows in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'select e.keyring_id, e.version, count(*)' || v_from || '
-    where t.%1$s is not null and ($1 is null or e.keyring_id = any ($1))
-    group by 1, 2') || ') using keyrings loop
+    'with begun as (
+      select case when ' || v_may_be || ' then g.start end as start, count(*) as rows
+      from (select ' || v_start || ' as start from only %2$s t where t.%1$s is not null offset 0) g group by 1
+    ), headed as (
+      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
+        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version, g.rows
+      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
+    )
+    select e.keyring_id, e.version, sum(e.rows)::bigint from headed e where $1 is null or e.keyring_id = any ($1) group by 1, 2') || ') using keyrings loop
     return next;
   end loop;
 end
@@ -121,23 +126,25 @@ end
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and e.keyring_id is not null and ($3 is null or e.keyring_id = any ($3))
+    where t.ctid >= $1 and t.ctid < $2 and h.header is not null and ($3 is null or substr(h.header, 4, 4) = any ($3))
       and ($6 is null or age(t.xmin) <= age($6))
     order by t.ctid limit $4' || v_page) || ')
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, since;
+  into next, rows, ciphertexts, contexts, keys
+  using first, until, case when keyrings is not null then array(select int4send(k.id) from unnest(keyrings) as k(id)) end, max_rows, max_bytes, since;
 end
 '),
     ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, case when keyrings is null then ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and e.keyring_id is null
+    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and h.header is null
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
     v_select || '
-    join unnest($3, $6) as w(keyring_id, version) on w.keyring_id = e.keyring_id and w.version <> e.version
-    where t.ctid >= $1 and t.ctid < $2
+    where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and h.header <> all ($6)
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' end)
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, versions;
+  into next, rows, ciphertexts, contexts, keys
+  using first, until, array(select int4send(k.id) from unnest(keyrings) as k(id)), max_rows, max_bytes,
+    array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version));
 end
 '),
     ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '

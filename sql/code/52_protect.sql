@@ -194,36 +194,36 @@ comment on function rekey._sealing_on_write is
   'rekey._sealing() for the trigger that encrypts. In the replica role, without the KEK: RK001 that names the subscription; or, where the setting apply_plaintext lets it pass, a warning and NULL.';
 
 -- Asked by WHEN conditions, with the rights of whoever writes. They follow a column that is renamed.
-create or replace function rekey._is_doomed(value bytea) returns boolean
+create or replace function rekey._is_scheduled(header bytea) returns boolean
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_header bytea;
+  v_keyring integer;
+  v_version integer;
 begin
-  -- An assignment: what is written may be plain, and must not become the parameter of a statement.
-  v_header := case when substr(value, 1, 3) = '\x524b01'::bytea and octet_length(value) >= 11 then substr(value, 1, 11) end;
-  if v_header is null then
-    return false;
+  if octet_length(header) = 11 and substr(header, 1, 3) = '\x524b01'::bytea then
+    v_keyring := rekey._int4(header, 3);
+    v_version := rekey._int4(header, 7);
+    return exists (
+      select from rekey.encryption_keys k
+      where k.keyring_id = v_keyring and k.version = v_version and k.state = 'destroy_scheduled');
   end if;
-  return exists (
-    select from rekey.encryption_keys k
-    where k.state = 'destroy_scheduled' and k.keyring_id = rekey._int4(v_header, 3) and k.version = rekey._int4(v_header, 7));
+  return false;
 end
 $$;
+comment on function rekey._is_scheduled is 'Whether it is the header of an envelope of a version that is scheduled for destruction.';
+
+-- What is written may be plain, and must not become the parameter of a statement: these two are inlined, as rekey.encrypt_text() is.
+create or replace function rekey._is_doomed(value bytea) returns boolean
+language sql volatile
+return rekey._may_be_doomed() and rekey._is_scheduled(substr(value, 1, 11));
 comment on function rekey._is_doomed(bytea) is 'Whether a value is an envelope of a version that is scheduled for destruction.';
 
 create or replace function rekey._is_doomed(value text) returns boolean
-language plpgsql stable security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_header bytea;
-begin
-  v_header := case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then decode(right(left(value, 20), -4), 'base64') end;
-  return rekey._is_doomed(v_header);
-end
-$$;
+language sql volatile
+return rekey._may_be_doomed() and rekey._is_scheduled(
+  case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(value, 20), -4), 'base64'), 1, 11) end);
 comment on function rekey._is_doomed(text) is 'As for bytea, of the text form.';
 
 create or replace function rekey._refuse_doomed() returns trigger

@@ -369,6 +369,7 @@ begin
   end if;
   begin
     perform rekey._note_names();
+    perform rekey._expect_none_doomed();  -- so that no row of its batches is looked at in vain
     v_pass := nextval('rekey._pass_id');
     v_size := rekey._batch_size(cardinality(v_ids));
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);

@@ -239,6 +239,12 @@ comment on column rekey.encryption_keys.destroy_after is 'Before this time it is
 comment on column rekey.encryption_keys.destroyed_at is 'When its wrapped key was overwritten.';
 comment on column rekey.encryption_keys.scheduled_from is 'State that a cancelled destruction returns to.';
 
+-- Asked for every row that is written into a protected column, where a query would cost more than all the rest. Its value does not
+-- go back with a transaction: so it is set before a version is scheduled, and taken back only where none is. It has none at first.
+create sequence rekey._doomed minvalue 0 maxvalue 1;
+comment on sequence rekey._doomed is '0: no version is scheduled for destruction; 1: one may be, and rekey._is_scheduled() knows.';
+grant select on sequence rekey._doomed to public;
+
 -- sql/schema/40_secrets.sql
 create table rekey.secrets (
   tenant_id uuid not null default '00000000-0000-0000-0000-000000000000',
@@ -2179,11 +2185,55 @@ comment on function rekey.create_keyring is
 grant execute on function rekey.create_keyring to rekey_admin;
 grant select on rekey.keyrings to rekey_admin, rekey_operator, rekey_auditor, rekey_app;
 
+-- (Where a restore left the privilege behind, nobody knows.)
+create or replace function rekey._may_be_doomed() returns boolean
+language sql volatile
+return case when has_sequence_privilege('rekey._doomed'::regclass, 'select') then pg_sequence_last_value('rekey._doomed'::regclass) end is distinct from 0;
+comment on function rekey._may_be_doomed is 'Whether a version may be scheduled for destruction, without a query.';
+
+create or replace function rekey._expect_doomed() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- Held till the end, so that rekey._expect_none_doomed() does not take it back before the version is seen.
+  perform pg_advisory_xact_lock_shared(0, 6);
+  perform setval('rekey._doomed', 1);
+end
+$$;
+comment on function rekey._expect_doomed is 'From now on what is written into protected columns is looked at for versions that are scheduled for destruction.';
+
+create or replace function rekey._expect_none_doomed() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not rekey._may_be_doomed() then
+    return;
+  end if;
+  begin
+    if pg_try_advisory_xact_lock(0, 6) then
+      -- In a statement of its own: it sees what was committed before the lock was given.
+      if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled') then
+        perform setval('rekey._doomed', 0);
+      end if;
+    end if;
+    raise exception using errcode = 'RKEND';
+  exception when sqlstate 'RKEND' then
+    null;  -- gives the lock back at once, and keeps the value
+  end;
+end
+$$;
+comment on function rekey._expect_none_doomed is 'Takes rekey._expect_doomed() back where no version is scheduled. In READ COMMITTED only.';
+
 create or replace function rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamptz = null) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if state = 'destroy_scheduled' then
+    perform rekey._expect_doomed();
+  end if;
   update rekey.encryption_keys k
   set state = _move_key.state,
       scheduled_from = case when _move_key.state = 'destroy_scheduled' then key.state end,
@@ -3430,7 +3480,10 @@ as $$
 declare
   v_prefix text := 'column_' || protected.id;
   v_bytes text := 't.%1$s';
-  v_header text := 'substr(t.%1$s, 1, 11)';
+  -- What a value begins with, whether an envelope may, and the header in it, without which it is none.
+  v_start text := 'substr(t.%1$s, 1, 11)';
+  v_may_be text := $sql$substr(g.start, 1, 3) = '\x524b01'$sql$;
+  v_header text := $sql$case when octet_length(g.start) = 11 and substr(g.start, 1, 3) = '\x524b01' then g.start end$sql$;
   v_stored text := 'u.ciphertext';
   -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
   -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
@@ -3447,28 +3500,24 @@ begin
   -- columns that these take (%5$s), and the bytes of context and key (%6$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
-    v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
+    v_start := 'left(t.%1$s, 20) collate "C"';
+    v_may_be := $sql$left(g.start, 8) = 'rk1:UksB'$sql$;
+    v_header := $sql$case when g.start ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(g.start, -4), 'base64'), 1, 11) end$sql$;
     -- As rekey._from_text(). Of an envelope that is damaged as a text, the header, by which its failure is noted.
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
-      then decode(right(t.%1$s, -4), 'base64') else coalesce($sql$ || v_header || $sql$, convert_to(t.%1$s, 'UTF8')) end$sql$;
+      then decode(right(t.%1$s, -4), 'base64') else coalesce((select $sql$ || v_header || ' from (select ' || v_start || $sql$ as start) g), convert_to(t.%1$s, 'UTF8')) end$sql$;
     v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
-    cross join lateral (select ' || v_header || $sql$ as header offset 0) h
-    cross join lateral (
-      select (get_byte(g.header, 3) << 24) | (get_byte(g.header, 4) << 16) | (get_byte(g.header, 5) << 8) | get_byte(g.header, 6) as keyring_id,
-        (get_byte(g.header, 7) << 24) | (get_byte(g.header, 8) << 16) | (get_byte(g.header, 9) << 8) | get_byte(g.header, 10) as version
-      from (select case when octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01' then h.header end as header offset 0) g
-      offset 0) e$sql$;
+    cross join lateral (select ' || v_header || ' as header from (select ' || v_start || ' as start offset 0) g offset 0) h';
   -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
   -- (What is added to the columns of the table has names of system columns, which none of them can have.)
   -- More bytes than any envelope can have (cmax is NULL then) are not read: a GB that was compressed, or stored out of line, has
   -- no room in the arrays. octet_length() asks only for the length that is stored.
   v_select := 'with page as materialized (
-    select t.ctid, %5$s, case when z.bytes <= 67108864 then z.bytes end as cmax,
-      case when z.bytes > 67108864 and e.keyring_id is not null then h.header || ''\x6c61726765'' end as xmin' || v_from || '
-    cross join lateral (select octet_length(t.%1$s)::bigint%6$s as bytes offset 0) z';
+    select t.ctid, %5$s, case when octet_length(t.%1$s)::bigint%6$s <= 67108864 then octet_length(t.%1$s)::bigint%6$s end as cmax,
+      case when octet_length(t.%1$s)::bigint%6$s > 67108864 then h.header || ''\x6c61726765'' end as xmin' || v_from;
   v_page := '), total as (
     select sum(coalesce(t.cmax, 100)) as bytes from page t
   ), sized as (
@@ -3530,9 +3579,15 @@ $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
 begin
   for keyring_id, version, rows in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'select e.keyring_id, e.version, count(*)' || v_from || '
-    where t.%1$s is not null and ($1 is null or e.keyring_id = any ($1))
-    group by 1, 2') || ') using keyrings loop
+    'with begun as (
+      select case when ' || v_may_be || ' then g.start end as start, count(*) as rows
+      from (select ' || v_start || ' as start from only %2$s t where t.%1$s is not null offset 0) g group by 1
+    ), headed as (
+      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
+        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version, g.rows
+      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
+    )
+    select e.keyring_id, e.version, sum(e.rows)::bigint from headed e where $1 is null or e.keyring_id = any ($1) group by 1, 2') || ') using keyrings loop
     return next;
   end loop;
 end
@@ -3541,23 +3596,25 @@ end
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and e.keyring_id is not null and ($3 is null or e.keyring_id = any ($3))
+    where t.ctid >= $1 and t.ctid < $2 and h.header is not null and ($3 is null or substr(h.header, 4, 4) = any ($3))
       and ($6 is null or age(t.xmin) <= age($6))
     order by t.ctid limit $4' || v_page) || ')
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, since;
+  into next, rows, ciphertexts, contexts, keys
+  using first, until, case when keyrings is not null then array(select int4send(k.id) from unnest(keyrings) as k(id)) end, max_rows, max_bytes, since;
 end
 '),
     ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, case when keyrings is null then ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and e.keyring_id is null
+    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and h.header is null
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
     v_select || '
-    join unnest($3, $6) as w(keyring_id, version) on w.keyring_id = e.keyring_id and w.version <> e.version
-    where t.ctid >= $1 and t.ctid < $2
+    where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and h.header <> all ($6)
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' end)
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, versions;
+  into next, rows, ciphertexts, contexts, keys
+  using first, until, array(select int4send(k.id) from unnest(keyrings) as k(id)), max_rows, max_bytes,
+    array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version));
 end
 '),
     ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
@@ -4195,36 +4252,36 @@ comment on function rekey._sealing_on_write is
   'rekey._sealing() for the trigger that encrypts. In the replica role, without the KEK: RK001 that names the subscription; or, where the setting apply_plaintext lets it pass, a warning and NULL.';
 
 -- Asked by WHEN conditions, with the rights of whoever writes. They follow a column that is renamed.
-create or replace function rekey._is_doomed(value bytea) returns boolean
+create or replace function rekey._is_scheduled(header bytea) returns boolean
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_header bytea;
+  v_keyring integer;
+  v_version integer;
 begin
-  -- An assignment: what is written may be plain, and must not become the parameter of a statement.
-  v_header := case when substr(value, 1, 3) = '\x524b01'::bytea and octet_length(value) >= 11 then substr(value, 1, 11) end;
-  if v_header is null then
-    return false;
+  if octet_length(header) = 11 and substr(header, 1, 3) = '\x524b01'::bytea then
+    v_keyring := rekey._int4(header, 3);
+    v_version := rekey._int4(header, 7);
+    return exists (
+      select from rekey.encryption_keys k
+      where k.keyring_id = v_keyring and k.version = v_version and k.state = 'destroy_scheduled');
   end if;
-  return exists (
-    select from rekey.encryption_keys k
-    where k.state = 'destroy_scheduled' and k.keyring_id = rekey._int4(v_header, 3) and k.version = rekey._int4(v_header, 7));
+  return false;
 end
 $$;
+comment on function rekey._is_scheduled is 'Whether it is the header of an envelope of a version that is scheduled for destruction.';
+
+-- What is written may be plain, and must not become the parameter of a statement: these two are inlined, as rekey.encrypt_text() is.
+create or replace function rekey._is_doomed(value bytea) returns boolean
+language sql volatile
+return rekey._may_be_doomed() and rekey._is_scheduled(substr(value, 1, 11));
 comment on function rekey._is_doomed(bytea) is 'Whether a value is an envelope of a version that is scheduled for destruction.';
 
 create or replace function rekey._is_doomed(value text) returns boolean
-language plpgsql stable security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_header bytea;
-begin
-  v_header := case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then decode(right(left(value, 20), -4), 'base64') end;
-  return rekey._is_doomed(v_header);
-end
-$$;
+language sql volatile
+return rekey._may_be_doomed() and rekey._is_scheduled(
+  case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(value, 20), -4), 'base64'), 1, 11) end);
 comment on function rekey._is_doomed(text) is 'As for bytea, of the text form.';
 
 create or replace function rekey._refuse_doomed() returns trigger
@@ -6727,6 +6784,7 @@ begin
   end if;
   begin
     perform rekey._note_names();
+    perform rekey._expect_none_doomed();  -- so that no row of its batches is looked at in vain
     v_pass := nextval('rekey._pass_id');
     v_size := rekey._batch_size(cardinality(v_ids));
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
@@ -8413,6 +8471,7 @@ begin
   from rekey.encryption_keys k
   where k.state = 'destroy_scheduled' and k.destroy_after <= now() + case when clock_jumped then interval '1 day' else interval '0' end;
   if v_keyrings is null then
+    perform rekey._expect_none_doomed();
     return null;
   elsif clock_jumped then
     perform rekey._postpone(v_keyrings, v_versions, 'more than a day since the last tick: the clock may be wrong');
@@ -8811,6 +8870,7 @@ as $$
 declare
   v_search rekey._searches;
 begin
+  perform rekey._expect_doomed();  -- whatever a restore may have made of it
   delete from rekey._searches s where s.id is not null;
   insert into rekey._searches (home, scope, begun_in)
   values (rekey._home(), (rekey._settings()).destroy_search, pg_current_xact_id()) returning * into v_search;
@@ -10069,7 +10129,7 @@ declare
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
       (524b01).*
     | ((?:c3|8c)(?:0[4-9a-f]|[1-3].)04..0[013]).*
-    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)0[56]|(?:84|c1)..0[36](?:.{16}(?:01|1[0289])|21)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289])).*
+    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)(?:05|06..)0[1-9a-d]0[123]|(?:84|c1)..(?:0[36].{16}(?:01|1[0289])|062106|061504)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289])).*
     | (8000000000[4-9a-f]).*
     | (010[12]020078).*
     | (01800[0-3](?:14|46|78)|020[45]78).*
@@ -10127,10 +10187,11 @@ language sql immutable parallel safe
 return substr(value, 1, 1) in ('\x00', '\x09', '\x0a', '\x0d', '\x20', '\x22', '\x27') or substr(value, octet_length(value), 1) in ('\x00', '\x09', '\x0a', '\x0d', '\x20')
   or substr(value, 1, 2) in ('\x6227', '\x6222', '\x5c78', '\x3078')
   or case when octet_length(value) >= 16 and encode(substr(value, 1, 8), 'escape') ~ '^[A-Za-z0-9+/_-]{8}$'
-    then rekey._may_begin(decode(translate(encode(substr(value, 1, 8), 'escape'), '-_', '+/'), 'base64'))
-      or substr(value, 1, 2) = '\x6579' and position('\x2e' in substr(value, 1, 1024)) = 0
-      or case when encode(substr(value, 1, 8), 'escape') ~ '^[0-9a-fA-F]{8}$'
-        then rekey._may_begin(decode(encode(substr(value, 1, 8), 'escape'), 'hex')) end
+    -- (In base64 no mark begins with eight such digits.)
+    then case when encode(substr(value, 1, 8), 'escape') ~ '^([0-9a-f]{8}|[0-9A-F]{8})$'
+      then rekey._may_begin(decode(encode(substr(value, 1, 8), 'escape'), 'hex'))
+      else rekey._may_begin(decode(translate(encode(substr(value, 1, 8), 'escape'), '-_', '+/'), 'base64'))
+        or substr(value, 1, 2) = '\x6579' and position('\x2e' in substr(value, 1, 1024)) = 0 end
     end;
 comment on function rekey._may_be_wrapped is 'Whether something that has a mark may stand within a value, under what rekey._unwrapped() takes off.';
 
@@ -11351,7 +11412,8 @@ $$;
 grant execute on function rekey._call_count, rekey._call_scan, rekey._call_read, rekey._call_write, rekey._call_tenant_check to rekey_owner;
 grant execute on function rekey._session_state, rekey._refuse_traces, rekey._prepared, rekey._changes, rekey._refuse_changes to rekey_sweeper;
 -- Conditions of triggers on users' tables, evaluated with the rights of whoever writes; what they tell is no secret.
-grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey.is_sweeping(regclass), rekey._refuse_doomed() to public;
+grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey._may_be_doomed(), rekey._is_scheduled(bytea), rekey.is_sweeping(regclass),
+  rekey._refuse_doomed() to public;
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;
