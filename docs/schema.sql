@@ -13012,19 +13012,39 @@ CREATE FUNCTION rekey.adopt_vault(keyring text DEFAULT 'default'::text, tenant_i
     AS $_$
 declare
   v_names text[];
-  v_count bigint;
+  v_id uuid;
+  v_name text;
+  v_opens boolean;
+  v_count bigint := 0;
 begin
   if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
     raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
   end if;
   select array_agg(s.value || n.suffix) into v_names
   from rekey.setting_status s, (values (''), ('_new')) as n(suffix) where s.name = 'kek_secret_name';
-  execute format($sql$
-    select count(rekey.set_secret(coalesce(v.name, v.id::text), v.decrypted_secret, $2, $3, nullif(v.description, '')))
-    from %I.decrypted_secrets v
+  -- Nothing is decrypted here: the view does that for its column, and one that does not open would stop all.
+  for v_id, v_name in execute format($sql$
+    select v.id, coalesce(v.name, v.id::text) as name from %I.decrypted_secrets v
     where not coalesce(v.name, '') = any ($1)
-      and not exists (select from rekey.secrets s where s.tenant_id = $2 and s.name = coalesce(v.name, v.id::text))$sql$, 'vault')
-  into v_count using v_names, tenant_id, keyring;
+      and not exists (select from rekey.secrets s where s.tenant_id = $2 and s.name = coalesce(v.name, v.id::text))
+    order by v.id$sql$, 'vault') using v_names, tenant_id
+  loop
+    begin
+      execute format('select v.decrypted_secret is not null from %I.decrypted_secrets v where v.id = $1', 'vault') into v_opens using v_id;
+    exception when data_exception or external_routine_invocation_exception or invalid_parameter_value or character_not_in_repertoire then
+      v_opens := false;
+    end;
+    if v_opens then
+      -- From the one into the other: a value that is a parameter can be logged.
+      execute format(
+        'select rekey.set_secret($2, v.decrypted_secret, $3, $4, nullif(v.description, $5)) from %I.decrypted_secrets v where v.id = $1', 'vault')
+      using v_id, v_name, tenant_id, keyring, '';
+      v_count := v_count + 1;
+    elsif not v_opens then
+      raise warning 'secret % of the Vault does not open', quote_literal(v_name) using errcode = 'RK003',
+        hint = format('Nor can vault.update_secret() replace it: DELETE FROM vault.secrets WHERE id = %L, and store it anew.', v_id);
+    end if;
+  end loop;
   return v_count;
 end
 $_$;
@@ -13036,7 +13056,7 @@ ALTER FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) OWNER TO rekey_ow
 -- Name: FUNCTION adopt_vault(keyring text, tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
+COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. One that does not open stops no other: a warning (RK003) names it. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
 
 
 --
