@@ -120,6 +120,9 @@ MARKED: dict[str, list[str | bytes]] = {
         f"{os.urandom(16).hex()}:{os.urandom(41).hex()}:{os.urandom(16).hex()}",
         f"{b64(12)}:{b64(16)}:{b64(31)}",
         f"{b64(12)}:{b64(31)}:{b64(16)}",
+        f"{os.urandom(12).hex()}:{os.urandom(600).hex()}:{os.urandom(16).hex()}",
+        f"{b64(12)}:{b64(900)}:{b64(16)}",
+        f"{b64(16)}:{b64(900)}:{b64(16)}",
     ],
     "jenkins": ["{AQAAABAAAAAw" + b64(48) + "}"],
     "json": [
@@ -325,6 +328,11 @@ SHAPES: dict[str, tuple[str, list[str | bytes]]] = {
     "a header in base64": (
         "header",
         [base64.b64encode(b"\x07\x19\x38\x0e\xe2" + os.urandom(28 + n)).decode() for n in range(30)],
+    ),
+    # As n8n-core 2.41.1 writes it where n8n has keys of its own: the id of one; version, salt, tag, text.
+    "a key's id before it": (
+        "header",
+        [f"aB3dE6gH9jK2mN5p:{base64.b64encode(bytes([1]) + os.urandom(60 + n)).decode()}" for n in range(30)],
     ),
     "texts under a stream cipher": ("differ", [b64(28 + n) for n in range(30)]),
     "texts of one length": ("one length", [b64(44) for _ in range(30)]),

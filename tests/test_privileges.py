@@ -576,7 +576,7 @@ def test_what_a_session_carries_is_of_no_use_elsewhere(
 
 
 DISPATCHERS: dict[str, LiteralString] = {
-    "rekey._call_count(name, regclass, integer[])": "select rekey.key_usage()",
+    "rekey._call_count(name[], regclass[], integer[], boolean, boolean)": "select rekey.key_usage()",
     "rekey._call_scan(name, regclass, tid, tid, integer[], xid, integer, bigint)": (
         "select rekey.verify_ciphertexts()"
     ),

@@ -173,7 +173,10 @@ declare
   v_mark text;
 begin
   if rekey._may_be_marked(value) then
-    v_mark := coalesce(rekey._byte_mark(encode(substr(value, 1, 64), 'hex')), rekey._text_mark(encode(substr(value, 1, 1024), 'escape')));
+    v_mark := coalesce(rekey._byte_mark(encode(substr(value, 1, 64), 'hex')), rekey._text_mark(encode(substr(value, 1, 1024), 'escape')),
+      -- The tag comes last, behind what is looked at.
+      case when octet_length(value) > 1024 and encode(substr(value, 1, 1024), 'escape')
+        ~ '^(?:[0-9a-fA-F]{24}:[0-9a-fA-F]+|(?:[A-Za-z0-9+/]{16}|[A-Za-z0-9+/]{22}==):[A-Za-z0-9+/]+)$' then 'iv_tag' end);
   end if;
   -- Packets and raw tokens are told by little: so they have a length that they can have.
   return case
