@@ -7456,6 +7456,7 @@ CREATE FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, code text
     AS $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  v_pause constant interval := rekey._waited_for(code);
   v_attempts integer := 0;
   v_ids bigint[];
   v_events jsonb;
@@ -7463,10 +7464,9 @@ begin
   -- Where nothing went through yet, it is not this chunk, but all of them.
   update rekey._chunks c
   set last_error = message,
-      -- Whoever locks a table ends some time: that is waited for.
-      attempts = case when code = '55P03' then greatest(c.attempts, 1) else c.attempts + 1 end,
-      stuck = code <> '55P03' and c.attempts + 1 >= v_max,
-      next_attempt_at = clock_timestamp() + case when code = '55P03' then 5 else least(power(2, c.attempts), 300) end * interval '1 second'
+      attempts = case when v_pause is null then c.attempts + 1 else greatest(c.attempts, 1) end,
+      stuck = v_pause is null and c.attempts + 1 >= v_max,
+      next_attempt_at = clock_timestamp() + coalesce(v_pause, least(power(2, c.attempts), 300) * interval '1 second')
   where c.id in (
     select d.id from rekey._chunks d
     where d.id = chunk.id or d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
@@ -8600,22 +8600,24 @@ CREATE FUNCTION rekey._record_error(rotations bigint[], message text, code text,
     AS $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  -- A lock that is in the way of no relation is one of ours.
+  v_pause interval := case when code <> '55P03' or target is not null then rekey._waited_for(code) end;
   v_events jsonb;
 begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   with noted as (
     update rekey.rotations r
     set attempts = a.attempts, last_error = message,
-        state = case when a.attempts >= v_max then 'failed' else r.state end,
-        pass_id = case when a.attempts < v_max then r.pass_id end,
-        next_attempt_at = case when a.attempts < v_max then
-          clock_timestamp() + least(power(2, a.attempts - 1), 300) * interval '1 second' end,
+        state = case when a.failed then 'failed' else r.state end,
+        pass_id = case when not a.failed then r.pass_id end,
+        next_attempt_at = case when not a.failed then
+          clock_timestamp() + coalesce(v_pause, least(power(2, a.attempts - 1), 300) * interval '1 second') end,
         blocked_by = case when _record_error.target is not null then jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
           'target', _record_error.target, 'relation', _record_error.relation::text, 'error', message, 'sqlstate', code))) else r.blocked_by end,
         blocked_since = case when _record_error.target is not null then coalesce(r.blocked_since, now()) else r.blocked_since end
     from (
-      -- Whoever locks a table ends some time: that is waited for.
-      select t.id, case when code = '55P03' and _record_error.target is not null then greatest(t.attempts, 1) else t.attempts + 1 end as attempts
+      select t.id, case when v_pause is null then t.attempts + 1 else greatest(t.attempts, 1) end as attempts,
+        v_pause is null and t.attempts + 1 >= v_max as failed
       from rekey.rotations t where t.id = any (rotations)) a
     -- Not one that another worker's error has failed meanwhile.
     where a.id = r.id and r.state in ('queued', 'running', 'verifying')
@@ -12839,6 +12841,25 @@ ALTER FUNCTION rekey._view_columns(target regclass) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._view_columns(target regclass) IS 'The columns of a table as its decrypted view has them.';
+
+
+--
+-- Name: _waited_for(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._waited_for(code text) RETURNS interval
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._waited_for(code text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _waited_for(code text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._waited_for(code text) IS 'After which pause to try again what an error with this SQLSTATE stopped, without counting an attempt; NULL: it counts.';
 
 
 --
@@ -20135,6 +20156,13 @@ REVOKE ALL ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count int
 
 REVOKE ALL ON FUNCTION rekey._view_columns(target regclass) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._view_columns(target regclass) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _waited_for(code text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._waited_for(code text) FROM PUBLIC;
 
 
 --
