@@ -70,11 +70,21 @@ def connect(*, autocommit: bool = False, database: str | None = None) -> Connect
     _configure(connection)
     connection.add_notice_handler(_show_notice)
     try:
+        _refuse_single_user(connection)
         _refuse_impostor(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _refuse_single_user(connection: psycopg.Connection[Any]) -> None:
+    """Refuse PGlite, whose server runs as for a single user: nobody logged in there, and it takes no COPY."""
+    if connection.info.parameter_status("session_authorization") == "":
+        raise Problem(
+            "this is PGlite, or another server in single-user mode: no KEK was sent",
+            "It takes no COPY from clients. In its own process SQL does all of this: docs/testing.md.",
+        )
 
 
 def _refuse_impostor(connection: Connection) -> None:
@@ -246,6 +256,7 @@ _KINDS = ("", "_FILE", "_COMMAND")
 
 def copy_keks(connection: psycopg.Connection[Any], given: list[bytes]) -> None:
     """Put KEKs into the temporary table pg_rekey_kek by binary COPY, which no log shows."""
+    _refuse_single_user(connection)
     connection.execute("create temporary table pg_rekey_kek (kek bytea) on commit drop")
     with connection.cursor() as cursor, cursor.copy("copy pg_temp.pg_rekey_kek from stdin binary") as copy:
         copy.set_types(["bytea"])
