@@ -98,7 +98,7 @@ def test_values_that_cannot_be(cli_ready: Cli) -> None:
     assert "NUL" in cli_ready.err
     cli_ready("secrets", "set", "", stdin="value", code=1)
     assert "22023" in cli_ready.err
-    cli_ready("secrets", "set", "a", "--keyring", "none", stdin="value", code=1)
+    cli_ready("secrets", "set", "a", "--keyring", "none", stdin="value", code=6)
     assert "RK007" in cli_ready.err
     cli_ready("secrets", "set", "a", "value", stdin="", code=USAGE)
     cli_ready("secrets", "set", "a", "--tenant", "nobody", stdin="value", code=USAGE)
@@ -115,9 +115,11 @@ def test_not_utf8(cli_ready: Cli, tmp_path: Path) -> None:
 
 def test_delete(cli_ready: Cli) -> None:
     cli_ready("secrets", "set", "a", stdin="value")
-    assert cli_ready("secrets", "rm", "a") == "secret a deleted\n"
-    cli_ready("secrets", "rm", "a", code=1)
-    cli_ready("secrets", "get", "a", code=1)
+    cli_ready("secrets", "rm", "a", code=1, stdin="n\n")
+    assert "Delete secret a? [y/N]" in cli_ready.err
+    assert cli_ready("secrets", "rm", "a", stdin="y\n") == "secret a deleted\n"
+    cli_ready("secrets", "rm", "a", "--yes", code=6)
+    cli_ready("secrets", "get", "a", code=6)
     assert "RK007" in cli_ready.err
 
 

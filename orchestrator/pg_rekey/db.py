@@ -3,21 +3,21 @@
 import functools
 import os
 import re
+import sys
 from importlib import resources
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import click
 import psycopg
 from psycopg import pq, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.errors import InvalidName, InvalidSchemaName, UndefinedTable
+from psycopg.errors import InvalidName, InvalidSchemaName, ReadOnlySqlTransaction, UndefinedTable
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import ConnectionPool
 
 from pg_rekey import hints
 from pg_rekey import kek as keks
-from pg_rekey.errors import USAGE, Problem, from_database
+from pg_rekey.errors import LOCKED, USAGE, Problem, from_database
 
 Connection = psycopg.Connection[DictRow]
 Pool = ConnectionPool[Connection]
@@ -56,29 +56,54 @@ def dsn() -> str:
     return ""
 
 
-def _conninfo(database: str | None = None) -> str:
+def _conninfo(database: str | None = None, patience: int | None = None) -> str:
     """Return the connection string of the environment, with patience of our own where it names none."""
     given = conninfo_to_dict(dsn()) | ({"dbname": database} if database else {})
-    return make_conninfo("", **(_PATIENCE | given))
+    return make_conninfo("", **(_PATIENCE | ({"connect_timeout": patience} if patience else {}) | given))
 
 
-def connect(*, autocommit: bool = False, database: str | None = None) -> Connection:
-    """Connect to the database of the environment, or another one there; notices go to standard error."""
+def connect(
+    *,
+    autocommit: bool = False,
+    database: str | None = None,
+    patience: int | None = None,
+    quiet: bool = False,
+    any_version: bool = False,
+) -> Connection:
+    """Connect to the database of the environment, or another one there; notices go to standard error.
+
+    patience: seconds to wait for the server. quiet: notices go nowhere. any_version: another version of
+    pg_rekey than this one is there for good reason; else a warning tells of it.
+    """
     connection = psycopg.connect(
-        _conninfo(database), autocommit=autocommit, row_factory=dict_row, **_PARAMETERS
+        _conninfo(database, patience), autocommit=autocommit, row_factory=dict_row, **_PARAMETERS
     )
     _configure(connection)
-    connection.add_notice_handler(_show_notice)
+    if not quiet:
+        connection.add_notice_handler(_show_notice)
     try:
-        _refuse_impostor(connection)
+        version = _refuse_impostor(connection)
     except BaseException:
         connection.close()
         raise
+    if version and not (quiet or any_version):
+        _warn_of_version(version)
     return connection
 
 
-def _refuse_impostor(connection: Connection) -> None:
-    """Refuse to go on where schema rekey is somebody else's: his functions would run with our rights."""
+def _warn_of_version(there: str) -> None:
+    from pg_rekey import release  # not above: it is also a program, `python -m pg_rekey.release`
+
+    if there != (here := release.version()):
+        print(f"Warning: pg_rekey in this database is {there}, this is {here}", file=sys.stderr)
+        print(f"Hint: Run `pg-rekey upgrade`, or install pg-rekey {there}.", file=sys.stderr)
+
+
+def _refuse_impostor(connection: Connection) -> str | None:
+    """Refuse to go on where schema rekey is somebody else's: his functions would run with our rights.
+
+    Return the version that is there; None: there is none.
+    """
     autocommit = connection.autocommit
     connection.autocommit = True
     row = connection.execute(query("owner")).fetchone()
@@ -88,6 +113,7 @@ def _refuse_impostor(connection: Connection) -> None:
             f"schema rekey in this database is not pg_rekey's: it belongs to {row['owner']}",
             f"Look at what is in it, and drop it. That of pg_rekey belongs to {OWNER}.",
         )
+    return row["version"] if row else None
 
 
 def pool() -> Pool:
@@ -254,6 +280,28 @@ def copy_keks(connection: psycopg.Connection[Any], given: list[bytes]) -> None:
 
 
 def _send(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
+    try:
+        return _send_copy(connection, given, scope)
+    except ReadOnlySqlTransaction:
+        return _send_parameter(connection, given, scope)
+
+
+def _send_parameter(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
+    """Unlock where there are no temporary tables, as on a standby, unless it could log the parameter."""
+    with connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute(query("doctor: logging")).fetchone()
+        if row:
+            raise Problem(
+                f"this read-only server would log the KEK: {row['finding']}",
+                f"{row['advice']} Or let the server find the KEK by itself: kek_provider.",
+                LOCKED,
+            )
+        cursor.execute("select rekey.unlock(%b, %s) as fingerprint", [b"".join(given), scope])
+        [row] = cursor.fetchall()
+    return str(row["fingerprint"])
+
+
+def _send_copy(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
     with connection.transaction():
         copy_keks(connection, given)
         with connection.cursor(row_factory=psycopg.rows.scalar_row) as cursor:
@@ -273,7 +321,8 @@ def _bytes(kek: bytes | str) -> bytes:
 def _show_notice(notice: psycopg.errors.Diagnostic) -> None:
     advice = hints.hint(notice, hints.Road.COMMAND)
     hint = f"\n  {advice}" if advice else ""
-    click.echo(f"{notice.severity}: {notice.message_primary}{hint}", err=True)
+    # Not by click, which passes by the bar that may stand there.
+    print(f"{notice.severity}: {notice.message_primary}{hint}", file=sys.stderr, flush=True)
 
 
 def _check(variable: str, value: str) -> None:

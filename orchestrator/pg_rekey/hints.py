@@ -4,6 +4,7 @@ A hint of the database is in the words of SQL. Where another road says it otherw
 names the action, in the field CONSTRAINT of the error.
 """
 
+import os
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -112,6 +113,7 @@ ACTIONS = {
         "`pg-rekey columns rebind TABLE COLUMN` goes on with the table that has the values; "
         "`pg-rekey columns list` says what is in the way."
     ),
+    "secrets": Words("`pg-rekey secrets list` shows the names that there are."),
     "schedule_destruction": Words("`pg-rekey keys schedule-destruction KEYRING VERSION` schedules one."),
     "search_now": Words("`pg-rekey keys search` looks now."),
     "schedule_worker": Words(
@@ -176,6 +178,14 @@ LOST = Words(
     "no harm.",
     "What was under way may have been committed: GET /api/rotations shows it.",
 )
+UNREACHABLE = Words(
+    "Is the server there, and does it let this account in? The connection is that of {}.",
+    "The server cannot reach its database: is it there, and does it let the server in?",
+)
+NOWHERE = Words(
+    "Set PG_REKEY_DSN to postgresql://USER:PASSWORD@HOST/DATABASE, or DATABASE_URL, or PGHOST and so on.",
+    UNREACHABLE.http,
+)
 MISSING = Words(
     "pg_rekey is not installed in this database (run `pg-rekey init`), or in another version (run "
     "`pg-rekey upgrade`)."
@@ -189,6 +199,14 @@ def hint(diagnostics: psycopg.errors.Diagnostic, road: Road) -> str | None:
     # A constraint that was violated has its name there too, but no hint.
     words = ACTIONS.get(diagnostics.constraint_name or "") if diagnostics.message_hint else None
     return words.on(road) if words else diagnostics.message_hint
+
+
+def unreachable() -> Words:
+    """Return what to do where there is no connection: it depends on what was set."""
+    for variable in ("PG_REKEY_DSN", "DATABASE_URL", "PGSERVICE", "PGHOST", "PGHOSTADDR"):
+        if os.environ.get(variable):
+            return Words(UNREACHABLE.command.format(variable), UNREACHABLE.http)
+    return NOWHERE
 
 
 def of_state(sqlstate: str | None, road: Road) -> str | None:
