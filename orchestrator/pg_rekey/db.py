@@ -1,9 +1,11 @@
 """Connections, named queries, and unlocking: the only module that knows how pg-rekey talks to a server."""
 
+import asyncio
 import functools
 import os
 import re
 import sys
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -13,7 +15,7 @@ from psycopg import pq, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import InvalidName, InvalidSchemaName, ReadOnlySqlTransaction, UndefinedTable
 from psycopg.rows import DictRow, dict_row
-from psycopg_pool import ConnectionPool
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from pg_rekey import hints
 from pg_rekey import kek as keks
@@ -116,14 +118,14 @@ def _refuse_impostor(connection: Connection) -> str | None:
     return row["version"] if row else None
 
 
-def pool() -> Pool:
-    """Return a pool for the database of the environment, not opened yet; notices go nowhere.
+def pool(conninfo: str | None = None) -> Pool:
+    """Return a pool for a database, that of the environment by default, not opened yet; notices go nowhere.
 
     The database may be gone, at the start too: whoever asks then waits POOL_TIMEOUT for a connection, and the
     pool comes back with the database.
     """
     return ConnectionPool(
-        _conninfo(),
+        conninfo or _conninfo(),
         connection_class=psycopg.Connection[DictRow],
         kwargs={"row_factory": dict_row, **_PARAMETERS},
         configure=_configure,
@@ -132,6 +134,21 @@ def pool() -> Pool:
         max_size=POOL_SIZE,
         timeout=POOL_TIMEOUT,
         # Pauses between attempts to connect double until this time has passed; the next request begins anew.
+        reconnect_timeout=POOL_TIMEOUT,
+        open=False,
+        name="pg-rekey",
+    )
+
+
+def pool_async(conninfo: str | None = None) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
+    """Return a pool of asynchronous connections, as pool() does."""
+    return AsyncConnectionPool(
+        conninfo or _conninfo(),
+        kwargs=_PARAMETERS,
+        check=AsyncConnectionPool.check_connection,
+        min_size=1,
+        max_size=POOL_SIZE,
+        timeout=POOL_TIMEOUT,
         reconnect_timeout=POOL_TIMEOUT,
         open=False,
         name="pg-rekey",
@@ -272,11 +289,40 @@ _KINDS = ("", "_FILE", "_COMMAND")
 
 def copy_keks(connection: psycopg.Connection[Any], given: list[bytes]) -> None:
     """Put KEKs into the temporary table pg_rekey_kek by binary COPY, which no log shows."""
-    connection.execute("create temporary table pg_rekey_kek (kek bytea) on commit drop")
-    with connection.cursor() as cursor, cursor.copy("copy pg_temp.pg_rekey_kek from stdin binary") as copy:
+    connection.execute(_KEKS)
+    with connection.cursor() as cursor, cursor.copy(_COPY_KEKS) as copy:
         copy.set_types(["bytea"])
         for one in given:
             copy.write_row([one])
+
+
+def copy_secrets(connection: psycopg.Connection[Any], rows: Sequence[Sequence[Any]]) -> None:
+    """Put secrets into the temporary table pg_rekey_secrets by binary COPY, which no log shows."""
+    connection.execute(_SECRETS)
+    with connection.cursor() as cursor, cursor.copy(_COPY_SECRETS) as copy:
+        copy.set_types(_SECRET_TYPES)
+        for row in rows:
+            copy.write_row(row)
+
+
+async def copy_secrets_async(connection: psycopg.AsyncConnection[Any], rows: Sequence[Sequence[Any]]) -> None:
+    """As copy_secrets()."""
+    await connection.execute(_SECRETS)
+    async with connection.cursor() as cursor, cursor.copy(_COPY_SECRETS) as copy:
+        copy.set_types(_SECRET_TYPES)
+        for row in rows:
+            await copy.write_row(row)
+
+
+_SECRETS = (
+    "create temporary table pg_rekey_secrets"
+    " (tenant_id uuid, keyring text, name text, value text, description text) on commit drop"
+)
+_COPY_SECRETS = "copy pg_temp.pg_rekey_secrets from stdin binary"
+_SECRET_TYPES = ("uuid", "text", "text", "text", "text")
+_KEKS = "create temporary table pg_rekey_kek (kek bytea) on commit drop"
+_COPY_KEKS = "copy pg_temp.pg_rekey_kek from stdin binary"
+_DROP_KEKS = "drop table pg_temp.pg_rekey_kek"
 
 
 def _send(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
@@ -289,16 +335,22 @@ def _send(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope)
 def _send_parameter(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
     """Unlock where there are no temporary tables, as on a standby, unless it could log the parameter."""
     with connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
-        row = cursor.execute(query("doctor: logging")).fetchone()
-        if row:
-            raise Problem(
-                f"this read-only server would log the KEK: {row['finding']}",
-                f"{row['advice']} Or let the server find the KEK by itself: kek_provider.",
-                LOCKED,
-            )
-        cursor.execute("select rekey.unlock(%b, %s) as fingerprint", [b"".join(given), scope])
-        [row] = cursor.fetchall()
+        _refuse_logging(cursor.execute(query("doctor: logging")).fetchone())
+        [row] = cursor.execute(_UNLOCK, [b"".join(given), scope]).fetchall()
     return str(row["fingerprint"])
+
+
+_UNLOCK = "select rekey.unlock(%b, %s) as fingerprint"
+
+
+def _refuse_logging(row: DictRow | None) -> None:
+    """Refuse to send a KEK as a parameter to a server of which this is a finding of the doctor's."""
+    if row:
+        raise Problem(
+            f"this read-only server would log the KEK: {row['finding']}",
+            f"{row['advice']} Or let the server find the KEK by itself: kek_provider.",
+            LOCKED,
+        )
 
 
 def _send_copy(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
@@ -306,8 +358,41 @@ def _send_copy(connection: psycopg.Connection[Any], given: list[bytes], scope: S
         copy_keks(connection, given)
         with connection.cursor(row_factory=psycopg.rows.scalar_row) as cursor:
             fingerprint = cursor.execute("select rekey.unlock_copied(%s)", [scope]).fetchone()
-        connection.execute("drop table pg_temp.pg_rekey_kek")
+        connection.execute(_DROP_KEKS)
     return str(fingerprint)
+
+
+async def unlock_async(connection: psycopg.AsyncConnection[Any], kek: bytes | str | None = None) -> None:
+    """As unlock(), for the transaction that an asynchronous connection is in."""
+    if kek is not None:
+        await _send_async(connection, [_bytes(kek)])
+        return
+    # A command of the environment may take its time.
+    given = await asyncio.to_thread(from_environment)
+    try:
+        await _send_async(connection, given)
+    except psycopg.Error as error:
+        if error.sqlstate != "RK002":
+            raise
+        keks.forget()
+        await _send_async(connection, await asyncio.to_thread(from_environment))
+
+
+async def _send_async(connection: psycopg.AsyncConnection[Any], given: list[bytes]) -> None:
+    try:
+        async with connection.transaction(), connection.cursor() as cursor:
+            await cursor.execute(_KEKS)
+            async with cursor.copy(_COPY_KEKS) as copy:
+                copy.set_types(["bytea"])
+                for one in given:
+                    await copy.write_row([one])
+            await cursor.execute("select rekey.unlock_copied('transaction')")
+            await cursor.execute(_DROP_KEKS)
+    except ReadOnlySqlTransaction:
+        async with connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute(query("doctor: logging"))
+            _refuse_logging(await cursor.fetchone())
+            await cursor.execute(_UNLOCK, [b"".join(given), "transaction"])
 
 
 def _bytes(kek: bytes | str) -> bytes:

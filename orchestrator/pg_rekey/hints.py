@@ -16,19 +16,23 @@ class Road(Enum):
 
     COMMAND = auto()
     HTTP = auto()
+    PYTHON = auto()
 
 
 class Words(NamedTuple):
-    """What to do on the command line, and over HTTP where that can be done there too."""
+    """What to do on the command line, and over HTTP and in Python where that can be done there too."""
 
     command: str
     http: str | None = None
+    python: str | None = None
 
     def on(self, road: Road) -> str:
-        """Return the words of a road; what HTTP cannot do is done on the command line."""
-        if road is Road.COMMAND:
-            return self.command
-        return self.http or f"On the command line of the server: {self.command}"
+        """Return the words of a road; what it cannot do is done on the command line."""
+        if road is Road.PYTHON and self.python:
+            return self.python
+        if road is Road.HTTP:
+            return self.http or f"On the command line of the server: {self.command}"
+        return self.command
 
 
 BEHIND = Words(
@@ -59,6 +63,7 @@ ACTIONS = {
         "`pg-rekey keyrings list` shows those that there are; `pg-rekey keyrings create NAME` makes one.",
         "GET /api/keys shows those that there are; on the command line, `pg-rekey keyrings create NAME` "
         "makes one.",
+        "status().keyrings has those that there are; `pg-rekey keyrings create NAME` makes one.",
     ),
     "decrypt_bytes": Words("`pg-rekey secrets get NAME` prints text only: read its bytes in SQL."),
     "decrypt_rows": Words(
@@ -113,7 +118,10 @@ ACTIONS = {
         "`pg-rekey columns rebind TABLE COLUMN` goes on with the table that has the values; "
         "`pg-rekey columns list` says what is in the way."
     ),
-    "secrets": Words("`pg-rekey secrets list` shows the names that there are."),
+    "secrets": Words(
+        "`pg-rekey secrets list` shows the names that there are.",
+        python="secrets.list() has the names that there are.",
+    ),
     "schedule_destruction": Words("`pg-rekey keys schedule-destruction KEYRING VERSION` schedules one."),
     "search_now": Words("`pg-rekey keys search` looks now."),
     "schedule_worker": Words(
@@ -131,11 +139,13 @@ ACTIONS = {
         "--supersede.",
         "Wait for it (GET /api/rotations shows how far it is), or let a new one take its rows along: "
         '"supersede": true.',
+        "Wait for it (status() says how far it is), or let a new one take its rows along: supersede=True.",
     ),
     "unlock": Words(
         "Set PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND.",
         "The server has no KEK: it takes it from PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND, "
         "or the database from where kek_provider says.",
+        "Give connect() the KEK, or set PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND.",
     ),
     "unprotect": Words("Name the table and the column: `pg-rekey columns unprotect TABLE COLUMN`."),
     "unreadable_secret": Words(

@@ -94,8 +94,7 @@ order by k.name
 
 -- name: status rotations
 -- description: Rotations under way, and the last ones that left failures.
-select r.id, r.keyring, r.state, r.trigger, r.to_version, r.rows_total, r.rows_done, r.rows_failed, r.blocked_by, r.last_error
-from rekey.rotation_status r
+select r.* from rekey.rotation_status r
 where r.state in ('queued', 'running', 'paused', 'verifying', 'failed')
    or exists (select from rekey.failure_status f where f.rotation_id = r.id and f.resolved_at is null)
 order by r.id
@@ -210,6 +209,14 @@ limit %s
 -- name: set secret
 -- description: Store one secret, as an application does.
 select rekey.set_secret(%s, %s, tenant_id => %s, keyring => %s, description => %s)
+
+-- name: python keyrings
+-- description: Every keyring with its active version and its schedule.
+select k.name as keyring, v.version, v.activated_at as since, s.rotate_every, s.next_rotation_at, s.overdue
+from rekey.keyrings k
+join rekey.schedule_status s on s.keyring = k.name
+left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
+order by k.name
 
 -- name: set copied secrets
 -- description: Store the secrets that were copied.

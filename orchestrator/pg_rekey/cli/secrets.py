@@ -215,17 +215,7 @@ def export(connection: db.Connection, out: Output, path: Path | None, tenant: UU
 
 def _store(connection: db.Connection, stored: Sequence[Secret]) -> list[Row]:
     """Store secrets. Their values go by binary COPY, which no log shows: one may show parameters."""
-    connection.execute(
-        "create temporary table pg_rekey_secrets"
-        " (tenant_id uuid, keyring text, name text, value text, description text) on commit drop"
-    )
-    with (
-        connection.cursor() as cursor,
-        cursor.copy("copy pg_temp.pg_rekey_secrets from stdin binary") as copy,
-    ):
-        copy.set_types(["uuid", "text", "text", "text", "text"])
-        for one in stored:
-            copy.write_row(astuple(one))
+    db.copy_secrets(connection, [astuple(one) for one in stored])
     return fetch(connection, db.query("set copied secrets"))
 
 

@@ -13,9 +13,11 @@ from pg_rekey.cli import tables
 from pg_rekey.cli.base import Output, database, fetch, fetch_one, scalar
 from pg_rekey.cli.commands import Command
 from pg_rekey.cli.follow import NOBODY
+from pg_rekey.cli.rotations import COLUMNS
 from pg_rekey.errors import FINDINGS, UNFINISHED
 
 KEYRINGS = ("keyring", "version", "rows", "since", "rotate_every", "next_rotation_at", "schedule")
+ROTATIONS = (*COLUMNS[:-1], "blocked_by", "last_error")
 REFRESH = 2.0
 
 
@@ -67,7 +69,7 @@ def _look(connection: db.Connection) -> dict[str, Any]:
 def _view(connection: db.Connection, out: Output, found: dict[str, Any]) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(db.where(connection), "bold"), ""]
     parts += out.fit(found["keyrings"], KEYRINGS, "no keyrings: run `pg-rekey init`")
-    parts += ["", *out.fit(found["rotations"], empty="no rotation is under way")]
+    parts += ["", *out.fit(found["rotations"], ROTATIONS, "no rotation is under way")]
     if found["idle"]:
         parts.append(Text(NOBODY, "yellow"))
     parts += ["", tables.record(found["worker"])]
