@@ -17,6 +17,7 @@ import psycopg
 from rich.console import Console
 
 from bench import report
+from bench.against import Contest, against
 from bench.calls import calls
 from bench.estate import Estate
 from bench.impact import Load, impact
@@ -38,6 +39,7 @@ class Amounts:
     loops: int
     rounds: int
     extent: Extent
+    contest: Contest
 
 
 FULL = Amounts(
@@ -47,6 +49,7 @@ FULL = Amounts(
     loops=1000,
     rounds=5,
     extent=Extent(rows=1_000_000, keyrings=10_000, column_rows=100_000),
+    contest=Contest(tables=200, partitions=200, secrets=50_000, calls=200, rounds=3),
 )
 SMOKE = Amounts(
     heats=(Heat(256, 200, 2), *(Heat(size, 200, 1) for size in (32, 1024, 16_384))),
@@ -55,6 +58,7 @@ SMOKE = Amounts(
     loops=20,
     rounds=1,
     extent=Extent(rows=2000, keyrings=20, column_rows=200),
+    contest=Contest(tables=4, partitions=20, secrets=100, calls=2, rounds=1),
 )
 
 
@@ -69,6 +73,12 @@ SMOKE = Amounts(
 @click.option("--smoke", is_flag=True, help="A little of everything, to see that it works; no --docs.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="This part alone; no --docs.")
 @click.option(
+    "--against",
+    "revision",
+    metavar="REV",
+    help="Nothing but many tables, partitions and secrets, beside the SQL of this git revision; no --docs.",
+)
+@click.option(
     "--json",
     "path",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -77,12 +87,12 @@ SMOKE = Amounts(
     help="Where all that was measured goes.",
 )
 @click.option("--docs/--no-docs", default=True, show_default=True, help="Write docs/benchmarks.md.")
-def main(rows: int, smoke: bool, only: tuple[str, ...], path: Path, docs: bool) -> None:
+def main(rows: int, smoke: bool, only: tuple[str, ...], revision: str | None, path: Path, docs: bool) -> None:
     """Measure rotations beside what people do today, their impact, single calls, and how it all grows."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     amounts = SMOKE if smoke else replace(FULL, extent=replace(FULL.extent, rows=rows))
-    results = measure(amounts, only or PARTS, console)
+    results = measure(amounts, only or PARTS, console, revision)
     made = report.sections(results)
     for tables in made.values():
         for table in tables:
@@ -90,12 +100,14 @@ def main(rows: int, smoke: bool, only: tuple[str, ...], path: Path, docs: bool) 
     if "targets" in made:
         results["targets"] = [asdict(one) | {"reached": one.reached} for one in targets(results)]
     path.write_text(json.dumps(results, indent=1) + "\n")
-    if docs and not smoke and not only:
+    if docs and not smoke and not only and not revision:
         report.write(made)
 
 
-def measure(amounts: Amounts, parts: tuple[str, ...], console: Console) -> dict[str, Any]:
-    """Return what each part measured, and on what."""
+def measure(
+    amounts: Amounts, parts: tuple[str, ...], console: Console, revision: str | None = None
+) -> dict[str, Any]:
+    """Return what each part measured, and on what; or only how this compares to another revision."""
     begun = time.monotonic()
     with Estate.started() as estate:
         running: dict[str, Callable[[], Any]] = {
@@ -104,6 +116,9 @@ def measure(amounts: Amounts, parts: tuple[str, ...], console: Console) -> dict[
             "calls": lambda: calls(estate, amounts.loops, amounts.rounds),
             "scale": lambda: scale(estate, amounts.extent),
         }
+        if revision is not None:
+            running = {"against": lambda: against(estate, revision, amounts.contest)}
+            parts = ("against",)
         results: dict[str, Any] = {"about": about(estate)}
         for part in parts:
             console.print(f"{time.monotonic() - begun:4.0f} s: {part}")

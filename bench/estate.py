@@ -36,18 +36,25 @@ class Estate:
         """Start the server, and install as users do."""
         with local.Server(durable=True) as server, _environment({keks.CURRENT: keks.generate()}):
             estate = cls(server)
-            with psycopg.connect(server.dsn(), autocommit=True) as connection:
-                connection.execute(f"create database {TEMPLATE}".encode())
-            with _environment({"PG_REKEY_DSN": server.dsn(TEMPLATE)}):
-                pg_rekey("init")
-                with psycopg.connect(server.dsn(TEMPLATE)) as connection:
-                    connection.execute(SETUP.read_bytes())
+            estate.install(TEMPLATE)
             yield estate
 
+    def install(self, template: str, script: str | None = None) -> None:
+        """Make a template database as users do, or with an installation script that is not this one's."""
+        self._in_postgres("create database {}", template)
+        with _environment({"PG_REKEY_DSN": self.server.dsn(template)}):
+            if script is not None:
+                with psycopg.connect(self.server.dsn(template)) as connection:
+                    connection.execute("create extension pgcrypto")
+                    connection.execute(script.encode())
+            pg_rekey("init")
+            with psycopg.connect(self.server.dsn(template)) as connection:
+                connection.execute(SETUP.read_bytes())
+
     @contextmanager
-    def database(self, name: str) -> Iterator[db.Connection]:
+    def database(self, name: str, template: str = TEMPLATE) -> Iterator[db.Connection]:
         """Make a database, name it in the environment, and yield an unlocked session of the superuser."""
-        self._in_postgres("create database {} template {}", name, TEMPLATE)
+        self._in_postgres("create database {} template {}", name, template)
         with _environment({"PG_REKEY_DSN": self.server.dsn(name)}):
             with worker.connect() as connection:
                 # The others that are measured find pgcrypto as applications do.

@@ -54,6 +54,8 @@ class Table:
 def sections(results: dict[str, Any]) -> dict[str, list[Table]]:
     """Return the tables of each section that there are results for."""
     made = {name: make(results[name]) for name, make in SECTIONS.items() if name in results}
+    if "against" in results:
+        made["against"] = [_against(results["against"])]
     if made.keys() == SECTIONS.keys():
         made["targets"] = [_targets(targets(results))]
     return made
@@ -249,6 +251,22 @@ def _targets(found: list[Target]) -> Table:
                 "yes" if target.reached else "**no**",
             )
             for target in found
+        ],
+    )
+
+
+def _against(against: dict[str, Any]) -> Table:
+    return Table(
+        f"Beside {against['revision']}, in turns; in ms",
+        ("what", "this", "that", "this to that"),
+        [
+            (
+                what,
+                median(scaled(one["now"], 1000)),
+                median(scaled(one["then"], 1000)),
+                spread(ratios(one["now"], one["then"])),
+            )
+            for what, one in against["seconds"].items()
         ],
     )
 

@@ -70,7 +70,8 @@ $$;
 grant execute on function rekey._call_count, rekey._call_scan, rekey._call_read, rekey._call_write, rekey._call_tenant_check to rekey_owner;
 grant execute on function rekey._session_state, rekey._refuse_traces, rekey._prepared, rekey._changes, rekey._refuse_changes to rekey_sweeper;
 -- Conditions of triggers on users' tables, evaluated with the rights of whoever writes; what they tell is no secret.
-grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey.is_sweeping(regclass), rekey._refuse_doomed() to public;
+grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey._may_be_doomed(), rekey._is_scheduled(bytea), rekey.is_sweeping(regclass),
+  rekey._refuse_doomed() to public;
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;

@@ -74,8 +74,26 @@ FLAWS = [
     Flaw(
         "a partition that left is not noticed",
         "51_columns.sql",
-        "v_other := rekey._lost_part(protected, v_shape.relation);",
+        "v_other := rekey._lost_part(protected, v_leaves);",
         "v_other := null;",
+    ),
+    Flaw(
+        "a file of one page is taken for an empty one",
+        "50_targets.sql",
+        "operator(pg_catalog.>) 0 then",
+        "operator(pg_catalog.>) 8192 then",
+    ),
+    Flaw(
+        "of small tables, what does not open is counted as what does",
+        "61_verify.sql",
+        "left join failing f on f.n = u.n",
+        "left join failing f on false",
+    ),
+    Flaw(
+        "what a verification refused is counted as behind in small tables",
+        "61_verify.sql",
+        "r.version, 0, 0, array_agg(r.key), null, count(*)",
+        "r.version, 0, 0, array_agg(r.key), null, 0",
     ),
     Flaw(
         "forced policies are not noticed",
@@ -109,6 +127,18 @@ FLAWS = [
         "where false",
     ),
     Flaw(
+        "a version is scheduled, and the triggers do not look",
+        "32_keys.sql",
+        "perform rekey._expect_doomed();",
+        "null;",
+    ),
+    Flaw(
+        "the triggers stop to look while a version is scheduled",
+        "32_keys.sql",
+        "if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled') then",
+        "if true then",
+    ),
+    Flaw(
         "triggers sleep in the replica role",
         "52_protect.sql",
         "v_statements := v_statements || format('alter table %s enable always trigger %I', target, v_name);",
@@ -138,8 +168,8 @@ FLAWS = [
     Flaw(
         "an adoption ends with plain values left",
         "61_verify.sql",
-        "else greatest(coalesce(a.rows, 0) - (",
-        "else greatest(0 - (",
+        "else coalesce(a.rows, 0) - coalesce(a.refused, 0) end as behind",
+        "else 0 end as behind",
     ),
     Flaw(
         "a sweep fires triggers all the same",

@@ -200,10 +200,11 @@ def kek(number: int) -> bytes:
 
 @dataclass
 class Key:
-    """A key version. due: how far its destruction is away: 'now', 'day' or 'later'."""
+    """A key version. due: how far its destruction is away: 'now', 'day', 'later'; scheduled: which step."""
 
     state: str = "active"
     scheduled_from: str = ""
+    scheduled: int = 0
     due: str = ""
     touched: int = 0
 
@@ -934,7 +935,7 @@ class Walk(RuleBasedStateMachine):
         self.call(self.admin, code, SCHEDULE, ring, version, wait)
         if it and code is None:
             key = it.keys[version]
-            key.scheduled_from = key.state
+            key.scheduled_from, key.scheduled = key.state, self.now.step
             key.due = {"0 s": "now", "1 hour": "day", "45 days": "later"}[wait]
             self.change(ring, version, "destroy_scheduled", "key.destroy_scheduled")
 
@@ -1207,8 +1208,9 @@ class Walk(RuleBasedStateMachine):
             for ring in due:
                 self.begin(ring, "schedule")
                 ring.due = False
-        for ring in self.now.rings.values():
-            self.destroy(ring, jumped, any(writer.past for writer in self.writers))
+        snapshots = [writer.past for writer in self.writers if writer.past]
+        rings = list(self.now.rings.values())
+        unsure = [(ring, version) for ring in rings for version in self.destroy(ring, jumped, snapshots)]
         refused |= self.census(locked)
         if refused and not self.noted:
             self.expect("rotation.error", None, None)
@@ -1226,6 +1228,9 @@ class Walk(RuleBasedStateMachine):
             self.call(self.admin, None, "call rekey.run_rotations('0 s')")
         else:
             self.call(self.admin, None, "call rekey.tick()")
+        for ring, version in unsure:
+            if self.eye.execute(IS_DESTROYED, (ring.name, version)).fetchone():
+                self.change(ring.name, version, "destroyed", "key.destroyed")
         self.edges = dict.fromkeys(EDGES, REACHED)
         if not locked:
             for it in self.rotations:  # what could be done is done
@@ -1233,19 +1238,27 @@ class Walk(RuleBasedStateMachine):
                 if it.state in EDGES and first.state in EDGES and not self.astray:
                     self.edges[it.state] = ENDED
 
-    def destroy(self, ring: Ring, jumped: bool, snapshot: bool) -> None:
-        """What a tick does to the versions of a keyring that are to be destroyed."""
+    def destroy(self, ring: Ring, jumped: bool, snapshots: list[World]) -> list[int]:
+        """What a tick does to the versions that are to be destroyed, and those that it may destroy or not.
+
+        A search waits for every snapshot that is older than the scheduling. One that is done is good
+        for younger snapshots, too, which hold no row of the version.
+        """
+        unsure = []
         for version, key in ring.keys.items():
             if key.state == "destroy_scheduled" and (key.due == "now" or (jumped and key.due == "day")):
-                if snapshot and not jumped:  # the search waits for it, or finds it in use
+                used = self.in_use(ring, version) or self.is_copied(ring, version)
+                if snapshots and not jumped:
                     self.may_be.append(("key.destroy_scheduled", ring.name, version, None))
-                    continue
-                if jumped or self.in_use(ring, version) or self.is_copied(ring, version):
+                    if not used and all(key.scheduled < past.step for past in snapshots):
+                        unsure.append(version)
+                elif jumped or used:
                     key.due = "day"
                     self.become(ring, version, key.state)
                     self.expect("key.destroy_scheduled", ring.name, version)
                 else:
                     self.change(ring.name, version, "destroyed", "key.destroyed")
+        return unsure
 
     def census(self, locked: bool) -> bool:
         """What a tick does about rows that came to stand on an older version; whether it lacks the KEK."""
@@ -1793,6 +1806,8 @@ STEP: LiteralString = """
     select event, detail, current_setting('session_replication_role') from rekey.rotation_step()"""
 ROTATE: LiteralString = "select id from rekey.rotate_keys(%s, supersede => %s)"
 DUTY: LiteralString = "select rekey._tick_duty(%s, now())"
+IS_DESTROYED: LiteralString = """
+    select true from rekey.key_status where keyring = %s and version = %s and state = 'destroyed'"""
 SEARCH: tuple[LiteralString] = ("select rekey._search_on(now())",)
 SCHEDULE: LiteralString = "select rekey.schedule_key_destruction(%s, %s, %s::interval)"
 PUT_NOTE: LiteralString = (

@@ -70,6 +70,27 @@ def test_smoke(installation: local.Installation, tmp_path: Path) -> None:
         assert headings(report.PAGE, name) == headings(page, name)
 
 
+def test_against_a_revision(installation: local.Installation, tmp_path: Path) -> None:
+    """What is committed, beside what is here."""
+    path = tmp_path / "results.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--smoke", "--against", "HEAD", "--json", path],
+        cwd=release.ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    results = json.loads(path.read_text())
+    seconds = results["against"]["seconds"]
+    assert len(seconds) == 11
+    assert all(len(one["now"]) == len(one["then"]) == 1 for one in seconds.values())
+    [_, against] = report.sections(results).values()
+    assert [row[0] for row in against[0].rows] == list(seconds)
+
+
 def numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
     """Yield every number in a document, and where it stands."""
     if isinstance(value, dict):

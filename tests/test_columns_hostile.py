@@ -384,6 +384,95 @@ def test_a_setting_that_a_trigger_leaves_behind(
     assert value(ready, "select current_setting('session_replication_role')") == "origin"
 
 
+# The planner calls it as the owner, whenever it plans: where rows are counted, too.
+LEAVES: LiteralString = """
+    create function leave(int) returns int language plpgsql immutable as
+      $$ begin perform pg_catalog.set_config('{}', '{}', false); return 1; end $$;
+    create statistics leaving on (leave(1) + id) from {}"""
+
+
+def test_what_one_owner_leaves_behind_is_gone_before_anothers_code_runs(
+    db: str, ready: Connection, app: Connection, owner: str, table: None, session: Callable[[], Connection]
+) -> None:
+    """Whoever counts calls many tables in a row."""
+    ready.execute("select rekey.create_keyring('other'); set client_min_messages = error")
+    ready.execute(
+        b"""
+        create schema other; create table other.t (id int primary key, v text);
+        create function other.look(int) returns int language plpgsql immutable as
+          $$ begin raise warning 'work_mem is %', current_setting('work_mem'); return 1; end $$;
+        grant usage on schema app, other to public"""
+    )
+    protect(ready, "other.t", keyring="other", context_columns=["id"])
+    ready.execute("""
+        insert into other.t values (1, rekey.encrypt_text('1', 'other', array['other.t.v', '1']));
+        create statistics other.looking on (other.look(1) + id) from other.t;
+        select rekey.rotate_keys()""")
+    number = value(ready, "select id from rekey.rotation_status where keyring = 'default'")
+    other = value(ready, "select id from rekey.rotation_status where keyring = 'other'")
+    app.execute(LEAVES.format("work_mem", "1MB", "t").encode())
+    worker = session()
+    mine = value(worker, "select current_setting('work_mem')")
+    said: list[str | None] = []
+    worker.add_notice_handler(lambda diagnostic: said.append(diagnostic.message_primary))
+    run(worker, "2 s")
+    assert rotation(ready, other, "state", "rows_done") == ("completed", 1)
+    assert rotation(ready, number, "state") != "completed"
+    assert set(said) == {f"work_mem is {mine}"}
+    assert value(worker, "select current_setting('work_mem')") == mine
+
+
+def test_a_setting_that_a_count_leaves_behind_holds_up_its_own_table(
+    ready: Connection, app: Connection, table: None, session: Callable[[], Connection]
+) -> None:
+    """Tables of one owner are counted together, and each by itself where one leaves something behind."""
+    ready.execute("select rekey.create_keyring('other')")
+    app.execute("create table u (id int primary key, v text)")
+    protect(app, "u", keyring="other")
+    app.execute("insert into u values (1, rekey.encrypt_text('1', 'other', array['app.u.v', '1']))")
+    number, other = rotate(ready), rotate(ready, "other")
+    app.execute(LEAVES.format("work_mem", "1MB", "t").encode())
+    run(session(), "2 s")
+    assert rotation(ready, other, "state", "rows_done") == ("completed", 1)
+    assert rotation(ready, number, "state") != "completed"
+    with refused("RK005"):
+        session().execute("select rekey.key_usage()")
+    app.execute("drop statistics leaving")
+    ready.execute("update rekey.rotations set next_attempt_at = null")
+    run(session())
+    assert rotation(ready, number, "state", "rows_done") == ("completed", 5)
+
+
+def test_a_search_path_that_a_count_leaves_behind_reaches_nobody(
+    ready: Connection, app: Connection, table: None, session: Callable[[], Connection]
+) -> None:
+    """Between one table and the next of an owner, only what is in pg_catalog is called."""
+    app.execute("""
+        create table u (id int primary key, v text);
+        grant usage on schema app to public;
+        create function plus(int, int) returns int language plpgsql immutable as
+          $$ begin raise warning 'as %', current_user; return $1 operator(pg_catalog.+) $2; end $$;
+        create operator + (function = plus, leftarg = int, rightarg = int);
+        create function more(bigint, int) returns bool language plpgsql immutable as
+          $$ begin raise warning 'as %', current_user; return true; end $$;
+        create operator > (function = more, leftarg = bigint, rightarg = int);
+        create function pg_relation_size(regclass) returns bigint language plpgsql immutable as
+          $$ begin raise warning 'as %', current_user; return 8192; end $$""")
+    protect(app, "u")
+    app.execute("insert into u values (1, rekey.encrypt_text('1', context => array['app.u.v', '1']))")
+    app.execute(LEAVES.format("search_path", "app, pg_catalog", "t").encode())
+    app.execute("create statistics leaving_too on (leave(1) + id) from u")
+    counter = session()
+    said: list[str | None] = []
+    counter.add_notice_handler(lambda diagnostic: said.append(diagnostic.message_primary))
+    with refused("RK005", "left a setting behind"):
+        counter.execute("select rekey.key_usage()")
+    number = rotate(ready)
+    assert step(counter)[0] == "planned"
+    assert rotation(ready, number, "rows_total") == 0  # neither can be counted
+    assert said == []
+
+
 CAST: LiteralString = """
     create type k as (i int);
     create function spell(k) returns text language plpgsql as $$

@@ -1,15 +1,16 @@
 """Tables that are renamed, moved, detached or dropped while a process sweeps or adopts them."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import LiteralString
 
 import pytest
 
 from cli_fixtures import Cli, eventually, process
 from column_fixtures import protect
-from driving import check, rotation, run
-from helpers import Connection, value
+from driving import check, rotate, rotation, run, waits
+from helpers import Connection, unlock, value
 
 pytest_plugins = ["cli_fixtures", "column_fixtures"]
 
@@ -144,3 +145,39 @@ def test_what_is_gone_is_said_and_let_go(
     )
     if what == "partition detached":
         check(ready, {}, columns={"app.t": {key: it for key, it in MODEL.items() if int(key) <= 1000}})
+
+
+@pytest.mark.parametrize("phase", ["adopted", "rotated", "decrypted"])
+def test_who_changes_a_partitioned_table_meets_no_deadlock(
+    ready: Connection, app: Connection, session: Callable[[], Connection], kek: bytes, phase: str
+) -> None:
+    """An UPDATE of a partition locks what it is a part of after it; ALTER TABLE comes from the other side."""
+    app.execute(f"{PARTITIONED}; insert into t values (1, 'one')")
+    ready.execute("grant usage on schema app to public")
+    app.execute(
+        "create function hold() returns trigger language plpgsql as"
+        " 'begin perform pg_catalog.pg_advisory_xact_lock(77); return new; end';"
+        "create trigger hold before update on t1 for each row execute function hold()"
+    )
+    label = protect(app, "t")
+    app.execute("select rekey.adopt_column('t', 'v')")
+    if phase != "adopted":
+        run(ready)
+        rotate(ready)
+    if phase == "decrypted":
+        run(ready)
+    unlock(app, kek)
+    decrypt: LiteralString = "select rekey.unprotect_column('t', 'v', decrypt => true)"
+    # (A new session: one that has looked at the bounds of the partition before does not do so again.)
+    worker, holder = session(), session()
+    with ThreadPoolExecutor(2) as pool:
+        with holder.transaction():
+            holder.execute("select pg_advisory_xact_lock(77)")
+            work = pool.submit(value, app, decrypt) if phase == "decrypted" else pool.submit(run, worker)
+            waits(holder, (app if phase == "decrypted" else worker).info.backend_pid)
+            change = pool.submit(ready.execute, b"alter table app.t add column n int")
+            waits(holder, ready.info.backend_pid)
+        change.result(30)
+        work.result(30)
+    opened = "v" if phase == "decrypted" else f"rekey.decrypt_text(v, '{{{label},1}}')"
+    assert value(app, f"select {opened} from app.t") == "one"

@@ -490,6 +490,75 @@ def test_a_writer_that_was_held_back_is_counted(ready: Connection, session: Sess
     assert value(ready, "select rekey.decrypt_text(v, '{public.t.v,1}') from t") == "held"
 
 
+@pytest.fixture
+def held(ready: Connection) -> str:
+    """An envelope of version 1 that no row has; version 2 is active, and there is a protected column."""
+    ready.execute("create table t (id int primary key, v text)")
+    protect(ready, "t")
+    sealed = str(value(ready, "select rekey.encrypt_text('held', 'default', '{public.t.v,1}')"))
+    rotated(ready)
+    return sealed
+
+
+def refuses(connection: Connection, held: str) -> bool:
+    """Whether what was held back can not be stored any more."""
+    connection.execute("begin")
+    try:
+        connection.execute("insert into public.t values (1, %s)", [held])
+    except psycopg.Error as error:
+        return error.sqlstate == "RK006"
+    finally:
+        connection.execute("rollback")
+    return False
+
+
+def looks(connection: Connection) -> bool:
+    """Whether the triggers ask for the state of the versions that are written."""
+    return bool(value(connection, "select pg_sequence_last_value('rekey._doomed') is distinct from 0"))
+
+
+def test_triggers_look_only_while_a_version_may_be_scheduled(ready: Connection, held: str) -> None:
+    assert (looks(ready), refuses(ready, held)) == (False, False)  # there was a pass
+    with ready.transaction(force_rollback=True):
+        ready.execute("select rekey.schedule_key_destruction('default', 1)")
+    assert (looks(ready), refuses(ready, held)) == (True, False)
+    ready.execute("call rekey.tick()")
+    assert not looks(ready)
+    ready.execute("select rekey.schedule_key_destruction('default', 1)")
+    assert (looks(ready), refuses(ready, held)) == (True, True)
+    ready.execute("call rekey.tick()")
+    rotated(ready)
+    assert (looks(ready), refuses(ready, held)) == (True, True)
+    ready.execute("select rekey.cancel_key_destruction('default', 1)")
+    ready.execute("call rekey.tick()")
+    assert (looks(ready), refuses(ready, held)) == (False, False)
+
+
+def test_they_look_while_one_is_being_scheduled(ready: Connection, held: str, session: Session) -> None:
+    """What is not committed yet is seen by nobody, and counts."""
+    scheduler = session()
+    with scheduler.transaction():
+        scheduler.execute("select rekey.schedule_key_destruction('default', 1)")
+        ready.execute("select rekey._expect_none_doomed()")
+        assert looks(ready)
+    assert refuses(ready, held)
+
+
+def test_they_look_where_a_restore_left_something(ready: Connection, held: str, app: Connection) -> None:
+    """The privilege, or the value."""
+    ready.execute("grant insert on t to public")
+    scheduled(ready)
+    ready.execute("revoke select on sequence rekey._doomed from public")
+    assert refuses(app, held)
+    ready.execute("grant select on sequence rekey._doomed to public")
+    assert refuses(app, held)
+    ready.execute("select setval('rekey._doomed', 0)")
+    assert not refuses(app, held)
+    due(ready)
+    ready.execute("select rekey.begin_search()")
+    assert refuses(app, held)
+
+
 def test_a_copy_that_is_not_committed_is_waited_for(ready: Connection, old: str, session: Session) -> None:
     ready.execute("create table copy (v text)")
     writer = session()

@@ -383,6 +383,16 @@ def test_transit_values_are_opened_by_their_server(
 
 
 @pytest.mark.pypi
+def test_a_namespace_stands_before_the_mount(bao: str) -> None:
+    bao_call("sys/namespaces/team", {})
+    bao_call("team/sys/mounts/transit", {"type": "transit"})
+    bao_call("team/transit/keys/app", {})
+    sealed = bao_call("team/transit/encrypt/app", {"plaintext": base64.b64encode(b"of a team").decode()})
+    keys = transit.Transit(["team/transit/app"])
+    assert keys.open([sealed["ciphertext"].encode()]) == [b"of a team"]
+
+
+@pytest.mark.pypi
 def test_a_transit_server_that_refuses_leaves_everything(
     bao: str, cli_ready: Cli, ready: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

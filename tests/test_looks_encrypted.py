@@ -120,6 +120,9 @@ MARKED: dict[str, list[str | bytes]] = {
         f"{os.urandom(16).hex()}:{os.urandom(41).hex()}:{os.urandom(16).hex()}",
         f"{b64(12)}:{b64(16)}:{b64(31)}",
         f"{b64(12)}:{b64(31)}:{b64(16)}",
+        f"{os.urandom(12).hex()}:{os.urandom(600).hex()}:{os.urandom(16).hex()}",
+        f"{b64(12)}:{b64(900)}:{b64(16)}",
+        f"{b64(16)}:{b64(900)}:{b64(16)}",
     ],
     "jenkins": ["{AQAAABAAAAAw" + b64(48) + "}"],
     "json": [
@@ -147,7 +150,9 @@ MARKED: dict[str, list[str | bytes]] = {
         base64.b64encode(bytes.fromhex("303a0410f8000000000000000000000000000001") + os.urandom(40)).decode()
     ],
     "openpgp": [
-        b"\x8c\x4d\x05\x09" + os.urandom(70),
+        b"\x8c\x4d\x05\x09\x02\x03" + os.urandom(70),
+        b"\xc3\x4d\x06\x1a\x09\x02\x0b\x03" + os.urandom(70),
+        b"\xc1\x55\x06\x21\x06" + os.urandom(32) + b"\x19" + os.urandom(70),
         b"\x85\x01\x0c\x03" + os.urandom(8) + b"\x01" + os.urandom(200),
     ],
     "openssl": [
@@ -282,6 +287,15 @@ def test_marks_are_known_by_name(ready: Connection, kind: str) -> None:
         assert mark == kind, one
 
 
+def test_random_keys_have_no_mark(ready: Connection) -> None:
+    """Of 32 bytes, as they are and in hexadecimal."""
+    marked = """
+        select count(*) from (select sha256(g::text::bytea) as key from generate_series(1, 40000) g) k
+        where rekey._legacy_mark(k.key) is not null
+          or rekey._legacy_mark(rekey._marked_inside(encode(k.key, 'hex')::bytea)) is not null"""
+    assert value(ready, marked) == 0
+
+
 def test_every_mark_has_a_sample(ready: Connection) -> None:
     source = value(
         ready,
@@ -314,6 +328,11 @@ SHAPES: dict[str, tuple[str, list[str | bytes]]] = {
     "a header in base64": (
         "header",
         [base64.b64encode(b"\x07\x19\x38\x0e\xe2" + os.urandom(28 + n)).decode() for n in range(30)],
+    ),
+    # As n8n-core 2.41.1 writes it where n8n has keys of its own: the id of one; version, salt, tag, text.
+    "a key's id before it": (
+        "header",
+        [f"aB3dE6gH9jK2mN5p:{base64.b64encode(bytes([1]) + os.urandom(60 + n)).decode()}" for n in range(30)],
     ),
     "texts under a stream cipher": ("differ", [b64(28 + n) for n in range(30)]),
     "texts of one length": ("one length", [b64(44) for _ in range(30)]),

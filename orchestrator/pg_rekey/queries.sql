@@ -390,7 +390,7 @@ cross join lateral aclexplode(o.acl) a
 left join pg_roles r on r.oid = a.grantee
 where case
   -- What triggers ask with the rights of whoever writes: it tells states of keys, and nothing of values.
-  when a.grantee = 0 then o.name not in ('_is_doomed()', '_refuse_doomed()', 'is_sweeping()')
+  when a.grantee = 0 then o.name not in ('_is_doomed()', '_may_be_doomed()', '_is_scheduled()', '_refuse_doomed()', 'is_sweeping()')
   when r.rolname = 'anon' then true
   -- What the RPC calls, which decides itself who may.
   when r.rolname = 'authenticated' then o.name not in ('_rpc_rotate_keys()', '_rpc_key_rotation_status()')

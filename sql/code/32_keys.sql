@@ -288,11 +288,55 @@ comment on function rekey.create_keyring is
 grant execute on function rekey.create_keyring to rekey_admin;
 grant select on rekey.keyrings to rekey_admin, rekey_operator, rekey_auditor, rekey_app;
 
+-- (Where a restore left the privilege behind, nobody knows.)
+create or replace function rekey._may_be_doomed() returns boolean
+language sql volatile
+return case when has_sequence_privilege('rekey._doomed'::regclass, 'select') then pg_sequence_last_value('rekey._doomed'::regclass) end is distinct from 0;
+comment on function rekey._may_be_doomed is 'Whether a version may be scheduled for destruction, without a query.';
+
+create or replace function rekey._expect_doomed() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- Held till the end, so that rekey._expect_none_doomed() does not take it back before the version is seen.
+  perform pg_advisory_xact_lock_shared(0, 6);
+  perform setval('rekey._doomed', 1);
+end
+$$;
+comment on function rekey._expect_doomed is 'From now on what is written into protected columns is looked at for versions that are scheduled for destruction.';
+
+create or replace function rekey._expect_none_doomed() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not rekey._may_be_doomed() then
+    return;
+  end if;
+  begin
+    if pg_try_advisory_xact_lock(0, 6) then
+      -- In a statement of its own: it sees what was committed before the lock was given.
+      if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled') then
+        perform setval('rekey._doomed', 0);
+      end if;
+    end if;
+    raise exception using errcode = 'RKEND';
+  exception when sqlstate 'RKEND' then
+    null;  -- gives the lock back at once, and keeps the value
+  end;
+end
+$$;
+comment on function rekey._expect_none_doomed is 'Takes rekey._expect_doomed() back where no version is scheduled. In READ COMMITTED only.';
+
 create or replace function rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamptz = null) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if state = 'destroy_scheduled' then
+    perform rekey._expect_doomed();
+  end if;
   update rekey.encryption_keys k
   set state = _move_key.state,
       scheduled_from = case when _move_key.state = 'destroy_scheduled' then key.state end,

@@ -1,6 +1,7 @@
 -- The tables that a rotation sweeps. Each has functions in schema rekey_targets, owned by the table's owner, that read and
 -- write that table and nothing else. They know no key, and none of our functions:
---   <name>_count(relation, keyrings): rows by keyring and version, in the snapshot of the calling statement
+--   <name>_count(relation, keyrings): rows by keyring and version, in the snapshot of the calling statement; no keyrings: only locks
+--     the relation, with its partitions
 --   <name>_scan(relation, first, until, keyrings, since, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
 --   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): locks rows that are due, and returns them
 --   <name>_write(relation, rows, ciphertexts): stores what the engine made of them
@@ -141,8 +142,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   return array[
+    -- (The view has them in the order of their names. To sort them anew takes as long as to show them.)
     search_path || ' ' || (
-      select encode(sha256(convert_to(string_agg(s.name || '=' || s.setting, ',' order by s.name), 'UTF8')), 'hex')
+      select encode(sha256(convert_to(string_agg(s.name || '=' || s.setting, ','), 'UTF8')), 'hex')
       from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
     -- (By the dependencies of the schema, which have an index: pg_type may be large.)
@@ -232,35 +234,94 @@ comment on function rekey._refuse_changes is 'RK005 where rows were changed sinc
 -- These are owned by rekey_sweeper (footer.sql), which has no other right: whatever a target's function has become,
 -- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql). What follows
 -- the call is named with its schema: the search path may be another one now.
-create or replace function rekey._call_count(function_name name, relation regclass, keyrings integer[])
-returns table (keyring_id integer, version integer, rows bigint)
+-- What one owner's code leaves behind is looked for before another's is called. (An empty file holds no rows for any snapshot.)
+create or replace function rekey._call_count(
+  function_names name[], relations regclass[], keyrings integer[], apart boolean = false, whole boolean = false
+)
+returns setof rekey._counted
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_run record;
   v_state text[];
   v_changes text;
+  v_keyring integer;
+  v_version integer;
+  v_rows bigint;
+  v_next tid;
+  v_ciphertexts bytea[];
+  v_contexts bytea[];
+  v_keys text[];
+  v_context text;
+  v_found rekey._counted[];
+  v_last integer;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
-  if function_name operator(pg_catalog.<>) 'secrets' then
-    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
-    v_changes := rekey._changes();
-  end if;
-  for keyring_id, version, rows in
-    execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using relation, keyrings
+  for v_run in
+    select c.name <> 'secrets' as foreign, keyrings = '{}' as locks, count(*)::integer as count, array_agg(c.place::integer) as places,
+      array_agg(c.relation) as relations, array_agg(format(case when whole
+          then 'select null, null, pg_catalog.cardinality(s.rows), s.next, s.ciphertexts, s.contexts, s.keys
+            from rekey_targets.%I($1, ''(0,0)'', ''(4294967294,0)'', $2, null, 4000, 2097152) s'
+          else 'select s.keyring_id, s.version, s.rows, null, null, null, null from rekey_targets.%I($1, $2) s' end,
+        c.name || case when whole then '_scan' else '_count' end)) as statements
+    from unnest(function_names, relations) with ordinality as c(name, relation, place)
+    left join pg_proc p on p.pronamespace = 'rekey_targets'::regnamespace and p.proname = c.name || '_count'
+    group by c.name <> 'secrets', p.proowner
+    order by p.proowner
   loop
-    return next;
+    v_found := '{}';
+    v_last := 0;
+    begin
+      if v_run.foreign then
+        v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+        v_changes := rekey._changes();
+      end if;
+      for v_place in 1 .. v_run.count loop
+        begin
+          if v_run.locks or pg_catalog.pg_relation_size(v_run.relations[v_place]) operator(pg_catalog.>) 0 then
+            for v_keyring, v_version, v_rows, v_next, v_ciphertexts, v_contexts, v_keys in
+              execute v_run.statements[v_place] using v_run.relations[v_place], keyrings
+            loop
+              v_last := v_last operator(pg_catalog.+) 1;
+              v_found[v_last] := row(v_run.places[v_place], v_keyring, v_version, v_rows, v_next, v_ciphertexts, v_contexts, v_keys, null, null, null)::rekey._counted;
+            end loop;
+          end if;
+        exception when assert_failure or others then
+          get stacked diagnostics v_context = pg_exception_context;
+          if not apart then
+            raise;
+          end if;
+          v_last := v_last operator(pg_catalog.+) 1;
+          v_found[v_last] := row(v_run.places[v_place], null, null, 0, null, null, null, null, sqlerrm, sqlstate, v_context)::rekey._counted;
+        end;
+      end loop;
+      if v_run.foreign then
+        perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+        perform rekey._refuse_changes(v_changes);
+      end if;
+    exception when assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      if not apart then
+        raise;
+      elsif v_run.count = 1 then
+        v_found := array[row(v_run.places[1], null, null, 0, null, null, null, null, sqlerrm, sqlstate, v_context)::rekey._counted];
+      else
+        -- Each by itself, to find whose it is.
+        v_found := array(
+          select row(p.place, c.keyring_id, c.version, c.rows, c.next, c.ciphertexts, c.contexts, c.keys, c.error, c.code, c.context)::rekey._counted
+          from unnest(v_run.places) as p(place)
+          cross join lateral rekey._call_count(function_names[p.place:p.place], relations[p.place:p.place], keyrings, true, whole) c);
+      end if;
+    end;
+    return query select f.* from unnest(v_found) as f;
   end loop;
-  if v_state is not null then
-    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
-    perform rekey._refuse_changes(v_changes);
-  end if;
 end
 $$;
-comment on function rekey._call_count is 'Calls the count function of a target.';
+comment on function rekey._call_count is 'Calls the count functions of targets. keyrings empty: locks each relation, with its partitions, and counts nothing. apart: an error of one is a row, and does not stop the others; what came of it before is not to be trusted. whole: calls their scan functions, for all rows of each relation, or the first of them, up to next.';
 
 create or replace function rekey._call_scan(
   function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint,
@@ -484,38 +545,34 @@ language sql immutable parallel safe
 return case when pointer is not null then format('(%s,%s)', rekey._block(pointer), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid end;
 comment on function rekey._next_row is 'The row pointer after this one.';
 
-create or replace function rekey._count_rows(keyrings integer[])
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint)
-language plpgsql stable
+create or replace function rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean = false, whole boolean = false)
+returns setof rekey._counted
+language sql stable
 set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return query
-    select t.target, t.relation, c.keyring_id, c.version, c.rows
-    from rekey._targets() t
-    cross join lateral rekey._call_count(t.function_name, t.relation, keyrings) c
-    where t.problem is null;
-end
-$$;
+begin atomic
+  select c.*
+  from (select array_agg(t.function_name) as functions, array_agg(t.relation) as relations from unnest(targets) as t) a
+  cross join lateral rekey._call_count(a.functions, a.relations, keyrings, apart, whole) c;
+end;
 comment on function rekey._count_rows is
-  'Counts every target that is not blocked by keyring and version, in the snapshot of the caller''s statement; keyring NULL: values that are no envelopes.';
+  'Counts targets by keyring and version, in the snapshot of the caller''s statement, as rekey._call_count(); keyring NULL: values that are no envelopes. place: which of the targets.';
 
 -- A blocked target may hold rows of the keyring that it is registered with, and of those that its last complete count saw.
 -- Only rows that opened were counted there: whoever owns a table can write any header into it, and would block others by it.
-create or replace function rekey._blocked_targets(keyrings integer[] = null) returns jsonb
+create or replace function rekey._blocked_targets(keyrings integer[], targets rekey._target[] = null) returns jsonb
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
     select jsonb_agg(jsonb_build_object('target', t.target, 'why', t.problem) order by t.target)
-    from rekey._targets() t
+    from unnest(coalesce(targets, array(select t from rekey._targets() t))) t
     left join rekey.protected_columns c on c.label = t.target
     where t.problem is not null and (keyrings is null or c.id is null or rekey._may_hold(c, keyrings)));
 end
 $$;
 comment on function rekey._blocked_targets is
-  'The targets that cannot be read or counted now, and why; NULL: none. keyrings: only those that may hold rows of one of these; NULL: all.';
+  'The targets that cannot be read or counted, and why; NULL: none. keyrings: only those that may hold rows of one of these; NULL: all. targets: as they were found; NULL: as they are now.';
 
 create or replace function rekey._may_hold(protected rekey.protected_columns, keyrings integer[]) returns boolean
 language sql stable
@@ -523,12 +580,12 @@ return protected.seen is null or protected.keyring_id = any (keyrings)
   or exists (select from jsonb_each_text(protected.seen) s where s.key::integer = any (keyrings) and s.value::bigint > 0);
 comment on function rekey._may_hold is 'Whether a protected column may hold rows of these keyrings: its own, and those that its last complete count saw.';
 
-create or replace function rekey._refuse_blocked(keyrings integer[] = null) returns void
+create or replace function rekey._refuse_blocked(keyrings integer[] = null, targets rekey._target[] = null) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_blocked jsonb := rekey._blocked_targets(keyrings);
+  v_blocked jsonb := rekey._blocked_targets(keyrings, targets);
 begin
   if v_blocked is not null then
     raise exception '% is blocked: %', v_blocked -> 0 ->> 'target', v_blocked -> 0 ->> 'why' using errcode = 'RK005',
@@ -537,21 +594,34 @@ begin
 end
 $$;
 comment on function rekey._refuse_blocked is
-  'RK005 where a target is blocked that may hold rows of these keyrings, NULL: of any: what cannot be counted is never taken for empty.';
+  'RK005 where a target is blocked that may hold rows of these keyrings, NULL: of any: what cannot be counted is never taken for empty. targets: as rekey._blocked_targets().';
 
 -- The functions of the targets are looked at before and after they are called, each time as they are at that moment: what
 -- an owner changes in between has no effect. After the call, its locks keep the tables from being changed.
-create or replace function rekey._target_state() returns text
+create or replace function rekey._function_names(function_name name) returns name[]
+language sql immutable parallel safe
+return array[function_name || '_guard', function_name || '_sql', function_name || '_count', function_name || '_scan', function_name || '_read',
+  function_name || '_write', function_name || '_trigger']::name[];
+comment on function rekey._function_names is 'What the functions of a target can be called: guard, sql, count, scan, read, write, trigger; rekey.secrets has not all of them. (An index finds them so; of a schema there is none.)';
+
+create or replace function rekey._target_state(function_name name = null) returns text
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if function_name is not null then
+    return (
+      select string_agg(format('%s %s %s', p.oid, p.xmin, p.ctid), ',' order by p.oid)
+      from pg_proc p
+      where p.pronamespace = 'rekey_targets'::regnamespace
+        and p.proname = any (rekey._function_names(function_name)));
+  end if;
   return (
     select string_agg(format('%s %s %s', p.oid, p.xmin, p.ctid), ',' order by p.oid)
     from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace);
 end
 $$;
-comment on function rekey._target_state is 'What changes whenever a function of a target does.';
+comment on function rekey._target_state is 'What changes whenever a function of a target does; NULL: of any.';
 
 create or replace function rekey._refuse_snapshot() returns void
 language plpgsql stable

@@ -10,7 +10,10 @@ as $$
 declare
   v_prefix text := 'column_' || protected.id;
   v_bytes text := 't.%1$s';
-  v_header text := 'substr(t.%1$s, 1, 11)';
+  -- What a value begins with, whether an envelope may, and the header in it, without which it is none.
+  v_start text := 'substr(t.%1$s, 1, 11)';
+  v_may_be text := $sql$substr(g.start, 1, 3) = '\x524b01'$sql$;
+  v_header text := $sql$case when octet_length(g.start) = 11 and substr(g.start, 1, 3) = '\x524b01' then g.start end$sql$;
   v_stored text := 'u.ciphertext';
   -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
   -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
@@ -27,28 +30,24 @@ begin
   -- columns that these take (%5$s), and the bytes of context and key (%6$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
-    v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
+    v_start := 'left(t.%1$s, 20) collate "C"';
+    v_may_be := $sql$left(g.start, 8) = 'rk1:UksB'$sql$;
+    v_header := $sql$case when g.start ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(g.start, -4), 'base64'), 1, 11) end$sql$;
     -- As rekey._from_text(). Of an envelope that is damaged as a text, the header, by which its failure is noted.
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
-      then decode(right(t.%1$s, -4), 'base64') else coalesce($sql$ || v_header || $sql$, convert_to(t.%1$s, 'UTF8')) end$sql$;
+      then decode(right(t.%1$s, -4), 'base64') else coalesce((select $sql$ || v_header || ' from (select ' || v_start || $sql$ as start) g), convert_to(t.%1$s, 'UTF8')) end$sql$;
     v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
-    cross join lateral (select ' || v_header || $sql$ as header offset 0) h
-    cross join lateral (
-      select (get_byte(g.header, 3) << 24) | (get_byte(g.header, 4) << 16) | (get_byte(g.header, 5) << 8) | get_byte(g.header, 6) as keyring_id,
-        (get_byte(g.header, 7) << 24) | (get_byte(g.header, 8) << 16) | (get_byte(g.header, 9) << 8) | get_byte(g.header, 10) as version
-      from (select case when octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01' then h.header end as header offset 0) g
-      offset 0) e$sql$;
+    cross join lateral (select ' || v_header || ' as header from (select ' || v_start || ' as start offset 0) g offset 0) h';
   -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
   -- (What is added to the columns of the table has names of system columns, which none of them can have.)
   -- More bytes than any envelope can have (cmax is NULL then) are not read: a GB that was compressed, or stored out of line, has
   -- no room in the arrays. octet_length() asks only for the length that is stored.
   v_select := 'with page as materialized (
-    select t.ctid, %5$s, case when z.bytes <= 67108864 then z.bytes end as cmax,
-      case when z.bytes > 67108864 and e.keyring_id is not null then h.header || ''\x6c61726765'' end as xmin' || v_from || '
-    cross join lateral (select octet_length(t.%1$s)::bigint%6$s as bytes offset 0) z';
+    select t.ctid, %5$s, case when octet_length(t.%1$s)::bigint%6$s <= 67108864 then octet_length(t.%1$s)::bigint%6$s end as cmax,
+      case when octet_length(t.%1$s)::bigint%6$s > 67108864 then h.header || ''\x6c61726765'' end as xmin' || v_from;
   v_page := '), total as (
     select sum(coalesce(t.cmax, 100)) as bytes from page t
   ), sized as (
@@ -73,6 +72,7 @@ declare
   v_key text;
   v_key_names text[];
   v_lengths text;
+  v_whole regclass;
 begin
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
@@ -81,8 +81,19 @@ begin
   where d.classid = 'pg_proc'::regclass and d.objid = 'rekey_targets.$body$ || v_prefix || $body$_guard'::regproc
     and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
   group by d.refobjid;
-  if relation <> v_table and not exists (select from pg_partition_tree(v_table) p where p.relid = relation and p.isleaf) then
-    raise exception '% is not the protected table', relation using errcode = 'RK005';
+  -- The whole before its parts, as ALTER TABLE locks them: an UPDATE of a partition would lock it after them, to check their bounds.
+  for v_whole in
+    select c.oid from pg_partition_ancestors(relation) with ordinality as a(relid, place) join pg_class c on c.oid = a.relid
+    where c.oid <> relation and has_table_privilege(c.oid, 'select') and has_schema_privilege(c.relnamespace, 'usage') order by a.place desc
+  loop
+    execute format('select from only %s limit 0', v_whole);
+  end loop;
+  if relation <> v_table and not exists (select from pg_partition_ancestors(relation) a where a.relid = v_table) then
+    raise exception '% is no part of the protected table any more', relation using errcode = 'serialization_failure';
+  elsif template is null then
+    execute format('select from only %s limit 0', relation);
+    perform from pg_partition_tree(relation);
+    return null;
   end if;
   select string_agg(format($q$coalesce(int4send(octet_length(convert_to(t.%1$s::text, 'UTF8'))) || convert_to(t.%1$s::text, 'UTF8'), '\xffffffff')$q$,
       v_names[p.place]), ' || ' order by p.rank)
@@ -109,10 +120,20 @@ end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
 begin
+  if keyrings = ''{}'' then
+    perform rekey_targets.' || v_prefix || '_sql(relation, null);
+    return;
+  end if;
   for keyring_id, version, rows in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'select e.keyring_id, e.version, count(*)' || v_from || '
-    where t.%1$s is not null and ($1 is null or e.keyring_id = any ($1))
-    group by 1, 2') || ') using keyrings loop
+    'with begun as (
+      select case when ' || v_may_be || ' then g.start end as start, count(*) as rows
+      from (select ' || v_start || ' as start from only %2$s t where t.%1$s is not null offset 0) g group by 1
+    ), headed as (
+      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
+        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version, g.rows
+      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
+    )
+    select e.keyring_id, e.version, sum(e.rows)::bigint from headed e where $1 is null or e.keyring_id = any ($1) group by 1, 2') || ') using keyrings loop
     return next;
   end loop;
 end
@@ -121,23 +142,25 @@ end
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and e.keyring_id is not null and ($3 is null or e.keyring_id = any ($3))
+    where t.ctid >= $1 and t.ctid < $2 and h.header is not null and ($3 is null or substr(h.header, 4, 4) = any ($3))
       and ($6 is null or age(t.xmin) <= age($6))
     order by t.ctid limit $4' || v_page) || ')
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, since;
+  into next, rows, ciphertexts, contexts, keys
+  using first, until, case when keyrings is not null then array(select int4send(k.id) from unnest(keyrings) as k(id)) end, max_rows, max_bytes, since;
 end
 '),
     ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, case when keyrings is null then ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and e.keyring_id is null
+    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and h.header is null
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
     v_select || '
-    join unnest($3, $6) as w(keyring_id, version) on w.keyring_id = e.keyring_id and w.version <> e.version
-    where t.ctid >= $1 and t.ctid < $2
+    where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and h.header <> all ($6)
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' end)
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, versions;
+  into next, rows, ciphertexts, contexts, keys
+  using first, until, array(select int4send(k.id) from unnest(keyrings) as k(id)), max_rows, max_bytes,
+    array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version));
 end
 '),
     ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
@@ -163,18 +186,22 @@ end
 end
 $$;
 comment on function rekey._column_bodies is
-  'The functions of a protected column as they must be: sql (puts a statement together), count, scan, read, write; each PL/pgSQL, SECURITY DEFINER, owned by the owner of the table.';
+  'The functions of a protected column as they must be: sql (puts a statement together, having locked what a partition is a part of; template NULL: only locks the table, with its partitions), count, scan, read, write; each PL/pgSQL, SECURITY DEFINER, owned by the owner of the table.';
 
+-- (PL/pgSQL, as the functions that are called for each column: it keeps its plans for the session, SQL for a statement.)
 create or replace function rekey._column_shape(id integer, out relation regclass, out attnums smallint[])
-language sql stable
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
+as $$
+begin
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
+  into relation, attnums
   from pg_proc p
   join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
-  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = 'column_' || _column_shape.id || '_guard' and p.pronargs = 0
+  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = ('column_' || _column_shape.id || '_guard')::name and p.pronargs = 0
   group by d.refobjid;
-end;
+end
+$$;
 comment on function rekey._column_shape is 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
 
 create or replace function rekey._home() returns text
@@ -187,13 +214,27 @@ end
 $$;
 comment on function rekey._home is 'In which cluster and database an oid is good.';
 
+-- (pg_partition_tree() would lock them, each before what it is a part of.)
+create or replace function rekey._parts(relation regclass) returns setof regclass
+language sql stable rows 1  -- as rekey._relations_here()
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with recursive parts as (
+    select i.inhrelid from pg_inherits i where i.inhparent = relation and not i.inhdetachpending
+    union all
+    select i.inhrelid from parts p join pg_inherits i on i.inhparent = p.inhrelid and not i.inhdetachpending
+  )
+  select p.inhrelid from parts p;
+end;
+comment on function rekey._parts is 'The partitions of a partitioned table, and theirs; locks nothing.';
+
 create or replace function rekey._relations_here(relation regclass) returns setof regclass
-language plpgsql stable
+language plpgsql stable rows 1  -- or catalogs are read whole for each column
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
-    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
+    return query select c.oid::regclass from rekey._parts(relation) p join pg_class c on c.oid = p where c.relkind <> 'p';
   elsif relation is not null then
     return next relation;
   end if;
@@ -204,18 +245,20 @@ comment on function rekey._relations_here is 'The relations of a table that have
 -- The usual rebuild of a table is a new one, a copy, and an exchange of names; that of a column too. The registration stays
 -- with the old one then, and every row of the new one would be passed by.
 create or replace function rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) returns text
-language sql stable
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select format('%s.%I', c.oid::regclass, a.attname)
+as $$
+begin
+  return (select format('%s.%I', c.oid::regclass, a.attname)
   from (values (parse_ident(protected.relation_name) || protected.column_name::text), (parse_ident(protected.label))) as n(names)
   join pg_class c on c.relname = n.names[2] and c.relkind in ('r', 'p', 'f', 'm')
   join pg_namespace s on s.oid = c.relnamespace and s.nspname = n.names[1]
   join pg_attribute a on a.attrelid = c.oid and a.attname = n.names[3] and a.attnum > 0 and not a.attisdropped
   where (c.oid, a.attnum) is distinct from (_namesake.relation::oid, _namesake.attnum)
     and not exists (select from rekey._column_relations r where r.column_id = protected.id and r.relation = c.oid and r.attnum = a.attnum and r.home = rekey._home() and r.settled)
-  limit 1;
-end;
+  limit 1);
+end
+$$;
 comment on function rekey._namesake is 'Another column than this one, of this table or another, that has the name noted of a protected column, or that of its label; NULL: there is none, or it is settled.';
 
 -- (to_regclass() takes USAGE of the schema, which rekey_owner need not have.)
@@ -228,35 +271,43 @@ begin atomic
 end;
 comment on function rekey._relation_named is 'The relation that has this name, with its schema, now; NULL: none.';
 
-create or replace function rekey._lost_part(protected rekey.protected_columns, relation regclass) returns text
-language sql stable
+create or replace function rekey._lost_part(protected rekey.protected_columns, leaves oid[]) returns text
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select c.oid::regclass::text
-  from rekey._column_relations r
-  join pg_class c on c.oid = case when r.home = rekey._home() then r.relation else rekey._relation_named(r.relation_name) end
-  where r.column_id = protected.id and r.attnum = 0 and not r.settled
-    and not exists (select from rekey._relations_here(_lost_part.relation) as t(oid) where t.oid = c.oid)
-  limit 1;
-end;
-comment on function rekey._lost_part is 'A relation that held values of a protected column, is still there, and is no part of its table any more; NULL: there is none.';
+as $$
+declare
+  v_home text := rekey._home();
+begin
+  return (
+    select c.oid::regclass::text
+    from (
+      select case when r.home = v_home then r.relation else rekey._relation_named(r.relation_name) end as oid
+      from rekey._column_relations r
+      where r.column_id = protected.id and r.attnum = 0 and not r.settled
+      except
+      select u from unnest(leaves) u) l
+    join pg_class c on c.oid = l.oid
+    limit 1);
+end
+$$;
+comment on function rekey._lost_part is 'A relation that held values of a protected column, is still there, and is none of these, which its table consists of; NULL: there is none.';
 
-create or replace function rekey._rival(protected rekey.protected_columns, relation regclass) returns text
-language sql stable
+create or replace function rekey._rival(protected rekey.protected_columns, relation regclass, leaves oid[]) returns text
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select o.label
-  from (
-    select t.oid from rekey._relations_here(_rival.relation) as t(oid) where t.oid <> _rival.relation
-    union all
-    select a.relid from pg_partition_ancestors(_rival.relation) a where a.relid <> _rival.relation
-  ) as t
-  join pg_depend d on d.refclassid = 'pg_class'::regclass and d.refobjid = t.oid and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass
-  join pg_proc p on p.oid = d.objid and p.pronamespace = 'rekey_targets'::regnamespace
-  join rekey.protected_columns o on p.proname = 'column_' || o.id || '_guard' and o.id <> protected.id
-  limit 1;
-end;
-comment on function rekey._rival is 'Label of another protected column whose table is a partition of this one, or has it as a partition: their values would be bound to two labels. NULL: there is none.';
+as $$
+begin
+  return (
+    select o.label
+    from pg_depend d
+    join pg_proc p on p.oid = d.objid and p.pronamespace = 'rekey_targets'::regnamespace
+    join rekey.protected_columns o on o.id = substring(p.proname from '^column_(\d{1,9})_guard$')::integer
+    where o.id <> protected.id and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass
+      and d.refobjid = any (array_remove(leaves || array(select a.relid::oid from pg_partition_ancestors(_rival.relation) a), _rival.relation::oid))
+    limit 1);
+end
+$$;
+comment on function rekey._rival is 'Label of another protected column whose table is a partition of this one, or has it as a partition: their values would be bound to two labels. leaves: what the table consists of. NULL: there is none.';
 
 create or replace function rekey._is_of_citus(relation regclass) returns boolean
 language plpgsql stable
@@ -300,25 +351,34 @@ return array[format('zz_pg_rekey_%s_insert', protected.id), format('zz_pg_rekey_
   || case when protected.encrypt_on_write then array[format('zz_pg_rekey_%s', protected.id)] else '{}'::text[] end;
 comment on function rekey._trigger_names is 'The triggers of a protected column: those that keep envelopes of versions out that are about to be destroyed, and the one that encrypts.';
 
-create or replace function rekey._trigger_problem(protected rekey.protected_columns, relation regclass) returns text
-language sql stable
+create or replace function rekey._trigger_problem(protected rekey.protected_columns, relations oid[]) returns text
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select format('the trigger %I of %s is off, or was dropped or replaced', n.name, t.relation::regclass)
-  from (select relation as relation union select h from rekey._relations_here(_trigger_problem.relation) h) as t
-  cross join lateral unnest(rekey._trigger_names(protected)) as n(name)
-  where not exists (
-    select from pg_trigger g join pg_proc p on p.oid = g.tgfoid join pg_namespace s on s.oid = p.pronamespace
-    where g.tgrelid = t.relation and g.tgname = n.name and g.tgenabled in ('A', 'O')
-      and format('%s.%s', s.nspname, p.proname) = case when n.name ~ '_(insert|update)$' then 'rekey._refuse_doomed'
-        else format('rekey_targets.column_%s_trigger', protected.id) end)
-  limit 1;
-end;
-comment on function rekey._trigger_problem is 'Which trigger of a protected column does not fire, on which relation; NULL: all do.';
+as $$
+declare
+  v_names name[] := rekey._trigger_names(protected);
+  v_functions oid[] := array(
+    select case when n.name ~ '_(insert|update)$' then to_regproc('rekey._refuse_doomed') else to_regproc(format('rekey_targets.column_%s_trigger', protected.id)) end
+    from unnest(v_names) with ordinality as n(name, place) order by n.place);
+begin
+  return (
+    select format('the trigger %I of %s is off, or was dropped or replaced', w.name, w.oid::regclass)
+    from (
+      select t.oid, n.name, n.function
+      from unnest(relations) as t(oid)
+      cross join unnest(v_names, v_functions) as n(name, function)
+      except
+      select g.tgrelid, g.tgname, g.tgfoid
+      from pg_trigger g
+      where g.tgrelid = any (relations) and g.tgname = any (v_names) and g.tgenabled in ('A', 'O')) w
+    limit 1);
+end
+$$;
+comment on function rekey._trigger_problem is 'Which trigger of a protected column does not fire, on which of these relations; NULL: all do.';
 
 create or replace function rekey._update_triggers(relation regclass, attnum smallint)
 returns table (leaf regclass, trigger_id oid)
-language sql stable
+language sql stable rows 1  -- as rekey._relations_here()
 set search_path = pg_catalog, pg_temp
 begin atomic
   -- A sweep writes into the leaves of partitions, each by itself. 16: for UPDATE; a trigger for UPDATE OF other columns does not
@@ -439,13 +499,15 @@ return case when protected.encrypt_on_write then ', encrypt_on_write => true' el
   || case when protected.fire_triggers then '' else ', fire_triggers => false' end;
 comment on function rekey._protect_options is 'What has to be given again where rekey.protect_column() is repeated.';
 
-create or replace function rekey._column_problem(protected rekey.protected_columns) returns text
+create or replace function rekey._column_problem(protected rekey.protected_columns, part regclass = null) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_shape record;
   v_table pg_class;
+  v_leaves oid[];
+  v_looked_at oid[];
   v_other text;
   v_part record;
   v_again text := format('repeat rekey.protect_column(%s) as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
@@ -461,12 +523,14 @@ begin
   if v_other is not null then
     return format('its name belongs to %s now, and the registration is with %s: rekey.rebind_column() with the one that holds its values, or pg-rekey columns rebind', v_other, v_shape.relation);
   end if;
-  v_other := rekey._lost_part(protected, v_shape.relation);
+  v_leaves := array(select h from rekey._relations_here(v_shape.relation) h);
+  v_looked_at := array(select v_shape.relation::oid union select l from unnest(v_leaves) l where part is null or l = part);
+  v_other := rekey._lost_part(protected, v_leaves);
   if v_other is not null then
     return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L)',
       v_other, v_shape.relation, v_shape.relation, protected.column_name);
   end if;
-  v_other := rekey._rival(protected, v_shape.relation);
+  v_other := rekey._rival(protected, v_shape.relation, v_looked_at);
   if v_other is not null then
     return format('its rows are those of %s too, by a partition: detach the partition, or rekey.unprotect_column() one of the two', v_other);
   end if;
@@ -484,21 +548,23 @@ begin
   if v_table.relkind = 'r' and exists (select from pg_inherits i where i.inhparent = v_shape.relation) then
     return 'tables inherit from it, whose rows are not swept: ALTER TABLE ... NO INHERIT';
   end if;
-  for v_part in
-    select c.oid::regclass as relation, c.relkind, c.relowner, c.relforcerowsecurity from pg_class c where c.oid = v_shape.relation
-    union all
-    select c.oid::regclass, c.relkind, c.relowner, c.relforcerowsecurity
-    from pg_partition_tree(v_shape.relation) p join pg_class c on c.oid = p.relid
-    where v_table.relkind = 'p' and p.relid <> v_shape.relation
-  loop
-    if v_part.relforcerowsecurity then
-      return format('FORCE ROW LEVEL SECURITY may hide rows of %s from its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', v_part.relation);
-    elsif rekey._storage_problem(v_part.relation) is not null then
-      return rekey._storage_problem(v_part.relation);
-    elsif v_part.relowner <> v_table.relowner then
-      return format('the partition %s has another owner than its table: ALTER TABLE %1$s OWNER TO %s', v_part.relation, v_table.relowner::regrole);
-    end if;
-  end loop;
+  -- (What is looked at closer than that are few of many.)
+  select w.* into v_part
+  from (
+    select c.oid::regclass as relation, c.relowner, c.relforcerowsecurity, rekey._storage_problem(c.oid) as storage
+    from pg_class c
+    where c.oid = any (v_looked_at) and (c.relforcerowsecurity or c.relowner <> v_table.relowner or c.relkind not in ('r', 'p')
+      or c.relkind = 'r' and c.relam is distinct from (select m.oid from pg_am m where m.amname = 'heap')
+      or to_regclass('pg_catalog.pg_dist_partition') is not null)) w
+  where w.relforcerowsecurity or w.relowner <> v_table.relowner or w.storage is not null
+  limit 1;
+  if v_part.relforcerowsecurity then
+    return format('FORCE ROW LEVEL SECURITY may hide rows of %s from its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', v_part.relation);
+  elsif v_part.storage is not null then
+    return v_part.storage;
+  elsif v_part.relation is not null then
+    return format('the partition %s has another owner than its table: ALTER TABLE %1$s OWNER TO %s', v_part.relation, v_table.relowner::regrole);
+  end if;
   if exists (
     select from rekey._column_bodies(protected) b
     where not exists (
@@ -510,14 +576,14 @@ begin
         and has_function_privilege('rekey_sweeper', p.oid, 'execute'))) then
     return format('its functions are not as they were made, or its table has another owner: %s', v_again);
   end if;
-  v_other := rekey._trigger_problem(protected, v_shape.relation);
+  v_other := rekey._trigger_problem(protected, v_looked_at);
   if v_other is not null then
     return format('%s: %s', v_other, v_again);
   end if;
   return case when not protected.fire_triggers then rekey._silence_problem(v_shape.relation, v_shape.attnums[protected.places[1]], v_table.relowner) end;
 end
 $$;
-comment on function rekey._column_problem is 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can.';
+comment on function rekey._column_problem is 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can. part: nothing is done now but in this one of its partitions.';
 
 create or replace function rekey._refuse_problem(target text, problem text) returns void
 language plpgsql immutable
@@ -531,7 +597,7 @@ end
 $$;
 comment on function rekey._refuse_problem is 'RK005 where a target has a problem.';
 
-create or replace function rekey._targets(only_target text = null) returns setof rekey._target
+create or replace function rekey._targets(only_target text = null, only_relation regclass = null) returns setof rekey._target
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
@@ -541,18 +607,17 @@ declare
   v_table regclass;
 begin
   if only_target is null or only_target = 'rekey.secrets' then
-    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
     return next v_target;
   end if;
   for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop
-    v_target := row(v_column.label, null, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
-      rekey._column_problem(v_column));
     select s.relation into v_table from rekey._column_shape(v_column.id) s;
+    v_target := row(v_column.label, v_table, v_table, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
+      rekey._column_problem(v_column, only_relation));
     if v_target.problem is not null then
-      v_target.relation := v_table;
       return next v_target;
     else
-      for v_target.relation in select h from rekey._relations_here(v_table) h loop
+      for v_target.relation in select h from rekey._relations_here(v_table) h where only_relation is null or h = only_relation loop
         return next v_target;
       end loop;
     end if;
@@ -560,7 +625,12 @@ begin
 end
 $$;
 comment on function rekey._targets is
-  'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast. prefix: the label of the context. problem: why it is blocked.';
+  'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast. prefix: the label of the context. problem: why it is blocked. only_relation: this one of a column.';
+
+create or replace function rekey._targets_now(only_target text = null) returns rekey._target[]
+language sql stable
+return array(select t from rekey._targets(only_target) t where t.problem is null order by t.relation);
+comment on function rekey._targets_now is 'The targets that are not blocked, by relation; only_target: those of this column.';
 
 create or replace function rekey._target_of(chunk rekey._chunks) returns rekey._target
 language plpgsql volatile
@@ -569,7 +639,7 @@ as $$
 declare
   v_target rekey._target;
 begin
-  select * into v_target from rekey._targets(chunk.target) t where t.relation = chunk.relation;
+  select * into v_target from rekey._targets(chunk.target, chunk.relation) t where t.relation = chunk.relation;
   if not found then
     v_target.problem := 'it is not protected any more, or its partition is gone';
   end if;

@@ -194,36 +194,36 @@ comment on function rekey._sealing_on_write is
   'rekey._sealing() for the trigger that encrypts. In the replica role, without the KEK: RK001 that names the subscription; or, where the setting apply_plaintext lets it pass, a warning and NULL.';
 
 -- Asked by WHEN conditions, with the rights of whoever writes. They follow a column that is renamed.
-create or replace function rekey._is_doomed(value bytea) returns boolean
+create or replace function rekey._is_scheduled(header bytea) returns boolean
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_header bytea;
+  v_keyring integer;
+  v_version integer;
 begin
-  -- An assignment: what is written may be plain, and must not become the parameter of a statement.
-  v_header := case when substr(value, 1, 3) = '\x524b01'::bytea and octet_length(value) >= 11 then substr(value, 1, 11) end;
-  if v_header is null then
-    return false;
+  if octet_length(header) = 11 and substr(header, 1, 3) = '\x524b01'::bytea then
+    v_keyring := rekey._int4(header, 3);
+    v_version := rekey._int4(header, 7);
+    return exists (
+      select from rekey.encryption_keys k
+      where k.keyring_id = v_keyring and k.version = v_version and k.state = 'destroy_scheduled');
   end if;
-  return exists (
-    select from rekey.encryption_keys k
-    where k.state = 'destroy_scheduled' and k.keyring_id = rekey._int4(v_header, 3) and k.version = rekey._int4(v_header, 7));
+  return false;
 end
 $$;
+comment on function rekey._is_scheduled is 'Whether it is the header of an envelope of a version that is scheduled for destruction.';
+
+-- What is written may be plain, and must not become the parameter of a statement: these two are inlined, as rekey.encrypt_text() is.
+create or replace function rekey._is_doomed(value bytea) returns boolean
+language sql volatile
+return rekey._may_be_doomed() and rekey._is_scheduled(substr(value, 1, 11));
 comment on function rekey._is_doomed(bytea) is 'Whether a value is an envelope of a version that is scheduled for destruction.';
 
 create or replace function rekey._is_doomed(value text) returns boolean
-language plpgsql stable security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_header bytea;
-begin
-  v_header := case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then decode(right(left(value, 20), -4), 'base64') end;
-  return rekey._is_doomed(v_header);
-end
-$$;
+language sql volatile
+return rekey._may_be_doomed() and rekey._is_scheduled(
+  case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(value, 20), -4), 'base64'), 1, 11) end);
 comment on function rekey._is_doomed(text) is 'As for bytea, of the text form.';
 
 create or replace function rekey._refuse_doomed() returns trigger
@@ -356,7 +356,7 @@ declare
 begin
   for v_function in
     select p.oid::regprocedure from pg_proc p
-    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(guard|sql|count|scan|read|write)$', protected.id)
+    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = any ((rekey._function_names('column_' || protected.id))[:6])
   loop
     execute format('drop function %s', v_function);
   end loop;
@@ -427,6 +427,7 @@ declare
   v_context name[] := context_columns;
   v_attnums smallint[];
   v_places integer[];
+  v_id integer;
   v_protected rekey.protected_columns;
   v_found record;
   v_name name;
@@ -526,8 +527,9 @@ begin
   select array_agg(a.attnum order by a.attnum) into v_attnums
   from pg_attribute a where a.attrelid = target and a.attname = any (v_context || _register_column.column_name) and a.attnum > 0;
   -- Repeated, for the same column or after its functions were lost, it makes them anew.
+  v_id := rekey._column_id(target, _register_column.column_name);
   select * into v_protected from rekey.protected_columns c
-  where c.id = rekey._column_id(target, _register_column.column_name)
+  where c.id = v_id
      or c.relation_name = format('%I.%I', v_table.nspname, v_table.relname) and c.column_name = _register_column.column_name and (rekey._column_shape(c.id)).relation is null
   for update;
   v_places := array(
@@ -612,7 +614,7 @@ begin
   -- Small, and without an envelope: that is its first complete count. Else the first verification makes it.
   if v_protected.seen is null
      and (select coalesce(sum(pg_relation_size(t.relation)), 0) from rekey._targets(v_protected.label) t) < 33554432
-     and not exists (select from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c where c.keyring_id is not null) then
+     and not exists (select from rekey._count_rows(rekey._targets_now(v_protected.label), null) c where c.keyring_id is not null) then
     update rekey.protected_columns c set seen = '{}' where c.id = v_protected.id;
   end if;
   if not v_protected.encrypt_on_write and to_regproc(format('rekey_targets.column_%s_trigger', id)) is not null then
@@ -663,7 +665,7 @@ declare
 begin
   perform rekey._refuse_snapshot();
   select sum(c.rows) into v_rows
-  from rekey._targets(protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+  from rekey._count_rows(rekey._targets_now(protected.label), null) c
   where c.keyring_id is not null;
   if v_rows > 0 then
     raise exception '% rows of % are encrypted', v_rows, protected.label using errcode = 'RK005',
@@ -761,7 +763,8 @@ begin
         rekey._protect_options(v_protected)), constraint = 'protect_again';
   end if;
   for v_function in
-    select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
+    select p.oid::regprocedure from pg_proc p
+    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = any (rekey._function_names('column_' || id))
   loop
     execute format('drop function %s', v_function);
   end loop;
@@ -806,6 +809,7 @@ begin
   if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
     execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
   end if;
+  execute format('lock table %s in access share mode', target);  -- the whole before its parts, as ALTER TABLE locks them
   foreach v_statement in array coalesce(v_released.statements, '{}') loop
     execute v_statement;
     get diagnostics v_count = row_count;

@@ -37,7 +37,7 @@ begin
     end if;
     for v_function in
       select p.oid::regprocedure from pg_proc p
-      where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(sql|count|scan|read|write)$', v_column.id)
+      where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = any ((rekey._function_names('column_' || v_column.id))[2:6])
     loop
       execute format('drop function %s', v_function);
     end loop;

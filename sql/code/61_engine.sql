@@ -289,7 +289,7 @@ comment on function rekey._quarantine is
   'Notes rows that failed, once each, and counts them in their rotations, whose rows the caller has locked. codes: the SQLSTATE with which the table refused a row; NULL: it does not open. verification_id: the verification that saw them.';
 
 create or replace function rekey._due_rows(rotations bigint[])
-returns table (rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+returns table (rotation_id bigint, target text, relation oid, indexed boolean, adopting boolean, rows bigint)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -298,36 +298,24 @@ declare
   v_keyrings integer[] := (
     select case when bool_or(r.trigger = 'adoption') then null else array_agg(r.keyring_id) end
     from rekey.rotations r where r.id = any (rotations));
-  v_target record;
-  v_count record;
-  v_targets text[];
-  v_relations oid[];
-  v_of integer[];
-  v_versions integer[];
-  v_rows bigint[];
+  v_targets rekey._target[];
 begin
-  for v_target in select t.* from rekey._targets() t where t.problem is null loop
-    begin
-      for v_count in select c.* from rekey._call_count(v_target.function_name, v_target.relation, v_keyrings) c loop
-        v_targets := v_targets || v_target.target;
-        v_relations := v_relations || v_target.relation::oid;
-        v_of := v_of || v_count.keyring_id;
-        v_versions := v_versions || v_count.version;
-        v_rows := v_rows || v_count.rows;
-      end loop;
-    exception when assert_failure or others then
-      null;  -- whom it concerns, the verification finds out, which counts again
-    end;
-  end loop;
+  if (select bool_and(r.trigger = 'adoption') from rekey.rotations r where r.id = any (rotations)) then
+    v_targets := array(
+      select t from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id cross join lateral rekey._targets(p.label) t
+      where r.id = any (rotations) and t.problem is null);
+  else
+    v_targets := rekey._targets_now();
+  end if;
   return query
-    select r.id, c.target, c.relation, r.trigger = 'adoption', sum(c.rows)::bigint
-    from rekey.rotations r
-    left join rekey.protected_columns p on p.id = r.column_id
-    join unnest(v_targets, v_relations, v_of, v_versions, v_rows) as c(target, relation, keyring_id, version, rows)
-      on case when r.trigger = 'adoption' then c.keyring_id is null and c.target = p.label
+    select r.id, t.target, t.relation::oid, t.indexed, r.trigger = 'adoption', sum(c.rows)::bigint
+    from rekey._count_rows(v_targets, v_keyrings, apart => true) c
+    join unnest(v_targets) with ordinality t on t.ordinality = c.place
+    join (select r.*, p.label from rekey.rotations r left join rekey.protected_columns p on p.id = r.column_id where r.id = any (rotations)) r
+      on case when r.trigger = 'adoption' then c.keyring_id is null and t.target = r.label
               else c.keyring_id = r.keyring_id and c.version <> r.to_version end
-    where r.id = any (rotations)
-    group by r.id, c.target, c.relation;
+    where c.error is null  -- whom that concerns, the verification finds out, which counts again
+    group by r.id, t.target, t.relation, t.indexed, r.trigger;
 end
 $$;
 comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked and can be counted. (By number: a name would take rights on its schema.)';
@@ -369,18 +357,17 @@ begin
   end if;
   begin
     perform rekey._note_names();
+    perform rekey._expect_none_doomed();  -- so that no row of its batches is looked at in vain
     v_pass := nextval('rekey._pass_id');
     v_size := rekey._batch_size(cardinality(v_ids));
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
     with counted as (
-      select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+      select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, indexed boolean, adopting boolean, rows bigint)
     ), sizes as (
-      select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks / 10, 5000) as few,
-        rekey._chunk_blocks(t.relation) as chunk
-      from counted c
-      join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
-        on t.relation = c.relation and t.target = c.target
-      group by t.target, t.relation, c.adopting, t.blocks, t.indexed
+      select c.target, c.relation, c.adopting, s.blocks, c.indexed and c.rows < least(s.blocks / 10, 5000) as few,
+        rekey._chunk_blocks(c.relation) as chunk
+      from (select d.target, d.relation, d.indexed, d.adopting, sum(d.rows) as rows from counted d group by 1, 2, 3, 4) c
+      cross join lateral (select pg_relation_size(c.relation) / current_setting('block_size')::integer as blocks offset 0) s
     ), dued as (
       insert into rekey._due (pass_id, kind, target, relation, rotations)
       select v_pass, case when c.adopting then 'adopt' else 'sweep' end, c.target, c.relation, array_agg(c.rotation_id)
@@ -746,7 +733,7 @@ begin
 
   begin
     v_target := rekey._target_of(v_chunk);
-    v_state := rekey._target_state();
+    v_state := rekey._target_state(v_target.function_name);
     event := 'batch';
     keyring_count := cardinality(v_ids);
     rows := 0;
@@ -806,7 +793,7 @@ begin
           left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
           where p.place is not null or a.row is not null) f;
       end if;
-      if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
+      if rekey._target_state(v_target.function_name) <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
           hint = 'See rekey.column_status.', constraint = 'columns';
       end if;

@@ -21,13 +21,13 @@ end
 $$;
 comment on function rekey._system_identifier is 'What initdb made to tell this cluster from others; NULL where a host of databases has revoked it.';
 
-create or replace function rekey._checked_since(verification_id bigint, target text, relation regclass) returns xid
+create or replace function rekey._checked_since(verification_id bigint, target rekey._target) returns xid
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
   select v.since::xid from rekey._verified v
-  where v.verification_id = _checked_since.verification_id and v.target = _checked_since.target and v.relation = _checked_since.relation
-    and v.filenode = pg_relation_filenode(v.relation) and v.functions = rekey._target_state()
+  where v.verification_id = _checked_since.verification_id and v.target = (_checked_since.target).target and v.relation = (_checked_since.target).relation
+    and v.filenode = pg_relation_filenode(v.relation) and v.functions = rekey._target_state((_checked_since.target).function_name)
     and v.system_identifier is not distinct from rekey._system_identifier()
     -- As far as the ages of transactions can be compared.
     and pg_snapshot_xmax(pg_current_snapshot())::text::bigint - v.since::text::bigint < 2000000000;
@@ -35,18 +35,18 @@ end;
 comment on function rekey._checked_since is
   'The transaction from which on a relation has yet to be checked where a verification checks it by chunks; NULL: all of it, since it does not, or the relation is another one now. The caller holds a lock on it.';
 
-create or replace function rekey._ranges(verification_id bigint, target text, relation regclass)
+create or replace function rekey._ranges(verification_id bigint, target rekey._target)
 returns table (first bigint, until bigint, since xid)
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
   with checked as (
-    select rekey._checked_since(_ranges.verification_id, _ranges.target, _ranges.relation) as since
+    select rekey._checked_since(_ranges.verification_id, _ranges.target) as since
   ), doubtful as (
     select case when k.since is null then '{[0,4294967294)}' else (
       select coalesce(range_agg(int8range(rekey._block(c.first), c.until_block)), '{}')
       from rekey._chunks c
-      where c.pass_id = _ranges.verification_id and c.kind = 'doubtful' and c.target = _ranges.target and c.relation = _ranges.relation
+      where c.pass_id = _ranges.verification_id and c.kind = 'doubtful' and c.target = (_ranges.target).target and c.relation = (_ranges.target).relation
     ) end as blocks, k.since
     from checked k
   )
@@ -72,15 +72,75 @@ end;
 comment on function rekey._refused_rows is
   'Which of these rows are in quarantine because their table refused the new value, and still are as they were then.';
 
-create or replace function rekey._open_rows(keyrings integer[], verification_id bigint, locked oid[] = null, apart boolean = false)
+create or replace function rekey._open_found(targets rekey._target[], whole rekey._counted[])
 returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
                refused bigint, error text, code text)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_target record;
-  v_rows bigint;
+  v_of integer[];
+  v_at integer[];
+  v_ciphertexts bytea[];
+  v_contexts bytea[];
+  v_keys text[];
+begin
+  return query
+    select t.target, t.relation, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint,
+      rekey._explain_error(t.target, t.relation, f.error, f.code, f.context, true), f.code
+    from unnest(whole) f join unnest(targets) with ordinality t on t.ordinality = f.place
+    where f.error is not null;
+  select array_agg(r.place order by r.n), array_agg(r.at order by r.n), array_agg(r.ciphertext order by r.n), array_agg(r.context order by r.n), array_agg(r.key order by r.n)
+  into v_of, v_at, v_ciphertexts, v_contexts, v_keys
+  from (
+    select f.place, u.at::integer as at, u.ciphertext, t.prefix || u.context as context, u.key, row_number() over () as n
+    from unnest(whole) f
+    join unnest(targets) with ordinality t on t.ordinality = f.place
+    cross join lateral unnest(f.ciphertexts, f.contexts, f.keys) with ordinality as u(ciphertext, context, key, at)
+    where f.error is null) r;
+  return query
+    with failing as materialized (
+      select f.n, f.problem
+      from rekey._check(v_ciphertexts, '', v_contexts) c cross join lateral unnest(c.failed_places, c.problems) as f(n, problem)
+    ), opened as (
+      select u.place, u.at, u.key, f.problem, rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
+      from unnest(v_of, v_at, v_ciphertexts, v_keys) with ordinality as u(place, at, ciphertext, key, n)
+      left join failing f on f.n = u.n
+    ), refusing as (
+      select r.place as at, f.place, f.keys[r.place] as key, r.keyring_id, r.version
+      from unnest(whole) f
+      join unnest(targets) with ordinality t on t.ordinality = f.place
+      cross join lateral rekey._refused_rows(t.target, t.relation, f.ciphertexts, f.keys) r
+      where f.error is null and exists (
+        select from rekey.rotation_failures q where q.target = t.target and q.resolved_at is null and q.sqlstate is not null)
+    )
+    select t.target, t.relation, c.keyring_id, c.version, c.rows, c.failed, c.failed_keys, c.failed_problems, c.refused, null::text, null::text
+    from (
+      select o.place, o.keyring_id, o.version, count(*) as rows, count(o.problem) as failed, array_agg(o.key) filter (where o.problem is not null) as failed_keys,
+        array_agg(o.problem) filter (where o.problem is not null) as failed_problems, 0::bigint as refused
+      from opened o group by o.place, o.keyring_id, o.version
+      union all
+      select r.place, r.keyring_id, r.version, 0, 0, array_agg(r.key), null, count(*)
+      from refusing r where not exists (select from opened o where o.place = r.place and o.at = r.at and o.problem is not null)
+      group by r.place, r.keyring_id, r.version) c
+    join unnest(targets) with ordinality t on t.ordinality = c.place;
+end
+$$;
+comment on function rekey._open_found is 'Counts and opens rows of targets, as rekey._open_rows(), that rekey._count_rows(whole => true) found.';
+
+create or replace function rekey._open_rows(targets rekey._target[], keyrings integer[], verification_id bigint, apart boolean = false)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
+               refused bigint, error text, code text)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_large rekey._target[] := array(select t from unnest(targets) t where t.indexed or pg_table_size(t.relation) > 524288);
+  v_group record;
+  v_whole rekey._counted[];
+  v_target rekey._target;
+  v_count rekey._counted;
+  v_rows bigint[];
   v_blocks bigint;
   v_range record;
   v_step bigint;
@@ -91,28 +151,55 @@ declare
   v_places integer[];
   v_refused boolean;
   v_context text;
+  v_place integer := 0;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
-  for v_target in select t.* from rekey._targets() t where t.problem is null and (locked is null or t.relation::oid = any (locked)) loop
+  -- What is small is counted by opening it, 4 MB of it at a time.
+  for v_group in
+    select array_agg(g.target) as targets
+    from (select t as target, sum(pg_table_size(t.relation)) over (order by t.relation, t.target) / 4194304 as number
+          from unnest(targets) t where not t.indexed and pg_table_size(t.relation) <= 524288) g
+    group by g.number::integer
+  loop
+    v_whole := array(select c from rekey._count_rows(v_group.targets, keyrings, apart, whole => true) c);
+    return query select o.* from rekey._open_found(v_group.targets, array(select f from unnest(v_whole) f where f.next is null)) o;
+    v_large := v_large || array(select v_group.targets[f.place] from unnest(v_whole) f where f.next is not null);
+  end loop;
+  for v_count in select c.* from rekey._count_rows(v_large, keyrings, apart) c loop
+    target := v_large[v_count.place].target;
+    relation := v_large[v_count.place].relation;
+    keyring_id := v_count.keyring_id;
+    version := v_count.version;
+    rows := v_count.rows;
+    failed := 0;
+    refused := 0;
+    if v_count.error is not null then
+      error := rekey._explain_error(target, relation, v_count.error, v_count.code, v_count.context, true);
+      code := v_count.code;
+      v_rows[v_count.place] := null;
+    elsif keyring_id is not null then
+      v_rows[v_count.place] := coalesce(v_rows[v_count.place], 0) + rows;
+    end if;
+    return next;
+    error := null;
+    code := null;
+  end loop;
+  rows := 0;
+  foreach v_target in array v_large loop
+    v_place := v_place + 1;
+    -- Where none was counted, there is none.
+    continue when coalesce(v_rows[v_place], 0) = 0;
     target := v_target.target;
     relation := v_target.relation;
     v_refused := exists (select from rekey.rotation_failures q where q.target = v_target.target and q.resolved_at is null and q.sqlstate is not null);
-    v_rows := 0;
     failed := 0;
     refused := 0;
     begin
-      for keyring_id, version, rows in
-        select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
-      loop
-        v_rows := v_rows + rows;
-        return next;
-      end loop;
-      rows := 0;
       -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
       v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
-      for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
+      for v_range in select r.* from rekey._ranges(verification_id, v_target) r loop
         -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
+        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows[v_place] < least(v_blocks, 5000) then 4294967294 else 512 end;
         v_first := v_range.first;
         v_from := format('(%s,0)', v_first)::tid;
         while v_first < least(v_range.until, v_blocks) loop
@@ -168,89 +255,97 @@ begin
 end
 $$;
 comment on function rekey._open_rows is
-  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open; refused, with failed_keys, what opens and its table refused. A combination may come in several rows. locked: only these relations. apart: an error in a target is a row without keyring, and what came of it before is not to be trusted.';
+  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open; refused, with failed_keys, what opens and its table refused. A combination may come in several rows. apart: an error in a target is a row without keyring, and what came of it before is not to be trusted.';
 
 -- To a snapshot from before it was rewritten, a table may be empty (ALTER TABLE). So the locks come first, and the snapshot of
 -- the statement that counts after them.
-create or replace function rekey._lock_targets(apart boolean = false, leaving_out oid[] = '{}', out locked oid[], out errors jsonb)
+create or replace function rekey._lock_targets(apart boolean = false) returns rekey._locked
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_target rekey._target;
+  v_locked rekey._locked;
+  v_tables rekey._target[];
 begin
-  for v_target in select t.* from rekey._targets() t where t.problem is null and t.relation::oid <> all (leaving_out) order by t.relation loop
-    begin
-      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
-      locked := locked || v_target.relation::oid;
-    exception when others then
-      if not apart then
-        raise;
-      end if;
-      errors := coalesce(errors, '[]') || jsonb_build_object('target', v_target.target, 'relation', v_target.relation::oid, 'code', sqlstate,
-        'error', rekey._explain_error(v_target.target, v_target.relation, sqlerrm, sqlstate, '', true));
-    end;
-  end loop;
+  v_locked.functions := rekey._target_state();
+  v_tables := array(select distinct on (t.target) t from rekey._targets() t where t.problem is null order by t.target);
+  v_locked.errors := (
+    select jsonb_agg(jsonb_build_object('target', t.target, 'relation', t.whole::oid::bigint, 'sqlstate', c.code,
+      'error', rekey._explain_error(t.target, t.whole, c.error, c.code, c.context, true)))
+    from rekey._call_count((select array_agg(t.function_name) from unnest(v_tables) t), (select array_agg(t.whole) from unnest(v_tables) t), '{}', apart) c
+    join unnest(v_tables) with ordinality t on t.ordinality = c.place);
+  v_locked.targets := array(
+    select t from rekey._targets() t
+    where t.problem is not null
+      or t.target in (select l.target from unnest(v_tables) l except select e.value ->> 'target' from jsonb_array_elements(v_locked.errors) e)
+    order by t.relation);
+  return v_locked;
 end
 $$;
 comment on function rekey._lock_targets is
-  'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends. locked: which. apart: errors of one are told, and do not stop the others.';
+  'Locks every target that is not blocked, with its partitions, until the transaction ends. apart: errors of one are told, and do not stop the others.';
 
-create or replace function rekey._count(keyrings integer[], opening boolean, verification_id bigint = null, apart boolean = false)
+create or replace function rekey._count(
+  keyrings integer[], opening boolean, verification_id bigint = null, apart boolean = false, locked rekey._locked = null
+)
 returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
                refused bigint, error text, code text)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_state text;
-  v_locks record;
-  v_left_out oid[];
+  v_locked rekey._locked := locked;
+  v_targets rekey._target[];
+  v_now rekey._target[];
 begin
-  perform rekey._refuse_blocked(keyrings);
-  v_state := rekey._target_state();
-  v_locks := rekey._lock_targets(apart);
-  v_left_out := array(select (e.value ->> 'relation')::oid from jsonb_array_elements(v_locks.errors) e);
+  if v_locked.functions is null then
+    v_locked := rekey._lock_targets(apart);
+  end if;
+  perform rekey._refuse_blocked(keyrings, v_locked.targets);
+  v_targets := array(select t from unnest(v_locked.targets) t where t.problem is null order by t.relation);
   return query
-    select e.target, e.relation::regclass, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint, e.error, e.code
-    from jsonb_to_recordset(v_locks.errors) as e(target text, relation oid, error text, code text);
+    select e.target, e.relation::regclass, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint, e.error, e.sqlstate
+    from jsonb_to_recordset(v_locked.errors) as e(target text, relation oid, error text, sqlstate text);
   -- One statement, one snapshot: no row escapes by moving.
   if opening then
-    return query select o.* from rekey._open_rows(keyrings, verification_id, v_locks.locked, apart) o;
+    return query select o.* from rekey._open_rows(v_targets, keyrings, verification_id, apart) o;
   else
     return query
-      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[], 0::bigint, null::text, null::text
-      from rekey._count_rows(keyrings) c where c.keyring_id is not null;
+      select t.target, t.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[], 0::bigint, null::text, null::text
+      from rekey._count_rows(v_targets, keyrings) c join unnest(v_targets) with ordinality t on t.ordinality = c.place
+      where c.keyring_id is not null;
   end if;
-  perform rekey._refuse_blocked(keyrings);
-  if rekey._target_state() is distinct from v_state or v_locks.locked is distinct from (rekey._lock_targets(leaving_out => v_left_out)).locked then
+  v_now := array(select t from rekey._targets() t);
+  perform rekey._refuse_blocked(keyrings, v_now);
+  if rekey._target_state() is distinct from v_locked.functions
+     or array(select t.relation from unnest(v_targets) t order by t.relation) is distinct from array(
+       select t.relation from unnest(v_now) t
+       where t.problem is null and t.target not in (select e.value ->> 'target' from jsonb_array_elements(v_locked.errors) e) order by t.relation) then
     raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
   end if;
 end
 $$;
 comment on function rekey._count is
-  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before (rekey._open_rows() says more of the columns). A combination may come in several rows. RK005: a target is blocked.';
+  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before (rekey._open_rows() says more of the columns). A combination may come in several rows. locked: what rekey._lock_targets() locked in this transaction; NULL: nothing yet. RK005: a target is blocked.';
 
-create or replace function rekey._begin_verification(rotations bigint[], keyrings integer[]) returns bigint
+create or replace function rekey._begin_verification(rotations bigint[], keyrings integer[], targets rekey._target[]) returns bigint
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_id bigint := nextval('rekey._pass_id');
   v_due bigint := (select sum(r.rows_total) from rekey.rotations r where r.id = any (rotations));
-  v_locked oid[];
 begin
-  -- The sizes are those of what a snapshot from before sees, or larger.
-  v_locked := (rekey._lock_targets(apart => true)).locked;
+  -- (They are locked: their sizes are those of what a snapshot from before sees, or larger.)
   with large as (
     insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
-    select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
-    from rekey._targets() t
-    where t.problem is null and t.relation::oid = any (v_locked) and pg_table_size(t.relation) > 2097152
+    select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(t.function_name), pg_snapshot_xmin(pg_current_snapshot())
+    from unnest(targets) t
+    where t.problem is null and pg_table_size(t.relation) > 2097152
       -- A few rows of an indexed table: the index finds them, and the last step opens them. (They are counted where few are due.)
       and not (t.indexed and v_due < 5000 and (
-        select coalesce(sum(c.rows), 0) from rekey._call_count(t.function_name, t.relation, keyrings) c
+        select coalesce(sum(c.rows), 0) from rekey._call_count(array[t.function_name], array[t.relation], keyrings) c
         ) < least(pg_relation_size(t.relation) / current_setting('block_size')::integer, 5000))
     returning target, relation
   )
@@ -265,7 +360,7 @@ begin
   return v_id;
 end
 $$;
-comment on function rekey._begin_verification is 'Begins a verification of these rotations and their keyrings: splits what is large into chunks. Returns its number.';
+comment on function rekey._begin_verification is 'Begins a verification of these rotations and their keyrings: splits what is large of these targets, which the caller has locked, into chunks. Returns its number.';
 
 create or replace function rekey._verify_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
@@ -317,10 +412,10 @@ begin
     v_target := rekey._target_of(v_chunk);
     if v_target.problem is null then
       -- Reads nothing, but locks the table, so that what is found out about it remains true.
-      perform from rekey._call_scan(v_target.function_name, v_chunk.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      perform from rekey._count_rows(array[v_target], '{}');
       v_target := rekey._target_of(v_chunk);
     end if;
-    if v_target.problem is not null or rekey._checked_since(v_chunk.pass_id, v_chunk.target, v_chunk.relation) is null then
+    if v_target.problem is not null or rekey._checked_since(v_chunk.pass_id, v_target) is null then
       update rekey._chunks c set kind = 'doubtful' where c.id = v_chunk.id;
       return;
     end if;
@@ -401,6 +496,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_column rekey.protected_columns;
+  v_before jsonb;
   v_others integer[];
 begin
   if keyrings = '{}' then
@@ -411,11 +507,13 @@ begin
   from unnest(keyrings) as k(id)
   left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = 'rekey.secrets' and f.keyring_id = k.id
   on conflict (keyring_id) do update set rows = excluded.rows where _secrets_seen.rows <> excluded.rows;
-  for v_column in select c.* from rekey.protected_columns c where rekey._column_problem(c) is null order by c.id loop
+  for v_column in select c.* from rekey.protected_columns c order by c.id loop
+    v_before := v_column.seen;
+    continue when v_before is null and rekey._column_problem(v_column) is not null;
     -- The first complete count: of the other keyrings that stand there, those of which a row opens.
     if v_column.seen is null then
       select array_agg(distinct c.keyring_id) into v_others
-      from rekey._targets(v_column.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+      from rekey._count_rows(rekey._targets_now(v_column.label), null) c
       where c.keyring_id <> all (keyrings);
       v_column.seen := coalesce((select jsonb_object_agg(o.id, 1) from unnest(v_others) as o(id) where rekey._any_opens(v_column.label, o.id)), '{}');
     end if;
@@ -424,7 +522,9 @@ begin
       from unnest(keyrings) as k(id)
       left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = v_column.label and f.keyring_id = k.id
       where f.opened > 0 or v_column.seen ? k.id::text), '{}');
-    update rekey.protected_columns c set seen = v_column.seen where c.id = v_column.id and c.seen is distinct from v_column.seen;
+    if v_column.seen is distinct from v_before and rekey._column_problem(v_column) is null then
+      update rekey.protected_columns c set seen = v_column.seen where c.id = v_column.id;
+    end if;
   end loop;
 end
 $$;
@@ -538,6 +638,7 @@ declare
   v_ids bigint[];
   v_keyrings integer[];
   v_verification bigint;
+  v_locked rekey._locked;
   v_results jsonb;
   v_found record;
   v_count record;
@@ -585,8 +686,9 @@ begin
     end if;
   end if;
   begin
+    v_locked := rekey._lock_targets(apart => true);
     if v_verification is null then
-      v_verification := rekey._begin_verification(v_ids, v_keyrings);
+      v_verification := rekey._begin_verification(v_ids, v_keyrings, v_locked.targets);
       if exists (select from rekey._chunks c where c.pass_id = v_verification) then
         event := 'planned';
         keyring_count := cardinality(v_ids);
@@ -594,7 +696,7 @@ begin
         return;
       end if;
     end if;
-    for v_count in select c.* from rekey._count(v_keyrings, true, v_verification, apart => true) c loop
+    for v_count in select c.* from rekey._count(v_keyrings, true, v_verification, apart => true, locked => v_locked) c loop
       -- Everything is counted by now, and the names of what failed are noted as they come: they may be too many for one value.
       if v_live is null then
         v_live := rekey._still_verifying(v_ids);
@@ -653,8 +755,7 @@ begin
     select jsonb_agg(to_jsonb(a)) into v_adoptions
     from (
       select r.id as rotation_id, p.label, (v_refused ->> r.id::text)::bigint as refused,
-        (select sum(c.rows) from rekey._targets(p.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
-         where t.problem is null and c.keyring_id is null) as rows
+        (select sum(c.rows) from rekey._count_rows(rekey._targets_now(p.label), null) c where c.keyring_id is null) as rows
       from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
       where r.id = any (v_ids) and r.trigger = 'adoption') a;
 

@@ -226,6 +226,7 @@ begin
   from rekey.encryption_keys k
   where k.state = 'destroy_scheduled' and k.destroy_after <= now() + case when clock_jumped then interval '1 day' else interval '0' end;
   if v_keyrings is null then
+    perform rekey._expect_none_doomed();
     return null;
   elsif clock_jumped then
     perform rekey._postpone(v_keyrings, v_versions, 'more than a day since the last tick: the clock may be wrong');

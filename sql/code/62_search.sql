@@ -290,6 +290,7 @@ as $$
 declare
   v_search rekey._searches;
 begin
+  perform rekey._expect_doomed();  -- whatever a restore may have made of it
   delete from rekey._searches s where s.id is not null;
   insert into rekey._searches (home, scope, begun_in)
   values (rekey._home(), (rekey._settings()).destroy_search, pg_current_xact_id()) returning * into v_search;

@@ -266,7 +266,7 @@ declare
   v_chunk rekey._chunks;
   v_table regclass;
   v_target rekey._target;
-  v_state text := rekey._target_state();
+  v_state text;
   v_until_block bigint;
   v_max_rows integer;
   v_adoption rekey._adoption;
@@ -291,6 +291,7 @@ begin
     return null;
   end if;
   v_target := rekey._target_of(v_chunk);
+  v_state := rekey._target_state(v_target.function_name);
   if v_target.problem is not null then
     -- As in rekey._sweep_batch(): the verification says what it waits for.
     delete from rekey._chunks c where c.id = v_chunk.id;
@@ -309,7 +310,7 @@ begin
   from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
   left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
   where u.problem is not null or a.row is not null;
-  if rekey._target_state() <> v_state then
+  if rekey._target_state(v_target.function_name) <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
   perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_apart.written, v_chunk.target, v_chunk.relation,
@@ -349,7 +350,7 @@ as $$
 declare
   v_rotation record;
   v_target rekey._target;
-  v_state text := rekey._target_state();
+  v_state text;
   v_batch record;
   v_given integer;
   v_values bytea[];
@@ -369,6 +370,7 @@ begin
   if not found then
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
+  v_state := rekey._target_state(v_target.function_name);
   perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
   perform rekey._refuse_problem(v_rotation.label, v_target.problem);
   if rows is null then
@@ -404,7 +406,7 @@ begin
       select v_batch.keys[array_position(v_batch.rows, u.row)] from unnest(v_apart.refused) with ordinality as u(row, place) order by u.place);
     v_failed_problems := v_failed_problems || v_apart.problems;
   end if;
-  if rekey._target_state() <> v_state then
+  if rekey._target_state(v_target.function_name) <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_rotation.label using errcode = 'RK005', hint = 'Try again.';
   end if;
   perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation,

@@ -99,7 +99,7 @@ declare
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
       (524b01).*
     | ((?:c3|8c)(?:0[4-9a-f]|[1-3].)04..0[013]).*
-    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)0[56]|(?:84|c1)..0[36](?:.{16}(?:01|1[0289])|21)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289])).*
+    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)(?:05|06..)0[1-9a-d]0[123]|(?:84|c1)..(?:0[36].{16}(?:01|1[0289])|062106|061504)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289])).*
     | (8000000000[4-9a-f]).*
     | (010[12]020078).*
     | (01800[0-3](?:14|46|78)|020[45]78).*
@@ -157,10 +157,11 @@ language sql immutable parallel safe
 return substr(value, 1, 1) in ('\x00', '\x09', '\x0a', '\x0d', '\x20', '\x22', '\x27') or substr(value, octet_length(value), 1) in ('\x00', '\x09', '\x0a', '\x0d', '\x20')
   or substr(value, 1, 2) in ('\x6227', '\x6222', '\x5c78', '\x3078')
   or case when octet_length(value) >= 16 and encode(substr(value, 1, 8), 'escape') ~ '^[A-Za-z0-9+/_-]{8}$'
-    then rekey._may_begin(decode(translate(encode(substr(value, 1, 8), 'escape'), '-_', '+/'), 'base64'))
-      or substr(value, 1, 2) = '\x6579' and position('\x2e' in substr(value, 1, 1024)) = 0
-      or case when encode(substr(value, 1, 8), 'escape') ~ '^[0-9a-fA-F]{8}$'
-        then rekey._may_begin(decode(encode(substr(value, 1, 8), 'escape'), 'hex')) end
+    -- (In base64 no mark begins with eight such digits.)
+    then case when encode(substr(value, 1, 8), 'escape') ~ '^([0-9a-f]{8}|[0-9A-F]{8})$'
+      then rekey._may_begin(decode(encode(substr(value, 1, 8), 'escape'), 'hex'))
+      else rekey._may_begin(decode(translate(encode(substr(value, 1, 8), 'escape'), '-_', '+/'), 'base64'))
+        or substr(value, 1, 2) = '\x6579' and position('\x2e' in substr(value, 1, 1024)) = 0 end
     end;
 comment on function rekey._may_be_wrapped is 'Whether something that has a mark may stand within a value, under what rekey._unwrapped() takes off.';
 
@@ -172,7 +173,10 @@ declare
   v_mark text;
 begin
   if rekey._may_be_marked(value) then
-    v_mark := coalesce(rekey._byte_mark(encode(substr(value, 1, 64), 'hex')), rekey._text_mark(encode(substr(value, 1, 1024), 'escape')));
+    v_mark := coalesce(rekey._byte_mark(encode(substr(value, 1, 64), 'hex')), rekey._text_mark(encode(substr(value, 1, 1024), 'escape')),
+      -- The tag comes last, behind what is looked at.
+      case when octet_length(value) > 1024 and encode(substr(value, 1, 1024), 'escape')
+        ~ '^(?:[0-9a-fA-F]{24}:[0-9a-fA-F]+|(?:[A-Za-z0-9+/]{16}|[A-Za-z0-9+/]{22}==):[A-Za-z0-9+/]+)$' then 'iv_tag' end);
   end if;
   -- Packets and raw tokens are told by little: so they have a length that they can have.
   return case

@@ -177,11 +177,11 @@ begin
   for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
     begin
       -- Locked first, counted by the next statement: as rekey._lock_targets().
-      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      perform from rekey._count_rows(array[v_target], '{}');
       select array_agg(distinct c.keyring_id) filter (where not coalesce(rekey._header(c.keyring_id, c.version) = any (v_active), false)),
         array_agg(distinct c.keyring_id)
       into v_keyrings, v_current
-      from rekey._call_count(v_target.function_name, v_target.relation, null) c
+      from rekey._count_rows(array[v_target], null) c
       where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
       -- And where the census has put rows into quarantine: they may open again.
       v_keyrings := array(

@@ -80,3 +80,9 @@ comment on column rekey.encryption_keys.compromised_at is 'When it was marked co
 comment on column rekey.encryption_keys.destroy_after is 'Before this time it is not destroyed.';
 comment on column rekey.encryption_keys.destroyed_at is 'When its wrapped key was overwritten.';
 comment on column rekey.encryption_keys.scheduled_from is 'State that a cancelled destruction returns to.';
+
+-- Asked for every row that is written into a protected column, where a query would cost more than all the rest. Its value does not
+-- go back with a transaction: so it is set before a version is scheduled, and taken back only where none is. It has none at first.
+create sequence rekey._doomed minvalue 0 maxvalue 1;
+comment on sequence rekey._doomed is '0: no version is scheduled for destruction; 1: one may be, and rekey._is_scheduled() knows.';
+grant select on sequence rekey._doomed to public;

@@ -11,8 +11,15 @@ create type rekey._sealed as (ciphertexts bytea[], problems text[], formats text
 comment on type rekey._sealed is 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL, and what only the client can open.';
 
 create type rekey._target as (
-  target text, relation regclass, function_name name, indexed boolean, prefix bytea, is_text boolean, problem text);
-comment on type rekey._target is 'A relation with row storage that holds envelopes, and what the engine needs to know of it.';
+  target text, relation regclass, whole regclass, function_name name, indexed boolean, prefix bytea, is_text boolean, problem text);
+comment on type rekey._target is 'A relation with row storage that holds envelopes, and what the engine needs to know of it. whole: the table that it is, or is a partition of.';
+
+create type rekey._counted as (
+  place integer, keyring_id integer, version integer, rows bigint, next tid, ciphertexts bytea[], contexts bytea[], keys text[], error text, code text, context text);
+comment on type rekey._counted is 'Rows of a relation on a key version, as rekey._call_count() counts them, or the rows themselves; or the error, its SQLSTATE and context, with which it could not be counted. place: which of the relations.';
+
+create type rekey._locked as (functions text, targets rekey._target[], errors jsonb);
+comment on type rekey._locked is 'What rekey._lock_targets() locked: the targets, blocked ones among them, as they were then; what could not be locked (target, relation, error, sqlstate); and the state of all their functions before that.';
 
 create type rekey._adoption as (
   relation regclass, rows tid[], keys text[], formats text[], problems text[], ciphertexts bytea[], legacy bytea[], next tid, next_relation regclass);

@@ -239,6 +239,12 @@ comment on column rekey.encryption_keys.destroy_after is 'Before this time it is
 comment on column rekey.encryption_keys.destroyed_at is 'When its wrapped key was overwritten.';
 comment on column rekey.encryption_keys.scheduled_from is 'State that a cancelled destruction returns to.';
 
+-- Asked for every row that is written into a protected column, where a query would cost more than all the rest. Its value does not
+-- go back with a transaction: so it is set before a version is scheduled, and taken back only where none is. It has none at first.
+create sequence rekey._doomed minvalue 0 maxvalue 1;
+comment on sequence rekey._doomed is '0: no version is scheduled for destruction; 1: one may be, and rekey._is_scheduled() knows.';
+grant select on sequence rekey._doomed to public;
+
 -- sql/schema/40_secrets.sql
 create table rekey.secrets (
   tenant_id uuid not null default '00000000-0000-0000-0000-000000000000',
@@ -641,8 +647,15 @@ create type rekey._sealed as (ciphertexts bytea[], problems text[], formats text
 comment on type rekey._sealed is 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL, and what only the client can open.';
 
 create type rekey._target as (
-  target text, relation regclass, function_name name, indexed boolean, prefix bytea, is_text boolean, problem text);
-comment on type rekey._target is 'A relation with row storage that holds envelopes, and what the engine needs to know of it.';
+  target text, relation regclass, whole regclass, function_name name, indexed boolean, prefix bytea, is_text boolean, problem text);
+comment on type rekey._target is 'A relation with row storage that holds envelopes, and what the engine needs to know of it. whole: the table that it is, or is a partition of.';
+
+create type rekey._counted as (
+  place integer, keyring_id integer, version integer, rows bigint, next tid, ciphertexts bytea[], contexts bytea[], keys text[], error text, code text, context text);
+comment on type rekey._counted is 'Rows of a relation on a key version, as rekey._call_count() counts them, or the rows themselves; or the error, its SQLSTATE and context, with which it could not be counted. place: which of the relations.';
+
+create type rekey._locked as (functions text, targets rekey._target[], errors jsonb);
+comment on type rekey._locked is 'What rekey._lock_targets() locked: the targets, blocked ones among them, as they were then; what could not be locked (target, relation, error, sqlstate); and the state of all their functions before that.';
 
 create type rekey._adoption as (
   relation regclass, rows tid[], keys text[], formats text[], problems text[], ciphertexts bytea[], legacy bytea[], next tid, next_relation regclass);
@@ -2179,11 +2192,55 @@ comment on function rekey.create_keyring is
 grant execute on function rekey.create_keyring to rekey_admin;
 grant select on rekey.keyrings to rekey_admin, rekey_operator, rekey_auditor, rekey_app;
 
+-- (Where a restore left the privilege behind, nobody knows.)
+create or replace function rekey._may_be_doomed() returns boolean
+language sql volatile
+return case when has_sequence_privilege('rekey._doomed'::regclass, 'select') then pg_sequence_last_value('rekey._doomed'::regclass) end is distinct from 0;
+comment on function rekey._may_be_doomed is 'Whether a version may be scheduled for destruction, without a query.';
+
+create or replace function rekey._expect_doomed() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- Held till the end, so that rekey._expect_none_doomed() does not take it back before the version is seen.
+  perform pg_advisory_xact_lock_shared(0, 6);
+  perform setval('rekey._doomed', 1);
+end
+$$;
+comment on function rekey._expect_doomed is 'From now on what is written into protected columns is looked at for versions that are scheduled for destruction.';
+
+create or replace function rekey._expect_none_doomed() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not rekey._may_be_doomed() then
+    return;
+  end if;
+  begin
+    if pg_try_advisory_xact_lock(0, 6) then
+      -- In a statement of its own: it sees what was committed before the lock was given.
+      if not exists (select from rekey.encryption_keys k where k.state = 'destroy_scheduled') then
+        perform setval('rekey._doomed', 0);
+      end if;
+    end if;
+    raise exception using errcode = 'RKEND';
+  exception when sqlstate 'RKEND' then
+    null;  -- gives the lock back at once, and keeps the value
+  end;
+end
+$$;
+comment on function rekey._expect_none_doomed is 'Takes rekey._expect_doomed() back where no version is scheduled. In READ COMMITTED only.';
+
 create or replace function rekey._move_key(key rekey.encryption_keys, state text, event text, reason text, destroy_after timestamptz = null) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if state = 'destroy_scheduled' then
+    perform rekey._expect_doomed();
+  end if;
   update rekey.encryption_keys k
   set state = _move_key.state,
       scheduled_from = case when _move_key.state = 'destroy_scheduled' then key.state end,
@@ -2808,7 +2865,8 @@ grant select on rekey.decrypted_secrets to rekey_app;
 -- sql/code/50_targets.sql
 -- The tables that a rotation sweeps. Each has functions in schema rekey_targets, owned by the table's owner, that read and
 -- write that table and nothing else. They know no key, and none of our functions:
---   <name>_count(relation, keyrings): rows by keyring and version, in the snapshot of the calling statement
+--   <name>_count(relation, keyrings): rows by keyring and version, in the snapshot of the calling statement; no keyrings: only locks
+--     the relation, with its partitions
 --   <name>_scan(relation, first, until, keyrings, since, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
 --   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): locks rows that are due, and returns them
 --   <name>_write(relation, rows, ciphertexts): stores what the engine made of them
@@ -2949,8 +3007,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   return array[
+    -- (The view has them in the order of their names. To sort them anew takes as long as to show them.)
     search_path || ' ' || (
-      select encode(sha256(convert_to(string_agg(s.name || '=' || s.setting, ',' order by s.name), 'UTF8')), 'hex')
+      select encode(sha256(convert_to(string_agg(s.name || '=' || s.setting, ','), 'UTF8')), 'hex')
       from pg_settings s where s.name <> 'search_path'),
     (select string_agg(c.name, ',' order by c.name) from pg_cursors c where c.is_holdable),
     -- (By the dependencies of the schema, which have an index: pg_type may be large.)
@@ -3040,35 +3099,94 @@ comment on function rekey._refuse_changes is 'RK005 where rows were changed sinc
 -- These are owned by rekey_sweeper (footer.sql), which has no other right: whatever a target's function has become,
 -- it gains nothing from being called here. Why they begin as they do: rekey._call_tenant_check (40_tenants.sql). What follows
 -- the call is named with its schema: the search path may be another one now.
-create or replace function rekey._call_count(function_name name, relation regclass, keyrings integer[])
-returns table (keyring_id integer, version integer, rows bigint)
+-- What one owner's code leaves behind is looked for before another's is called. (An empty file holds no rows for any snapshot.)
+create or replace function rekey._call_count(
+  function_names name[], relations regclass[], keyrings integer[], apart boolean = false, whole boolean = false
+)
+returns setof rekey._counted
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_run record;
   v_state text[];
   v_changes text;
+  v_keyring integer;
+  v_version integer;
+  v_rows bigint;
+  v_next tid;
+  v_ciphertexts bytea[];
+  v_contexts bytea[];
+  v_keys text[];
+  v_context text;
+  v_found rekey._counted[];
+  v_last integer;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
     raise exception 'rekey._call_count does not run as rekey_sweeper' using errcode = 'RK005',
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
-  if function_name operator(pg_catalog.<>) 'secrets' then
-    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
-    v_changes := rekey._changes();
-  end if;
-  for keyring_id, version, rows in
-    execute format('select s.* from rekey_targets.%I($1, $2) s', function_name || '_count') using relation, keyrings
+  for v_run in
+    select c.name <> 'secrets' as foreign, keyrings = '{}' as locks, count(*)::integer as count, array_agg(c.place::integer) as places,
+      array_agg(c.relation) as relations, array_agg(format(case when whole
+          then 'select null, null, pg_catalog.cardinality(s.rows), s.next, s.ciphertexts, s.contexts, s.keys
+            from rekey_targets.%I($1, ''(0,0)'', ''(4294967294,0)'', $2, null, 4000, 2097152) s'
+          else 'select s.keyring_id, s.version, s.rows, null, null, null, null from rekey_targets.%I($1, $2) s' end,
+        c.name || case when whole then '_scan' else '_count' end)) as statements
+    from unnest(function_names, relations) with ordinality as c(name, relation, place)
+    left join pg_proc p on p.pronamespace = 'rekey_targets'::regnamespace and p.proname = c.name || '_count'
+    group by c.name <> 'secrets', p.proowner
+    order by p.proowner
   loop
-    return next;
+    v_found := '{}';
+    v_last := 0;
+    begin
+      if v_run.foreign then
+        v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+        v_changes := rekey._changes();
+      end if;
+      for v_place in 1 .. v_run.count loop
+        begin
+          if v_run.locks or pg_catalog.pg_relation_size(v_run.relations[v_place]) operator(pg_catalog.>) 0 then
+            for v_keyring, v_version, v_rows, v_next, v_ciphertexts, v_contexts, v_keys in
+              execute v_run.statements[v_place] using v_run.relations[v_place], keyrings
+            loop
+              v_last := v_last operator(pg_catalog.+) 1;
+              v_found[v_last] := row(v_run.places[v_place], v_keyring, v_version, v_rows, v_next, v_ciphertexts, v_contexts, v_keys, null, null, null)::rekey._counted;
+            end loop;
+          end if;
+        exception when assert_failure or others then
+          get stacked diagnostics v_context = pg_exception_context;
+          if not apart then
+            raise;
+          end if;
+          v_last := v_last operator(pg_catalog.+) 1;
+          v_found[v_last] := row(v_run.places[v_place], null, null, 0, null, null, null, null, sqlerrm, sqlstate, v_context)::rekey._counted;
+        end;
+      end loop;
+      if v_run.foreign then
+        perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+        perform rekey._refuse_changes(v_changes);
+      end if;
+    exception when assert_failure or others then
+      get stacked diagnostics v_context = pg_exception_context;
+      if not apart then
+        raise;
+      elsif v_run.count = 1 then
+        v_found := array[row(v_run.places[1], null, null, 0, null, null, null, null, sqlerrm, sqlstate, v_context)::rekey._counted];
+      else
+        -- Each by itself, to find whose it is.
+        v_found := array(
+          select row(p.place, c.keyring_id, c.version, c.rows, c.next, c.ciphertexts, c.contexts, c.keys, c.error, c.code, c.context)::rekey._counted
+          from unnest(v_run.places) as p(place)
+          cross join lateral rekey._call_count(function_names[p.place:p.place], relations[p.place:p.place], keyrings, true, whole) c);
+      end if;
+    end;
+    return query select f.* from unnest(v_found) as f;
   end loop;
-  if v_state is not null then
-    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
-    perform rekey._refuse_changes(v_changes);
-  end if;
 end
 $$;
-comment on function rekey._call_count is 'Calls the count function of a target.';
+comment on function rekey._call_count is 'Calls the count functions of targets. keyrings empty: locks each relation, with its partitions, and counts nothing. apart: an error of one is a row, and does not stop the others; what came of it before is not to be trusted. whole: calls their scan functions, for all rows of each relation, or the first of them, up to next.';
 
 create or replace function rekey._call_scan(
   function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint,
@@ -3292,38 +3410,34 @@ language sql immutable parallel safe
 return case when pointer is not null then format('(%s,%s)', rekey._block(pointer), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid end;
 comment on function rekey._next_row is 'The row pointer after this one.';
 
-create or replace function rekey._count_rows(keyrings integer[])
-returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint)
-language plpgsql stable
+create or replace function rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean = false, whole boolean = false)
+returns setof rekey._counted
+language sql stable
 set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return query
-    select t.target, t.relation, c.keyring_id, c.version, c.rows
-    from rekey._targets() t
-    cross join lateral rekey._call_count(t.function_name, t.relation, keyrings) c
-    where t.problem is null;
-end
-$$;
+begin atomic
+  select c.*
+  from (select array_agg(t.function_name) as functions, array_agg(t.relation) as relations from unnest(targets) as t) a
+  cross join lateral rekey._call_count(a.functions, a.relations, keyrings, apart, whole) c;
+end;
 comment on function rekey._count_rows is
-  'Counts every target that is not blocked by keyring and version, in the snapshot of the caller''s statement; keyring NULL: values that are no envelopes.';
+  'Counts targets by keyring and version, in the snapshot of the caller''s statement, as rekey._call_count(); keyring NULL: values that are no envelopes. place: which of the targets.';
 
 -- A blocked target may hold rows of the keyring that it is registered with, and of those that its last complete count saw.
 -- Only rows that opened were counted there: whoever owns a table can write any header into it, and would block others by it.
-create or replace function rekey._blocked_targets(keyrings integer[] = null) returns jsonb
+create or replace function rekey._blocked_targets(keyrings integer[], targets rekey._target[] = null) returns jsonb
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
     select jsonb_agg(jsonb_build_object('target', t.target, 'why', t.problem) order by t.target)
-    from rekey._targets() t
+    from unnest(coalesce(targets, array(select t from rekey._targets() t))) t
     left join rekey.protected_columns c on c.label = t.target
     where t.problem is not null and (keyrings is null or c.id is null or rekey._may_hold(c, keyrings)));
 end
 $$;
 comment on function rekey._blocked_targets is
-  'The targets that cannot be read or counted now, and why; NULL: none. keyrings: only those that may hold rows of one of these; NULL: all.';
+  'The targets that cannot be read or counted, and why; NULL: none. keyrings: only those that may hold rows of one of these; NULL: all. targets: as they were found; NULL: as they are now.';
 
 create or replace function rekey._may_hold(protected rekey.protected_columns, keyrings integer[]) returns boolean
 language sql stable
@@ -3331,12 +3445,12 @@ return protected.seen is null or protected.keyring_id = any (keyrings)
   or exists (select from jsonb_each_text(protected.seen) s where s.key::integer = any (keyrings) and s.value::bigint > 0);
 comment on function rekey._may_hold is 'Whether a protected column may hold rows of these keyrings: its own, and those that its last complete count saw.';
 
-create or replace function rekey._refuse_blocked(keyrings integer[] = null) returns void
+create or replace function rekey._refuse_blocked(keyrings integer[] = null, targets rekey._target[] = null) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_blocked jsonb := rekey._blocked_targets(keyrings);
+  v_blocked jsonb := rekey._blocked_targets(keyrings, targets);
 begin
   if v_blocked is not null then
     raise exception '% is blocked: %', v_blocked -> 0 ->> 'target', v_blocked -> 0 ->> 'why' using errcode = 'RK005',
@@ -3345,21 +3459,34 @@ begin
 end
 $$;
 comment on function rekey._refuse_blocked is
-  'RK005 where a target is blocked that may hold rows of these keyrings, NULL: of any: what cannot be counted is never taken for empty.';
+  'RK005 where a target is blocked that may hold rows of these keyrings, NULL: of any: what cannot be counted is never taken for empty. targets: as rekey._blocked_targets().';
 
 -- The functions of the targets are looked at before and after they are called, each time as they are at that moment: what
 -- an owner changes in between has no effect. After the call, its locks keep the tables from being changed.
-create or replace function rekey._target_state() returns text
+create or replace function rekey._function_names(function_name name) returns name[]
+language sql immutable parallel safe
+return array[function_name || '_guard', function_name || '_sql', function_name || '_count', function_name || '_scan', function_name || '_read',
+  function_name || '_write', function_name || '_trigger']::name[];
+comment on function rekey._function_names is 'What the functions of a target can be called: guard, sql, count, scan, read, write, trigger; rekey.secrets has not all of them. (An index finds them so; of a schema there is none.)';
+
+create or replace function rekey._target_state(function_name name = null) returns text
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if function_name is not null then
+    return (
+      select string_agg(format('%s %s %s', p.oid, p.xmin, p.ctid), ',' order by p.oid)
+      from pg_proc p
+      where p.pronamespace = 'rekey_targets'::regnamespace
+        and p.proname = any (rekey._function_names(function_name)));
+  end if;
   return (
     select string_agg(format('%s %s %s', p.oid, p.xmin, p.ctid), ',' order by p.oid)
     from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace);
 end
 $$;
-comment on function rekey._target_state is 'What changes whenever a function of a target does.';
+comment on function rekey._target_state is 'What changes whenever a function of a target does; NULL: of any.';
 
 create or replace function rekey._refuse_snapshot() returns void
 language plpgsql stable
@@ -3431,7 +3558,10 @@ as $$
 declare
   v_prefix text := 'column_' || protected.id;
   v_bytes text := 't.%1$s';
-  v_header text := 'substr(t.%1$s, 1, 11)';
+  -- What a value begins with, whether an envelope may, and the header in it, without which it is none.
+  v_start text := 'substr(t.%1$s, 1, 11)';
+  v_may_be text := $sql$substr(g.start, 1, 3) = '\x524b01'$sql$;
+  v_header text := $sql$case when octet_length(g.start) = 11 and substr(g.start, 1, 3) = '\x524b01' then g.start end$sql$;
   v_stored text := 'u.ciphertext';
   -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
   -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
@@ -3448,28 +3578,24 @@ begin
   -- columns that these take (%5$s), and the bytes of context and key (%6$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
-    v_header := $sql$case when left(t.%1$s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(t.%1$s, 20), -4), 'base64'), 1, 11) end$sql$;
+    v_start := 'left(t.%1$s, 20) collate "C"';
+    v_may_be := $sql$left(g.start, 8) = 'rk1:UksB'$sql$;
+    v_header := $sql$case when g.start ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(g.start, -4), 'base64'), 1, 11) end$sql$;
     -- As rekey._from_text(). Of an envelope that is damaged as a text, the header, by which its failure is noted.
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
-      then decode(right(t.%1$s, -4), 'base64') else coalesce($sql$ || v_header || $sql$, convert_to(t.%1$s, 'UTF8')) end$sql$;
+      then decode(right(t.%1$s, -4), 'base64') else coalesce((select $sql$ || v_header || ' from (select ' || v_start || $sql$ as start) g), convert_to(t.%1$s, 'UTF8')) end$sql$;
     v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
-    cross join lateral (select ' || v_header || $sql$ as header offset 0) h
-    cross join lateral (
-      select (get_byte(g.header, 3) << 24) | (get_byte(g.header, 4) << 16) | (get_byte(g.header, 5) << 8) | get_byte(g.header, 6) as keyring_id,
-        (get_byte(g.header, 7) << 24) | (get_byte(g.header, 8) << 16) | (get_byte(g.header, 9) << 8) | get_byte(g.header, 10) as version
-      from (select case when octet_length(h.header) = 11 and substr(h.header, 1, 3) = '\x524b01' then h.header end as header offset 0) g
-      offset 0) e$sql$;
+    cross join lateral (select ' || v_header || ' as header from (select ' || v_start || ' as start offset 0) g offset 0) h';
   -- The rows first, then what is made of those that are wanted: there may be many more in a range, or in max_rows.
   -- (What is added to the columns of the table has names of system columns, which none of them can have.)
   -- More bytes than any envelope can have (cmax is NULL then) are not read: a GB that was compressed, or stored out of line, has
   -- no room in the arrays. octet_length() asks only for the length that is stored.
   v_select := 'with page as materialized (
-    select t.ctid, %5$s, case when z.bytes <= 67108864 then z.bytes end as cmax,
-      case when z.bytes > 67108864 and e.keyring_id is not null then h.header || ''\x6c61726765'' end as xmin' || v_from || '
-    cross join lateral (select octet_length(t.%1$s)::bigint%6$s as bytes offset 0) z';
+    select t.ctid, %5$s, case when octet_length(t.%1$s)::bigint%6$s <= 67108864 then octet_length(t.%1$s)::bigint%6$s end as cmax,
+      case when octet_length(t.%1$s)::bigint%6$s > 67108864 then h.header || ''\x6c61726765'' end as xmin' || v_from;
   v_page := '), total as (
     select sum(coalesce(t.cmax, 100)) as bytes from page t
   ), sized as (
@@ -3494,6 +3620,7 @@ declare
   v_key text;
   v_key_names text[];
   v_lengths text;
+  v_whole regclass;
 begin
   -- The columns that the guard names, in table order.
   select d.refobjid, array_agg(quote_ident(a.attname) order by a.attnum) into v_table, v_names
@@ -3502,8 +3629,19 @@ begin
   where d.classid = 'pg_proc'::regclass and d.objid = 'rekey_targets.$body$ || v_prefix || $body$_guard'::regproc
     and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
   group by d.refobjid;
-  if relation <> v_table and not exists (select from pg_partition_tree(v_table) p where p.relid = relation and p.isleaf) then
-    raise exception '% is not the protected table', relation using errcode = 'RK005';
+  -- The whole before its parts, as ALTER TABLE locks them: an UPDATE of a partition would lock it after them, to check their bounds.
+  for v_whole in
+    select c.oid from pg_partition_ancestors(relation) with ordinality as a(relid, place) join pg_class c on c.oid = a.relid
+    where c.oid <> relation and has_table_privilege(c.oid, 'select') and has_schema_privilege(c.relnamespace, 'usage') order by a.place desc
+  loop
+    execute format('select from only %s limit 0', v_whole);
+  end loop;
+  if relation <> v_table and not exists (select from pg_partition_ancestors(relation) a where a.relid = v_table) then
+    raise exception '% is no part of the protected table any more', relation using errcode = 'serialization_failure';
+  elsif template is null then
+    execute format('select from only %s limit 0', relation);
+    perform from pg_partition_tree(relation);
+    return null;
   end if;
   select string_agg(format($q$coalesce(int4send(octet_length(convert_to(t.%1$s::text, 'UTF8'))) || convert_to(t.%1$s::text, 'UTF8'), '\xffffffff')$q$,
       v_names[p.place]), ' || ' order by p.rank)
@@ -3530,10 +3668,20 @@ end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
 begin
+  if keyrings = ''{}'' then
+    perform rekey_targets.' || v_prefix || '_sql(relation, null);
+    return;
+  end if;
   for keyring_id, version, rows in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'select e.keyring_id, e.version, count(*)' || v_from || '
-    where t.%1$s is not null and ($1 is null or e.keyring_id = any ($1))
-    group by 1, 2') || ') using keyrings loop
+    'with begun as (
+      select case when ' || v_may_be || ' then g.start end as start, count(*) as rows
+      from (select ' || v_start || ' as start from only %2$s t where t.%1$s is not null offset 0) g group by 1
+    ), headed as (
+      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
+        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version, g.rows
+      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
+    )
+    select e.keyring_id, e.version, sum(e.rows)::bigint from headed e where $1 is null or e.keyring_id = any ($1) group by 1, 2') || ') using keyrings loop
     return next;
   end loop;
 end
@@ -3542,23 +3690,25 @@ end
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and e.keyring_id is not null and ($3 is null or e.keyring_id = any ($3))
+    where t.ctid >= $1 and t.ctid < $2 and h.header is not null and ($3 is null or substr(h.header, 4, 4) = any ($3))
       and ($6 is null or age(t.xmin) <= age($6))
     order by t.ctid limit $4' || v_page) || ')
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, since;
+  into next, rows, ciphertexts, contexts, keys
+  using first, until, case when keyrings is not null then array(select int4send(k.id) from unnest(keyrings) as k(id)) end, max_rows, max_bytes, since;
 end
 '),
     ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, case when keyrings is null then ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and e.keyring_id is null
+    where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and h.header is null
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
     v_select || '
-    join unnest($3, $6) as w(keyring_id, version) on w.keyring_id = e.keyring_id and w.version <> e.version
-    where t.ctid >= $1 and t.ctid < $2
+    where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and h.header <> all ($6)
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' end)
-  into next, rows, ciphertexts, contexts, keys using first, until, keyrings, max_rows, max_bytes, versions;
+  into next, rows, ciphertexts, contexts, keys
+  using first, until, array(select int4send(k.id) from unnest(keyrings) as k(id)), max_rows, max_bytes,
+    array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version));
 end
 '),
     ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
@@ -3584,18 +3734,22 @@ end
 end
 $$;
 comment on function rekey._column_bodies is
-  'The functions of a protected column as they must be: sql (puts a statement together), count, scan, read, write; each PL/pgSQL, SECURITY DEFINER, owned by the owner of the table.';
+  'The functions of a protected column as they must be: sql (puts a statement together, having locked what a partition is a part of; template NULL: only locks the table, with its partitions), count, scan, read, write; each PL/pgSQL, SECURITY DEFINER, owned by the owner of the table.';
 
+-- (PL/pgSQL, as the functions that are called for each column: it keeps its plans for the session, SQL for a statement.)
 create or replace function rekey._column_shape(id integer, out relation regclass, out attnums smallint[])
-language sql stable
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
+as $$
+begin
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
+  into relation, attnums
   from pg_proc p
   join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
-  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = 'column_' || _column_shape.id || '_guard' and p.pronargs = 0
+  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = ('column_' || _column_shape.id || '_guard')::name and p.pronargs = 0
   group by d.refobjid;
-end;
+end
+$$;
 comment on function rekey._column_shape is 'The table of a protected column now, and the numbers of the columns that its guard names, in table order.';
 
 create or replace function rekey._home() returns text
@@ -3608,13 +3762,27 @@ end
 $$;
 comment on function rekey._home is 'In which cluster and database an oid is good.';
 
+-- (pg_partition_tree() would lock them, each before what it is a part of.)
+create or replace function rekey._parts(relation regclass) returns setof regclass
+language sql stable rows 1  -- as rekey._relations_here()
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with recursive parts as (
+    select i.inhrelid from pg_inherits i where i.inhparent = relation and not i.inhdetachpending
+    union all
+    select i.inhrelid from parts p join pg_inherits i on i.inhparent = p.inhrelid and not i.inhdetachpending
+  )
+  select p.inhrelid from parts p;
+end;
+comment on function rekey._parts is 'The partitions of a partitioned table, and theirs; locks nothing.';
+
 create or replace function rekey._relations_here(relation regclass) returns setof regclass
-language plpgsql stable
+language plpgsql stable rows 1  -- or catalogs are read whole for each column
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (select c.relkind from pg_class c where c.oid = relation) = 'p' then
-    return query select p.relid from pg_partition_tree(relation) p where p.isleaf and p.relid <> relation;
+    return query select c.oid::regclass from rekey._parts(relation) p join pg_class c on c.oid = p where c.relkind <> 'p';
   elsif relation is not null then
     return next relation;
   end if;
@@ -3625,18 +3793,20 @@ comment on function rekey._relations_here is 'The relations of a table that have
 -- The usual rebuild of a table is a new one, a copy, and an exchange of names; that of a column too. The registration stays
 -- with the old one then, and every row of the new one would be passed by.
 create or replace function rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) returns text
-language sql stable
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select format('%s.%I', c.oid::regclass, a.attname)
+as $$
+begin
+  return (select format('%s.%I', c.oid::regclass, a.attname)
   from (values (parse_ident(protected.relation_name) || protected.column_name::text), (parse_ident(protected.label))) as n(names)
   join pg_class c on c.relname = n.names[2] and c.relkind in ('r', 'p', 'f', 'm')
   join pg_namespace s on s.oid = c.relnamespace and s.nspname = n.names[1]
   join pg_attribute a on a.attrelid = c.oid and a.attname = n.names[3] and a.attnum > 0 and not a.attisdropped
   where (c.oid, a.attnum) is distinct from (_namesake.relation::oid, _namesake.attnum)
     and not exists (select from rekey._column_relations r where r.column_id = protected.id and r.relation = c.oid and r.attnum = a.attnum and r.home = rekey._home() and r.settled)
-  limit 1;
-end;
+  limit 1);
+end
+$$;
 comment on function rekey._namesake is 'Another column than this one, of this table or another, that has the name noted of a protected column, or that of its label; NULL: there is none, or it is settled.';
 
 -- (to_regclass() takes USAGE of the schema, which rekey_owner need not have.)
@@ -3649,35 +3819,43 @@ begin atomic
 end;
 comment on function rekey._relation_named is 'The relation that has this name, with its schema, now; NULL: none.';
 
-create or replace function rekey._lost_part(protected rekey.protected_columns, relation regclass) returns text
-language sql stable
+create or replace function rekey._lost_part(protected rekey.protected_columns, leaves oid[]) returns text
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select c.oid::regclass::text
-  from rekey._column_relations r
-  join pg_class c on c.oid = case when r.home = rekey._home() then r.relation else rekey._relation_named(r.relation_name) end
-  where r.column_id = protected.id and r.attnum = 0 and not r.settled
-    and not exists (select from rekey._relations_here(_lost_part.relation) as t(oid) where t.oid = c.oid)
-  limit 1;
-end;
-comment on function rekey._lost_part is 'A relation that held values of a protected column, is still there, and is no part of its table any more; NULL: there is none.';
+as $$
+declare
+  v_home text := rekey._home();
+begin
+  return (
+    select c.oid::regclass::text
+    from (
+      select case when r.home = v_home then r.relation else rekey._relation_named(r.relation_name) end as oid
+      from rekey._column_relations r
+      where r.column_id = protected.id and r.attnum = 0 and not r.settled
+      except
+      select u from unnest(leaves) u) l
+    join pg_class c on c.oid = l.oid
+    limit 1);
+end
+$$;
+comment on function rekey._lost_part is 'A relation that held values of a protected column, is still there, and is none of these, which its table consists of; NULL: there is none.';
 
-create or replace function rekey._rival(protected rekey.protected_columns, relation regclass) returns text
-language sql stable
+create or replace function rekey._rival(protected rekey.protected_columns, relation regclass, leaves oid[]) returns text
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select o.label
-  from (
-    select t.oid from rekey._relations_here(_rival.relation) as t(oid) where t.oid <> _rival.relation
-    union all
-    select a.relid from pg_partition_ancestors(_rival.relation) a where a.relid <> _rival.relation
-  ) as t
-  join pg_depend d on d.refclassid = 'pg_class'::regclass and d.refobjid = t.oid and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass
-  join pg_proc p on p.oid = d.objid and p.pronamespace = 'rekey_targets'::regnamespace
-  join rekey.protected_columns o on p.proname = 'column_' || o.id || '_guard' and o.id <> protected.id
-  limit 1;
-end;
-comment on function rekey._rival is 'Label of another protected column whose table is a partition of this one, or has it as a partition: their values would be bound to two labels. NULL: there is none.';
+as $$
+begin
+  return (
+    select o.label
+    from pg_depend d
+    join pg_proc p on p.oid = d.objid and p.pronamespace = 'rekey_targets'::regnamespace
+    join rekey.protected_columns o on o.id = substring(p.proname from '^column_(\d{1,9})_guard$')::integer
+    where o.id <> protected.id and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0 and d.classid = 'pg_proc'::regclass
+      and d.refobjid = any (array_remove(leaves || array(select a.relid::oid from pg_partition_ancestors(_rival.relation) a), _rival.relation::oid))
+    limit 1);
+end
+$$;
+comment on function rekey._rival is 'Label of another protected column whose table is a partition of this one, or has it as a partition: their values would be bound to two labels. leaves: what the table consists of. NULL: there is none.';
 
 create or replace function rekey._is_of_citus(relation regclass) returns boolean
 language plpgsql stable
@@ -3721,25 +3899,34 @@ return array[format('zz_pg_rekey_%s_insert', protected.id), format('zz_pg_rekey_
   || case when protected.encrypt_on_write then array[format('zz_pg_rekey_%s', protected.id)] else '{}'::text[] end;
 comment on function rekey._trigger_names is 'The triggers of a protected column: those that keep envelopes of versions out that are about to be destroyed, and the one that encrypts.';
 
-create or replace function rekey._trigger_problem(protected rekey.protected_columns, relation regclass) returns text
-language sql stable
+create or replace function rekey._trigger_problem(protected rekey.protected_columns, relations oid[]) returns text
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-begin atomic
-  select format('the trigger %I of %s is off, or was dropped or replaced', n.name, t.relation::regclass)
-  from (select relation as relation union select h from rekey._relations_here(_trigger_problem.relation) h) as t
-  cross join lateral unnest(rekey._trigger_names(protected)) as n(name)
-  where not exists (
-    select from pg_trigger g join pg_proc p on p.oid = g.tgfoid join pg_namespace s on s.oid = p.pronamespace
-    where g.tgrelid = t.relation and g.tgname = n.name and g.tgenabled in ('A', 'O')
-      and format('%s.%s', s.nspname, p.proname) = case when n.name ~ '_(insert|update)$' then 'rekey._refuse_doomed'
-        else format('rekey_targets.column_%s_trigger', protected.id) end)
-  limit 1;
-end;
-comment on function rekey._trigger_problem is 'Which trigger of a protected column does not fire, on which relation; NULL: all do.';
+as $$
+declare
+  v_names name[] := rekey._trigger_names(protected);
+  v_functions oid[] := array(
+    select case when n.name ~ '_(insert|update)$' then to_regproc('rekey._refuse_doomed') else to_regproc(format('rekey_targets.column_%s_trigger', protected.id)) end
+    from unnest(v_names) with ordinality as n(name, place) order by n.place);
+begin
+  return (
+    select format('the trigger %I of %s is off, or was dropped or replaced', w.name, w.oid::regclass)
+    from (
+      select t.oid, n.name, n.function
+      from unnest(relations) as t(oid)
+      cross join unnest(v_names, v_functions) as n(name, function)
+      except
+      select g.tgrelid, g.tgname, g.tgfoid
+      from pg_trigger g
+      where g.tgrelid = any (relations) and g.tgname = any (v_names) and g.tgenabled in ('A', 'O')) w
+    limit 1);
+end
+$$;
+comment on function rekey._trigger_problem is 'Which trigger of a protected column does not fire, on which of these relations; NULL: all do.';
 
 create or replace function rekey._update_triggers(relation regclass, attnum smallint)
 returns table (leaf regclass, trigger_id oid)
-language sql stable
+language sql stable rows 1  -- as rekey._relations_here()
 set search_path = pg_catalog, pg_temp
 begin atomic
   -- A sweep writes into the leaves of partitions, each by itself. 16: for UPDATE; a trigger for UPDATE OF other columns does not
@@ -3860,13 +4047,15 @@ return case when protected.encrypt_on_write then ', encrypt_on_write => true' el
   || case when protected.fire_triggers then '' else ', fire_triggers => false' end;
 comment on function rekey._protect_options is 'What has to be given again where rekey.protect_column() is repeated.';
 
-create or replace function rekey._column_problem(protected rekey.protected_columns) returns text
+create or replace function rekey._column_problem(protected rekey.protected_columns, part regclass = null) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_shape record;
   v_table pg_class;
+  v_leaves oid[];
+  v_looked_at oid[];
   v_other text;
   v_part record;
   v_again text := format('repeat rekey.protect_column(%s) as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
@@ -3882,12 +4071,14 @@ begin
   if v_other is not null then
     return format('its name belongs to %s now, and the registration is with %s: rekey.rebind_column() with the one that holds its values, or pg-rekey columns rebind', v_other, v_shape.relation);
   end if;
-  v_other := rekey._lost_part(protected, v_shape.relation);
+  v_leaves := array(select h from rekey._relations_here(v_shape.relation) h);
+  v_looked_at := array(select v_shape.relation::oid union select l from unnest(v_leaves) l where part is null or l = part);
+  v_other := rekey._lost_part(protected, v_leaves);
   if v_other is not null then
     return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L)',
       v_other, v_shape.relation, v_shape.relation, protected.column_name);
   end if;
-  v_other := rekey._rival(protected, v_shape.relation);
+  v_other := rekey._rival(protected, v_shape.relation, v_looked_at);
   if v_other is not null then
     return format('its rows are those of %s too, by a partition: detach the partition, or rekey.unprotect_column() one of the two', v_other);
   end if;
@@ -3905,21 +4096,23 @@ begin
   if v_table.relkind = 'r' and exists (select from pg_inherits i where i.inhparent = v_shape.relation) then
     return 'tables inherit from it, whose rows are not swept: ALTER TABLE ... NO INHERIT';
   end if;
-  for v_part in
-    select c.oid::regclass as relation, c.relkind, c.relowner, c.relforcerowsecurity from pg_class c where c.oid = v_shape.relation
-    union all
-    select c.oid::regclass, c.relkind, c.relowner, c.relforcerowsecurity
-    from pg_partition_tree(v_shape.relation) p join pg_class c on c.oid = p.relid
-    where v_table.relkind = 'p' and p.relid <> v_shape.relation
-  loop
-    if v_part.relforcerowsecurity then
-      return format('FORCE ROW LEVEL SECURITY may hide rows of %s from its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', v_part.relation);
-    elsif rekey._storage_problem(v_part.relation) is not null then
-      return rekey._storage_problem(v_part.relation);
-    elsif v_part.relowner <> v_table.relowner then
-      return format('the partition %s has another owner than its table: ALTER TABLE %1$s OWNER TO %s', v_part.relation, v_table.relowner::regrole);
-    end if;
-  end loop;
+  -- (What is looked at closer than that are few of many.)
+  select w.* into v_part
+  from (
+    select c.oid::regclass as relation, c.relowner, c.relforcerowsecurity, rekey._storage_problem(c.oid) as storage
+    from pg_class c
+    where c.oid = any (v_looked_at) and (c.relforcerowsecurity or c.relowner <> v_table.relowner or c.relkind not in ('r', 'p')
+      or c.relkind = 'r' and c.relam is distinct from (select m.oid from pg_am m where m.amname = 'heap')
+      or to_regclass('pg_catalog.pg_dist_partition') is not null)) w
+  where w.relforcerowsecurity or w.relowner <> v_table.relowner or w.storage is not null
+  limit 1;
+  if v_part.relforcerowsecurity then
+    return format('FORCE ROW LEVEL SECURITY may hide rows of %s from its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', v_part.relation);
+  elsif v_part.storage is not null then
+    return v_part.storage;
+  elsif v_part.relation is not null then
+    return format('the partition %s has another owner than its table: ALTER TABLE %1$s OWNER TO %s', v_part.relation, v_table.relowner::regrole);
+  end if;
   if exists (
     select from rekey._column_bodies(protected) b
     where not exists (
@@ -3931,14 +4124,14 @@ begin
         and has_function_privilege('rekey_sweeper', p.oid, 'execute'))) then
     return format('its functions are not as they were made, or its table has another owner: %s', v_again);
   end if;
-  v_other := rekey._trigger_problem(protected, v_shape.relation);
+  v_other := rekey._trigger_problem(protected, v_looked_at);
   if v_other is not null then
     return format('%s: %s', v_other, v_again);
   end if;
   return case when not protected.fire_triggers then rekey._silence_problem(v_shape.relation, v_shape.attnums[protected.places[1]], v_table.relowner) end;
 end
 $$;
-comment on function rekey._column_problem is 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can.';
+comment on function rekey._column_problem is 'Why a protected column can be neither swept nor counted now, and what to do; NULL: it can. part: nothing is done now but in this one of its partitions.';
 
 create or replace function rekey._refuse_problem(target text, problem text) returns void
 language plpgsql immutable
@@ -3952,7 +4145,7 @@ end
 $$;
 comment on function rekey._refuse_problem is 'RK005 where a target has a problem.';
 
-create or replace function rekey._targets(only_target text = null) returns setof rekey._target
+create or replace function rekey._targets(only_target text = null, only_relation regclass = null) returns setof rekey._target
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
@@ -3962,18 +4155,17 @@ declare
   v_table regclass;
 begin
   if only_target is null or only_target = 'rekey.secrets' then
-    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
     return next v_target;
   end if;
   for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop
-    v_target := row(v_column.label, null, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
-      rekey._column_problem(v_column));
     select s.relation into v_table from rekey._column_shape(v_column.id) s;
+    v_target := row(v_column.label, v_table, v_table, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
+      rekey._column_problem(v_column, only_relation));
     if v_target.problem is not null then
-      v_target.relation := v_table;
       return next v_target;
     else
-      for v_target.relation in select h from rekey._relations_here(v_table) h loop
+      for v_target.relation in select h from rekey._relations_here(v_table) h where only_relation is null or h = only_relation loop
         return next v_target;
       end loop;
     end if;
@@ -3981,7 +4173,12 @@ begin
 end
 $$;
 comment on function rekey._targets is
-  'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast. prefix: the label of the context. problem: why it is blocked.';
+  'Every relation with row storage that holds envelopes. indexed: it has an index on the keyring, so that a few rows of many are found fast. prefix: the label of the context. problem: why it is blocked. only_relation: this one of a column.';
+
+create or replace function rekey._targets_now(only_target text = null) returns rekey._target[]
+language sql stable
+return array(select t from rekey._targets(only_target) t where t.problem is null order by t.relation);
+comment on function rekey._targets_now is 'The targets that are not blocked, by relation; only_target: those of this column.';
 
 create or replace function rekey._target_of(chunk rekey._chunks) returns rekey._target
 language plpgsql volatile
@@ -3990,7 +4187,7 @@ as $$
 declare
   v_target rekey._target;
 begin
-  select * into v_target from rekey._targets(chunk.target) t where t.relation = chunk.relation;
+  select * into v_target from rekey._targets(chunk.target, chunk.relation) t where t.relation = chunk.relation;
   if not found then
     v_target.problem := 'it is not protected any more, or its partition is gone';
   end if;
@@ -4196,36 +4393,36 @@ comment on function rekey._sealing_on_write is
   'rekey._sealing() for the trigger that encrypts. In the replica role, without the KEK: RK001 that names the subscription; or, where the setting apply_plaintext lets it pass, a warning and NULL.';
 
 -- Asked by WHEN conditions, with the rights of whoever writes. They follow a column that is renamed.
-create or replace function rekey._is_doomed(value bytea) returns boolean
+create or replace function rekey._is_scheduled(header bytea) returns boolean
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_header bytea;
+  v_keyring integer;
+  v_version integer;
 begin
-  -- An assignment: what is written may be plain, and must not become the parameter of a statement.
-  v_header := case when substr(value, 1, 3) = '\x524b01'::bytea and octet_length(value) >= 11 then substr(value, 1, 11) end;
-  if v_header is null then
-    return false;
+  if octet_length(header) = 11 and substr(header, 1, 3) = '\x524b01'::bytea then
+    v_keyring := rekey._int4(header, 3);
+    v_version := rekey._int4(header, 7);
+    return exists (
+      select from rekey.encryption_keys k
+      where k.keyring_id = v_keyring and k.version = v_version and k.state = 'destroy_scheduled');
   end if;
-  return exists (
-    select from rekey.encryption_keys k
-    where k.state = 'destroy_scheduled' and k.keyring_id = rekey._int4(v_header, 3) and k.version = rekey._int4(v_header, 7));
+  return false;
 end
 $$;
+comment on function rekey._is_scheduled is 'Whether it is the header of an envelope of a version that is scheduled for destruction.';
+
+-- What is written may be plain, and must not become the parameter of a statement: these two are inlined, as rekey.encrypt_text() is.
+create or replace function rekey._is_doomed(value bytea) returns boolean
+language sql volatile
+return rekey._may_be_doomed() and rekey._is_scheduled(substr(value, 1, 11));
 comment on function rekey._is_doomed(bytea) is 'Whether a value is an envelope of a version that is scheduled for destruction.';
 
 create or replace function rekey._is_doomed(value text) returns boolean
-language plpgsql stable security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_header bytea;
-begin
-  v_header := case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then decode(right(left(value, 20), -4), 'base64') end;
-  return rekey._is_doomed(v_header);
-end
-$$;
+language sql volatile
+return rekey._may_be_doomed() and rekey._is_scheduled(
+  case when left(value, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}' then substr(decode(right(left(value, 20), -4), 'base64'), 1, 11) end);
 comment on function rekey._is_doomed(text) is 'As for bytea, of the text form.';
 
 create or replace function rekey._refuse_doomed() returns trigger
@@ -4358,7 +4555,7 @@ declare
 begin
   for v_function in
     select p.oid::regprocedure from pg_proc p
-    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(guard|sql|count|scan|read|write)$', protected.id)
+    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = any ((rekey._function_names('column_' || protected.id))[:6])
   loop
     execute format('drop function %s', v_function);
   end loop;
@@ -4429,6 +4626,7 @@ declare
   v_context name[] := context_columns;
   v_attnums smallint[];
   v_places integer[];
+  v_id integer;
   v_protected rekey.protected_columns;
   v_found record;
   v_name name;
@@ -4528,8 +4726,9 @@ begin
   select array_agg(a.attnum order by a.attnum) into v_attnums
   from pg_attribute a where a.attrelid = target and a.attname = any (v_context || _register_column.column_name) and a.attnum > 0;
   -- Repeated, for the same column or after its functions were lost, it makes them anew.
+  v_id := rekey._column_id(target, _register_column.column_name);
   select * into v_protected from rekey.protected_columns c
-  where c.id = rekey._column_id(target, _register_column.column_name)
+  where c.id = v_id
      or c.relation_name = format('%I.%I', v_table.nspname, v_table.relname) and c.column_name = _register_column.column_name and (rekey._column_shape(c.id)).relation is null
   for update;
   v_places := array(
@@ -4614,7 +4813,7 @@ begin
   -- Small, and without an envelope: that is its first complete count. Else the first verification makes it.
   if v_protected.seen is null
      and (select coalesce(sum(pg_relation_size(t.relation)), 0) from rekey._targets(v_protected.label) t) < 33554432
-     and not exists (select from rekey._targets(v_protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c where c.keyring_id is not null) then
+     and not exists (select from rekey._count_rows(rekey._targets_now(v_protected.label), null) c where c.keyring_id is not null) then
     update rekey.protected_columns c set seen = '{}' where c.id = v_protected.id;
   end if;
   if not v_protected.encrypt_on_write and to_regproc(format('rekey_targets.column_%s_trigger', id)) is not null then
@@ -4665,7 +4864,7 @@ declare
 begin
   perform rekey._refuse_snapshot();
   select sum(c.rows) into v_rows
-  from rekey._targets(protected.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+  from rekey._count_rows(rekey._targets_now(protected.label), null) c
   where c.keyring_id is not null;
   if v_rows > 0 then
     raise exception '% rows of % are encrypted', v_rows, protected.label using errcode = 'RK005',
@@ -4763,7 +4962,8 @@ begin
         rekey._protect_options(v_protected)), constraint = 'protect_again';
   end if;
   for v_function in
-    select p.oid::regprocedure from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_', id)
+    select p.oid::regprocedure from pg_proc p
+    where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = any (rekey._function_names('column_' || id))
   loop
     execute format('drop function %s', v_function);
   end loop;
@@ -4808,6 +5008,7 @@ begin
   if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
     execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
   end if;
+  execute format('lock table %s in access share mode', target);  -- the whole before its parts, as ALTER TABLE locks them
   foreach v_statement in array coalesce(v_released.statements, '{}') loop
     execute v_statement;
     get diagnostics v_count = row_count;
@@ -5815,7 +6016,7 @@ begin
     end if;
     for v_function in
       select p.oid::regprocedure from pg_proc p
-      where p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ format('^column_%s_(sql|count|scan|read|write)$', v_column.id)
+      where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = any ((rekey._function_names('column_' || v_column.id))[2:6])
     loop
       execute format('drop function %s', v_function);
     end loop;
@@ -6652,7 +6853,7 @@ comment on function rekey._quarantine is
   'Notes rows that failed, once each, and counts them in their rotations, whose rows the caller has locked. codes: the SQLSTATE with which the table refused a row; NULL: it does not open. verification_id: the verification that saw them.';
 
 create or replace function rekey._due_rows(rotations bigint[])
-returns table (rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+returns table (rotation_id bigint, target text, relation oid, indexed boolean, adopting boolean, rows bigint)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -6661,36 +6862,24 @@ declare
   v_keyrings integer[] := (
     select case when bool_or(r.trigger = 'adoption') then null else array_agg(r.keyring_id) end
     from rekey.rotations r where r.id = any (rotations));
-  v_target record;
-  v_count record;
-  v_targets text[];
-  v_relations oid[];
-  v_of integer[];
-  v_versions integer[];
-  v_rows bigint[];
+  v_targets rekey._target[];
 begin
-  for v_target in select t.* from rekey._targets() t where t.problem is null loop
-    begin
-      for v_count in select c.* from rekey._call_count(v_target.function_name, v_target.relation, v_keyrings) c loop
-        v_targets := v_targets || v_target.target;
-        v_relations := v_relations || v_target.relation::oid;
-        v_of := v_of || v_count.keyring_id;
-        v_versions := v_versions || v_count.version;
-        v_rows := v_rows || v_count.rows;
-      end loop;
-    exception when assert_failure or others then
-      null;  -- whom it concerns, the verification finds out, which counts again
-    end;
-  end loop;
+  if (select bool_and(r.trigger = 'adoption') from rekey.rotations r where r.id = any (rotations)) then
+    v_targets := array(
+      select t from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id cross join lateral rekey._targets(p.label) t
+      where r.id = any (rotations) and t.problem is null);
+  else
+    v_targets := rekey._targets_now();
+  end if;
   return query
-    select r.id, c.target, c.relation, r.trigger = 'adoption', sum(c.rows)::bigint
-    from rekey.rotations r
-    left join rekey.protected_columns p on p.id = r.column_id
-    join unnest(v_targets, v_relations, v_of, v_versions, v_rows) as c(target, relation, keyring_id, version, rows)
-      on case when r.trigger = 'adoption' then c.keyring_id is null and c.target = p.label
+    select r.id, t.target, t.relation::oid, t.indexed, r.trigger = 'adoption', sum(c.rows)::bigint
+    from rekey._count_rows(v_targets, v_keyrings, apart => true) c
+    join unnest(v_targets) with ordinality t on t.ordinality = c.place
+    join (select r.*, p.label from rekey.rotations r left join rekey.protected_columns p on p.id = r.column_id where r.id = any (rotations)) r
+      on case when r.trigger = 'adoption' then c.keyring_id is null and t.target = r.label
               else c.keyring_id = r.keyring_id and c.version <> r.to_version end
-    where r.id = any (rotations)
-    group by r.id, c.target, c.relation;
+    where c.error is null  -- whom that concerns, the verification finds out, which counts again
+    group by r.id, t.target, t.relation, t.indexed, r.trigger;
 end
 $$;
 comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked and can be counted. (By number: a name would take rights on its schema.)';
@@ -6732,18 +6921,17 @@ begin
   end if;
   begin
     perform rekey._note_names();
+    perform rekey._expect_none_doomed();  -- so that no row of its batches is looked at in vain
     v_pass := nextval('rekey._pass_id');
     v_size := rekey._batch_size(cardinality(v_ids));
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
     with counted as (
-      select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, adopting boolean, rows bigint)
+      select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, indexed boolean, adopting boolean, rows bigint)
     ), sizes as (
-      select t.target, t.relation, c.adopting, t.blocks, t.indexed and sum(c.rows) < least(t.blocks / 10, 5000) as few,
-        rekey._chunk_blocks(t.relation) as chunk
-      from counted c
-      join (select g.*, pg_relation_size(g.relation) / current_setting('block_size')::integer as blocks from rekey._targets() g) t
-        on t.relation = c.relation and t.target = c.target
-      group by t.target, t.relation, c.adopting, t.blocks, t.indexed
+      select c.target, c.relation, c.adopting, s.blocks, c.indexed and c.rows < least(s.blocks / 10, 5000) as few,
+        rekey._chunk_blocks(c.relation) as chunk
+      from (select d.target, d.relation, d.indexed, d.adopting, sum(d.rows) as rows from counted d group by 1, 2, 3, 4) c
+      cross join lateral (select pg_relation_size(c.relation) / current_setting('block_size')::integer as blocks offset 0) s
     ), dued as (
       insert into rekey._due (pass_id, kind, target, relation, rotations)
       select v_pass, case when c.adopting then 'adopt' else 'sweep' end, c.target, c.relation, array_agg(c.rotation_id)
@@ -7109,7 +7297,7 @@ begin
 
   begin
     v_target := rekey._target_of(v_chunk);
-    v_state := rekey._target_state();
+    v_state := rekey._target_state(v_target.function_name);
     event := 'batch';
     keyring_count := cardinality(v_ids);
     rows := 0;
@@ -7169,7 +7357,7 @@ begin
           left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
           where p.place is not null or a.row is not null) f;
       end if;
-      if rekey._target_state() <> v_state or (rekey._target_of(v_chunk)).problem is not null then
+      if rekey._target_state(v_target.function_name) <> v_state or (rekey._target_of(v_chunk)).problem is not null then
         raise exception 'the protected column % was changed while its rows were swept', v_chunk.target using errcode = 'RK005',
           hint = 'See rekey.column_status.', constraint = 'columns';
       end if;
@@ -7472,13 +7660,13 @@ end
 $$;
 comment on function rekey._system_identifier is 'What initdb made to tell this cluster from others; NULL where a host of databases has revoked it.';
 
-create or replace function rekey._checked_since(verification_id bigint, target text, relation regclass) returns xid
+create or replace function rekey._checked_since(verification_id bigint, target rekey._target) returns xid
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
   select v.since::xid from rekey._verified v
-  where v.verification_id = _checked_since.verification_id and v.target = _checked_since.target and v.relation = _checked_since.relation
-    and v.filenode = pg_relation_filenode(v.relation) and v.functions = rekey._target_state()
+  where v.verification_id = _checked_since.verification_id and v.target = (_checked_since.target).target and v.relation = (_checked_since.target).relation
+    and v.filenode = pg_relation_filenode(v.relation) and v.functions = rekey._target_state((_checked_since.target).function_name)
     and v.system_identifier is not distinct from rekey._system_identifier()
     -- As far as the ages of transactions can be compared.
     and pg_snapshot_xmax(pg_current_snapshot())::text::bigint - v.since::text::bigint < 2000000000;
@@ -7486,18 +7674,18 @@ end;
 comment on function rekey._checked_since is
   'The transaction from which on a relation has yet to be checked where a verification checks it by chunks; NULL: all of it, since it does not, or the relation is another one now. The caller holds a lock on it.';
 
-create or replace function rekey._ranges(verification_id bigint, target text, relation regclass)
+create or replace function rekey._ranges(verification_id bigint, target rekey._target)
 returns table (first bigint, until bigint, since xid)
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
   with checked as (
-    select rekey._checked_since(_ranges.verification_id, _ranges.target, _ranges.relation) as since
+    select rekey._checked_since(_ranges.verification_id, _ranges.target) as since
   ), doubtful as (
     select case when k.since is null then '{[0,4294967294)}' else (
       select coalesce(range_agg(int8range(rekey._block(c.first), c.until_block)), '{}')
       from rekey._chunks c
-      where c.pass_id = _ranges.verification_id and c.kind = 'doubtful' and c.target = _ranges.target and c.relation = _ranges.relation
+      where c.pass_id = _ranges.verification_id and c.kind = 'doubtful' and c.target = (_ranges.target).target and c.relation = (_ranges.target).relation
     ) end as blocks, k.since
     from checked k
   )
@@ -7523,15 +7711,75 @@ end;
 comment on function rekey._refused_rows is
   'Which of these rows are in quarantine because their table refused the new value, and still are as they were then.';
 
-create or replace function rekey._open_rows(keyrings integer[], verification_id bigint, locked oid[] = null, apart boolean = false)
+create or replace function rekey._open_found(targets rekey._target[], whole rekey._counted[])
 returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
                refused bigint, error text, code text)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_target record;
-  v_rows bigint;
+  v_of integer[];
+  v_at integer[];
+  v_ciphertexts bytea[];
+  v_contexts bytea[];
+  v_keys text[];
+begin
+  return query
+    select t.target, t.relation, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint,
+      rekey._explain_error(t.target, t.relation, f.error, f.code, f.context, true), f.code
+    from unnest(whole) f join unnest(targets) with ordinality t on t.ordinality = f.place
+    where f.error is not null;
+  select array_agg(r.place order by r.n), array_agg(r.at order by r.n), array_agg(r.ciphertext order by r.n), array_agg(r.context order by r.n), array_agg(r.key order by r.n)
+  into v_of, v_at, v_ciphertexts, v_contexts, v_keys
+  from (
+    select f.place, u.at::integer as at, u.ciphertext, t.prefix || u.context as context, u.key, row_number() over () as n
+    from unnest(whole) f
+    join unnest(targets) with ordinality t on t.ordinality = f.place
+    cross join lateral unnest(f.ciphertexts, f.contexts, f.keys) with ordinality as u(ciphertext, context, key, at)
+    where f.error is null) r;
+  return query
+    with failing as materialized (
+      select f.n, f.problem
+      from rekey._check(v_ciphertexts, '', v_contexts) c cross join lateral unnest(c.failed_places, c.problems) as f(n, problem)
+    ), opened as (
+      select u.place, u.at, u.key, f.problem, rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
+      from unnest(v_of, v_at, v_ciphertexts, v_keys) with ordinality as u(place, at, ciphertext, key, n)
+      left join failing f on f.n = u.n
+    ), refusing as (
+      select r.place as at, f.place, f.keys[r.place] as key, r.keyring_id, r.version
+      from unnest(whole) f
+      join unnest(targets) with ordinality t on t.ordinality = f.place
+      cross join lateral rekey._refused_rows(t.target, t.relation, f.ciphertexts, f.keys) r
+      where f.error is null and exists (
+        select from rekey.rotation_failures q where q.target = t.target and q.resolved_at is null and q.sqlstate is not null)
+    )
+    select t.target, t.relation, c.keyring_id, c.version, c.rows, c.failed, c.failed_keys, c.failed_problems, c.refused, null::text, null::text
+    from (
+      select o.place, o.keyring_id, o.version, count(*) as rows, count(o.problem) as failed, array_agg(o.key) filter (where o.problem is not null) as failed_keys,
+        array_agg(o.problem) filter (where o.problem is not null) as failed_problems, 0::bigint as refused
+      from opened o group by o.place, o.keyring_id, o.version
+      union all
+      select r.place, r.keyring_id, r.version, 0, 0, array_agg(r.key), null, count(*)
+      from refusing r where not exists (select from opened o where o.place = r.place and o.at = r.at and o.problem is not null)
+      group by r.place, r.keyring_id, r.version) c
+    join unnest(targets) with ordinality t on t.ordinality = c.place;
+end
+$$;
+comment on function rekey._open_found is 'Counts and opens rows of targets, as rekey._open_rows(), that rekey._count_rows(whole => true) found.';
+
+create or replace function rekey._open_rows(targets rekey._target[], keyrings integer[], verification_id bigint, apart boolean = false)
+returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
+               refused bigint, error text, code text)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_large rekey._target[] := array(select t from unnest(targets) t where t.indexed or pg_table_size(t.relation) > 524288);
+  v_group record;
+  v_whole rekey._counted[];
+  v_target rekey._target;
+  v_count rekey._counted;
+  v_rows bigint[];
   v_blocks bigint;
   v_range record;
   v_step bigint;
@@ -7542,28 +7790,55 @@ declare
   v_places integer[];
   v_refused boolean;
   v_context text;
+  v_place integer := 0;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
-  for v_target in select t.* from rekey._targets() t where t.problem is null and (locked is null or t.relation::oid = any (locked)) loop
+  -- What is small is counted by opening it, 4 MB of it at a time.
+  for v_group in
+    select array_agg(g.target) as targets
+    from (select t as target, sum(pg_table_size(t.relation)) over (order by t.relation, t.target) / 4194304 as number
+          from unnest(targets) t where not t.indexed and pg_table_size(t.relation) <= 524288) g
+    group by g.number::integer
+  loop
+    v_whole := array(select c from rekey._count_rows(v_group.targets, keyrings, apart, whole => true) c);
+    return query select o.* from rekey._open_found(v_group.targets, array(select f from unnest(v_whole) f where f.next is null)) o;
+    v_large := v_large || array(select v_group.targets[f.place] from unnest(v_whole) f where f.next is not null);
+  end loop;
+  for v_count in select c.* from rekey._count_rows(v_large, keyrings, apart) c loop
+    target := v_large[v_count.place].target;
+    relation := v_large[v_count.place].relation;
+    keyring_id := v_count.keyring_id;
+    version := v_count.version;
+    rows := v_count.rows;
+    failed := 0;
+    refused := 0;
+    if v_count.error is not null then
+      error := rekey._explain_error(target, relation, v_count.error, v_count.code, v_count.context, true);
+      code := v_count.code;
+      v_rows[v_count.place] := null;
+    elsif keyring_id is not null then
+      v_rows[v_count.place] := coalesce(v_rows[v_count.place], 0) + rows;
+    end if;
+    return next;
+    error := null;
+    code := null;
+  end loop;
+  rows := 0;
+  foreach v_target in array v_large loop
+    v_place := v_place + 1;
+    -- Where none was counted, there is none.
+    continue when coalesce(v_rows[v_place], 0) = 0;
     target := v_target.target;
     relation := v_target.relation;
     v_refused := exists (select from rekey.rotation_failures q where q.target = v_target.target and q.resolved_at is null and q.sqlstate is not null);
-    v_rows := 0;
     failed := 0;
     refused := 0;
     begin
-      for keyring_id, version, rows in
-        select c.* from rekey._call_count(v_target.function_name, v_target.relation, keyrings) c
-      loop
-        v_rows := v_rows + rows;
-        return next;
-      end loop;
-      rows := 0;
       -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
       v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
-      for v_range in select r.* from rekey._ranges(verification_id, v_target.target, v_target.relation) r loop
+      for v_range in select r.* from rekey._ranges(verification_id, v_target) r loop
         -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows < least(v_blocks, 5000) then 4294967294 else 512 end;
+        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows[v_place] < least(v_blocks, 5000) then 4294967294 else 512 end;
         v_first := v_range.first;
         v_from := format('(%s,0)', v_first)::tid;
         while v_first < least(v_range.until, v_blocks) loop
@@ -7619,89 +7894,97 @@ begin
 end
 $$;
 comment on function rekey._open_rows is
-  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open; refused, with failed_keys, what opens and its table refused. A combination may come in several rows. locked: only these relations. apart: an error in a target is a row without keyring, and what came of it before is not to be trusted.';
+  'Counts as rekey._count_rows(), and opens every row that the verification did not check before (NULL: every row): failed_keys and failed_problems name what does not open; refused, with failed_keys, what opens and its table refused. A combination may come in several rows. apart: an error in a target is a row without keyring, and what came of it before is not to be trusted.';
 
 -- To a snapshot from before it was rewritten, a table may be empty (ALTER TABLE). So the locks come first, and the snapshot of
 -- the statement that counts after them.
-create or replace function rekey._lock_targets(apart boolean = false, leaving_out oid[] = '{}', out locked oid[], out errors jsonb)
+create or replace function rekey._lock_targets(apart boolean = false) returns rekey._locked
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_target rekey._target;
+  v_locked rekey._locked;
+  v_tables rekey._target[];
 begin
-  for v_target in select t.* from rekey._targets() t where t.problem is null and t.relation::oid <> all (leaving_out) order by t.relation loop
-    begin
-      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
-      locked := locked || v_target.relation::oid;
-    exception when others then
-      if not apart then
-        raise;
-      end if;
-      errors := coalesce(errors, '[]') || jsonb_build_object('target', v_target.target, 'relation', v_target.relation::oid, 'code', sqlstate,
-        'error', rekey._explain_error(v_target.target, v_target.relation, sqlerrm, sqlstate, '', true));
-    end;
-  end loop;
+  v_locked.functions := rekey._target_state();
+  v_tables := array(select distinct on (t.target) t from rekey._targets() t where t.problem is null order by t.target);
+  v_locked.errors := (
+    select jsonb_agg(jsonb_build_object('target', t.target, 'relation', t.whole::oid::bigint, 'sqlstate', c.code,
+      'error', rekey._explain_error(t.target, t.whole, c.error, c.code, c.context, true)))
+    from rekey._call_count((select array_agg(t.function_name) from unnest(v_tables) t), (select array_agg(t.whole) from unnest(v_tables) t), '{}', apart) c
+    join unnest(v_tables) with ordinality t on t.ordinality = c.place);
+  v_locked.targets := array(
+    select t from rekey._targets() t
+    where t.problem is not null
+      or t.target in (select l.target from unnest(v_tables) l except select e.value ->> 'target' from jsonb_array_elements(v_locked.errors) e)
+    order by t.relation);
+  return v_locked;
 end
 $$;
 comment on function rekey._lock_targets is
-  'Reads nothing of every target that is not blocked, whose lock then stays until the transaction ends. locked: which. apart: errors of one are told, and do not stop the others.';
+  'Locks every target that is not blocked, with its partitions, until the transaction ends. apart: errors of one are told, and do not stop the others.';
 
-create or replace function rekey._count(keyrings integer[], opening boolean, verification_id bigint = null, apart boolean = false)
+create or replace function rekey._count(
+  keyrings integer[], opening boolean, verification_id bigint = null, apart boolean = false, locked rekey._locked = null
+)
 returns table (target text, relation regclass, keyring_id integer, version integer, rows bigint, failed bigint, failed_keys text[], failed_problems text[],
                refused bigint, error text, code text)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_state text;
-  v_locks record;
-  v_left_out oid[];
+  v_locked rekey._locked := locked;
+  v_targets rekey._target[];
+  v_now rekey._target[];
 begin
-  perform rekey._refuse_blocked(keyrings);
-  v_state := rekey._target_state();
-  v_locks := rekey._lock_targets(apart);
-  v_left_out := array(select (e.value ->> 'relation')::oid from jsonb_array_elements(v_locks.errors) e);
+  if v_locked.functions is null then
+    v_locked := rekey._lock_targets(apart);
+  end if;
+  perform rekey._refuse_blocked(keyrings, v_locked.targets);
+  v_targets := array(select t from unnest(v_locked.targets) t where t.problem is null order by t.relation);
   return query
-    select e.target, e.relation::regclass, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint, e.error, e.code
-    from jsonb_to_recordset(v_locks.errors) as e(target text, relation oid, error text, code text);
+    select e.target, e.relation::regclass, null::integer, null::integer, 0::bigint, 0::bigint, null::text[], null::text[], 0::bigint, e.error, e.sqlstate
+    from jsonb_to_recordset(v_locked.errors) as e(target text, relation oid, error text, sqlstate text);
   -- One statement, one snapshot: no row escapes by moving.
   if opening then
-    return query select o.* from rekey._open_rows(keyrings, verification_id, v_locks.locked, apart) o;
+    return query select o.* from rekey._open_rows(v_targets, keyrings, verification_id, apart) o;
   else
     return query
-      select c.target, c.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[], 0::bigint, null::text, null::text
-      from rekey._count_rows(keyrings) c where c.keyring_id is not null;
+      select t.target, t.relation, c.keyring_id, c.version, c.rows, 0::bigint, null::text[], null::text[], 0::bigint, null::text, null::text
+      from rekey._count_rows(v_targets, keyrings) c join unnest(v_targets) with ordinality t on t.ordinality = c.place
+      where c.keyring_id is not null;
   end if;
-  perform rekey._refuse_blocked(keyrings);
-  if rekey._target_state() is distinct from v_state or v_locks.locked is distinct from (rekey._lock_targets(leaving_out => v_left_out)).locked then
+  v_now := array(select t from rekey._targets() t);
+  perform rekey._refuse_blocked(keyrings, v_now);
+  if rekey._target_state() is distinct from v_locked.functions
+     or array(select t.relation from unnest(v_targets) t order by t.relation) is distinct from array(
+       select t.relation from unnest(v_now) t
+       where t.problem is null and t.target not in (select e.value ->> 'target' from jsonb_array_elements(v_locked.errors) e) order by t.relation) then
     raise exception 'a protected column or its partitions were changed while its rows were counted' using errcode = 'RK005',
       hint = 'Try again.';
   end if;
 end
 $$;
 comment on function rekey._count is
-  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before (rekey._open_rows() says more of the columns). A combination may come in several rows. RK005: a target is blocked.';
+  'Counts every target by keyring and version, in one snapshot; opening: checks every tag too, but those that the verification checked before (rekey._open_rows() says more of the columns). A combination may come in several rows. locked: what rekey._lock_targets() locked in this transaction; NULL: nothing yet. RK005: a target is blocked.';
 
-create or replace function rekey._begin_verification(rotations bigint[], keyrings integer[]) returns bigint
+create or replace function rekey._begin_verification(rotations bigint[], keyrings integer[], targets rekey._target[]) returns bigint
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_id bigint := nextval('rekey._pass_id');
   v_due bigint := (select sum(r.rows_total) from rekey.rotations r where r.id = any (rotations));
-  v_locked oid[];
 begin
-  -- The sizes are those of what a snapshot from before sees, or larger.
-  v_locked := (rekey._lock_targets(apart => true)).locked;
+  -- (They are locked: their sizes are those of what a snapshot from before sees, or larger.)
   with large as (
     insert into rekey._verified (verification_id, target, relation, system_identifier, filenode, functions, since)
-    select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(), pg_snapshot_xmin(pg_current_snapshot())
-    from rekey._targets() t
-    where t.problem is null and t.relation::oid = any (v_locked) and pg_table_size(t.relation) > 2097152
+    select v_id, t.target, t.relation, rekey._system_identifier(), pg_relation_filenode(t.relation), rekey._target_state(t.function_name), pg_snapshot_xmin(pg_current_snapshot())
+    from unnest(targets) t
+    where t.problem is null and pg_table_size(t.relation) > 2097152
       -- A few rows of an indexed table: the index finds them, and the last step opens them. (They are counted where few are due.)
       and not (t.indexed and v_due < 5000 and (
-        select coalesce(sum(c.rows), 0) from rekey._call_count(t.function_name, t.relation, keyrings) c
+        select coalesce(sum(c.rows), 0) from rekey._call_count(array[t.function_name], array[t.relation], keyrings) c
         ) < least(pg_relation_size(t.relation) / current_setting('block_size')::integer, 5000))
     returning target, relation
   )
@@ -7716,7 +7999,7 @@ begin
   return v_id;
 end
 $$;
-comment on function rekey._begin_verification is 'Begins a verification of these rotations and their keyrings: splits what is large into chunks. Returns its number.';
+comment on function rekey._begin_verification is 'Begins a verification of these rotations and their keyrings: splits what is large of these targets, which the caller has locked, into chunks. Returns its number.';
 
 create or replace function rekey._verify_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
@@ -7768,10 +8051,10 @@ begin
     v_target := rekey._target_of(v_chunk);
     if v_target.problem is null then
       -- Reads nothing, but locks the table, so that what is found out about it remains true.
-      perform from rekey._call_scan(v_target.function_name, v_chunk.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      perform from rekey._count_rows(array[v_target], '{}');
       v_target := rekey._target_of(v_chunk);
     end if;
-    if v_target.problem is not null or rekey._checked_since(v_chunk.pass_id, v_chunk.target, v_chunk.relation) is null then
+    if v_target.problem is not null or rekey._checked_since(v_chunk.pass_id, v_target) is null then
       update rekey._chunks c set kind = 'doubtful' where c.id = v_chunk.id;
       return;
     end if;
@@ -7852,6 +8135,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_column rekey.protected_columns;
+  v_before jsonb;
   v_others integer[];
 begin
   if keyrings = '{}' then
@@ -7862,11 +8146,13 @@ begin
   from unnest(keyrings) as k(id)
   left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = 'rekey.secrets' and f.keyring_id = k.id
   on conflict (keyring_id) do update set rows = excluded.rows where _secrets_seen.rows <> excluded.rows;
-  for v_column in select c.* from rekey.protected_columns c where rekey._column_problem(c) is null order by c.id loop
+  for v_column in select c.* from rekey.protected_columns c order by c.id loop
+    v_before := v_column.seen;
+    continue when v_before is null and rekey._column_problem(v_column) is not null;
     -- The first complete count: of the other keyrings that stand there, those of which a row opens.
     if v_column.seen is null then
       select array_agg(distinct c.keyring_id) into v_others
-      from rekey._targets(v_column.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
+      from rekey._count_rows(rekey._targets_now(v_column.label), null) c
       where c.keyring_id <> all (keyrings);
       v_column.seen := coalesce((select jsonb_object_agg(o.id, 1) from unnest(v_others) as o(id) where rekey._any_opens(v_column.label, o.id)), '{}');
     end if;
@@ -7875,7 +8161,9 @@ begin
       from unnest(keyrings) as k(id)
       left join jsonb_to_recordset(counted) as f(target text, keyring_id integer, opened bigint) on f.target = v_column.label and f.keyring_id = k.id
       where f.opened > 0 or v_column.seen ? k.id::text), '{}');
-    update rekey.protected_columns c set seen = v_column.seen where c.id = v_column.id and c.seen is distinct from v_column.seen;
+    if v_column.seen is distinct from v_before and rekey._column_problem(v_column) is null then
+      update rekey.protected_columns c set seen = v_column.seen where c.id = v_column.id;
+    end if;
   end loop;
 end
 $$;
@@ -7989,6 +8277,7 @@ declare
   v_ids bigint[];
   v_keyrings integer[];
   v_verification bigint;
+  v_locked rekey._locked;
   v_results jsonb;
   v_found record;
   v_count record;
@@ -8036,8 +8325,9 @@ begin
     end if;
   end if;
   begin
+    v_locked := rekey._lock_targets(apart => true);
     if v_verification is null then
-      v_verification := rekey._begin_verification(v_ids, v_keyrings);
+      v_verification := rekey._begin_verification(v_ids, v_keyrings, v_locked.targets);
       if exists (select from rekey._chunks c where c.pass_id = v_verification) then
         event := 'planned';
         keyring_count := cardinality(v_ids);
@@ -8045,7 +8335,7 @@ begin
         return;
       end if;
     end if;
-    for v_count in select c.* from rekey._count(v_keyrings, true, v_verification, apart => true) c loop
+    for v_count in select c.* from rekey._count(v_keyrings, true, v_verification, apart => true, locked => v_locked) c loop
       -- Everything is counted by now, and the names of what failed are noted as they come: they may be too many for one value.
       if v_live is null then
         v_live := rekey._still_verifying(v_ids);
@@ -8104,8 +8394,7 @@ begin
     select jsonb_agg(to_jsonb(a)) into v_adoptions
     from (
       select r.id as rotation_id, p.label, (v_refused ->> r.id::text)::bigint as refused,
-        (select sum(c.rows) from rekey._targets(p.label) t cross join lateral rekey._call_count(t.function_name, t.relation, null) c
-         where t.problem is null and c.keyring_id is null) as rows
+        (select sum(c.rows) from rekey._count_rows(rekey._targets_now(p.label), null) c where c.keyring_id is null) as rows
       from rekey.rotations r join rekey.protected_columns p on p.id = r.column_id
       where r.id = any (v_ids) and r.trigger = 'adoption') a;
 
@@ -8418,6 +8707,7 @@ begin
   from rekey.encryption_keys k
   where k.state = 'destroy_scheduled' and k.destroy_after <= now() + case when clock_jumped then interval '1 day' else interval '0' end;
   if v_keyrings is null then
+    perform rekey._expect_none_doomed();
     return null;
   elsif clock_jumped then
     perform rekey._postpone(v_keyrings, v_versions, 'more than a day since the last tick: the clock may be wrong');
@@ -8816,6 +9106,7 @@ as $$
 declare
   v_search rekey._searches;
 begin
+  perform rekey._expect_doomed();  -- whatever a restore may have made of it
   delete from rekey._searches s where s.id is not null;
   insert into rekey._searches (home, scope, begun_in)
   values (rekey._home(), (rekey._settings()).destroy_search, pg_current_xact_id()) returning * into v_search;
@@ -9636,7 +9927,7 @@ declare
   v_chunk rekey._chunks;
   v_table regclass;
   v_target rekey._target;
-  v_state text := rekey._target_state();
+  v_state text;
   v_until_block bigint;
   v_max_rows integer;
   v_adoption rekey._adoption;
@@ -9661,6 +9952,7 @@ begin
     return null;
   end if;
   v_target := rekey._target_of(v_chunk);
+  v_state := rekey._target_state(v_target.function_name);
   if v_target.problem is not null then
     -- As in rekey._sweep_batch(): the verification says what it waits for.
     delete from rekey._chunks c where c.id = v_chunk.id;
@@ -9679,7 +9971,7 @@ begin
   from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
   left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
   where u.problem is not null or a.row is not null;
-  if rekey._target_state() <> v_state then
+  if rekey._target_state(v_target.function_name) <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
   perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_apart.written, v_chunk.target, v_chunk.relation,
@@ -9719,7 +10011,7 @@ as $$
 declare
   v_rotation record;
   v_target rekey._target;
-  v_state text := rekey._target_state();
+  v_state text;
   v_batch record;
   v_given integer;
   v_values bytea[];
@@ -9739,6 +10031,7 @@ begin
   if not found then
     raise exception 'no such adoption: %', coalesce(rotation_id::text, 'NULL') using errcode = 'RK007';
   end if;
+  v_state := rekey._target_state(v_target.function_name);
   perform rekey._refuse_stranger((rekey._column_shape(v_rotation.column_id)).relation);
   perform rekey._refuse_problem(v_rotation.label, v_target.problem);
   if rows is null then
@@ -9774,7 +10067,7 @@ begin
       select v_batch.keys[array_position(v_batch.rows, u.row)] from unnest(v_apart.refused) with ordinality as u(row, place) order by u.place);
     v_failed_problems := v_failed_problems || v_apart.problems;
   end if;
-  if rekey._target_state() <> v_state then
+  if rekey._target_state(v_target.function_name) <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_rotation.label using errcode = 'RK005', hint = 'Try again.';
   end if;
   perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_done, v_rotation.label, relation,
@@ -10043,7 +10336,7 @@ declare
   v_groups text[] := regexp_match(start, $re$(?x)^(?:
       (524b01).*
     | ((?:c3|8c)(?:0[4-9a-f]|[1-3].)04..0[013]).*
-    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)0[56]|(?:84|c1)..0[36](?:.{16}(?:01|1[0289])|21)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289])).*
+    | ((?:c3|8c)(?:0[4-9a-f]|[1-6].)(?:05|06..)0[1-9a-d]0[123]|(?:84|c1)..(?:0[36].{16}(?:01|1[0289])|062106|061504)|85....03.{16}(?:01|1[0289])|c1c...03.{16}(?:01|1[0289])).*
     | (8000000000[4-9a-f]).*
     | (010[12]020078).*
     | (01800[0-3](?:14|46|78)|020[45]78).*
@@ -10101,10 +10394,11 @@ language sql immutable parallel safe
 return substr(value, 1, 1) in ('\x00', '\x09', '\x0a', '\x0d', '\x20', '\x22', '\x27') or substr(value, octet_length(value), 1) in ('\x00', '\x09', '\x0a', '\x0d', '\x20')
   or substr(value, 1, 2) in ('\x6227', '\x6222', '\x5c78', '\x3078')
   or case when octet_length(value) >= 16 and encode(substr(value, 1, 8), 'escape') ~ '^[A-Za-z0-9+/_-]{8}$'
-    then rekey._may_begin(decode(translate(encode(substr(value, 1, 8), 'escape'), '-_', '+/'), 'base64'))
-      or substr(value, 1, 2) = '\x6579' and position('\x2e' in substr(value, 1, 1024)) = 0
-      or case when encode(substr(value, 1, 8), 'escape') ~ '^[0-9a-fA-F]{8}$'
-        then rekey._may_begin(decode(encode(substr(value, 1, 8), 'escape'), 'hex')) end
+    -- (In base64 no mark begins with eight such digits.)
+    then case when encode(substr(value, 1, 8), 'escape') ~ '^([0-9a-f]{8}|[0-9A-F]{8})$'
+      then rekey._may_begin(decode(encode(substr(value, 1, 8), 'escape'), 'hex'))
+      else rekey._may_begin(decode(translate(encode(substr(value, 1, 8), 'escape'), '-_', '+/'), 'base64'))
+        or substr(value, 1, 2) = '\x6579' and position('\x2e' in substr(value, 1, 1024)) = 0 end
     end;
 comment on function rekey._may_be_wrapped is 'Whether something that has a mark may stand within a value, under what rekey._unwrapped() takes off.';
 
@@ -10116,7 +10410,10 @@ declare
   v_mark text;
 begin
   if rekey._may_be_marked(value) then
-    v_mark := coalesce(rekey._byte_mark(encode(substr(value, 1, 64), 'hex')), rekey._text_mark(encode(substr(value, 1, 1024), 'escape')));
+    v_mark := coalesce(rekey._byte_mark(encode(substr(value, 1, 64), 'hex')), rekey._text_mark(encode(substr(value, 1, 1024), 'escape')),
+      -- The tag comes last, behind what is looked at.
+      case when octet_length(value) > 1024 and encode(substr(value, 1, 1024), 'escape')
+        ~ '^(?:[0-9a-fA-F]{24}:[0-9a-fA-F]+|(?:[A-Za-z0-9+/]{16}|[A-Za-z0-9+/]{22}==):[A-Za-z0-9+/]+)$' then 'iv_tag' end);
   end if;
   -- Packets and raw tokens are told by little: so they have a length that they can have.
   return case
@@ -10890,11 +11187,11 @@ begin
   for v_target in select t.* from rekey._targets() t where t.problem is null order by t.relation loop
     begin
       -- Locked first, counted by the next statement: as rekey._lock_targets().
-      perform from rekey._call_scan(v_target.function_name, v_target.relation, '(0,0)', '(0,0)', '{}', null, 1, 1);
+      perform from rekey._count_rows(array[v_target], '{}');
       select array_agg(distinct c.keyring_id) filter (where not coalesce(rekey._header(c.keyring_id, c.version) = any (v_active), false)),
         array_agg(distinct c.keyring_id)
       into v_keyrings, v_current
-      from rekey._call_count(v_target.function_name, v_target.relation, null) c
+      from rekey._count_rows(array[v_target], null) c
       where c.keyring_id is not null and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state) and not o.in_line);
       -- And where the census has put rows into quarantine: they may open again.
       v_keyrings := array(
@@ -11325,7 +11622,8 @@ $$;
 grant execute on function rekey._call_count, rekey._call_scan, rekey._call_read, rekey._call_write, rekey._call_tenant_check to rekey_owner;
 grant execute on function rekey._session_state, rekey._refuse_traces, rekey._prepared, rekey._changes, rekey._refuse_changes to rekey_sweeper;
 -- Conditions of triggers on users' tables, evaluated with the rights of whoever writes; what they tell is no secret.
-grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey.is_sweeping(regclass), rekey._refuse_doomed() to public;
+grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey._may_be_doomed(), rekey._is_scheduled(bytea), rekey.is_sweeping(regclass),
+  rekey._refuse_doomed() to public;
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
   to rekey_admin;
