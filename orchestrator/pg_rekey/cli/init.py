@@ -109,15 +109,16 @@ def _schedule_worker(connection: db.Connection, here: Any, server_side: bool, st
     if here["pg_cron"]:
         step(f"pg_cron runs the worker, as job {scalar(connection, 'select rekey.schedule_worker()')}")
         return "scheduled"
-    if here["cron_database"] == here["database"]:
+    found = "absent"
+    if here["cron_database"]:
+        found = "not created" if here["cron_database"] == here["database"] else "elsewhere"
+    if not server_side:
+        step("the server has no KEK of its own: let `pg-rekey work --forever` run as a service")
+    elif found == "not created":
         step("pg_cron is loaded for this database: CREATE EXTENSION pg_cron, and run init again")
-        return "not created"
-    if here["cron_database"] and server_side:
+    elif found == "elsewhere":
         call = scalar(connection, db.query("cron elsewhere"))
         step(f"pg_cron lives in database {here['cron_database']}: run there\n    {call}")
-        return "elsewhere"
-    what = "there is no pg_cron"
-    if here["cron_database"]:
-        what = f"pg_cron lives in database {here['cron_database']}, and would not find the KEK"
-    step(f"{what}: let `pg-rekey work --forever` run as a service")
-    return "elsewhere" if here["cron_database"] else "absent"
+    else:
+        step("there is no pg_cron: let `pg-rekey work --forever` run as a service")
+    return found
