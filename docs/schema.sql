@@ -3108,6 +3108,7 @@ COMMENT ON FUNCTION rekey._column_findings(relation regclass, attnum smallint, f
 CREATE FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) RETURNS record
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $$
 begin
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
@@ -3156,6 +3157,7 @@ COMMENT ON FUNCTION rekey._column_id(relation regclass, column_name name) IS 'Th
 CREATE FUNCTION rekey._column_problem(protected rekey.protected_columns, part regclass DEFAULT NULL::regclass) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $_$
 declare
   v_shape record;
@@ -6389,6 +6391,7 @@ COMMENT ON FUNCTION rekey._look_ahead(header bytea) IS 'Says in warnings where e
 CREATE FUNCTION rekey._lost_part(protected rekey.protected_columns, leaves oid[]) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $$
 declare
   v_home text := rekey._home();
@@ -6726,6 +6729,7 @@ COMMENT ON FUNCTION rekey._move_key(key rekey.encryption_keys, state text, event
 CREATE FUNCTION rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $$
 begin
   return (select format('%s.%I', c.oid::regclass, a.attname)
@@ -10397,6 +10401,7 @@ COMMENT ON FUNCTION rekey._reveal(value text, context text[]) IS 'As for bytea, 
 CREATE FUNCTION rekey._rival(protected rekey.protected_columns, relation regclass, leaves oid[]) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $_$
 begin
   return (
@@ -12158,6 +12163,7 @@ COMMENT ON FUNCTION rekey._trigger_names(protected rekey.protected_columns) IS '
 CREATE FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relations oid[]) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $_$
 declare
   v_names name[] := rekey._trigger_names(protected);

@@ -3739,6 +3739,7 @@ comment on function rekey._column_bodies is
 create or replace function rekey._column_shape(id integer, out relation regclass, out attnums smallint[])
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- a plan of when there were few columns is kept while they become many
 as $$
 begin
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
@@ -3794,6 +3795,7 @@ comment on function rekey._relations_here is 'The relations of a table that have
 create or replace function rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 begin
   return (select format('%s.%I', c.oid::regclass, a.attname)
@@ -3821,6 +3823,7 @@ comment on function rekey._relation_named is 'The relation that has this name, w
 create or replace function rekey._lost_part(protected rekey.protected_columns, leaves oid[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 declare
   v_home text := rekey._home();
@@ -3842,6 +3845,7 @@ comment on function rekey._lost_part is 'A relation that held values of a protec
 create or replace function rekey._rival(protected rekey.protected_columns, relation regclass, leaves oid[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 begin
   return (
@@ -3901,6 +3905,7 @@ comment on function rekey._trigger_names is 'The triggers of a protected column:
 create or replace function rekey._trigger_problem(protected rekey.protected_columns, relations oid[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 declare
   v_names name[] := rekey._trigger_names(protected);
@@ -4049,6 +4054,7 @@ comment on function rekey._protect_options is 'What has to be given again where 
 create or replace function rekey._column_problem(protected rekey.protected_columns, part regclass = null) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 declare
   v_shape record;
