@@ -1,4 +1,4 @@
-"""Write docs/reference.md from the COMMENTs of an installed database, and docs/schema.sql with pg_dump."""
+"""Write what is generated: docs/reference.md from COMMENTs, docs/schema.sql by pg_dump, types of the RPC."""
 
 import re
 import subprocess
@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg
 
+import rpc_types
 from pg_rekey import local, release
 
 HERE = Path(__file__).parent
@@ -85,7 +86,8 @@ def _without_statements(entry: str) -> str:
 
 
 def main() -> None:
-    """Install pg_rekey on a throwaway server and write both files."""
+    """Install pg_rekey on a throwaway server and write the files."""
+    rpc_types.TYPES.write_text(rpc_types.typescript())
     with local.Server() as server:
         with psycopg.connect(server.dsn()) as connection:
             connection.execute("create extension if not exists pgcrypto")

@@ -5772,7 +5772,7 @@ begin
   if v_keks is null then
     raise exception 'the KEK is not available' using errcode = 'RK001',
       hint = case (rekey._settings()).kek_provider
-        when 'session' then 'Unlock first: rekey.unlock(), pg_rekey.unlock() in Python, or PG_REKEY_KEK for pg-rekey.'
+        when 'session' then 'Unlock first, in the same transaction: rekey.unlock(), or pg_rekey.unlock() in Python. Outside of a transaction it ends with its statement, unless its scope is session.'
         when 'vault' then format('The Vault has no secret %L of 64 hex characters or base64.', (rekey._settings()).kek_secret_name)
         else format('The file %L in the data directory is missing or holds no key.', (rekey._settings()).kek_file)
       end, constraint = case (rekey._settings()).kek_provider when 'session' then 'unlock' else '' end;
@@ -6013,7 +6013,7 @@ begin
   end if;
   if v_keyring.id is null then
     raise exception 'no such keyring: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
-      hint = 'rekey.create_keyring() makes one.', constraint = 'create_keyring';
+      hint = 'See rekey.keyrings for those that there are; rekey.create_keyring() makes one.', constraint = 'create_keyring';
   end if;
   return v_keyring;
 end
@@ -13317,6 +13317,13 @@ COMMENT ON COLUMN rekey.rotation_status.unwrap IS 'What the client takes off ope
 
 
 --
+-- Name: COLUMN rotation_status.blocks_to_verify; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.blocks_to_verify IS 'Blocks of large tables that its verification has yet to look at; NULL: none has begun.';
+
+
+--
 -- Name: adopt_column(regclass, name, text[], boolean, text, boolean, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -14388,7 +14395,8 @@ begin
   select s.id, s.ciphertext into v_id, v_envelope from rekey.secrets s
   where s.tenant_id = get_secret.tenant_id and s.name = get_secret.name;
   if not found then
-    raise exception 'no such secret: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007';
+    raise exception 'no such secret: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
+      hint = 'See rekey.secrets for the names that there are.', constraint = 'secrets';
   end if;
   v_context := rekey._secret_context(tenant_id, v_id);
   v_bytes := rekey._open(v_envelope, v_context);

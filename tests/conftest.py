@@ -65,7 +65,7 @@ def is_controller(config: pytest.Config) -> bool:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Start the server, one for all before xdist starts its workers, or one in each of them."""
+    """Make ready what all processes need: a server too, where it is one for all of them."""
     # A shell that runs us in the background has it ignored, and what we start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config = session.config
@@ -75,14 +75,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     try:
         if is_controller(config):
             os.environ[CALLS] = stack.enter_context(tempfile.TemporaryDirectory(prefix="pgrk-calls-"))
-            if container.is_shared() or config.getoption("dist", "no") == "no":
+            if container.is_shared():
                 start_server(stack)
             else:
                 local.ensure()
                 local.ensure_test_tools()
             os.environ[EXTENSION] = place_extension(stack)
-        elif SERVER not in os.environ:
-            start_server(stack)
+    except (click.ClickException, psycopg.Error, OSError) as error:
+        pytest.exit(f"no database to test on: {error}", returncode=1)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the server of this process, where it has one of its own and a test to run."""
+    config = session.config
+    if config.option.collectonly or SERVER in os.environ or not session.items:
+        return
+    try:
+        start_server(config.stash[cleanup])
     except (click.ClickException, psycopg.Error, OSError) as error:
         pytest.exit(f"no database to test on: {error}", returncode=1)
 

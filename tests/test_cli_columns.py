@@ -212,7 +212,7 @@ def test_an_interrupted_adoption_goes_on(columns: Cli, ready: Connection, tmp_pa
             process.send_signal(number)
         assert value(ready, "select count(*) from rekey.rotation_status where state = 'running'") == 1
     printed = (tmp_path / "out").read_text()
-    assert "stays queued" in printed
+    assert "interrupted: nothing of rotation 1 is lost" in printed
     assert "The same command goes on with it" in printed
     columns("columns", "adopt", "t", "v", "--from", "plaintext", code=1)
     assert "Repeat that command" in columns.err
@@ -242,7 +242,7 @@ def test_protect_list_view_unprotect(columns: Cli, ready: Connection) -> None:
         value(ready, "select rekey.decrypt_text(v, array['public.t.v', b, a::text]) from t where a = 3")
         == "plain 3"
     )
-    columns("columns", "unprotect", "t", "v", code=1)
+    columns("columns", "unprotect", "t", "v", code=8)
     assert "RK005" in columns.err
     columns("columns", "unprotect", "t", "v", "--decrypt", code=1, stdin="n\n")
     assert value(ready, "select count(*) from t where v like 'rk1:%%'") == 5

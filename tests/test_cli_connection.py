@@ -59,7 +59,7 @@ def test_what_libpq_refuses_is_said_without_the_password(
 
 def test_nobody_listens(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PG_REKEY_DSN", f"postgresql://u:canary@/d?host={tmp_path}")
-    cli("status", code=1)
+    cli("status", code=9)
     assert "No such file" in cli.err
     assert "canary" not in cli.err
 
@@ -99,7 +99,7 @@ def test_another_version(cli_db: Cli, conn: Connection) -> None:
 
 
 def test_hint_of_the_database_is_shown(cli_db: Cli) -> None:
-    cli_db("rotations", "pause", 99, code=1)
+    cli_db("rotations", "pause", 99, code=6)
     assert cli_db.err.splitlines() == [
         "Error: no such rotation: 99 [RK007]",
         "Hint: `pg-rekey rotations list` shows them.",
@@ -136,7 +136,7 @@ def test_where() -> None:
 
 def test_error_without_a_state() -> None:
     problem = errors.from_database(psycopg.OperationalError("the connection\n  is lost"))
-    assert (problem.message, problem.hint, problem.exit_code) == ("the connection is lost", None, 1)
+    assert (problem.message, problem.code, problem.exit_code) == ("the connection is lost", None, 9)
     assert errors.from_database(psycopg.errors.QueryCanceled("too slow")).hint
 
 

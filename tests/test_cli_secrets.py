@@ -1,5 +1,6 @@
 """`pg-rekey secrets`, and .env files in and out."""
 
+import ast
 import contextlib
 import getpass
 import io
@@ -12,8 +13,9 @@ import pytest
 from dotenv import dotenv_values
 from hypothesis import given
 from hypothesis import strategies as st
+from psycopg.conninfo import make_conninfo
 
-from cli_fixtures import Cli
+from cli_fixtures import Cli, process
 from helpers import Connection, value
 from pg_rekey import envfile
 from pg_rekey.cli import secrets
@@ -98,7 +100,7 @@ def test_values_that_cannot_be(cli_ready: Cli) -> None:
     assert "NUL" in cli_ready.err
     cli_ready("secrets", "set", "", stdin="value", code=1)
     assert "22023" in cli_ready.err
-    cli_ready("secrets", "set", "a", "--keyring", "none", stdin="value", code=1)
+    cli_ready("secrets", "set", "a", "--keyring", "none", stdin="value", code=6)
     assert "RK007" in cli_ready.err
     cli_ready("secrets", "set", "a", "value", stdin="", code=USAGE)
     cli_ready("secrets", "set", "a", "--tenant", "nobody", stdin="value", code=USAGE)
@@ -115,9 +117,11 @@ def test_not_utf8(cli_ready: Cli, tmp_path: Path) -> None:
 
 def test_delete(cli_ready: Cli) -> None:
     cli_ready("secrets", "set", "a", stdin="value")
-    assert cli_ready("secrets", "rm", "a") == "secret a deleted\n"
-    cli_ready("secrets", "rm", "a", code=1)
-    cli_ready("secrets", "get", "a", code=1)
+    cli_ready("secrets", "rm", "a", code=1, stdin="n\n")
+    assert "Delete secret a? [y/N]" in cli_ready.err
+    assert cli_ready("secrets", "rm", "a", stdin="y\n") == "secret a deleted\n"
+    cli_ready("secrets", "rm", "a", "--yes", code=6)
+    cli_ready("secrets", "get", "a", code=6)
     assert "RK007" in cli_ready.err
 
 
@@ -175,3 +179,74 @@ def test_import_of_what_is_no_env_file(cli_ready: Cli, tmp_path: Path) -> None:
     assert f"line 2 of {path}" in cli_ready.err
     assert "canary" not in cli_ready.err
     cli_ready("secrets", "import", tmp_path / "none", code=USAGE)
+
+
+def test_list_by_pattern_and_limit(cli_ready: Cli) -> None:
+    for name in ("STRIPE_KEY", "STRIPE_TEST", "STRIPExKEY", "100%", "OTHER"):
+        cli_ready("secrets", "set", name, stdin="x")
+
+    def listed(*arguments: str) -> list[str]:
+        return [row["name"] for row in cli_ready.json("secrets", "list", *arguments)]
+
+    assert listed("STRIPE_*") == ["STRIPE_KEY", "STRIPE_TEST"]
+    assert listed("STRIPE?KEY") == ["STRIPE_KEY", "STRIPExKEY"]
+    assert listed("100%") == ["100%"]
+    assert listed("*%") == ["100%"]
+    assert listed("--limit", "2") == ["100%", "OTHER"]
+    assert listed("nothing*") == []
+    assert cli_ready("secrets", "list", "nothing*") == "no secrets\n"
+
+
+def test_a_long_list_comes_as_it_is_read(
+    cli_ready: Cli, ready: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One heading, one document, whatever the number of batches."""
+    monkeypatch.setattr(secrets, "BATCH", 7)
+    ready.execute("select count(rekey.set_secret('s' || n, 'value')) from generate_series(1, 100) n")
+    lines = cli_ready("secrets", "list").splitlines()
+    assert len(lines) == 101
+    assert lines[0].split()[:2] == ["name", "keyring"]
+    assert len({line.split()[0] for line in lines[1:]}) == 100
+    assert len(cli_ready.json("secrets", "list")) == 100
+
+
+def test_run_with_secrets_in_the_environment(
+    cli_ready: Cli, ready: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRIPE_KEY", "another")
+    monkeypatch.setenv("KEPT", "kept")
+    cli_ready("secrets", "set", "STRIPE_KEY", stdin="sk_live 'quoted'\nand more")
+    shown = "import os; print(sorted((k, v) for k, v in os.environ.items() if k[0] in 'SKP'))"
+    with process("secrets", "run", "--", sys.executable, "-c", shown) as running:
+        out, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (0, "")
+    found = dict(ast.literal_eval(out))
+    assert found["STRIPE_KEY"] == "sk_live 'quoted'\nand more"
+    assert found["KEPT"] == "kept"
+    assert not [name for name in found if name.startswith("PG_REKEY_")]
+    with process("secrets", "run", "sh", "-c", "exit 42", "--json") as running:
+        running.communicate(timeout=60)
+    assert running.returncode == 42
+    with process("secrets", "run", "no-such-program") as running:
+        assert "No such file" in running.communicate(timeout=60)[1]
+    assert running.returncode == 1
+    cli_ready("secrets", "set", "not a name", stdin="x")
+    cli_ready("secrets", "run", "env", code=USAGE)
+    assert "secret 'not a name' cannot be a variable of the environment" in cli_ready.err
+
+
+def test_reading_where_nothing_may_be_written(
+    cli_ready: Cli, ready: Connection, db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a standby: there are no temporary tables."""
+    cli_ready("secrets", "set", "a", stdin="value")
+    options = "-c default_transaction_read_only=on"
+    read_only = make_conninfo(db, options=options)
+    monkeypatch.setenv("PG_REKEY_DSN", read_only)
+    assert cli_ready("secrets", "get", "a") == "value"
+    cli_ready("verify")
+    cli_ready("secrets", "set", "a", stdin="other", code=1)
+    assert "use the primary" in cli_ready.err
+    monkeypatch.setenv("PG_REKEY_DSN", make_conninfo(read_only, options=f"{options} -c log_statement=all"))
+    cli_ready("secrets", "get", "a", code=LOCKED)
+    assert "would log the KEK: log_statement is all" in cli_ready.err

@@ -82,10 +82,10 @@ def test_words_are_those_of_the_road(code: str, road: Road) -> None:
 
 
 def test_on_the_command_line(cli_ready: Cli, ready: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    cli_ready("rotate", "--keyring", "defualt", code=1)
+    cli_ready("rotate", "--keyring", "defualt", code=6)
     assert "`pg-rekey keyrings create NAME`" in cli_ready.err
     cli_ready("rotate")
-    cli_ready("rotate", code=1)
+    cli_ready("rotate", code=7)
     assert "take its rows along: --supersede." in cli_ready.err
     ready.execute("select rekey.create_keyring('other')")
     cli_ready("rotate", "--all", code=4)

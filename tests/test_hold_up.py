@@ -14,7 +14,7 @@ from column_fixtures import protect
 from driving import check, events, fill, on_versions, refused, rotate, rotation, run, step, step_until
 from helpers import Connection, connect, unlock, value
 from pg_rekey import worker
-from pg_rekey.cli.rotate import describe
+from pg_rekey.cli.words import blockers
 from pg_rekey.vacuum import Vacuum
 
 pytest_plugins = ["column_fixtures"]
@@ -429,7 +429,7 @@ def test_a_trigger_that_sleeps_is_named_and_cancelled(
             "select value from rekey.metrics() where name = 'pg_rekey_rotation_blocked_seconds'"
         )
         assert value(ready, blocked) > 0
-        assert describe([blocker]).startswith(f"a batch in app.docs (pid {pid}), at work for ")
+        assert blockers([blocker]).startswith(f"a batch in app.docs (pid {pid}), at work for ")
         eventually(lambda: value(ready, "select rekey.watch()"))
         eventually(lambda: rotation(ready, ours, "attempts") == 1)
     error = rotation(ready, ours, "last_error")

@@ -386,7 +386,7 @@ def use_secrets(scenario: Scenario) -> None:
     run(f"secrets export --out {exported}", code=1)
     run("secrets export", shows=True)
     run("secrets export --json", shows=True)
-    run("secrets rm TWO")
+    run("secrets rm TWO --yes")
     for path in (exported, scenario.folder / "generated.kek"):
         assert path.stat().st_mode & 0o777 == 0o600
 
@@ -482,7 +482,7 @@ def use_keys(scenario: Scenario) -> None:
     run("keys list")
     run("keys disable busy 1")
     run("keys enable busy 1")
-    run("keys compromise busy 1")
+    run("keys compromise busy 1 --yes")
     run("work --health-file /nowhere/health", code=1)
     run("work")
     run("keys schedule-destruction busy 1 --yes")

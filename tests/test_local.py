@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from helpers import connect, value
+from helpers import Connection, connect, value
 from pg_rekey import local, release
 
 
@@ -171,22 +172,52 @@ def test_dev_reloads_changed_code(tmp_path: Path) -> None:
     ) as server:
         assert server.stdout
         lines = iter(server.stdout.readline, "")
-        assert next(lines) == "loaded\n"
         assert next(lines).startswith("ready: postgresql://")
         os.utime(target)
-        assert next(lines) == "loaded\n"
+        name = target.relative_to(release.ROOT)
+        assert re.fullmatch(rf"\d\d:\d\d:\d\d loaded in \d+\.\d s: {name}\n", next(lines))
         server.send_signal(signal.SIGINT)
         assert next(lines) == "stopping\n"
     assert server.returncode == 0
 
 
-def test_bad_script_is_reported_and_survived(
-    throwaway: local.Server, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("\nselec 2;\n", ":{}: syntax error at or near"),
+        (
+            "\ncreate function rekey.f() returns int language sql return nosuch(1);\n",
+            ":{}: function nosuch(integer)",
+        ),
+        (
+            "\ncreate function rekey.f() returns int language plpgsql as $$begin\n retur 1; end$$;\n",
+            ":{}: syntax",
+        ),
+        ("\ndrop table rekey.nosuch;\n", ': table "nosuch" does not exist'),
+    ],
+)
+def test_an_error_is_said_with_its_file_and_line(
+    broken: str,
+    said: str,
+    conn: Connection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with connect(throwaway.dsn()) as connection:
-        local._load(connection, "select 1; selec 2")
-        assert value(connection, "select 1") == 1
-    assert "not loaded: syntax error" in capsys.readouterr().err
+    """And nothing of the reload stays."""
+    shutil.copytree(release.SOURCES, tmp_path / "sql")
+    path = tmp_path / "sql" / "code" / "31_kek.sql"
+    text = path.read_text()
+    path.write_text(text + broken)
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    monkeypatch.setattr(release, "SOURCES", tmp_path / "sql")
+    local._reload(conn, [path])
+    line = text.count("\n") + 2 + ("retur 1" in broken)
+    assert capsys.readouterr().err.startswith("sql/code/31_kek.sql" + said.format(line))
+    assert value(conn, "select to_regproc('rekey.f') is null")
+    path.write_text(text)
+    local._reload(conn, [path])
+    assert " loaded in " in capsys.readouterr().out
 
 
 def test_no_postgresql_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,25 @@
 """Connections, named queries, and unlocking: the only module that knows how pg-rekey talks to a server."""
 
+import asyncio
 import functools
 import os
 import re
+import sys
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import click
 import psycopg
 from psycopg import pq, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.errors import InvalidName, InvalidSchemaName, UndefinedTable
+from psycopg.errors import InvalidName, InvalidSchemaName, ReadOnlySqlTransaction, UndefinedTable
 from psycopg.rows import DictRow, dict_row
-from psycopg_pool import ConnectionPool
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from pg_rekey import hints
 from pg_rekey import kek as keks
-from pg_rekey.errors import USAGE, Problem, from_database
+from pg_rekey.errors import LOCKED, USAGE, Problem, from_database
 
 Connection = psycopg.Connection[DictRow]
 Pool = ConnectionPool[Connection]
@@ -56,25 +58,39 @@ def dsn() -> str:
     return ""
 
 
-def _conninfo(database: str | None = None) -> str:
+def _conninfo(database: str | None = None, patience: int | None = None) -> str:
     """Return the connection string of the environment, with patience of our own where it names none."""
     given = conninfo_to_dict(dsn()) | ({"dbname": database} if database else {})
-    return make_conninfo("", **(_PATIENCE | given))
+    return make_conninfo("", **(_PATIENCE | ({"connect_timeout": patience} if patience else {}) | given))
 
 
-def connect(*, autocommit: bool = False, database: str | None = None) -> Connection:
-    """Connect to the database of the environment, or another one there; notices go to standard error."""
+def connect(
+    *,
+    autocommit: bool = False,
+    database: str | None = None,
+    patience: int | None = None,
+    quiet: bool = False,
+    any_version: bool = False,
+) -> Connection:
+    """Connect to the database of the environment, or another one there; notices go to standard error.
+
+    patience: seconds to wait for the server. quiet: notices go nowhere. any_version: another version of
+    pg_rekey than this one is there for good reason; else a warning tells of it.
+    """
     connection = psycopg.connect(
-        _conninfo(database), autocommit=autocommit, row_factory=dict_row, **_PARAMETERS
+        _conninfo(database, patience), autocommit=autocommit, row_factory=dict_row, **_PARAMETERS
     )
     _configure(connection)
-    connection.add_notice_handler(_show_notice)
+    if not quiet:
+        connection.add_notice_handler(_show_notice)
     try:
         _refuse_single_user(connection)
-        _refuse_impostor(connection)
+        version = _refuse_impostor(connection)
     except BaseException:
         connection.close()
         raise
+    if version and not (quiet or any_version):
+        _warn_of_version(version)
     return connection
 
 
@@ -87,8 +103,19 @@ def _refuse_single_user(connection: psycopg.Connection[Any]) -> None:
         )
 
 
-def _refuse_impostor(connection: Connection) -> None:
-    """Refuse to go on where schema rekey is somebody else's: his functions would run with our rights."""
+def _warn_of_version(there: str) -> None:
+    from pg_rekey import release  # not above: it is also a program, `python -m pg_rekey.release`
+
+    if there != (here := release.version()):
+        print(f"Warning: pg_rekey in this database is {there}, this is {here}", file=sys.stderr)
+        print(f"Hint: Run `pg-rekey upgrade`, or install pg-rekey {there}.", file=sys.stderr)
+
+
+def _refuse_impostor(connection: Connection) -> str | None:
+    """Refuse to go on where schema rekey is somebody else's: his functions would run with our rights.
+
+    Return the version that is there; None: there is none.
+    """
     autocommit = connection.autocommit
     connection.autocommit = True
     row = connection.execute(query("owner")).fetchone()
@@ -98,16 +125,17 @@ def _refuse_impostor(connection: Connection) -> None:
             f"schema rekey in this database is not pg_rekey's: it belongs to {row['owner']}",
             f"Look at what is in it, and drop it. That of pg_rekey belongs to {OWNER}.",
         )
+    return row["version"] if row else None
 
 
-def pool() -> Pool:
-    """Return a pool for the database of the environment, not opened yet; notices go nowhere.
+def pool(conninfo: str | None = None) -> Pool:
+    """Return a pool for a database, that of the environment by default, not opened yet; notices go nowhere.
 
     The database may be gone, at the start too: whoever asks then waits POOL_TIMEOUT for a connection, and the
     pool comes back with the database.
     """
     return ConnectionPool(
-        _conninfo(),
+        conninfo or _conninfo(),
         connection_class=psycopg.Connection[DictRow],
         kwargs={"row_factory": dict_row, **_PARAMETERS},
         configure=_configure,
@@ -116,6 +144,21 @@ def pool() -> Pool:
         max_size=POOL_SIZE,
         timeout=POOL_TIMEOUT,
         # Pauses between attempts to connect double until this time has passed; the next request begins anew.
+        reconnect_timeout=POOL_TIMEOUT,
+        open=False,
+        name="pg-rekey",
+    )
+
+
+def pool_async(conninfo: str | None = None) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
+    """Return a pool of asynchronous connections, as pool() does."""
+    return AsyncConnectionPool(
+        conninfo or _conninfo(),
+        kwargs=_PARAMETERS,
+        check=AsyncConnectionPool.check_connection,
+        min_size=1,
+        max_size=POOL_SIZE,
+        timeout=POOL_TIMEOUT,
         reconnect_timeout=POOL_TIMEOUT,
         open=False,
         name="pg-rekey",
@@ -257,20 +300,110 @@ _KINDS = ("", "_FILE", "_COMMAND")
 def copy_keks(connection: psycopg.Connection[Any], given: list[bytes]) -> None:
     """Put KEKs into the temporary table pg_rekey_kek by binary COPY, which no log shows."""
     _refuse_single_user(connection)
-    connection.execute("create temporary table pg_rekey_kek (kek bytea) on commit drop")
-    with connection.cursor() as cursor, cursor.copy("copy pg_temp.pg_rekey_kek from stdin binary") as copy:
+    connection.execute(_KEKS)
+    with connection.cursor() as cursor, cursor.copy(_COPY_KEKS) as copy:
         copy.set_types(["bytea"])
         for one in given:
             copy.write_row([one])
 
 
+def copy_secrets(connection: psycopg.Connection[Any], rows: Sequence[Sequence[Any]]) -> None:
+    """Put secrets into the temporary table pg_rekey_secrets by binary COPY, which no log shows."""
+    connection.execute(_SECRETS)
+    with connection.cursor() as cursor, cursor.copy(_COPY_SECRETS) as copy:
+        copy.set_types(_SECRET_TYPES)
+        for row in rows:
+            copy.write_row(row)
+
+
+async def copy_secrets_async(connection: psycopg.AsyncConnection[Any], rows: Sequence[Sequence[Any]]) -> None:
+    """As copy_secrets()."""
+    await connection.execute(_SECRETS)
+    async with connection.cursor() as cursor, cursor.copy(_COPY_SECRETS) as copy:
+        copy.set_types(_SECRET_TYPES)
+        for row in rows:
+            await copy.write_row(row)
+
+
+_SECRETS = (
+    "create temporary table pg_rekey_secrets"
+    " (tenant_id uuid, keyring text, name text, value text, description text) on commit drop"
+)
+_COPY_SECRETS = "copy pg_temp.pg_rekey_secrets from stdin binary"
+_SECRET_TYPES = ("uuid", "text", "text", "text", "text")
+_KEKS = "create temporary table pg_rekey_kek (kek bytea) on commit drop"
+_COPY_KEKS = "copy pg_temp.pg_rekey_kek from stdin binary"
+_DROP_KEKS = "drop table pg_temp.pg_rekey_kek"
+
+
 def _send(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
+    try:
+        return _send_copy(connection, given, scope)
+    except ReadOnlySqlTransaction:
+        return _send_parameter(connection, given, scope)
+
+
+def _send_parameter(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
+    """Unlock where there are no temporary tables, as on a standby, unless it could log the parameter."""
+    with connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
+        _refuse_logging(cursor.execute(query("doctor: logging")).fetchone())
+        [row] = cursor.execute(_UNLOCK, [b"".join(given), scope]).fetchall()
+    return str(row["fingerprint"])
+
+
+_UNLOCK = "select rekey.unlock(%b, %s) as fingerprint"
+
+
+def _refuse_logging(row: DictRow | None) -> None:
+    """Refuse to send a KEK as a parameter to a server of which this is a finding of the doctor's."""
+    if row:
+        raise Problem(
+            f"this read-only server would log the KEK: {row['finding']}",
+            f"{row['advice']} Or let the server find the KEK by itself: kek_provider.",
+            LOCKED,
+        )
+
+
+def _send_copy(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
     with connection.transaction():
         copy_keks(connection, given)
         with connection.cursor(row_factory=psycopg.rows.scalar_row) as cursor:
             fingerprint = cursor.execute("select rekey.unlock_copied(%s)", [scope]).fetchone()
-        connection.execute("drop table pg_temp.pg_rekey_kek")
+        connection.execute(_DROP_KEKS)
     return str(fingerprint)
+
+
+async def unlock_async(connection: psycopg.AsyncConnection[Any], kek: bytes | str | None = None) -> None:
+    """As unlock(), for the transaction that an asynchronous connection is in."""
+    if kek is not None:
+        await _send_async(connection, [_bytes(kek)])
+        return
+    # A command of the environment may take its time.
+    given = await asyncio.to_thread(from_environment)
+    try:
+        await _send_async(connection, given)
+    except psycopg.Error as error:
+        if error.sqlstate != "RK002":
+            raise
+        keks.forget()
+        await _send_async(connection, await asyncio.to_thread(from_environment))
+
+
+async def _send_async(connection: psycopg.AsyncConnection[Any], given: list[bytes]) -> None:
+    try:
+        async with connection.transaction(), connection.cursor() as cursor:
+            await cursor.execute(_KEKS)
+            async with cursor.copy(_COPY_KEKS) as copy:
+                copy.set_types(["bytea"])
+                for one in given:
+                    await copy.write_row([one])
+            await cursor.execute("select rekey.unlock_copied('transaction')")
+            await cursor.execute(_DROP_KEKS)
+    except ReadOnlySqlTransaction:
+        async with connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute(query("doctor: logging"))
+            _refuse_logging(await cursor.fetchone())
+            await cursor.execute(_UNLOCK, [b"".join(given), "transaction"])
 
 
 def _bytes(kek: bytes | str) -> bytes:
@@ -284,7 +417,8 @@ def _bytes(kek: bytes | str) -> bytes:
 def _show_notice(notice: psycopg.errors.Diagnostic) -> None:
     advice = hints.hint(notice, hints.Road.COMMAND)
     hint = f"\n  {advice}" if advice else ""
-    click.echo(f"{notice.severity}: {notice.message_primary}{hint}", err=True)
+    # Not by click, which passes by the bar that may stand there.
+    print(f"{notice.severity}: {notice.message_primary}{hint}", file=sys.stderr, flush=True)
 
 
 def _check(variable: str, value: str) -> None:

@@ -1,33 +1,79 @@
 """What goes wrong, as a person wants to read it: message, hint, exit code."""
 
+import json
+import shutil
+import sys
 from typing import IO, Any
 
 import click
 import psycopg
+from click.formatting import wrap_text
 
 from pg_rekey import hints
 from pg_rekey.hints import Road
 
-FAILED, USAGE, LOCKED, UNFINISHED, FINDINGS, INTERRUPTED = 1, 2, 3, 4, 5, 130
+FAILED, USAGE, LOCKED, UNFINISHED, FINDINGS = 1, 2, 3, 4, 5
+NOT_FOUND, UNDER_WAY, IN_USE, UNREACHABLE, INTERRUPTED = 6, 7, 8, 9, 130
 
-_EXIT_CODES = {"RK001": LOCKED, "RK002": LOCKED}
+_EXIT_CODES = {
+    "RK001": LOCKED,
+    "RK002": LOCKED,
+    "RK004": UNDER_WAY,
+    "RK005": IN_USE,
+    "RK007": NOT_FOUND,
+}
 # Refusals that are findings about the data, by their action.
 _FINDINGS = ("looks_encrypted", "values_are_tokens")
 
 
 class Problem(click.ClickException):
-    """An error for a person: what is wrong, what to do about it, and the exit code of the command."""
+    """An error for a person: what is wrong, what to do about it, and the exit code of the command.
 
-    def __init__(self, message: str, hint: str | None = None, exit_code: int = FAILED) -> None:
+    code: the SQLSTATE, where there is one. action: what its hint is about, a key of hints.ACTIONS.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        hint: str | None = None,
+        exit_code: int = FAILED,
+        code: str | None = None,
+        action: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.hint = hint
         self.exit_code = exit_code  # type: ignore[misc]  # a class variable to click
+        self.code = code
+        self.action = action
+        self.as_json = False
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print message and hint to standard error."""
-        click.echo(f"Error: {self.message}", err=True, file=file)
+        """Print message and hint to standard error: as JSON, or for a person as wide as the terminal."""
+        if self.as_json:
+            document = {
+                "code": self.code,
+                "message": self.message,
+                "hint": self.hint,
+                "exit_code": self.exit_code,
+            }
+            click.echo(json.dumps(document, ensure_ascii=False), err=True, file=file)
+            return
+        code = f" [{self.code}]" if self.code else ""
+        click.echo(_wrapped("Error: ", f"{self.message}{code}"), err=True, file=file)
         if self.hint:
-            click.echo(f"Hint: {self.hint}", err=True, file=file)
+            click.echo(_wrapped("Hint: ", self.hint), err=True, file=file)
+
+
+def _wrapped(label: str, text: str) -> str:
+    """Return a text that a terminal does not break within a word; elsewhere one line."""
+    if not sys.stderr.isatty():
+        return label + text
+    return wrap_text(label + text, shutil.get_terminal_size().columns, subsequent_indent=" " * len(label))
+
+
+def missing(action: str, message: str) -> Problem:
+    """Return the error that there is no such thing, where the database returned no row."""
+    return Problem(message, hints.ACTIONS[action].command, NOT_FOUND, "RK007", action)
 
 
 # What the HTTP API answers for an SQLSTATE, or for all of its class.
@@ -54,10 +100,16 @@ HTTP_STATUS = {
 
 def from_database(error: psycopg.Error) -> Problem:
     """Translate what the database or the connection to it says, without details: they may quote rows."""
-    state = error.sqlstate or ""
+    state = error.sqlstate
     message, hint = explain(error)
-    code = FINDINGS if error.diag.constraint_name in _FINDINGS else _EXIT_CODES.get(state, FAILED)
-    return Problem(message + (f" [{state}]" if state else ""), hint, code)
+    action = error.diag.constraint_name
+    if action in _FINDINGS:
+        code = FINDINGS
+    elif isinstance(error, psycopg.OperationalError) and state is None:
+        code = UNREACHABLE
+    else:
+        code = _EXIT_CODES.get(state or "", FAILED)
+    return Problem(message, hint, code, state, action)
 
 
 def explain(error: psycopg.Error, road: Road = Road.COMMAND) -> tuple[str, str | None]:
@@ -67,6 +119,8 @@ def explain(error: psycopg.Error, road: Road = Road.COMMAND) -> tuple[str, str |
         return message, hints.LOST.on(road)
     if _is_missing(error):
         return message, hints.MISSING.on(road)
+    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
+        return message, hints.unreachable().on(road)
     return message, hints.hint(error.diag, road) or hints.of_state(error.sqlstate, road)
 
 

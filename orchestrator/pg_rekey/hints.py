@@ -4,6 +4,7 @@ A hint of the database is in the words of SQL. Where another road says it otherw
 names the action, in the field CONSTRAINT of the error.
 """
 
+import os
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -15,19 +16,23 @@ class Road(Enum):
 
     COMMAND = auto()
     HTTP = auto()
+    PYTHON = auto()
 
 
 class Words(NamedTuple):
-    """What to do on the command line, and over HTTP where that can be done there too."""
+    """What to do on the command line, and over HTTP and in Python where that can be done there too."""
 
     command: str
     http: str | None = None
+    python: str | None = None
 
     def on(self, road: Road) -> str:
-        """Return the words of a road; what HTTP cannot do is done on the command line."""
-        if road is Road.COMMAND:
-            return self.command
-        return self.http or f"On the command line of the server: {self.command}"
+        """Return the words of a road; what it cannot do is done on the command line."""
+        if road is Road.PYTHON and self.python:
+            return self.python
+        if road is Road.HTTP:
+            return self.http or f"On the command line of the server: {self.command}"
+        return self.command
 
 
 BEHIND = Words(
@@ -58,6 +63,7 @@ ACTIONS = {
         "`pg-rekey keyrings list` shows those that there are; `pg-rekey keyrings create NAME` makes one.",
         "GET /api/keys shows those that there are; on the command line, `pg-rekey keyrings create NAME` "
         "makes one.",
+        "status().keyrings has those that there are; `pg-rekey keyrings create NAME` makes one.",
     ),
     "decrypt_bytes": Words("`pg-rekey secrets get NAME` prints text only: read its bytes in SQL."),
     "decrypt_rows": Words(
@@ -112,6 +118,10 @@ ACTIONS = {
         "`pg-rekey columns rebind TABLE COLUMN` goes on with the table that has the values; "
         "`pg-rekey columns list` says what is in the way."
     ),
+    "secrets": Words(
+        "`pg-rekey secrets list` shows the names that there are.",
+        python="secrets.list() has the names that there are.",
+    ),
     "schedule_destruction": Words("`pg-rekey keys schedule-destruction KEYRING VERSION` schedules one."),
     "search_now": Words("`pg-rekey keys search` looks now."),
     "schedule_worker": Words(
@@ -129,11 +139,13 @@ ACTIONS = {
         "--supersede.",
         "Wait for it (GET /api/rotations shows how far it is), or let a new one take its rows along: "
         '"supersede": true.',
+        "Wait for it (status() says how far it is), or let a new one take its rows along: supersede=True.",
     ),
     "unlock": Words(
         "Set PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND.",
         "The server has no KEK: it takes it from PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND, "
         "or the database from where kek_provider says.",
+        "Give connect() the KEK, or set PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND.",
     ),
     "unprotect": Words("Name the table and the column: `pg-rekey columns unprotect TABLE COLUMN`."),
     "unreadable_secret": Words(
@@ -181,6 +193,14 @@ LOST = Words(
     "no harm.",
     "What was under way may have been committed: GET /api/rotations shows it.",
 )
+UNREACHABLE = Words(
+    "Is the server there, and does it let this account in? The connection is that of {}.",
+    "The server cannot reach its database: is it there, and does it let the server in?",
+)
+NOWHERE = Words(
+    "Set PG_REKEY_DSN to postgresql://USER:PASSWORD@HOST/DATABASE, or DATABASE_URL, or PGHOST and so on.",
+    UNREACHABLE.http,
+)
 MISSING = Words(
     "pg_rekey is not installed in this database (run `pg-rekey init`), or in another version (run "
     "`pg-rekey upgrade`)."
@@ -194,6 +214,14 @@ def hint(diagnostics: psycopg.errors.Diagnostic, road: Road) -> str | None:
     # A constraint that was violated has its name there too, but no hint.
     words = ACTIONS.get(diagnostics.constraint_name or "") if diagnostics.message_hint else None
     return words.on(road) if words else diagnostics.message_hint
+
+
+def unreachable() -> Words:
+    """Return what to do where there is no connection: it depends on what was set."""
+    for variable in ("PG_REKEY_DSN", "DATABASE_URL", "PGSERVICE", "PGHOST", "PGHOSTADDR"):
+        if os.environ.get(variable):
+            return Words(UNREACHABLE.command.format(variable), UNREACHABLE.http)
+    return NOWHERE
 
 
 def of_state(sqlstate: str | None, road: Road) -> str | None:

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -406,26 +407,41 @@ def dev() -> None:
     with Server() as server, psycopg.connect(server.dsn(), autocommit=True) as connection:
         connection.execute("create extension if not exists pgcrypto")
         seen = _modified()
-        _load(connection, release.assemble("plain"))
+        connection.execute(release.assemble("plain").encode())
         click.echo(f"ready: {server.dsn()}")
         try:
             while True:
                 time.sleep(0.5)
-                if (now := _modified()) != seen:
+                now = _modified()
+                if changed := [path for path in now if now[path] != seen.get(path)]:
                     seen = now
-                    _load(connection, release.assemble_code())
+                    _reload(connection, changed)
         except KeyboardInterrupt:
             click.echo("stopping")
 
 
-def _load(connection: psycopg.Connection[tuple[object, ...]], script: str) -> None:
+def _reload(connection: psycopg.Connection[tuple[object, ...]], changed: Sequence[Path]) -> None:
+    """Load all code anew, in one transaction, and say of what is wrong in which file and line it is."""
+    begun = time.monotonic()
     try:
         with connection.transaction():
-            connection.execute(script.encode())
+            for path, text in release.code():
+                _load(connection, path, text)
+    except click.ClickException as error:
+        click.echo(error.message, err=True)
+        return
+    names = ", ".join(str(path.relative_to(release.ROOT)) for path in changed)
+    click.echo(f"{datetime.now():%H:%M:%S} loaded in {time.monotonic() - begun:.1f} s: {names}")
+
+
+def _load(connection: psycopg.Connection[tuple[object, ...]], path: Path, text: str) -> None:
+    try:
+        connection.execute(text.encode())
     except psycopg.Error as error:
-        click.echo(f"not loaded: {error}", err=True)
-    else:
-        click.echo("loaded")
+        position = error.diag.statement_position
+        line = f":{text[: int(position) - 1].count(chr(10)) + 1}" if position else ""
+        place = f"{path.relative_to(release.ROOT)}{line}"
+        raise click.ClickException(f"{place}: {error.diag.message_primary}") from error
 
 
 def _modified() -> dict[Path, float]:

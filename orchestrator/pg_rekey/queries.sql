@@ -93,18 +93,21 @@ where not exists (
   select from rekey.keyrings k where k.name = given.keyring and k.rotate_every = given.rotate_every)
 
 -- name: status keyrings
--- description: Every keyring with its active version and whether it is on time.
-select k.name as keyring, v.version, v.activated_at as since, s.next_rotation_at,
+-- description: Every keyring with its active version, the rows that its last rotation found, how long that took, and whether the next is on time.
+select k.name as keyring, v.version, l.rows_total as rows, v.activated_at as since, l.finished_at - l.started_at as took, s.rotate_every, s.next_rotation_at,
   case when s.overdue then 'overdue' when s.rotate_every is null then 'none' else 'on time' end as schedule
 from rekey.keyrings k
 join rekey.schedule_status s on s.keyring = k.name
 left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
+left join (
+  select distinct on (r.keyring) r.keyring, r.rows_total, r.started_at, r.finished_at from rekey.rotation_status r
+  where r.state in ('completed', 'completed_with_failures') and r.trigger <> 'adoption'
+  order by r.keyring, r.id desc) l on l.keyring = k.name
 order by k.name
 
 -- name: status rotations
 -- description: Rotations under way, and the last ones that left failures.
-select r.id, r.keyring, r.state, r.trigger, r.to_version, r.rows_total, r.rows_done, r.rows_failed, r.blocked_by, r.last_error
-from rekey.rotation_status r
+select r.* from rekey.rotation_status r
 where r.state in ('queued', 'running', 'paused', 'verifying', 'failed')
    or exists (select from rekey.failure_status f where f.rotation_id = r.id and f.resolved_at is null)
 order by r.id
@@ -138,14 +141,31 @@ order by id desc
 limit %s
 
 -- name: progress
--- description: How far some rotations are, taken together.
-select count(*) filter (where state in ('queued', 'running', 'verifying')) as unfinished,
-  count(*) filter (where state = 'paused') as paused,
+-- description: How far some rotations are, taken together; without ids, all that are under way.
+select array_agg(id order by id) as ids,
+  count(*) filter (where state in ('queued', 'running', 'verifying')) as unfinished,
+  array_agg(id order by id) filter (where state = 'paused') as paused,
+  count(*) filter (where state = 'running') as running,
+  count(*) filter (where state = 'verifying') as verifying,
   case when bool_and(rows_total is not null) then sum(rows_total)::bigint end as total,
-  sum(rows_done)::bigint as done,
+  coalesce(sum(rows_done), 0)::bigint as done,
+  max(blocks_to_verify) as blocks,
   (array_agg(blocked_by) filter (where blocked_by is not null))[1] as blocked_by
 from rekey.rotation_status
-where id = any (%s)
+where id = any (%s::bigint[]) or %s::bigint[] is null and state in ('queued', 'running', 'paused', 'verifying')
+
+-- name: under way
+-- description: The rotation under way of a keyring.
+select r.*, false as passed_by from rekey.rotation_status r
+where r.keyring = %s and r.state in ('queued', 'running', 'paused', 'verifying', 'failed')
+order by r.id limit 1
+
+-- name: worked on
+-- description: Whether anybody works on what is under way: the last tick was lately, or a batch is in hand, or another pg-rekey is connected.
+select exists (select from rekey.worker_status w where w.last_tick_at > clock_timestamp() - interval '2 minutes')
+  or exists (select from rekey._steps_in_hand())
+  or exists (select from pg_stat_activity a
+             where a.datname = current_database() and a.application_name = 'pg-rekey' and a.pid <> pg_backend_pid()) as worked_on
 
 -- name: vacuum pays
 -- description: A table that its updates make larger, and that this session may vacuum: a fifth of its rows. Not a large one, whose sweep takes so long that autovacuum comes by.
@@ -191,16 +211,25 @@ where (%s::bigint is null or rotation_id = %s) and (%s or resolved_at is null)
 order by id
 
 -- name: secrets
--- description: Names of the secrets of a tenant.
+-- description: Names of the secrets of a tenant, all or those that are like a pattern.
 select s.name, k.name as keyring, s.key_version, s.description, s.created_at, s.updated_at
 from rekey.secrets s
 join rekey.keyrings k on k.id = s.keyring_id
-where s.tenant_id = %s
+where s.tenant_id = %s and (%s::text is null or s.name like %s)
 order by s.name
+limit %s
 
 -- name: set secret
 -- description: Store one secret, as an application does.
 select rekey.set_secret(%s, %s, tenant_id => %s, keyring => %s, description => %s)
+
+-- name: python keyrings
+-- description: Every keyring with its active version and its schedule.
+select k.name as keyring, v.version, v.activated_at as since, s.rotate_every, s.next_rotation_at, s.overdue
+from rekey.keyrings k
+join rekey.schedule_status s on s.keyring = k.name
+left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
+order by k.name
 
 -- name: set copied secrets
 -- description: Store the secrets that were copied.
@@ -236,6 +265,41 @@ where s.name = %s
 select 'critical' as severity, 'pg_rekey is not installed in this database' as finding, 'Run `pg-rekey init`.' as advice
 where to_regclass('rekey.settings') is null
 
+-- name: names: keyring
+-- description: Keyrings that are not retired.
+select name from rekey.keyrings where retired_at is null order by name
+
+-- name: names: rotation
+-- description: The newest rotations.
+select id::text as name from rekey.rotation_status order by id desc limit 100
+
+-- name: names: secret
+-- description: Secrets of a tenant, or of no tenant.
+select name from rekey.secrets
+where tenant_id = coalesce(%(tenant)s::uuid, '00000000-0000-0000-0000-000000000000')
+order by name limit 10000
+
+-- name: names: setting
+-- description: Settings.
+select name from rekey.setting_status order by name
+
+-- name: names: table
+-- description: Tables of users that may hold secrets, with their schemas.
+select format('%%I.%%I', n.nspname, c.relname) as name
+from pg_class c join pg_namespace n on n.oid = c.relnamespace
+where c.relkind in ('r', 'p') and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', 'rekey', 'rekey_targets')
+order by 1
+
+-- name: names: column
+-- description: Columns of a table that may hold secrets.
+select a.attname::text as name from pg_attribute a
+where a.attrelid = to_regclass(%(table)s) and a.attnum > 0 and not a.attisdropped and a.atttypid in ('bytea'::regtype, 'text'::regtype, 'varchar'::regtype)
+order by a.attnum
+
+-- name: membership
+-- description: Who this is, and whether that is a member of one of our roles.
+select current_user::text as login, quote_ident(current_user) as quoted, coalesce(pg_has_role(to_regrole(%s::text), 'usage'), true) as member
+
 -- name: pin
 -- description: From now on, names are PostgreSQL's own; what the path of the login was is kept.
 select pg_catalog.set_config('pg_rekey.login_path', pg_catalog.current_setting('search_path'), false),
@@ -265,8 +329,12 @@ where c.relkind operator(pg_catalog.=) any ('{r,p}'::pg_catalog."char"[])
 order by 1 limit 1
 
 -- name: owner
--- description: Who owns schema rekey; no row: there is none.
-select pg_catalog.pg_get_userbyid(n.nspowner)::pg_catalog.text as owner from pg_catalog.pg_namespace n
+-- description: Who owns schema rekey, and the version that is in it, for whoever may not call rekey.version(); no row: there is none.
+select pg_catalog.pg_get_userbyid(n.nspowner)::pg_catalog.text as owner, (
+  select pg_catalog.substring(coalesce(pg_catalog.pg_get_function_sqlbody(p.oid), p.prosrc), $$'([^']+)'$$)
+  from pg_catalog.pg_proc p
+  where p.pronamespace operator(pg_catalog.=) n.oid and p.proname operator(pg_catalog.=) 'version' and p.pronargs operator(pg_catalog.=) 0) as version
+from pg_catalog.pg_namespace n
 where n.nspname operator(pg_catalog.=) 'rekey'
 
 -- name: doctor: findings

@@ -107,9 +107,15 @@ def pgtle_update(since: str) -> str:
     return head + "begin;\n" + "".join(f"select pgtle.{call};\n" for call in calls) + "commit;\n"
 
 
+def code() -> Iterator[tuple[Path, str]]:
+    """Yield the files of what is idempotent, each with its SQL: functions, views, policies and grants."""
+    for path in (SOURCES / "header.sql", *_code()):
+        yield path, path.read_text().replace("__VERSION__", version())
+
+
 def assemble_code() -> str:
-    """Assemble what is idempotent: functions, views, policies and grants, without the tables."""
-    return _for_road("plain", _join(version(), [*_code()]))
+    """Assemble that in one script."""
+    return "\n".join(text for _, text in code())
 
 
 def outputs() -> dict[Path, str]:

@@ -115,11 +115,23 @@ def log(event: str, **fields: Any) -> None:
     click.echo(json.dumps(line, default=str, ensure_ascii=False))
 
 
+class Report:
+    """What a worker says of its work: a JSON log line for each event."""
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Say what happened."""
+        log(event, **fields)
+
+    def look(self, connection: db.Connection) -> None:
+        """Have a look at how far everything is, between two steps."""
+
+
 class Worker:
     """Does the duties of rekey.tick() in steps that it can end between."""
 
-    def __init__(self, *, forever: bool, health_file: Path | None = None) -> None:
+    def __init__(self, *, forever: bool, report: Report, health_file: Path | None = None) -> None:
         self._forever = forever
+        self._report = report
         self._health_file = health_file
         self._stop = threading.Event()
         self._batches = 0
@@ -138,18 +150,18 @@ class Worker:
                 try:
                     with connect() as connection:
                         connected = True
-                        log("connected", database=connection.info.dbname)
+                        self._report.event("connected", database=connection.info.dbname)
                         self._work(connection)
                 except (psycopg.Error, Problem) as error:
                     # A worker that once worked outlives a KEK rotation, a failover, whatever comes.
                     if not self._forever or not (connected or isinstance(error, psycopg.OperationalError)):
                         raise
-                    log("error", error=_one_line(error), retry_in=self._pause)
+                    self._report.event("error", error=_one_line(error), retry_in=self._pause)
                     self._stop.wait(self._pause)
                     self._pause = min(self._pause * 2, LONGEST_PAUSE)
                 else:
                     break
-            log("stopped", batches=self._batches)
+            self._report.event("stopped", batches=self._batches)
 
     def _work(self, connection: db.Connection) -> None:
         steps = Steps(connection)
@@ -162,12 +174,15 @@ class Worker:
             _do(connection, "schedules", begun)
             done = self._destroy(connection, begun, until)
             _do(connection, "census", begun)
-            idle = self._sweep(steps, time.monotonic() + TICK_SECONDS) and done
+            idle = self._sweep(connection, steps, time.monotonic() + TICK_SECONDS) and done
             _do(connection, "end", begun)
             if idle and not self._forever:
                 self.held_up = [row for row in held_up(connection) if (row["id"], row["state"]) not in before]
                 for row in self.held_up:
-                    log("held up", **row)
+                    self._report.event("held up", **row)
+                [progress] = connection.execute(db.query("progress"), [None, None]).fetchall()
+                if progress["paused"]:
+                    self._report.event("paused", rotations=progress["paused"])
                 return
             if idle:
                 self._stop.wait(max(0.0, until - time.monotonic()))
@@ -180,7 +195,7 @@ class Worker:
                 step = search(connection)
                 event, detail = step["event"], step["detail"] or {}
                 if event not in QUIET:
-                    log("search", step=event, **detail)
+                    self._report.event("search", step=event, **detail)
                 if event in ("complete", "incomplete", "idle"):
                     break
                 if detail.get("blocked_by"):
@@ -193,10 +208,11 @@ class Worker:
                 return False
         return True
 
-    def _sweep(self, steps: Steps, until: float) -> bool:
+    def _sweep(self, connection: db.Connection, steps: Steps, until: float) -> bool:
         """Take steps until the next tick is due; tell whether nothing is left to do."""
         while not self._stop.is_set() and time.monotonic() < until:
             self._healthy()
+            self._report.look(connection)
             begun = time.monotonic()
             done = steps.take()
             event, detail = done["event"], done["detail"] or {}
@@ -206,7 +222,7 @@ class Worker:
             if event == "batch":
                 self._batches += 1
             if event not in QUIET:
-                log(
+                self._report.event(
                     event,
                     batch=self._batches if event == "batch" else None,
                     rows=done["rows"],

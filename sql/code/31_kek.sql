@@ -222,7 +222,7 @@ begin
   if v_keks is null then
     raise exception 'the KEK is not available' using errcode = 'RK001',
       hint = case (rekey._settings()).kek_provider
-        when 'session' then 'Unlock first: rekey.unlock(), pg_rekey.unlock() in Python, or PG_REKEY_KEK for pg-rekey.'
+        when 'session' then 'Unlock first, in the same transaction: rekey.unlock(), or pg_rekey.unlock() in Python. Outside of a transaction it ends with its statement, unless its scope is session.'
         when 'vault' then format('The Vault has no secret %L of 64 hex characters or base64.', (rekey._settings()).kek_secret_name)
         else format('The file %L in the data directory is missing or holds no key.', (rekey._settings()).kek_file)
       end, constraint = case (rekey._settings()).kek_provider when 'session' then 'unlock' else '' end;

@@ -126,7 +126,7 @@ begin
   end if;
   if v_keyring.id is null then
     raise exception 'no such keyring: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
-      hint = 'rekey.create_keyring() makes one.', constraint = 'create_keyring';
+      hint = 'See rekey.keyrings for those that there are; rekey.create_keyring() makes one.', constraint = 'create_keyring';
   end if;
   return v_keyring;
 end

@@ -80,7 +80,8 @@ begin
   select s.id, s.ciphertext into v_id, v_envelope from rekey.secrets s
   where s.tenant_id = get_secret.tenant_id and s.name = get_secret.name;
   if not found then
-    raise exception 'no such secret: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007';
+    raise exception 'no such secret: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
+      hint = 'See rekey.secrets for the names that there are.', constraint = 'secrets';
   end if;
   v_context := rekey._secret_context(tenant_id, v_id);
   v_bytes := rekey._open(v_envelope, v_context);

@@ -39,7 +39,10 @@ select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions
     select jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('rotation', o.id, 'state', o.state, 'adopts', q.label)))
     from rekey.rotations o left join rekey.protected_columns q on q.id = o.column_id
     where o.keyring_id = r.keyring_id and o.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not o.in_line) end) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
-  p.label as adopts, r.formats, r.forced, r.unwrap
+  p.label as adopts, r.formats, r.forced, r.unwrap,
+  case when r.state = 'verifying' and r.verification_id is not null then (
+    select coalesce(sum(c.until_block - split_part(trim(c.first::text, '()'), ',', 1)::bigint), 0)::bigint from rekey._chunks c where c.pass_id = r.verification_id and c.kind = 'verify')
+  end as blocks_to_verify
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
 left join rekey.protected_columns p on p.id = r.column_id
@@ -75,6 +78,7 @@ comment on column rekey.rotation_status.adopts is 'Protected column that it adop
 comment on column rekey.rotation_status.formats is 'As what its values may be taken; NULL for other rotations.';
 comment on column rekey.rotation_status.forced is 'Whether values that look like another format are taken for plaintext.';
 comment on column rekey.rotation_status.unwrap is 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
+comment on column rekey.rotation_status.blocks_to_verify is 'Blocks of large tables that its verification has yet to look at; NULL: none has begun.';
 grant select on rekey.rotation_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._is_under_way(state text) returns boolean

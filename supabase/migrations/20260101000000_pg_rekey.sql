@@ -1739,7 +1739,7 @@ begin
   if v_keks is null then
     raise exception 'the KEK is not available' using errcode = 'RK001',
       hint = case (rekey._settings()).kek_provider
-        when 'session' then 'Unlock first: rekey.unlock(), pg_rekey.unlock() in Python, or PG_REKEY_KEK for pg-rekey.'
+        when 'session' then 'Unlock first, in the same transaction: rekey.unlock(), or pg_rekey.unlock() in Python. Outside of a transaction it ends with its statement, unless its scope is session.'
         when 'vault' then format('The Vault has no secret %L of 64 hex characters or base64.', (rekey._settings()).kek_secret_name)
         else format('The file %L in the data directory is missing or holds no key.', (rekey._settings()).kek_file)
       end, constraint = case (rekey._settings()).kek_provider when 'session' then 'unlock' else '' end;
@@ -2030,7 +2030,7 @@ begin
   end if;
   if v_keyring.id is null then
     raise exception 'no such keyring: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
-      hint = 'rekey.create_keyring() makes one.', constraint = 'create_keyring';
+      hint = 'See rekey.keyrings for those that there are; rekey.create_keyring() makes one.', constraint = 'create_keyring';
   end if;
   return v_keyring;
 end
@@ -2769,7 +2769,8 @@ begin
   select s.id, s.ciphertext into v_id, v_envelope from rekey.secrets s
   where s.tenant_id = get_secret.tenant_id and s.name = get_secret.name;
   if not found then
-    raise exception 'no such secret: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007';
+    raise exception 'no such secret: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
+      hint = 'See rekey.secrets for the names that there are.', constraint = 'secrets';
   end if;
   v_context := rekey._secret_context(tenant_id, v_id);
   v_bytes := rekey._open(v_envelope, v_context);
@@ -6084,7 +6085,10 @@ select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions
     select jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('rotation', o.id, 'state', o.state, 'adopts', q.label)))
     from rekey.rotations o left join rekey.protected_columns q on q.id = o.column_id
     where o.keyring_id = r.keyring_id and o.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not o.in_line) end) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
-  p.label as adopts, r.formats, r.forced, r.unwrap
+  p.label as adopts, r.formats, r.forced, r.unwrap,
+  case when r.state = 'verifying' and r.verification_id is not null then (
+    select coalesce(sum(c.until_block - split_part(trim(c.first::text, '()'), ',', 1)::bigint), 0)::bigint from rekey._chunks c where c.pass_id = r.verification_id and c.kind = 'verify')
+  end as blocks_to_verify
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
 left join rekey.protected_columns p on p.id = r.column_id
@@ -6120,6 +6124,7 @@ comment on column rekey.rotation_status.adopts is 'Protected column that it adop
 comment on column rekey.rotation_status.formats is 'As what its values may be taken; NULL for other rotations.';
 comment on column rekey.rotation_status.forced is 'Whether values that look like another format are taken for plaintext.';
 comment on column rekey.rotation_status.unwrap is 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
+comment on column rekey.rotation_status.blocks_to_verify is 'Blocks of large tables that its verification has yet to look at; NULL: none has begun.';
 grant select on rekey.rotation_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._is_under_way(state text) returns boolean

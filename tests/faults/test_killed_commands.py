@@ -117,7 +117,7 @@ def test_rotate_and_wait_is_killed_while_it_sweeps(
         running.communicate(timeout=60)
     assert running.returncode == SIGNALS[sent]
     ready.execute("select rekey.set_setting('max_rows_per_second', null)")
-    cli_ready("rotate", "--wait", code=1)
+    cli_ready("rotate", "--wait", code=7)
     assert "under way in rotation 1" in cli_ready.err
     cli_ready("work")
     assert rotation(ready, 1, "state", "rows_done") == ("completed", 300)

@@ -36,7 +36,7 @@ def lose(cli_ready: Cli, db: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[L
 
 def fails(cli: Cli, proxy: Lossy, *arguments: str | Path) -> None:
     """Run a command that loses its connection: it says so, and that the outcome is open."""
-    cli(*arguments, code=1)
+    cli(*arguments, code=9)
     assert proxy.lost.is_set()
     assert "server closed the connection" in cli.err
     assert "may have been committed" in cli.err
@@ -49,7 +49,7 @@ def test_rotate(cli_ready: Cli, ready: Connection, lose: Lose, answer: bool) -> 
     fails(cli_ready, lose(answer=answer), "rotate")
     assert value(ready, "select count(*) from rekey.rotations") == int(answer)
     if answer:
-        cli_ready("rotate", code=1)
+        cli_ready("rotate", code=7)
         assert "under way in rotation 1" in cli_ready.err
         assert "[RK004]" in cli_ready.err
     else:

@@ -177,7 +177,7 @@ def test_rotate_and_wait(cli_pooled: Cli, pooled: Pooled) -> None:
         assert (row["id"], row["state"], row["rows_done"]) == (number, "completed", 3)
         nothing_stays(pooled)
     cli_pooled("rotate")
-    cli_pooled("rotate", "--wait", code=1)
+    cli_pooled("rotate", "--wait", code=7)
     assert "[RK004]" in cli_pooled.err
     nothing_stays(pooled)
 

@@ -7,10 +7,12 @@ from typing import LiteralString
 
 import pytest
 
+import pg_rekey
 from driving import on_versions, opened, read, refused, rotate, rotation, run, step
 from estate import Estate, copy_data
 from helpers import Connection, connect, unlock, value
 from pg_rekey import local
+from pg_rekey.errors import Problem
 
 KEK_FILE = "pg_rekey.kek"
 GET: LiteralString = "select rekey.get_secret('s1')"
@@ -56,8 +58,11 @@ def reads(copy: Estate) -> None:
         (copy.server.data / KEK_FILE).unlink()
         with refused("RK001"):
             reader.execute(GET)
-        reader.execute("select rekey.unlock(%b, 'session')", [copy.kek])
+        pg_rekey.unlock(reader, copy.kek, "session")
         look(reader, copy)
+        reader.execute("set log_statement = 'all'")
+        with pytest.raises(Problem, match="would log the KEK: log_statement is all"):
+            pg_rekey.unlock(reader, copy.kek, "session")
         with refused("25006"):
             unlock(reader, copy.kek)
         with refused("25006"):

@@ -94,6 +94,9 @@ class Rotation(BaseModel):
     formats: list[str] | None
     forced: bool
     unwrap: str | None
+    blocks_to_verify: int | None = Field(
+        description="Blocks of large tables that its verification has yet to look at; null: none has begun."
+    )
 
 
 class Begun(BaseModel):

@@ -6,6 +6,7 @@ from pg_rekey import release
 from pg_rekey.cli import (
     audit,
     columns,
+    completion,
     demo,
     doctor,
     init,
@@ -26,10 +27,14 @@ from pg_rekey.cli import (
     verify,
     work,
 )
-from pg_rekey.cli.base import Root
+from pg_rekey.cli.root import Root
 
 
-@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Root,
+    # As wide as the terminal.
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 10_000},
+)
 @click.version_option(release.version(), prog_name="pg-rekey")
 def main() -> None:
     """Rotate encryption keys in PostgreSQL, online, and prove that every row opens.
@@ -38,10 +43,13 @@ def main() -> None:
     so on). There is no option for it, since arguments are visible to everybody on the machine.
 
     The key-encryption key (KEK) comes from PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND; the next
-    one, while it is being replaced, from the same three with NEW_KEK.
+    one, while it is being replaced, from the same three with NEW_KEK. NO_COLOR takes the colours away.
 
     Exit codes: 0 fine, 1 failed, 2 wrong usage, 3 KEK missing or wrong, 4 a rotation failed or has failures,
-    5 findings.
+    5 findings, 6 no such thing (RK007), 7 a rotation is under way (RK004), 8 in use or blocked (RK005),
+    9 no connection to the database, 130 interrupted.
+
+    Documentation: README.md and docs/ of the source, docs/operations.md first.
     """
 
 
@@ -66,6 +74,7 @@ for command in (
     audit.audit,
     metrics.metrics,
     serve.serve,
+    completion.completion,
     sql.sql,
 ):
     main.add_command(command)

@@ -24,15 +24,16 @@ from pg_rekey.cli.base import (
     write_new,
     yes_option,
 )
+from pg_rekey.cli.commands import Group
 from pg_rekey.errors import FINDINGS, Problem
 
 
-@click.group()
+@click.group(cls=Group)
 def audit() -> None:
     """The audit log: a hash chain of everything that happened to keys."""
 
 
-@audit.command("list")
+@audit.command("list", example="pg-rekey audit list --keyring default --limit 10")
 @keyring_option
 @click.option(
     "--limit", type=click.IntRange(1), default=50, show_default=True, help="How many of the newest."
@@ -44,7 +45,7 @@ def list_(connection: db.Connection, out: Output, keyring: str | None, limit: in
     out.table(fetch_of(connection, keyring, db.query("audit log"), limit), columns, empty="no entries")
 
 
-@audit.command()
+@audit.command(example="pg-rekey audit verify --anchor checkpoint.json --public-key signer.pub")
 @click.option("--anchor", type=InputPath, help="A signed checkpoint, kept elsewhere.")
 @click.option("--public-key", type=InputPath, help="The key that checks its signature.")
 @click.option(
@@ -99,7 +100,7 @@ def verify(
     out.done(f"the audit log is whole{since}: {result['entries']} entries{where}", **result, removed=removed)
 
 
-@audit.command()
+@audit.command(example="pg-rekey audit export audit-2026.jsonl --key signer")
 @click.argument("path", metavar="FILE", type=FilePath)
 @click.option(
     "--until",
@@ -130,7 +131,7 @@ def export(
     )
 
 
-@audit.command()
+@audit.command(example="pg-rekey audit prune audit-2026.jsonl --public-key signer.pub")
 @click.argument("path", metavar="FILE", type=InputPath)
 @click.option("--public-key", type=InputPath, required=True, help="The key that checks its checkpoint.")
 @yes_option
@@ -162,7 +163,7 @@ def prune(connection: db.Connection, out: Output, path: Path, public_key: Path, 
     out.done(f"{removed} entries removed from the audit log; keep {path}", removed=removed, path=str(path))
 
 
-@audit.command()
+@audit.command(example="pg-rekey audit checkpoint --key signer --out checkpoint.json")
 @click.option("--key", type=InputPath, required=True, help="The private key to sign with.")
 @click.option("--out", "path", type=FilePath, help="A new file; standard output without it.")
 @database()
@@ -177,7 +178,7 @@ def checkpoint(connection: db.Connection, out: Output, key: Path, path: Path | N
         out.done(f"checkpoint at entry {now['id']} written to {path}", path=str(path), **now)
 
 
-@audit.command()
+@audit.command(example="pg-rekey audit keygen signer")
 @click.argument("path", type=FilePath)
 @output
 def keygen(out: Output, path: Path) -> None:

@@ -3,54 +3,21 @@
 import functools
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, cast
-from uuid import UUID
 
 import click
-import psycopg
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.text import Text
 
 from pg_rekey import db
-from pg_rekey.errors import INTERRUPTED, Problem, from_database
-from pg_rekey.hints import ACTIONS
+from pg_rekey.cli import parameters, tables
+from pg_rekey.cli.tables import NIL, UNLIMITED, Row
+from pg_rekey.errors import Problem, missing
 
 P = ParamSpec("P")
-Row = Mapping[str, Any]
-NIL = UUID(int=0)
-
-
-class Root(click.Group):
-    """The root group: the one place where errors become messages and exit codes."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a person sees neither a traceback nor what a secret could hide in."""
-        try:
-            return super().invoke(ctx)
-        except click.UsageError as error:
-            raise _pointed_to_keyring(error) from None
-        except psycopg.Error as error:
-            raise from_database(error) from None
-        except (KeyboardInterrupt, click.Abort):
-            raise Problem("interrupted", None, INTERRUPTED) from None
-        except UnicodeError:
-            raise Problem("this is not UTF-8 text") from None
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise Problem(": ".join(str(part) for part in (error.filename, error.strerror) if part)) from None
-
-
-def _pointed_to_keyring(error: click.UsageError) -> click.UsageError:
-    """Return the error, with how a keyring is named where a command was given one as an argument."""
-    given = re.fullmatch(r"Got unexpected extra argument \((.*)\)", error.message)
-    if given and error.ctx and any("--keyring" in one.opts for one in error.ctx.command.params):
-        return click.UsageError(f"{error.message}. A keyring is named by --keyring {given[1]}.", error.ctx)
-    return error
 
 
 class Output:
@@ -60,37 +27,46 @@ class Output:
         self.json = as_json
         self._console = Console(markup=False, highlight=False, emoji=False)
         if not self._console.is_terminal:
-            self._console.width = 10_000
+            self._console.width = UNLIMITED
 
     def table(self, rows: Iterable[Row], columns: Sequence[str] = (), empty: str = "none") -> None:
         """Print rows, for a person only the columns named."""
         rows = list(rows)
         if self.json:
             self.document(rows)
-        elif not rows:
-            self.say(empty)
         else:
-            columns = columns or list(rows[0])
-            table = Table(box=None, pad_edge=False, header_style="bold")
-            for column in columns:
-                number = all(isinstance(row[column], int | float | None) for row in rows)
-                table.add_column(
-                    column.replace("_", " "), justify="right" if number else "left", overflow="fold"
-                )
-            for row in rows:
-                table.add_row(*(cell(row[column]) for column in columns))
-            self._console.print(table)
+            self.show(*self.fit(rows, columns, empty))
+
+    def stream(self, batches: Iterable[Sequence[Row]], empty: str = "none") -> None:
+        """Print rows as they come, in batches of any number; as JSON, one document all the same."""
+        count = 0
+        for batch in batches:
+            if self.json:
+                for number, row in enumerate(batch, count):
+                    click.echo(("[\n" if number == 0 else ",\n") + to_json(row), nl=False)
+            else:
+                columns = list(batch[0])
+                self.show(*tables.fitted(batch, columns, self._console.width, header=count == 0))
+            count += len(batch)
+        if self.json:
+            click.echo("\n]" if count else "[]")
+        elif not count:
+            self.say(empty)
+
+    def fit(
+        self, rows: Sequence[Row], columns: Sequence[str] = (), empty: str = "none"
+    ) -> list[RenderableType]:
+        """Return what makes a table as wide as the terminal."""
+        if not rows:
+            return [Text(empty)]
+        return list(tables.fitted(rows, columns or list(rows[0]), self._console.width))
 
     def record(self, row: Row) -> None:
         """Print one row, a line for each column that has a value."""
         if self.json:
             self.document(row)
-            return
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for name, value in row.items():
-            if value is not None:
-                table.add_row(name.replace("_", " "), cell(value))
-        self._console.print(table)
+        else:
+            self.show(tables.record(row))
 
     def done(self, message: str, **data: Any) -> None:
         """Say what was done; as JSON, the data."""
@@ -102,32 +78,24 @@ class Output:
     def say(self, message: str = "", style: str | None = None) -> None:
         """Print a line for a person; JSON readers do not see it."""
         if not self.json:
-            self._console.print(message, style=style)
+            self.show(Text(message, style or ""))
 
     def document(self, data: Any) -> None:
         """Print one JSON document."""
         click.echo(to_json(data))
 
+    def show(self, *parts: RenderableType) -> None:
+        """Print for a person, without the blanks that tables fill their lines with."""
+        with self._console.capture() as capture:
+            for part in parts:
+                self._console.print(part)
+        for line in capture.get().splitlines():
+            click.echo(line.rstrip(), color=self._console.is_terminal)
+
 
 def to_json(data: Any) -> str:
     """Return data as a JSON document."""
     return json.dumps(data, default=_plain, indent=2, ensure_ascii=False)
-
-
-def cell(value: Any) -> str:
-    """Return a value as a table shows it, with nothing in it that a terminal would obey."""
-    match value:
-        case None:
-            return ""
-        case bool():
-            return "yes" if value else "no"
-        case datetime():
-            return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
-        case bytes():
-            return value.hex()
-        case dict() | list():
-            value = json.dumps(value, default=_plain, ensure_ascii=False)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def _plain(value: Any) -> Any:
@@ -204,7 +172,7 @@ def fetch_of(connection: db.Connection, keyring: str | None, statement: str, *pa
     rows = fetch(connection, statement, keyring, keyring, *parameters)
     known = "select exists (select from rekey.keyrings where name = %s)"
     if keyring is not None and not rows and not scalar(connection, known, keyring):
-        raise Problem(f"no such keyring: {keyring!r} [RK007]", ACTIONS["create_keyring"].command)
+        raise missing("create_keyring", f"no such keyring: {keyring!r}")
     return rows
 
 
@@ -238,7 +206,7 @@ def write_new(path: Path, text: str | Iterable[str], mode: int = 0o600) -> None:
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 reason_option = click.option("--reason", help="Why, for the audit log.")
-keyring_option = click.option("--keyring", metavar="NAME", help="Only this keyring.")
+keyring_option = click.option("--keyring", type=parameters.KEYRING, metavar="NAME", help="Only this keyring.")
 tenant_option = click.option(
     "--tenant", type=click.UUID, default=NIL, metavar="UUID", help="Tenant; the nil UUID by default."
 )

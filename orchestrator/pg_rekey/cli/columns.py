@@ -9,7 +9,9 @@ import psycopg
 from pg_rekey import adoption, db, worker
 from pg_rekey.adoption import ATTEMPTS, PASSING, SHOWN_KEYS
 from pg_rekey.cli.base import Output, confirm, database, fetch, output, reason_option, scalar, yes_option
-from pg_rekey.cli.rotate import follow
+from pg_rekey.cli.commands import Group
+from pg_rekey.cli.follow import follow
+from pg_rekey.cli.parameters import COLUMN, KEYRING, TABLE
 from pg_rekey.cli.rotations import COLUMNS
 from pg_rekey.errors import FINDINGS, UNFINISHED
 from pg_rekey.formats import FORMATS, Keys
@@ -29,12 +31,12 @@ SHOWN = (
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def columns() -> None:
     """Columns of your own tables: protect, adopt what is there, find what was forgotten."""
 
 
-@columns.command("list")
+@columns.command("list", example="pg-rekey columns list")
 @database()
 def list_(connection: db.Connection, out: Output) -> None:
     """List the protected columns, what blocks them, and what their rotations break or set off."""
@@ -45,10 +47,10 @@ def list_(connection: db.Connection, out: Output) -> None:
             out.say(f"{row['label']}: {finding}")
 
 
-@columns.command()
-@click.argument("table")
-@click.argument("column")
-@click.option("--keyring", default="default", show_default=True, metavar="NAME")
+@columns.command(example="pg-rekey columns protect public.accounts api_key --encrypt-on-write")
+@click.argument("table", type=TABLE)
+@click.argument("column", type=COLUMN)
+@click.option("--keyring", type=KEYRING, default="default", show_default=True, metavar="NAME")
 @click.option("--context", metavar="A,B", help="What tells rows apart; the primary key by default.")
 @click.option("--encrypt-on-write", is_flag=True, help="A trigger encrypts what is written.")
 @click.option("--no-fire-triggers", is_flag=True, help="Rotations do not fire its triggers and rules.")
@@ -75,9 +77,9 @@ def protect(
     )
 
 
-@columns.command()
-@click.argument("table")
-@click.argument("column")
+@columns.command(example="pg-rekey columns adopt public.accounts api_key --from plaintext")
+@click.argument("table", type=TABLE)
+@click.argument("column", type=COLUMN)
 @click.option(
     "--from",
     "formats",
@@ -169,9 +171,9 @@ def _dry_run(
         raise click.exceptions.Exit(FINDINGS)
 
 
-@columns.command()
-@click.argument("table")
-@click.argument("column")
+@columns.command(example="pg-rekey columns unprotect public.accounts api_key --decrypt")
+@click.argument("table", type=TABLE)
+@click.argument("column", type=COLUMN)
 @click.option("--decrypt", is_flag=True, help="Decrypt what is encrypted, in batches.")
 @yes_option
 @output
@@ -217,9 +219,9 @@ def release(connection: db.Connection, table: str, column: str, decrypt: bool) -
         yield count
 
 
-@columns.command()
-@click.argument("table")
-@click.argument("column")
+@columns.command(example="pg-rekey columns rebind public.accounts api_key")
+@click.argument("table", type=TABLE)
+@click.argument("column", type=COLUMN)
 @click.option("--label", metavar="LABEL", help="Which protected column, where the names do not tell.")
 @yes_option
 @database(unlocked=True)
@@ -238,8 +240,8 @@ def rebind(
     out.done(f"{name} is bound to {table}.{column}", label=name, table=table, column=column)
 
 
-@columns.command()
-@click.argument("table")
+@columns.command(example="pg-rekey columns view public.accounts")
+@click.argument("table", type=TABLE)
 @database()
 def view(connection: db.Connection, out: Output, table: str) -> None:
     """Make the view TABLE_decrypted, which shows the rows opened, under the rights of whoever reads it."""
@@ -248,7 +250,7 @@ def view(connection: db.Connection, out: Output, table: str) -> None:
     out.done(f"view {name} made; grant SELECT on it to its readers", view=name)
 
 
-@columns.command()
+@columns.command(example="pg-rekey columns find")
 @database()
 def find(connection: db.Connection, out: Output) -> None:
     """Find columns that were forgotten, by counting; no value is shown. Exit code 5 if there are any.

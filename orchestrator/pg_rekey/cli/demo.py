@@ -9,11 +9,12 @@ import sys
 import click
 
 from pg_rekey.cli.base import Output, output
+from pg_rekey.cli.commands import Command
 from pg_rekey.demo import Demo, Sizes
 from pg_rekey.errors import Problem
 
 
-@click.command()
+@click.command(cls=Command, example="pg-rekey demo")
 @click.option("--secrets", type=click.IntRange(1), default=50_000, show_default=True)
 @click.option("--tenants", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--readers", type=click.IntRange(0), default=2, show_default=True, help="Processes that read.")

@@ -3,13 +3,15 @@
 from typing import Any
 
 import click
+import psycopg
 
 from pg_rekey import db, release
 from pg_rekey.cli.base import Output, fetch, fetch_one, output, scalar
-from pg_rekey.errors import LOCKED, Problem
+from pg_rekey.cli.commands import Command
+from pg_rekey.errors import LOCKED, Problem, from_database
 
 
-@click.command()
+@click.command(cls=Command, example="pg-rekey init --rotate-every '90 days'")
 @click.option(
     "--provider",
     type=click.Choice(["session", "vault", "file"]),
@@ -23,7 +25,7 @@ def init(out: Output, provider: str | None, rotate_every: str | None, extension:
 
     It needs a KEK: from the environment, or, with --provider, from where the server finds it.
     """
-    with db.connect() as connection:
+    with db.connect(any_version=True) as connection:
         steps: list[str] = []
 
         def step(text: str) -> None:
@@ -39,10 +41,17 @@ def init(out: Output, provider: str | None, rotate_every: str | None, extension:
                 "Make one with `pg-rekey kek generate --out FILE`, and set PG_REKEY_KEK_FILE to that file.",
                 LOCKED,
             )
-        _install(connection, here, extension, step)
-        number = _configure(connection, provider, rotate_every, step)
-        cron = _schedule_worker(connection, here, step)
-        connection.commit()
+        try:
+            if rotate_every:
+                connection.execute("select %s::interval", [rotate_every])
+            _install(connection, here, extension, step)
+            number = _configure(connection, provider, rotate_every, step)
+            cron = _schedule_worker(connection, here, server_side, step)
+            connection.commit()
+        except psycopg.Error as error:
+            problem = from_database(error)
+            message = f"{problem.message}: nothing was changed"
+            raise Problem(message, problem.hint, problem.exit_code, problem.code, problem.action) from None
         out.done("ready", database=db.where(connection), steps=steps, kek=number, cron=cron)
 
 
@@ -95,17 +104,21 @@ def _configure(connection: db.Connection, provider: str | None, rotate_every: st
     return number
 
 
-def _schedule_worker(connection: db.Connection, here: Any, step: Any) -> str:
+def _schedule_worker(connection: db.Connection, here: Any, server_side: bool, step: Any) -> str:
     """Have pg_cron run the worker, or say how; return what became of it."""
     if here["pg_cron"]:
         step(f"pg_cron runs the worker, as job {scalar(connection, 'select rekey.schedule_worker()')}")
         return "scheduled"
-    if here["cron_database"] == here["database"]:
-        step("pg_cron is loaded for this database: CREATE EXTENSION pg_cron, and run init again")
-        return "not created"
+    found = "absent"
     if here["cron_database"]:
+        found = "not created" if here["cron_database"] == here["database"] else "elsewhere"
+    if not server_side:
+        step("the server has no KEK of its own: let `pg-rekey work --forever` run as a service")
+    elif found == "not created":
+        step("pg_cron is loaded for this database: CREATE EXTENSION pg_cron, and run init again")
+    elif found == "elsewhere":
         call = scalar(connection, db.query("cron elsewhere"))
         step(f"pg_cron lives in database {here['cron_database']}: run there\n    {call}")
-        return "elsewhere"
-    step("there is no pg_cron: let `pg-rekey work --forever` run as a service")
-    return "absent"
+    else:
+        step("there is no pg_cron: let `pg-rekey work --forever` run as a service")
+    return found

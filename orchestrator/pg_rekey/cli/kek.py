@@ -19,18 +19,19 @@ from pg_rekey.cli.base import (
     write_new,
     yes_option,
 )
+from pg_rekey.cli.commands import Group
 from pg_rekey.errors import LOCKED, USAGE, Problem
 
 # What stores a secret there.
 VAULT = ("vault.create_secret(text,text,text,uuid)", "vault.update_secret(uuid,text,text,text,uuid)")
 
 
-@click.group()
+@click.group(cls=Group)
 def kek() -> None:
     """The key-encryption key (KEK): make, check, replace it."""
 
 
-@kek.command()
+@kek.command(example="pg-rekey kek generate --out kek")
 @click.option("--out", "path", type=FilePath, help="A new file, readable by its owner only.")
 @output
 def generate(out: Output, path: Path | None) -> None:
@@ -46,14 +47,14 @@ def generate(out: Output, path: Path | None) -> None:
         click.echo(value)
 
 
-@kek.command("list")
+@kek.command("list", example="pg-rekey kek list")
 @database()
 def list_(connection: db.Connection, out: Output) -> None:
     """List the KEKs that this database has known, by number and fingerprint."""
     out.table(fetch(connection, "select * from rekey.keks order by id"), empty="no KEK is registered")
 
 
-@kek.command()
+@kek.command(example="pg-rekey kek check --file kek-of-2025")
 @click.option("--file", "path", type=InputPath, help="A kept copy; without it, the KEK of the environment.")
 @database()
 def check(connection: db.Connection, out: Output, path: Path | None) -> None:
@@ -67,7 +68,7 @@ def check(connection: db.Connection, out: Output, path: Path | None) -> None:
     out.done(f"KEK {rows[0]['id']}, {rows[0]['state']}", **rows[0])
 
 
-@kek.command()
+@kek.command(example="pg-rekey kek store --provider vault")
 @click.option("--provider", type=click.Choice(["vault", "file"]), required=True)
 @click.option("--out", "path", type=FilePath, help="With file: a new file, readable by its owner only.")
 @click.option("--next", "following", is_flag=True, help="The next KEK, from PG_REKEY_NEW_KEK and so on.")
@@ -98,7 +99,7 @@ def store(connection: db.Connection, out: Output, provider: str, path: Path | No
     out.done(f"stored in the Vault as {place['kek_secret_name']}.\n{setting}", name=place["kek_secret_name"])
 
 
-@kek.command()
+@kek.command(example="PG_REKEY_KEK_FILE=kek PG_REKEY_NEW_KEK_FILE=kek-new pg-rekey kek rotate")
 @database()
 def rotate(connection: db.Connection, out: Output) -> None:
     """Wrap every key anew under the next KEK (PG_REKEY_NEW_KEK and so on); no data is touched."""
@@ -111,7 +112,7 @@ def rotate(connection: db.Connection, out: Output) -> None:
     )
 
 
-@kek.command()
+@kek.command(example="PG_REKEY_NEW_KEK_FILE=kek-new pg-rekey kek replace --lost")
 @click.option("--lost", is_flag=True, help="Yes, the KEK is lost.")
 @yes_option
 @database()

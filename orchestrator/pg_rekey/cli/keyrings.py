@@ -6,21 +6,23 @@ import click
 
 from pg_rekey import db
 from pg_rekey.cli.base import Output, confirm, database, fetch, fetch_one, scalar, tenant_option, yes_option
+from pg_rekey.cli.commands import Group
+from pg_rekey.cli.parameters import KEYRING
 
 
-@click.group()
+@click.group(cls=Group)
 def keyrings() -> None:
     """Keyrings: lines of key versions, one a tenant, one an application, or just `default`."""
 
 
-@keyrings.command("list")
+@keyrings.command("list", example="pg-rekey keyrings list")
 @database()
 def list_(connection: db.Connection, out: Output) -> None:
     """List the keyrings with their active versions and schedules."""
     out.table(fetch(connection, db.query("keyrings")), empty="no keyrings")
 
 
-@keyrings.command()
+@keyrings.command(example="pg-rekey keyrings create billing --rotate-every '90 days'")
 @click.argument("name")
 @tenant_option
 @click.option("--rotate-every", metavar="INTERVAL", help="Cryptoperiod, such as '90 days'.")
@@ -33,8 +35,8 @@ def create(connection: db.Connection, out: Output, name: str, tenant: UUID, rota
     out.done(f"keyring {row['name']} created", **row)
 
 
-@keyrings.command()
-@click.argument("name")
+@keyrings.command(example="pg-rekey keyrings retire billing")
+@click.argument("name", type=KEYRING)
 @yes_option
 @database()
 def retire(connection: db.Connection, out: Output, name: str, yes: bool) -> None:
@@ -44,8 +46,8 @@ def retire(connection: db.Connection, out: Output, name: str, yes: bool) -> None
     out.done(f"keyring {name} retired", keyring=name)
 
 
-@keyrings.command("confirm-emptied")
-@click.argument("name")
+@keyrings.command("confirm-emptied", example="pg-rekey keyrings confirm-emptied billing")
+@click.argument("name", type=KEYRING)
 @yes_option
 @database()
 def confirm_emptied(connection: db.Connection, out: Output, name: str, yes: bool) -> None:

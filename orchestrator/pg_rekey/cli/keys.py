@@ -9,7 +9,6 @@ from rich.progress import Progress
 from pg_rekey import db, worker
 from pg_rekey.cli.base import (
     Output,
-    cell,
     confirm,
     database,
     fetch,
@@ -20,15 +19,18 @@ from pg_rekey.cli.base import (
     reason_option,
     yes_option,
 )
+from pg_rekey.cli.commands import Group
+from pg_rekey.cli.parameters import KEYRING
+from pg_rekey.cli.words import blockers
 from pg_rekey.errors import FINDINGS
 
 
-@click.group()
+@click.group(cls=Group)
 def keys() -> None:
     """Key versions: list, disable, mark as compromised, search for, destroy."""
 
 
-@keys.command("list")
+@keys.command("list", example="pg-rekey keys list --keyring default")
 @keyring_option
 @database()
 def list_(connection: db.Connection, out: Output, keyring: str | None) -> None:
@@ -38,7 +40,7 @@ def list_(connection: db.Connection, out: Output, keyring: str | None) -> None:
     out.table(rows, columns, empty="no keys")
 
 
-@keys.command()
+@keys.command(example="pg-rekey keys usage")
 @keyring_option
 @database(unlocked=True)
 def usage(connection: db.Connection, out: Output, keyring: str | None) -> None:
@@ -46,8 +48,8 @@ def usage(connection: db.Connection, out: Output, keyring: str | None) -> None:
     out.table(fetch(connection, "select * from rekey.key_usage(%s)", keyring), empty="no keys")
 
 
-@keys.command()
-@click.argument("keyring")
+@keys.command(example="pg-rekey keys disable default 1 --reason 'under suspicion'")
+@click.argument("keyring", type=KEYRING)
 @click.argument("version", type=int)
 @reason_option
 @database()
@@ -57,8 +59,8 @@ def disable(connection: db.Connection, out: Output, keyring: str, version: int, 
     _show(connection, out, keyring, version)
 
 
-@keys.command()
-@click.argument("keyring")
+@keys.command(example="pg-rekey keys enable default 1")
+@click.argument("keyring", type=KEYRING)
 @click.argument("version", type=int)
 @reason_option
 @database()
@@ -68,21 +70,26 @@ def enable(connection: db.Connection, out: Output, keyring: str, version: int, r
     _show(connection, out, keyring, version)
 
 
-@keys.command()
-@click.argument("keyring")
+@keys.command(example="pg-rekey keys compromise default 1 --reason 'laptop stolen'")
+@click.argument("keyring", type=KEYRING)
 @click.argument("version", type=int)
 @reason_option
+@yes_option
 @database(unlocked=True)
 def compromise(
-    connection: db.Connection, out: Output, keyring: str, version: int, reason: str | None
+    connection: db.Connection, out: Output, keyring: str, version: int, reason: str | None, yes: bool
 ) -> None:
-    """Mark a version as compromised: at once it encrypts nothing any more, and its rows are re-encrypted."""
+    """Mark a version as compromised: at once it encrypts nothing any more, and its rows are re-encrypted.
+
+    It stays compromised for good, and so it asks.
+    """
+    confirm(connection, f"Mark version {version} of keyring {keyring} as compromised, for good?", yes)
     connection.execute("select rekey.mark_key_compromised(%s, %s, %s)", [keyring, version, reason])
     _show(connection, out, keyring, version)
 
 
-@keys.command()
-@click.argument("keyring")
+@keys.command(example="pg-rekey keys schedule-destruction default 1")
+@click.argument("keyring", type=KEYRING)
 @click.argument("version", type=int)
 @click.option("--wait", metavar="INTERVAL", help="Time until then; by default the setting destroy_wait.")
 @yes_option
@@ -90,15 +97,19 @@ def compromise(
 def schedule_destruction(
     connection: db.Connection, out: Output, keyring: str, version: int, wait: str | None, yes: bool
 ) -> None:
-    """Have a version destroyed for good once the wait is over; refused while a row needs it."""
-    confirm(connection, f"Destroy version {version} of keyring {keyring} when the wait is over?", yes)
+    """Have a version destroyed for good once the wait is over; refused while a row needs it.
+
+    Until then `pg-rekey keys cancel-destruction` takes it back. With a --wait of its own it asks.
+    """
+    question = f"Destroy version {version} of keyring {keyring} in {wait}?"
+    confirm(connection, question, yes or wait is None)
     connection.execute(
         "select rekey.schedule_key_destruction(%s, %s, %s::interval)", [keyring, version, wait]
     )
     _show(connection, out, keyring, version)
 
 
-@keys.command()
+@keys.command(example="pg-rekey keys search")
 @output
 def search(out: Output) -> None:
     """Look for versions that are to be destroyed, in every table, with the rights of the role that connects.
@@ -116,7 +127,7 @@ def search(out: Output) -> None:
         shown = progress.add_task("searching", total=None)
         while (step := worker.search(connection))["event"] not in ("complete", "incomplete", "idle"):
             status = fetch_one(connection, "select * from rekey.search_status")
-            waiting = status["blocked_by"] and f"waiting for {cell(status['blocked_by'])}"
+            waiting = status["blocked_by"] and f"waiting for {blockers(status['blocked_by'])}"
             progress.update(
                 shown,
                 total=status["bytes"],
@@ -137,8 +148,8 @@ def search(out: Output) -> None:
         raise click.exceptions.Exit(FINDINGS)
 
 
-@keys.command()
-@click.argument("keyring")
+@keys.command(example="pg-rekey keys cancel-destruction default 1")
+@click.argument("keyring", type=KEYRING)
 @click.argument("version", type=int)
 @database()
 def cancel_destruction(connection: db.Connection, out: Output, keyring: str, version: int) -> None:

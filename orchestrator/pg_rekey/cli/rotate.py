@@ -1,35 +1,29 @@
 """`pg-rekey rotate`: a new key now, and, with --wait, every row re-encrypted before it ends."""
 
+import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+import psycopg
 
 from pg_rekey import db, worker
-from pg_rekey.cli.base import Output, Row, fetch, fetch_one, output, reason_option, scalar
+from pg_rekey.cli.base import Output, fetch, output, reason_option, scalar
+from pg_rekey.cli.commands import Command
+from pg_rekey.cli.follow import follow
+from pg_rekey.cli.parameters import KEYRING
 from pg_rekey.cli.rotations import COLUMNS
-from pg_rekey.errors import FINDINGS, INTERRUPTED, LOCKED, UNFINISHED, Problem
+from pg_rekey.cli.tables import Row
+from pg_rekey.errors import FINDINGS, LOCKED, UNFINISHED, Problem
 
 # Opening twice, sealing, and writing, in openings: what rotations of 60,000 rows took.
 WORK_PER_OPENING = 3.0
 
 
-@click.command()
-@click.option("--keyring", metavar="NAME", help="Rotate this keyring; not needed where there is only one.")
+@click.command(cls=Command, example="pg-rekey rotate --wait --reason 'a colleague left'")
+@click.option(
+    "--keyring", type=KEYRING, metavar="NAME", help="Rotate this keyring; not needed where there is only one."
+)
 @click.option("--all", "everything", is_flag=True, help="Rotate every keyring.")
 @click.option("--wait", is_flag=True, help="Re-encrypt here and now, and wait until every row is verified.")
 @click.option(
@@ -66,23 +60,55 @@ def rotate(
             _dry_run(connection, out, keyring)
             connection.rollback()
             return
-        # What was under way, and so got no new version, was asked for before this transaction.
-        statement = "select r.*, r.created_at <> now() as passed_by from rekey.rotate_keys(%s, %s, %s) r"
         with worker.transaction(connection) if wait else nullcontext():
-            rotations = fetch(connection, statement, keyring, reason, supersede)
+            rotations = _begin(connection, keyring, reason, supersede, offer=wait)
         passed_by = {row["id"]: row["passed_by"] for row in rotations}
         if wait:
             steps = worker.Steps(connection)
             rotations = follow(connection, list(passed_by), lambda: _work(steps))
             rotations = [{**row, "passed_by": passed_by[row["id"]]} for row in rotations]
             for row in worker.held_up(connection, list(passed_by)):
-                click.echo(_held_up(row), err=True)
+                click.echo(held_up(row), err=True)
         out.table(rotations, COLUMNS, empty="there is no keyring to rotate")
     if any(passed_by.values()) or (wait and any(row["state"] != "completed" for row in rotations)):
         raise click.exceptions.Exit(UNFINISHED)
 
 
-def _held_up(row: Row) -> str:
+def _begin(
+    connection: db.Connection, keyring: str | None, reason: str | None, supersede: bool, offer: bool
+) -> list[Row]:
+    """Begin rotations, or, where one is under way and somebody is there to be asked, go on with that one."""
+    # What was under way, and so got no new version, was asked for before this transaction.
+    statement = "select r.*, r.created_at <> now() as passed_by from rekey.rotate_keys(%s, %s, %s) r"
+    try:
+        with connection.transaction():
+            return fetch(connection, statement, keyring, reason, supersede)
+    except psycopg.Error as error:
+        if error.sqlstate != "RK004" or not (offer and sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        rows = fetch(connection, db.query("under way"), keyring)
+        for row in rows:
+            question = f"Rotation {row['id']} of keyring {keyring} is under way. Go on with that one?"
+            if click.confirm(question, default=True, err=True):
+                return rows
+        raise
+
+
+def _work(steps: worker.Steps) -> None:
+    """Work for a moment: the time between two looks at the progress."""
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until:
+        step = steps.take()
+        if step["event"] == "locked":
+            message = f"{step['detail']['error']}: the rotation stays queued"
+            raise Problem(message, "`pg-rekey work` goes on with it.", LOCKED)
+        if step["wait"] is not None:
+            time.sleep(step["wait"].total_seconds())
+        if step["event"] in ("idle", "completed"):
+            return
+
+
+def held_up(row: Row) -> str:
     """Say which table held a rotation up."""
     said = f"rotation {row['id']} of keyring {row['keyring']}"
     if row["state"] == "failed":
@@ -125,96 +151,3 @@ def _dry_run(connection: db.Connection, out: Output, keyring: str | None) -> Non
         out.say(f"a rotation takes about {estimate:.0f} s ({source})")
     if failed:
         raise click.exceptions.Exit(FINDINGS)
-
-
-def follow(
-    connection: db.Connection, ids: list[int], steps: Callable[[], None], resume: str | None = None
-) -> list[Row]:
-    """Take steps until these rotations have ended, and show how far they are.
-
-    resume: what goes on with them after an interruption, where not every worker does.
-    """
-    console = Console(stderr=True, highlight=False)
-    columns: tuple[ProgressColumn, ...] = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Pace(),
-        TimeRemainingColumn(),
-    )
-    name = f"rotation {ids[0]}" if len(ids) == 1 else f"{len(ids)} rotations"
-    told = ""
-    try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task(name, total=None)
-            while True:
-                state = fetch_one(connection, db.query("progress"), ids)
-                waiting = describe(state["blocked_by"])
-                progress.update(
-                    task,
-                    total=state["total"],
-                    completed=state["done"] or 0,
-                    description=f"{name} waits for {waiting}" if waiting else name,
-                )
-                if waiting != told and not console.is_terminal:
-                    click.echo(f"waits for {waiting}" if waiting else "goes on", err=True)
-                told = waiting
-                if not state["unfinished"]:
-                    break
-                steps()
-    except KeyboardInterrupt:
-        raise Problem(
-            f"interrupted: {name} stays queued, and everything can be read and written",
-            resume or "`pg-rekey work` goes on with it; so does pg_cron, where it runs the worker.",
-            INTERRUPTED,
-        ) from None
-    if state["paused"]:
-        click.echo("somebody paused it: `pg-rekey rotations resume` goes on", err=True)
-    return fetch(connection, "select * from rekey.rotation_status where id = any(%s) order by id", ids)
-
-
-def _work(steps: worker.Steps) -> None:
-    """Work for a moment: the time between two looks at the progress."""
-    until = time.monotonic() + 0.2
-    while time.monotonic() < until:
-        step = steps.take()
-        if step["event"] == "locked":
-            message = f"{step['detail']['error']}: the rotation stays queued"
-            raise Problem(message, "`pg-rekey work` goes on with it.", LOCKED)
-        if step["wait"] is not None:
-            time.sleep(step["wait"].total_seconds())
-        if step["event"] in ("idle", "completed"):
-            return
-
-
-def describe(blockers: list[dict[str, Any]] | None) -> str:
-    """Say what a rotation waits for."""
-    return "; ".join(_describe_one(blocker) for blocker in blockers or [])
-
-
-def _describe_one(blocker: dict[str, Any]) -> str:
-    if "rotation" in blocker:
-        what = f"adopts {blocker['adopts']}, and is" if "adopts" in blocker else "is"
-        return f"rotation {blocker['rotation']} of its keyring, which {what} {blocker['state']}"
-    if "rows" in blocker:
-        return f"{blocker['rows']} rows that are {blocker['why']}"
-    if "error" in blocker:
-        return f"another attempt: {blocker['error']}"
-    if "relation" in blocker:
-        where = f"a batch in {blocker['relation']} (pid {blocker['pid']})"
-        return f"{where}, at work for {blocker['age_seconds']} s"
-    if "target" in blocker:
-        return f"the column {blocker['target']}, which is blocked: {blocker['why']}"
-    age = f"open for {blocker.get('age_seconds', 0)} s"
-    if "prepared" in blocker:
-        return f"the prepared transaction {blocker['prepared']!r}, {age}"
-    return f"the transaction of pid {blocker.get('pid')}, {blocker.get('role')}, {age}"
-
-
-class _Pace(ProgressColumn):
-    """Rows a second."""
-
-    def render(self, task: Task) -> Text:
-        """Show the pace of the last moments."""
-        return Text(f"{task.speed:,.0f} rows/s" if task.speed else "")

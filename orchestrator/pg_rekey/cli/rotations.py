@@ -3,9 +3,21 @@
 import click
 
 from pg_rekey import db
-from pg_rekey.cli.base import Output, Row, database, fetch, fetch_of, keyring_option, reason_option
-from pg_rekey.errors import Problem
-from pg_rekey.hints import ACTIONS
+from pg_rekey.cli import follow
+from pg_rekey.cli.base import (
+    Output,
+    database,
+    fetch,
+    fetch_of,
+    fetch_one,
+    keyring_option,
+    output,
+    reason_option,
+)
+from pg_rekey.cli.commands import Group
+from pg_rekey.cli.parameters import ROTATION
+from pg_rekey.cli.tables import Row
+from pg_rekey.errors import UNFINISHED, missing
 
 COLUMNS = (
     "id",
@@ -20,12 +32,12 @@ COLUMNS = (
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def rotations() -> None:
-    """Rotations: list, pause, resume, retry, roll back; rows that did not open."""
+    """Rotations: list, watch, pause, resume, retry, roll back; rows that did not open."""
 
 
-@rotations.command("list")
+@rotations.command("list", example="pg-rekey rotations list --keyring default --limit 5")
 @keyring_option
 @click.option(
     "--limit", type=click.IntRange(1), default=20, show_default=True, help="How many of the newest."
@@ -37,16 +49,35 @@ def list_(connection: db.Connection, out: Output, keyring: str | None, limit: in
     out.table(rows, COLUMNS, empty="no rotations")
 
 
-@rotations.command()
-@click.argument("rotation", type=int)
+@rotations.command(example="pg-rekey rotations show 12")
+@click.argument("rotation", type=ROTATION)
 @database()
 def show(connection: db.Connection, out: Output, rotation: int) -> None:
     """Show all about one rotation."""
     out.record(_status(connection, rotation))
 
 
-@rotations.command()
-@click.argument("rotation", type=int)
+@rotations.command(example="pg-rekey rotations watch")
+@click.argument("rotation", type=ROTATION, required=False)
+@output
+def watch(out: Output, rotation: int | None) -> None:
+    """Show how far a rotation is, or all that are under way, until they have ended; others do the work.
+
+    Exit code 4 says that one failed, left rows that do not open, or was paused or replaced by another.
+    """
+    with db.connect(autocommit=True) as connection:
+        if rotation is None:
+            ids = fetch_one(connection, db.query("progress"), None, None)["ids"]
+        else:
+            ids = [_status(connection, rotation)["id"]]
+        rows = follow.watch(connection, ids) if ids else []
+        out.table(rows, COLUMNS, empty="no rotation is under way")
+    if any(row["state"] != "completed" for row in rows):
+        raise click.exceptions.Exit(UNFINISHED)
+
+
+@rotations.command(example="pg-rekey rotations pause 12")
+@click.argument("rotation", type=ROTATION)
 @database()
 def pause(connection: db.Connection, out: Output, rotation: int) -> None:
     """Pause a rotation: reads and writes go on, nothing more is re-encrypted."""
@@ -54,8 +85,8 @@ def pause(connection: db.Connection, out: Output, rotation: int) -> None:
     _show(connection, out, rotation)
 
 
-@rotations.command()
-@click.argument("rotation", type=int)
+@rotations.command(example="pg-rekey rotations resume 12")
+@click.argument("rotation", type=ROTATION)
 @database()
 def resume(connection: db.Connection, out: Output, rotation: int) -> None:
     """Go on with a paused rotation."""
@@ -63,8 +94,8 @@ def resume(connection: db.Connection, out: Output, rotation: int) -> None:
     _show(connection, out, rotation)
 
 
-@rotations.command()
-@click.argument("rotation", type=int)
+@rotations.command(example="pg-rekey rotations retry 12")
+@click.argument("rotation", type=ROTATION)
 @database()
 def retry(connection: db.Connection, out: Output, rotation: int) -> None:
     """Go on with a failed rotation where it stopped, or try its failed rows again."""
@@ -72,8 +103,8 @@ def retry(connection: db.Connection, out: Output, rotation: int) -> None:
     _show(connection, out, rotation)
 
 
-@rotations.command()
-@click.argument("rotation", type=int)
+@rotations.command(example="pg-rekey rotations rollback 12 --reason 'a client cannot read it'")
+@click.argument("rotation", type=ROTATION)
 @reason_option
 @database(unlocked=True)
 def rollback(connection: db.Connection, out: Output, rotation: int, reason: str | None) -> None:
@@ -82,8 +113,8 @@ def rollback(connection: db.Connection, out: Output, rotation: int, reason: str 
     _show(connection, out, rotation)
 
 
-@rotations.command()
-@click.argument("rotation", type=int, required=False)
+@rotations.command(example="pg-rekey rotations failures 12")
+@click.argument("rotation", type=ROTATION, required=False)
 @click.option("--all", "everything", is_flag=True, help="Those that are resolved too.")
 @database()
 def failures(connection: db.Connection, out: Output, rotation: int | None, everything: bool) -> None:
@@ -95,7 +126,7 @@ def failures(connection: db.Connection, out: Output, rotation: int | None, every
     out.table(rows, columns, empty="no failures")
 
 
-@rotations.command()
+@rotations.command(example="pg-rekey rotations resolve 3 retry --reason 'row mended'")
 @click.argument("failure", type=int)
 @click.argument("action", type=click.Choice(["retry", "discard"]))
 @reason_option
@@ -109,7 +140,7 @@ def resolve(connection: db.Connection, out: Output, failure: int, action: str, r
 def _status(connection: db.Connection, rotation: int) -> Row:
     rows = fetch(connection, "select * from rekey.rotation_status where id = %s", rotation)
     if not rows:
-        raise Problem(f"no such rotation: {rotation} [RK007]", ACTIONS["rotations"].command)
+        raise missing("rotations", f"no such rotation: {rotation}")
     return rows[0]
 
 

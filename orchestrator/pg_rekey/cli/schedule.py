@@ -4,22 +4,24 @@ import click
 
 from pg_rekey import db
 from pg_rekey.cli.base import Output, database, fetch, fetch_one
+from pg_rekey.cli.commands import Group
+from pg_rekey.cli.parameters import KEYRING
 
 
-@click.group()
+@click.group(cls=Group)
 def schedule() -> None:
     """Schedules: when keyrings rotate by themselves."""
 
 
-@schedule.command()
+@schedule.command(example="pg-rekey schedule show")
 @database()
 def show(connection: db.Connection, out: Output) -> None:
     """Show the schedule of every keyring."""
     out.table(fetch(connection, "select * from rekey.schedule_status order by keyring"), empty="no keyrings")
 
 
-@schedule.command("set")
-@click.argument("keyring")
+@schedule.command("set", example="pg-rekey schedule set default '90 days' --first-at '2027-01-01 03:00 UTC'")
+@click.argument("keyring", type=KEYRING)
 @click.argument("interval")
 @click.option("--first-at", metavar="TIMESTAMP", help="First rotation; by default after one interval.")
 @database()
@@ -32,8 +34,8 @@ def set_(connection: db.Connection, out: Output, keyring: str, interval: str, fi
     out.done(f"keyring {keyring} rotates next at {row['next_rotation_at']:%Y-%m-%d %H:%M:%S %Z}", **row)
 
 
-@schedule.command()
-@click.argument("keyring")
+@schedule.command(example="pg-rekey schedule clear default")
+@click.argument("keyring", type=KEYRING)
 @database()
 def clear(connection: db.Connection, out: Output, keyring: str) -> None:
     """Let a keyring rotate only when somebody says so."""

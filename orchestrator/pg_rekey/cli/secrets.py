@@ -1,6 +1,8 @@
 """`pg-rekey secrets`: values in, values out, never through an argument."""
 
 import getpass
+import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -16,7 +18,6 @@ from pg_rekey.cli.base import (
     FilePath,
     InputPath,
     Output,
-    Row,
     confirm,
     database,
     fetch,
@@ -25,18 +26,25 @@ from pg_rekey.cli.base import (
     write_new,
     yes_option,
 )
-from pg_rekey.errors import FAILED, FINDINGS, USAGE, Problem
+from pg_rekey.cli.commands import Group
+from pg_rekey.cli.parameters import KEYRING, SECRET
+from pg_rekey.cli.tables import Row
+from pg_rekey.errors import FINDINGS, USAGE, Problem, missing
 
-keyring_option = click.option("--keyring", metavar="NAME", default="default", help="Keyring to encrypt with.")
+# Rows that a list takes from the server at a time.
+BATCH = 1000
+keyring_option = click.option(
+    "--keyring", type=KEYRING, metavar="NAME", default="default", help="Keyring to encrypt with."
+)
 
 
-@click.group()
+@click.group(cls=Group)
 def secrets() -> None:
-    """Secrets: set, get, list, and whole .env files."""
+    """Secrets: set, get, list, run a command with them, and whole .env files."""
 
 
-@secrets.command("set")
-@click.argument("name")
+@secrets.command("set", example="pg-rekey secrets set STRIPE_KEY --file stripe-key")
+@click.argument("name", type=SECRET)
 @click.option("--file", "path", type=InputPath, help="Take the value from this file.")
 @tenant_option
 @keyring_option
@@ -56,8 +64,8 @@ def set_(
     out.done(f"secret {name} stored", name=name, id=row["id"])
 
 
-@secrets.command()
-@click.argument("name")
+@secrets.command(example="pg-rekey secrets get STRIPE_KEY")
+@click.argument("name", type=SECRET)
 @tenant_option
 @database(unlocked=True)
 def get(connection: db.Connection, out: Output, name: str, tenant: UUID) -> None:
@@ -69,26 +77,63 @@ def get(connection: db.Connection, out: Output, name: str, tenant: UUID) -> None
         click.echo(value, nl=sys.stdout.isatty())
 
 
-@secrets.command("list")
+@secrets.command("list", example="pg-rekey secrets list 'STRIPE_*' --limit 20")
+@click.argument("pattern", required=False)
+@click.option("--limit", type=click.IntRange(1), help="How many at most.")
 @tenant_option
 @database()
-def list_(connection: db.Connection, out: Output, tenant: UUID) -> None:
-    """List the names of secrets, without their values."""
-    out.table(fetch(connection, db.query("secrets"), tenant), empty="no secrets")
+def list_(
+    connection: db.Connection, out: Output, pattern: str | None, limit: int | None, tenant: UUID
+) -> None:
+    """List the names of secrets, without their values: all, or those like PATTERN, with * and ?."""
+    like = pattern and re.sub(r"([%_\\])", r"\\\1", pattern).translate({ord("*"): "%", ord("?"): "_"})
+    # By a cursor of the server: there may be any number.
+    with connection.cursor("secrets") as cursor:
+        cursor.execute(db.query("secrets"), [tenant, like, like, limit])
+        out.stream(iter(lambda: cursor.fetchmany(BATCH), []), empty="no secrets")
 
 
-@secrets.command()
-@click.argument("name")
+@secrets.command(
+    context_settings={"allow_interspersed_args": False}, example="pg-rekey secrets run -- npm start"
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @tenant_option
+def run(command: tuple[str, ...], tenant: UUID) -> None:
+    """Run a command with all secrets of a tenant in its environment, and nowhere else.
+
+    They go before variables of the same name. Variables of pg-rekey, such as the KEK, do not get there. The
+    exit code is that of the command.
+    """
+    with db.connect() as connection:
+        if db.in_environment():
+            db.unlock(connection)
+        rows = fetch(connection, "select name, value from rekey.read_secrets(tenant_id => %s)", tenant)
+    values = {row["name"]: row["value"] for row in rows}
+    for name in values:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise Problem(
+                f"secret {name!r} cannot be a variable of the environment",
+                "Names have letters, digits and underscores there. `pg-rekey secrets get` reads it.",
+                USAGE,
+            )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG_REKEY_")}
+    os.execvpe(command[0], command, environment | values)
+
+
+@secrets.command(example="pg-rekey secrets rm STRIPE_KEY")
+@click.argument("name", type=SECRET)
+@tenant_option
+@yes_option
 @database()
-def rm(connection: db.Connection, out: Output, name: str, tenant: UUID) -> None:
-    """Delete a secret."""
+def rm(connection: db.Connection, out: Output, name: str, tenant: UUID, yes: bool) -> None:
+    """Delete a secret, for good: it asks."""
+    confirm(connection, f"Delete secret {name}?", yes)
     if not scalar(connection, "select rekey.delete_secret(%s, %s)", name, tenant):
-        raise Problem(f"no such secret: {name}", "`pg-rekey secrets list` shows them.", FAILED)
+        raise missing("secrets", f"no such secret: {name!r}")
     out.done(f"secret {name} deleted", name=name)
 
 
-@secrets.command("import")
+@secrets.command("import", example="pg-rekey secrets import .env")
 @click.argument("path", type=InputPath, required=False)
 @click.option("--vault", is_flag=True, help="In place of a file: the secrets of the Supabase Vault.")
 @tenant_option
@@ -161,7 +206,7 @@ def _known(connection: db.Connection, wanted: Sequence[Secret]) -> dict[tuple[UU
     }
 
 
-@secrets.command()
+@secrets.command(example="pg-rekey secrets export --out secrets.env")
 @click.option("--out", "path", type=FilePath, help="A new file, readable by its owner only.")
 @tenant_option
 @yes_option
@@ -183,17 +228,7 @@ def export(connection: db.Connection, out: Output, path: Path | None, tenant: UU
 
 def _store(connection: db.Connection, stored: Sequence[Secret]) -> list[Row]:
     """Store secrets. Their values go by binary COPY, which no log shows: one may show parameters."""
-    connection.execute(
-        "create temporary table pg_rekey_secrets"
-        " (tenant_id uuid, keyring text, name text, value text, description text) on commit drop"
-    )
-    with (
-        connection.cursor() as cursor,
-        cursor.copy("copy pg_temp.pg_rekey_secrets from stdin binary") as copy,
-    ):
-        copy.set_types(["uuid", "text", "text", "text", "text"])
-        for one in stored:
-            copy.write_row(astuple(one))
+    db.copy_secrets(connection, [astuple(one) for one in stored])
     return fetch(connection, db.query("set copied secrets"))
 
 

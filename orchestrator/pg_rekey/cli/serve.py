@@ -4,10 +4,11 @@ import click
 
 from pg_rekey.api import tokens
 from pg_rekey.cli.base import Output, output
+from pg_rekey.cli.commands import Command
 from pg_rekey.errors import Problem
 
 
-@click.command()
+@click.command(cls=Command, example="pg-rekey serve --port 8080")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one."

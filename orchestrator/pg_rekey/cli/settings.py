@@ -4,22 +4,24 @@ import click
 
 from pg_rekey import db
 from pg_rekey.cli.base import Output, database, fetch, fetch_one
+from pg_rekey.cli.commands import Group
+from pg_rekey.cli.parameters import SETTING
 
 
-@click.group()
+@click.group(cls=Group)
 def settings() -> None:
     """Settings of the engine, kept in the database; every change is audited."""
 
 
-@settings.command()
+@settings.command(example="pg-rekey settings show")
 @database()
 def show(connection: db.Connection, out: Output) -> None:
     """Show all settings with their meaning."""
     out.table(fetch(connection, "select * from rekey.setting_status order by name"))
 
 
-@settings.command("set")
-@click.argument("name")
+@settings.command("set", example="pg-rekey settings set max_rows_per_second 5000")
+@click.argument("name", type=SETTING)
 @click.argument("value", required=False)
 @click.option("--default", "reset", is_flag=True, help="Back to the default.")
 @database()

@@ -7,10 +7,11 @@ import click
 
 from pg_rekey import release
 from pg_rekey.cli.base import Output, output, write_new
+from pg_rekey.cli.commands import Command
 from pg_rekey.errors import USAGE, Problem
 
 
-@click.command()
+@click.command(cls=Command, example="pg-rekey sql --road supabase --project .")
 @click.option(
     "--road",
     type=click.Choice(["plain", "extension", "supabase", "pgtle"]),

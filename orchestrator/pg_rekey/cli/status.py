@@ -1,39 +1,79 @@
 """`pg-rekey status`: keys, rotations and the worker at a glance."""
 
+import time
+from typing import Any
+
 import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
 
 from pg_rekey import db
-from pg_rekey.cli.base import Output, database, fetch, fetch_one
+from pg_rekey.cli import tables
+from pg_rekey.cli.base import Output, database, fetch, fetch_one, scalar
+from pg_rekey.cli.commands import Command
+from pg_rekey.cli.follow import NOBODY
+from pg_rekey.cli.rotations import COLUMNS
 from pg_rekey.errors import FINDINGS, UNFINISHED
 
+KEYRINGS = ("keyring", "version", "rows", "since", "rotate_every", "next_rotation_at", "schedule")
+ROTATIONS = (*COLUMNS[:-1], "blocked_by", "last_error")
+REFRESH = 2.0
 
-@click.command()
+
+@click.command(cls=Command, example="pg-rekey status --watch")
 @click.option(
     "--check", is_flag=True, help="Exit code 4 if a rotation failed, 5 if one is overdue or unscheduled."
 )
+@click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
 @database()
-def status(connection: db.Connection, out: Output, check: bool) -> None:
+def status(connection: db.Connection, out: Output, check: bool, watch: bool) -> None:
     """Show keyrings, rotations under way or gone wrong, and when the worker last ran."""
-    keyrings = fetch(connection, db.query("status keyrings"))
-    rotations = fetch(connection, db.query("status rotations"))
-    worker = fetch_one(connection, db.query("status worker"))
-    search = fetch(connection, "select * from rekey.search_status")
+    if watch:
+        if check or out.json or not Console().is_terminal:
+            raise click.UsageError("--watch is for a terminal, without --check and --json")
+        _watch(connection, out)
+        return
+    found = _look(connection)
     if out.json:
-        document = {"keyrings": keyrings, "rotations": rotations, "worker": worker}
-        out.document(document | {"search": search[0] if search else None})
+        out.document({name: found[name] for name in ("keyrings", "rotations", "worker", "search")})
     else:
-        out.say(db.where(connection), style="bold")
-        out.say()
-        out.table(keyrings, empty="no keyrings: run `pg-rekey init`")
-        out.say()
-        out.table(rotations, empty="no rotation is under way")
-        out.say()
-        out.record(worker)
-        if search and search[0]["state"] != "complete":
-            out.say()
-            out.say("search for versions that are to be destroyed", style="bold")
-            out.record(search[0])
-    if check and any(row["state"] in ("failed", "completed_with_failures") for row in rotations):
+        out.show(*_view(connection, out, found))
+    if check and any(row["state"] in ("failed", "completed_with_failures") for row in found["rotations"]):
         raise click.exceptions.Exit(UNFINISHED)
-    if check and any(row["schedule"] != "on time" for row in keyrings):
+    if check and any(row["schedule"] != "on time" for row in found["keyrings"]):
         raise click.exceptions.Exit(FINDINGS)
+
+
+def _watch(connection: db.Connection, out: Output) -> None:
+    with Live(screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(Group(*_view(connection, out, _look(connection))), refresh=True)
+            connection.rollback()
+            time.sleep(REFRESH)
+
+
+def _look(connection: db.Connection) -> dict[str, Any]:
+    search = fetch(connection, "select * from rekey.search_status")
+    rotations = fetch(connection, db.query("status rotations"))
+    under_way = any(row["state"] in ("queued", "running", "verifying") for row in rotations)
+    return {
+        "keyrings": fetch(connection, db.query("status keyrings")),
+        "rotations": rotations,
+        "worker": fetch_one(connection, db.query("status worker")),
+        "search": search[0] if search else None,
+        "idle": under_way and not scalar(connection, db.query("worked on")),
+    }
+
+
+def _view(connection: db.Connection, out: Output, found: dict[str, Any]) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text(db.where(connection), "bold"), ""]
+    parts += out.fit(found["keyrings"], KEYRINGS, "no keyrings: run `pg-rekey init`")
+    parts += ["", *out.fit(found["rotations"], ROTATIONS, "no rotation is under way")]
+    if found["idle"]:
+        parts.append(Text(NOBODY, "yellow"))
+    parts += ["", tables.record(found["worker"])]
+    if found["search"] and found["search"]["state"] != "complete":
+        parts += ["", Text("search for versions that are to be destroyed", "bold")]
+        parts.append(tables.record(found["search"]))
+    return parts

@@ -12,13 +12,14 @@ from pg_rekey import uninstall as steps
 from pg_rekey.archive import Document
 from pg_rekey.cli.base import FilePath, Output, confirm, output, to_json, write_new, yes_option
 from pg_rekey.cli.columns import release
+from pg_rekey.cli.commands import Command
 from pg_rekey.errors import FINDINGS, INTERRUPTED, Problem, explain
 from pg_rekey.uninstall import Column, Plan
 
 Report = dict[str, Any]
 
 
-@click.command()
+@click.command(cls=Command, example="pg-rekey uninstall --dry-run")
 @click.option("--export", type=FilePath, metavar="FILE", help="Write all secrets, plain, to this new file.")
 @click.option("--audit-log", type=FilePath, metavar="FILE", help="Write the audit log to this new file.")
 @click.option(
@@ -33,7 +34,7 @@ def uninstall(out: Output, export: Path | None, audit_log: Path | None, dry_run:
     anywhere, a row does not open, or something of yours needs pg_rekey, and says which. Stop what writes
     encrypted values first. Interrupted, the same command goes on where it stopped.
     """
-    with db.connect(autocommit=True) as connection:
+    with db.connect(autocommit=True, any_version=True) as connection:
         here = steps.look(connection)
         report: Report = {"database": db.where(connection), "installed": here["installed"]}
         out.say(db.where(connection), style="bold")
@@ -47,7 +48,9 @@ def uninstall(out: Output, export: Path | None, audit_log: Path | None, dry_run:
     if here["installed"]:
         goes_on = _remove(out, report, here, (export, audit_log), dry_run, yes)
     if goes_on:
-        with db.connect(autocommit=True) as connection:  # the first one may have been idle for too long
+        with db.connect(
+            autocommit=True, any_version=True
+        ) as connection:  # the first one may have been idle for too long
             _clean_up(connection, out, report, here)
     if out.json:
         out.document(report)

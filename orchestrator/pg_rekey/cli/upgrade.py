@@ -7,6 +7,7 @@ import psycopg
 
 from pg_rekey import db, release
 from pg_rekey.cli.base import Output, fetch, fetch_one, output, scalar
+from pg_rekey.cli.commands import Command
 from pg_rekey.errors import Problem
 
 # Whoever waits for a table keeps everybody after it waiting. Less than deadlock_timeout: it is the step that
@@ -15,17 +16,17 @@ LOCK_TIMEOUT = "500ms"
 ATTEMPTS = 20
 
 
-@click.command()
+@click.command(cls=Command, example="pg-rekey upgrade")
 @click.option("--dry-run", is_flag=True, help="Show the steps, change nothing.")
 @output
 def upgrade(out: Output, dry_run: bool) -> None:
-    """Bring the objects in this database to the version of this pg-rekey. Safe to repeat.
+    """Bring the objects in this database to this version of pg_rekey. Safe to repeat.
 
     Each step from one release to the next is a transaction of its own: what was interrupted goes on when it
     is repeated. Rotations under way go on. On Supabase, a migration does it: `pg-rekey sql --road supabase
     --project .`
     """
-    with db.connect() as connection:
+    with db.connect(any_version=True) as connection:
         out.say(db.where(connection), style="bold")
         since, road = _find(connection)
         connection.commit()

@@ -4,10 +4,11 @@ import click
 
 from pg_rekey import db
 from pg_rekey.cli.base import Output, database, fetch, keyring_option
+from pg_rekey.cli.commands import Command
 from pg_rekey.errors import FINDINGS
 
 
-@click.command()
+@click.command(cls=Command, example="pg-rekey verify --keyring default")
 @keyring_option
 @database(unlocked=True)
 def verify(connection: db.Connection, out: Output, keyring: str | None) -> None:

@@ -1,29 +1,75 @@
 """`pg-rekey work`: the worker."""
 
+import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 
-from pg_rekey.cli.base import FilePath, Output, output
+from pg_rekey import db
+from pg_rekey.cli import follow
+from pg_rekey.cli.base import FilePath, Output, fetch_one, output
+from pg_rekey.cli.commands import Command
+from pg_rekey.cli.rotate import held_up
 from pg_rekey.errors import UNFINISHED
-from pg_rekey.worker import Worker
+from pg_rekey.worker import Report, Worker
 
 
-@click.command()
+class Screen(Report):
+    """What a person wants to hear of it: the bar, and what is out of the ordinary."""
+
+    def __init__(self, bar: follow.Bar) -> None:
+        self._bar = bar
+        self._next = 0.0
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Say it in a sentence, where the bar does not show it."""
+        match event:
+            case "connected":
+                follow.say(f"connected to database {fields['database']}")
+            case "completed":
+                follow.say(f"{follow.names(fields['completed'])} completed")
+            case "held up":
+                follow.say(held_up(fields))
+            case "paused":
+                follow.tell_paused(fields["rotations"])
+            case "error":
+                follow.say(fields["error"])
+            case "stopped":
+                self._bar.hide()
+                follow.say(f"stopped after {fields['batches']} batches")
+
+    def look(self, connection: db.Connection) -> None:
+        """Show how far it is, a few times a second."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + follow.GLANCE
+            self._bar.show(fetch_one(connection, db.query("progress"), None, None))
+
+
+@click.command(cls=Command, example="pg-rekey work --forever")
 @click.option("--forever", is_flag=True, help="Go on when everything is done, as a service does.")
 @click.option(
     "--health-file", type=FilePath, help="Touched at every step; one that opens every row can take minutes."
 )
+@click.option(
+    "--log",
+    type=click.Choice(["bar", "json"]),
+    help="What it prints: on a terminal a bar by default, elsewhere JSON lines.",
+)
 @output
-def work(out: Output, forever: bool, health_file: Path | None) -> None:
+def work(out: Output, forever: bool, health_file: Path | None, log: str | None) -> None:
     """Do what is due: scheduled rotations, re-encryption, retries, destructions.
 
     For servers without pg_cron, and for KEKs that the server must not have. SIGTERM and Ctrl-C end it after
-    the batch in hand. It prints JSON log lines, with or without --json. A batch that takes longer than
-    the setting step_limit is cancelled. Exit code 4 says that a rotation failed, or left rows that it could
-    not re-encrypt.
+    the batch in hand. A batch that takes longer than the setting step_limit is cancelled. Exit code 4 says
+    that a rotation failed, or left rows that it could not re-encrypt.
     """
-    worker = Worker(forever=forever, health_file=health_file)
-    worker.run()
+    in_json = out.json or log == "json" or (log is None and not sys.stdout.isatty())
+    with nullcontext() if in_json else follow.Bar() as bar:
+        report = Report() if bar is None else Screen(bar)
+        worker = Worker(forever=forever, report=report, health_file=health_file)
+        worker.run()
     if worker.held_up:
         raise click.exceptions.Exit(UNFINISHED)

@@ -1,0 +1,126 @@
+"""Tables that fit the terminal: no word and no date is broken, and nothing is cut."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from rich.cells import cell_len
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from pg_rekey.cli.words import shown
+
+Row = Mapping[str, Any]
+NIL = UUID(int=0)
+GAP = 2
+INDENT = 4
+# Room that a sentence needs to stand in a column; with less it stands under its row.
+SENTENCE = 30
+UNLIMITED = 10_000
+_HEADINGS = {
+    "active_version": "version",
+    "column_name": "column",
+    "encrypt_on_write": "on write",
+    "fire_triggers": "triggers",
+    "kek_id": "KEK",
+    "key_version": "version",
+    "rows_done": "done",
+    "rows_failed": "failed",
+    "rows_total": "rows",
+    "to_version": "to",
+}
+# What a state means, in colour beside its word.
+_STYLES = {
+    "green": ("active", "completed", "complete", "on time"),
+    "cyan": ("queued", "running", "verifying", "searching", "looking"),
+    "yellow": ("paused", "disabled", "warning", "none", "destroy_scheduled", "completed_with_failures"),
+    "red": ("failed", "overdue", "compromised", "critical", "lost"),
+    "dim": ("decrypt_only", "destroyed", "retired", "superseded", "rolled_back", "info"),
+}
+STYLES = {word: style for style, words in _STYLES.items() for word in words}
+_STATES = ("state", "severity", "schedule")
+
+
+def heading(column: str) -> str:
+    """Return what stands over a column."""
+    return _HEADINGS.get(column) or column.removesuffix("_at").removesuffix("_id").replace("_", " ")
+
+
+def fitted(
+    rows: Sequence[Row], columns: Sequence[str], width: int, header: bool = True
+) -> Iterator[RenderableType]:
+    """Yield what makes a table of this width.
+
+    What does not fit: columns without anything in them are left out, times are short, a sentence goes over
+    several lines, and what is widest stands under its row.
+    """
+    cells = _cells(rows, columns)
+    if _width(cells) > width:
+        cells = _cells(rows, [name for name in columns if _says_something(rows, name)], datetime.now(UTC))
+    below: dict[str, list[str]] = {}
+    widths = {name: _width({name: texts}) for name, texts in cells.items()}
+    while sum(widths.values()) + GAP * (len(widths) - 1) > width and len(widths) > 1:
+        widest = max(_movable(widths), key=lambda name: widths[name])
+        room = width - sum(widths.values()) + widths[widest] - GAP * (len(widths) - 1)
+        if room >= max(SENTENCE, *(cell_len(word) for text in cells[widest] for word in text.split())):
+            widths[widest] = room
+            break
+        below[widest] = cells.pop(widest)
+        del widths[widest]
+    numbers = [name for name in columns if all(isinstance(row[name], int | float | None) for row in rows)]
+    if not below:
+        yield _table(cells, widths, numbers, header)
+        return
+    if header:
+        yield _table({name: [] for name in cells}, widths, numbers)
+    for number in range(len(rows)):
+        yield _table({name: [texts[number]] for name, texts in cells.items()}, widths, numbers, header=False)
+        for name in columns:
+            if name in below and below[name][number]:
+                text = Text.assemble((f"{heading(name)}: ", "dim"), below[name][number])
+                yield Padding(text, (0, 0, 0, INDENT))
+
+
+def record(row: Row) -> Table:
+    """Return a table with a line for each column of a row that has a value."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in row.items():
+        if value is not None:
+            text = shown(name, value)
+            table.add_row(name.replace("_", " "), Text(text, STYLES.get(text, "")))
+    return table
+
+
+def _cells(rows: Sequence[Row], columns: Sequence[str], now: datetime | None = None) -> dict[str, list[str]]:
+    return {name: [shown(name, row[name], now=now) for row in rows] for name in columns}
+
+
+def _says_something(rows: Sequence[Row], column: str) -> bool:
+    return any(row[column] not in (None, "", NIL, [], {}) for row in rows)
+
+
+def _width(cells: Mapping[str, Sequence[str]]) -> int:
+    widths = [max(map(cell_len, (heading(name), *cells[name]))) for name in cells]
+    return sum(widths) + GAP * (len(widths) - 1)
+
+
+def _movable(widths: Mapping[str, int]) -> list[str]:
+    """Return the columns that a row is understood without: neither its name nor its state."""
+    names = list(widths)[1:]
+    return [name for name in names if name not in _STATES] or names
+
+
+def _table(
+    cells: Mapping[str, Sequence[str]], widths: Mapping[str, int], numbers: Sequence[str], header: bool = True
+) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
+    for name, width in widths.items():
+        table.add_column(heading(name), justify="right" if name in numbers else "left", width=width)
+    for texts in zip(*(cells[name] for name in widths), strict=True):
+        table.add_row(*(Text(text, STYLES.get(text, "")) for text in texts))
+    return table

@@ -1,0 +1,173 @@
+"""The Python API: what an application calls, over psycopg's connections and pools."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import dict_row
+from psycopg_pool import ConnectionPool
+
+from pg_rekey import calls, db, exceptions
+from pg_rekey.calls import NIL, Call
+from pg_rekey.results import Rotation, Secret, Status
+
+T = TypeVar("T")
+Source = str | psycopg.Connection[Any] | ConnectionPool[Any] | None
+
+
+class Run(Protocol):
+    """Runs a call in a transaction."""
+
+    def __call__(self, call: Call[T], /) -> T:
+        """Return what it returns."""
+
+
+def connect(source: Source = None, *, kek: bytes | str | None = None) -> "Client":
+    """Return a client, to be used in a `with` statement.
+
+    source: a psycopg connection or pool, which stays open afterwards; a connection string, for a pool of the
+    client's own of at most 4 connections; None: the database that PG_REKEY_DSN or DATABASE_URL names.
+
+    kek: the key-encryption key, 32 bytes, or 64 hexadecimal characters or base64; None: that of PG_REKEY_KEK,
+    PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND, or, where none of them is set, the one that the server finds.
+
+    Each call is a transaction of its own; on a connection that is in one, a part of that.
+    """
+    return Client(source, kek)
+
+
+class Secrets:
+    """The secrets of a database. tenant: the nil UUID by default."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def get(self, name: str, *, tenant: UUID = NIL) -> str:
+        """Return the value of a secret. NotFound: RK007; Unreadable: RK003; Locked: RK001, RK002."""
+        return self._run(calls.get(name, tenant))
+
+    def get_all(self, names: Sequence[str] | None = None, *, tenant: UUID = NIL) -> dict[str, str]:
+        """Return the values of many secrets by name, in one call; None: all. What is missing is left out."""
+        return self._run(calls.get_all(names, tenant))
+
+    def set(
+        self,
+        name: str,
+        value: str,
+        *,
+        tenant: UUID = NIL,
+        keyring: str = "default",
+        description: str | None = None,
+    ) -> None:
+        """Store a secret, new or in place of the value before: at most 32 MiB of UTF-8. No log shows it."""
+        self._run(calls.store({name: value}, tenant, keyring, description))
+
+    def set_all(self, values: Mapping[str, str], *, tenant: UUID = NIL, keyring: str = "default") -> None:
+        """Store many secrets, in one transaction."""
+        self._run(calls.store(values, tenant, keyring, None))
+
+    def delete(self, name: str, *, tenant: UUID = NIL) -> bool:
+        """Delete a secret, for good; return whether there was one."""
+        return self._run(calls.delete(name, tenant))
+
+    def list(self, *, tenant: UUID = NIL) -> list[Secret]:
+        """Return what there is to know of all secrets but their values, by name."""
+        return self._run(calls.list_secrets(tenant))
+
+
+class Client:
+    """What connect() returns. Threads may share it where its source is a pool or a connection string."""
+
+    def __init__(self, source: Source, kek: bytes | str | None) -> None:
+        self._own = db.pool(source) if source is None or isinstance(source, str) else None
+        self._source = source if self._own is None else self._own
+        self._kek = kek
+        self.secrets = Secrets(self._run)
+
+    def __enter__(self) -> Self:
+        if self._own:
+            self._own.open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if self._own:
+            self._own.close()
+
+    def rotate(
+        self,
+        keyring: str | None = None,
+        *,
+        wait: bool = False,
+        supersede: bool = False,
+        reason: str | None = None,
+    ) -> list[Rotation]:
+        """Make a new key version, active at once, and queue the re-encryption of all rows.
+
+        keyring: None rotates every one; those under way are returned as they are. wait: re-encrypt here, in
+        many transactions, and return when every row was verified, or the rotation failed, or was paused; a
+        connection must not be in a transaction then. supersede: take over the rows of a rotation under way.
+        reason: for the audit log.
+
+        Locked: no KEK (RK001), or a wrong one (RK002); UnderWay: RK004; InUse: RK005; NotFound: RK007.
+        """
+        if wait and isinstance(self._source, psycopg.Connection):
+            exceptions.refuse_transaction(self._source)
+        begun = self._run(calls.rotate(keyring, reason, supersede))
+        return self._finish([rotation.id for rotation in begun]) if wait else begun
+
+    def status(self) -> Status:
+        """Return how keyrings stand, and the rotations that are under way or left failures."""
+        return Status(
+            self._run(calls.version()),
+            self._run(calls.keyrings()),
+            self._run(calls.under_way()),
+        )
+
+    def encrypt(
+        self, value: bytes | str, *, keyring: str = "default", context: Sequence[str | None] = ()
+    ) -> bytes:
+        """Return a value sealed with the active version of a keyring.
+
+        value: at most 32 MiB; of a str, its UTF-8. It is a bind parameter, which the server may log. context:
+        what it belongs to, such as its table, column and row: it opens with the same context only.
+
+        Locked: RK001, RK002; NotFound: RK007; WrongState: the keyring is retired (RK006).
+        """
+        return self._run(calls.encrypt(value, keyring, context))
+
+    def decrypt(self, sealed: bytes | str, *, context: Sequence[str | None] = ()) -> bytes:
+        """Return what was sealed, from its bytes, or its text form (rk1:...).
+
+        Locked: RK001, RK002; Unreadable: it is damaged, or sealed with another context (RK003).
+        """
+        return self._run(calls.decrypt(sealed, context))
+
+    def _finish(self, ids: list[int]) -> list[Rotation]:
+        whole = False
+        while calls.unfinished(rotations := self._run(calls.rotations(ids))):
+            step = self._run(calls.step(whole))
+            whole = step.is_whole()
+            if step.wait:
+                time.sleep(step.wait.total_seconds())
+        return rotations
+
+    def _run(self, call: Call[T]) -> T:
+        with exceptions.translated(), self._connection() as connection, connection.transaction():
+            if self._kek is not None or db.in_environment():
+                db.unlock(connection, self._kek)
+            if call.before:
+                connection.execute(call.before)
+            if call.copied:
+                db.copy_secrets(connection, call.copied)
+            with connection.cursor(row_factory=dict_row) as cursor:
+                return call.result(cursor.execute(call.statement, call.parameters).fetchall())
+
+    def _connection(self) -> AbstractContextManager[psycopg.Connection[Any]]:
+        if isinstance(self._source, ConnectionPool):
+            return self._source.connection()
+        assert isinstance(self._source, psycopg.Connection)
+        return nullcontext(self._source)

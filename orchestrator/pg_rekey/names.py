@@ -1,0 +1,28 @@
+"""Names that people type: those that there are, for completion, and the one that was meant."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+
+from pg_rekey import db
+
+
+def known(connection: psycopg.Connection[Any], kind: str, **given: Any) -> list[str]:
+    """Return the names that there are of a kind: keyring, rotation, secret, setting, table, column.
+
+    given: what else was typed, as far as the kind depends on it: the tenant of a secret, the table of a
+    column.
+    """
+    parameters = {"tenant": given.get("tenant"), "table": given.get("table")}
+    return [str(row["name"]) for row in connection.execute(db.query(f"names: {kind}"), parameters).fetchall()]
+
+
+def meant(given: str, names: Sequence[str]) -> str | None:
+    """Return the question whether one of these names was meant, where one of them is alike."""
+    by_lower = {name.lower(): name for name in names}
+    alike = difflib.get_close_matches(given.lower(), by_lower, n=3)
+    if not alike:
+        return None
+    return f"Did you mean {' or '.join(repr(by_lower[one]) for one in alike)}?"
