@@ -12,7 +12,7 @@ LOCK = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11
 KILLS = 20
 MINUTES = 2
 
-.PHONY: help demo test test-matrix prove bench lint sql site lock install uninstall kek dev clean
+.PHONY: help demo test test-matrix test-short prove bench lint sql packages site lock install uninstall kek dev clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-11s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -26,6 +26,9 @@ test: $(STAMP) ## run the whole suite, on a local server or TARGET=docker; print
 
 test-matrix: $(STAMP) ## the suite on every supported PostgreSQL and Python that can be had here, and which those are
 	@PYTHONPATH=tests $(BIN)/python -m matrix $(ARGS)
+
+test-short: $(STAMP) ## a short suite on PostgreSQL 16 and 18, which come as packages where they are not installed
+	@PYTHONPATH=tests $(BIN)/python -m matrix --short --postgres 16 --postgres 18 $(ARGS)
 
 prove: $(STAMP) ## kill processes under load, walk at random, count what was lost (KILLS=200 MINUTES=10)
 	@PYTHONPATH=tests $(BIN)/python -m prove --kills $(KILLS) --minutes $(MINUTES) $(ARGS)
@@ -48,6 +51,9 @@ sql: $(STAMP) ## assemble the SQL and write what is generated from it: sql/dist,
 site: $(STAMP) ## write the documentation to site/, as pages that are searched without a network
 	@NO_MKDOCS_2_WARNING=1 PYTHONDONTWRITEBYTECODE=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
 
+packages: $(STAMP) ## make what npm, PGXN and database.dev take, in build/
+	@$(BIN)/python packages/build.py
+
 lock: $(STAMP) ## resolve the ranges of pyproject.toml anew into requirements/, with hashes
 	@$(LOCK) --extra api --output-file requirements/api.txt pyproject.toml
 	@$(LOCK) --extra dev --output-file requirements/dev.txt pyproject.toml
@@ -67,7 +73,7 @@ dev: $(STAMP) ## a server that stays until Ctrl-C and reloads sql/code when a fi
 	@$(BIN)/python -m pg_rekey.local dev
 
 clean: ## remove what make made here, but not what is committed
-	@rm -rf $(VENV) .venv-* .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build site
+	@rm -rf $(VENV) .venv-* .servers .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build site
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The first Python that is new enough and can make virtual environments; on Debian and Ubuntu root gets one by apt.

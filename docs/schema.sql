@@ -461,9 +461,10 @@ begin
     elsif v_format = 'plaintext' then
       v_plaintext := v_bytes;
     elsif v_format = 'pgp_sym' then
+      v_bytes := rekey._pgp_message(v_bytes);
       v_plaintext := rekey._open_pgp(v_bytes);
       if v_plaintext is null then
-        v_problem := 'pgp_sym does not open: damaged, or another passphrase';
+        v_problem := rekey._pgp_problem(v_bytes);
       end if;
     end if;
     v_ciphertexts[v_place] := null;
@@ -3107,6 +3108,7 @@ COMMENT ON FUNCTION rekey._column_findings(relation regclass, attnum smallint, f
 CREATE FUNCTION rekey._column_shape(id integer, OUT relation regclass, OUT attnums smallint[]) RETURNS record
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $$
 begin
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
@@ -3155,6 +3157,7 @@ COMMENT ON FUNCTION rekey._column_id(relation regclass, column_name name) IS 'Th
 CREATE FUNCTION rekey._column_problem(protected rekey.protected_columns, part regclass DEFAULT NULL::regclass) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $_$
 declare
   v_shape record;
@@ -6388,6 +6391,7 @@ COMMENT ON FUNCTION rekey._look_ahead(header bytea) IS 'Says in warnings where e
 CREATE FUNCTION rekey._lost_part(protected rekey.protected_columns, leaves oid[]) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $$
 declare
   v_home text := rekey._home();
@@ -6725,6 +6729,7 @@ COMMENT ON FUNCTION rekey._move_key(key rekey.encryption_keys, state text, event
 CREATE FUNCTION rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $$
 begin
   return (select format('%s.%I', c.oid::regclass, a.attname)
@@ -7455,6 +7460,7 @@ CREATE FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, code text
     AS $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  v_pause constant interval := rekey._waited_for(code);
   v_attempts integer := 0;
   v_ids bigint[];
   v_events jsonb;
@@ -7462,10 +7468,9 @@ begin
   -- Where nothing went through yet, it is not this chunk, but all of them.
   update rekey._chunks c
   set last_error = message,
-      -- Whoever locks a table ends some time: that is waited for.
-      attempts = case when code = '55P03' then greatest(c.attempts, 1) else c.attempts + 1 end,
-      stuck = code <> '55P03' and c.attempts + 1 >= v_max,
-      next_attempt_at = clock_timestamp() + case when code = '55P03' then 5 else least(power(2, c.attempts), 300) end * interval '1 second'
+      attempts = case when v_pause is null then c.attempts + 1 else greatest(c.attempts, 1) end,
+      stuck = v_pause is null and c.attempts + 1 >= v_max,
+      next_attempt_at = clock_timestamp() + coalesce(v_pause, least(power(2, c.attempts), 300) * interval '1 second')
   where c.id in (
     select d.id from rekey._chunks d
     where d.id = chunk.id or d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
@@ -7714,26 +7719,18 @@ COMMENT ON FUNCTION rekey._open_found(targets rekey._target[], whole rekey._coun
 -- Name: _open_pgp(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._open_pgp(value bytea) RETURNS bytea
+CREATE FUNCTION rekey._open_pgp(message bytea) RETURNS bytea
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_message bytea := value;
   v_plaintext bytea;
   v_count integer;
 begin
-  if substr(value, 1, 5) = '-----'::bytea then
-    begin
-      v_message := rekey._dearmor(encode(value, 'escape'));
-    exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
-      return null;
-    end;
-  end if;
   select count(*) into v_count from rekey._passphrases();
   for v_place in 1 .. v_count loop
     begin
-      select rekey._pgp_decrypt(v_message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
+      select rekey._pgp_decrypt(message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
       from rekey._passphrases() p where p.place = v_place;
       exit when v_plaintext is not null;
     exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
@@ -7745,13 +7742,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._open_pgp(value bytea) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._open_pgp(message bytea) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _open_pgp(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _open_pgp(message bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._open_pgp(value bytea) IS 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
+COMMENT ON FUNCTION rekey._open_pgp(message bytea) IS 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
 
 
 --
@@ -8140,6 +8137,69 @@ ALTER FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) OWNER TO rekey
 --
 
 COMMENT ON FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) IS 'pgcrypto''s pgp_sym_decrypt_bytea(), wherever it is.';
+
+
+--
+-- Name: _pgp_message(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._pgp_message(value bytea) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return case when substr(value, 1, 5) = '-----'::bytea then rekey._dearmor(encode(value, 'escape')) else value end;
+exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+  return null;
+end
+$$;
+
+
+ALTER FUNCTION rekey._pgp_message(value bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _pgp_message(value bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._pgp_message(value bytea) IS 'A message of OpenPGP without its armour; NULL where that is damaged.';
+
+
+--
+-- Name: _pgp_problem(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._pgp_problem(message bytea) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_cipher integer;
+  v_length integer;
+begin
+  if coalesce(octet_length(message), 0) < 40 or get_byte(message, 2) <> 4 or get_byte(message, 3) in (2, 7, 8, 9) then
+    return 'pgp_sym does not open: damaged, or another passphrase';
+  end if;
+  v_cipher := get_byte(message, 3);
+  if not v_cipher in (3, 4) then
+    return format('pgp_sym does not open: pgcrypto does not have cipher %s of OpenPGP', v_cipher);
+  end if;
+  v_length := case when get_byte(message, 16) = 255 then 5 when get_byte(message, 16) between 192 and 223 then 2 else 1 end;
+  return format(
+    case when substr(message, 24 + v_length, 2) = substr(message, 26 + v_length, 2) and get_byte(message, 27 + v_length) in (200, 203)
+         then 'pgp_sym holds its value unencrypted: pgcrypto wrote it where OpenSSL did not have the cipher %s (CVE-2026-14663)'
+         else 'pgp_sym does not open: made with the cipher %s, which OpenSSL 3 has in its legacy provider alone; or damaged, or another passphrase' end,
+    case v_cipher when 3 then 'cast5' else 'bf' end);
+end
+$$;
+
+
+ALTER FUNCTION rekey._pgp_problem(message bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _pgp_problem(message bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._pgp_problem(message bytea) IS 'Why a message that no passphrase opens may be so.';
 
 
 --
@@ -8544,22 +8604,24 @@ CREATE FUNCTION rekey._record_error(rotations bigint[], message text, code text,
     AS $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  -- A lock that is in the way of no relation is one of ours.
+  v_pause interval := case when code <> '55P03' or target is not null then rekey._waited_for(code) end;
   v_events jsonb;
 begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   with noted as (
     update rekey.rotations r
     set attempts = a.attempts, last_error = message,
-        state = case when a.attempts >= v_max then 'failed' else r.state end,
-        pass_id = case when a.attempts < v_max then r.pass_id end,
-        next_attempt_at = case when a.attempts < v_max then
-          clock_timestamp() + least(power(2, a.attempts - 1), 300) * interval '1 second' end,
+        state = case when a.failed then 'failed' else r.state end,
+        pass_id = case when not a.failed then r.pass_id end,
+        next_attempt_at = case when not a.failed then
+          clock_timestamp() + coalesce(v_pause, least(power(2, a.attempts - 1), 300) * interval '1 second') end,
         blocked_by = case when _record_error.target is not null then jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
           'target', _record_error.target, 'relation', _record_error.relation::text, 'error', message, 'sqlstate', code))) else r.blocked_by end,
         blocked_since = case when _record_error.target is not null then coalesce(r.blocked_since, now()) else r.blocked_since end
     from (
-      -- Whoever locks a table ends some time: that is waited for.
-      select t.id, case when code = '55P03' and _record_error.target is not null then greatest(t.attempts, 1) else t.attempts + 1 end as attempts
+      select t.id, case when v_pause is null then t.attempts + 1 else greatest(t.attempts, 1) end as attempts,
+        v_pause is null and t.attempts + 1 >= v_max as failed
       from rekey.rotations t where t.id = any (rotations)) a
     -- Not one that another worker's error has failed meanwhile.
     where a.id = r.id and r.state in ('queued', 'running', 'verifying')
@@ -10152,11 +10214,11 @@ begin
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
   perform rekey._end_adoptions(id);
+  update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;  -- its trigger goes
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
   else
     perform rekey._refuse_superuser(target);
-    update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
@@ -10339,6 +10401,7 @@ COMMENT ON FUNCTION rekey._reveal(value text, context text[]) IS 'As for bytea, 
 CREATE FUNCTION rekey._rival(protected rekey.protected_columns, relation regclass, leaves oid[]) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $_$
 begin
   return (
@@ -12100,6 +12163,7 @@ COMMENT ON FUNCTION rekey._trigger_names(protected rekey.protected_columns) IS '
 CREATE FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relations oid[]) RETURNS text
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
     AS $_$
 declare
   v_names name[] := rekey._trigger_names(protected);
@@ -12786,6 +12850,25 @@ COMMENT ON FUNCTION rekey._view_columns(target regclass) IS 'The columns of a ta
 
 
 --
+-- Name: _waited_for(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._waited_for(code text) RETURNS interval
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._waited_for(code text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _waited_for(code text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._waited_for(code text) IS 'After which pause to try again what an error with this SQLSTATE stopped, without counting an attempt; NULL: it counts.';
+
+
+--
 -- Name: _wrap(bytea, bytea, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13312,19 +13395,39 @@ CREATE FUNCTION rekey.adopt_vault(keyring text DEFAULT 'default'::text, tenant_i
     AS $_$
 declare
   v_names text[];
-  v_count bigint;
+  v_id uuid;
+  v_name text;
+  v_opens boolean;
+  v_count bigint := 0;
 begin
   if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
     raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
   end if;
   select array_agg(s.value || n.suffix) into v_names
   from rekey.setting_status s, (values (''), ('_new')) as n(suffix) where s.name = 'kek_secret_name';
-  execute format($sql$
-    select count(rekey.set_secret(coalesce(v.name, v.id::text), v.decrypted_secret, $2, $3, nullif(v.description, '')))
-    from %I.decrypted_secrets v
+  -- Nothing is decrypted here: the view does that for its column, and one that does not open would stop all.
+  for v_id, v_name in execute format($sql$
+    select v.id, coalesce(v.name, v.id::text) as name from %I.decrypted_secrets v
     where not coalesce(v.name, '') = any ($1)
-      and not exists (select from rekey.secrets s where s.tenant_id = $2 and s.name = coalesce(v.name, v.id::text))$sql$, 'vault')
-  into v_count using v_names, tenant_id, keyring;
+      and not exists (select from rekey.secrets s where s.tenant_id = $2 and s.name = coalesce(v.name, v.id::text))
+    order by v.id$sql$, 'vault') using v_names, tenant_id
+  loop
+    begin
+      execute format('select v.decrypted_secret is not null from %I.decrypted_secrets v where v.id = $1', 'vault') into v_opens using v_id;
+    exception when data_exception or external_routine_invocation_exception or invalid_parameter_value or character_not_in_repertoire then
+      v_opens := false;
+    end;
+    if v_opens then
+      -- From the one into the other: a value that is a parameter can be logged.
+      execute format(
+        'select rekey.set_secret($2, v.decrypted_secret, $3, $4, nullif(v.description, $5)) from %I.decrypted_secrets v where v.id = $1', 'vault')
+      using v_id, v_name, tenant_id, keyring, '';
+      v_count := v_count + 1;
+    elsif not v_opens then
+      raise warning 'secret % of the Vault does not open', quote_literal(v_name) using errcode = 'RK003',
+        hint = format('Nor can vault.update_secret() replace it: DELETE FROM vault.secrets WHERE id = %L, and store it anew.', v_id);
+    end if;
+  end loop;
   return v_count;
 end
 $_$;
@@ -13336,7 +13439,7 @@ ALTER FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) OWNER TO rekey_ow
 -- Name: FUNCTION adopt_vault(keyring text, tenant_id uuid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
+COMMENT ON FUNCTION rekey.adopt_vault(keyring text, tenant_id uuid) IS 'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. One that does not open stops no other: a warning (RK003) names it. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
 
 
 --
@@ -19230,10 +19333,10 @@ REVOKE ALL ON FUNCTION rekey._open_found(targets rekey._target[], whole rekey._c
 
 
 --
--- Name: FUNCTION _open_pgp(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _open_pgp(message bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._open_pgp(value bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._open_pgp(message bytea) FROM PUBLIC;
 
 
 --
@@ -19304,6 +19407,20 @@ REVOKE ALL ON FUNCTION rekey._passphrases() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._pgp_decrypt(message bytea, passphrase text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _pgp_message(value bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._pgp_message(value bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _pgp_problem(message bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._pgp_problem(message bytea) FROM PUBLIC;
 
 
 --
@@ -20053,6 +20170,13 @@ REVOKE ALL ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count int
 
 REVOKE ALL ON FUNCTION rekey._view_columns(target regclass) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._view_columns(target regclass) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _waited_for(code text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._waited_for(code text) FROM PUBLIC;
 
 
 --

@@ -301,6 +301,14 @@ def extension_files() -> None:
 
 
 @pytest.fixture(scope="session")
+def icu(server: str) -> None:
+    """The server was built with ICU."""
+    with connect(server) as connection:
+        if not value(connection, "select exists (select from pg_collation where collname = 'und-x-icu')"):
+            pytest.skip("this PostgreSQL has no ICU")
+
+
+@pytest.fixture(scope="session")
 def hosting() -> Iterator[Hosted]:
     """A server of its own, where the installer has the rights of hosted Supabase's `postgres`."""
     with Hosted.start() as server:

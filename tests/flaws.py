@@ -90,12 +90,6 @@ FLAWS = [
         "left join failing f on false",
     ),
     Flaw(
-        "what a verification refused is counted as behind in small tables",
-        "61_verify.sql",
-        "r.version, 0, 0, array_agg(r.key), null, count(*)",
-        "r.version, 0, 0, array_agg(r.key), null, 0",
-    ),
-    Flaw(
         "forced policies are not noticed",
         "51_columns.sql",
         "if v_part.relforcerowsecurity then",

@@ -722,6 +722,19 @@ class Walk(RuleBasedStateMachine):
         self.a_writer_ends(which=False, commits=True)
         self.tick(days=True, jumped=False)
 
+    @move(lambda self: not self.has_writer() and not self.astray and not self.broken, number=ids)
+    def a_client_meets_a_scheduled_destruction(self, number: str) -> None:
+        """It encrypted before the rotation, and stores when nothing may stand on the version any more."""
+        before = self.now.rings["default"].active
+        self.encrypt(side="admin", ring="default", label="app.notes.v", number=number)
+        self.holds()
+        self.rotate(ring="default", supersede=False)
+        self.run()
+        self.holds()
+        self.schedule_destruction(ring="default", version=before, wait="45 days")
+        if self.held:
+            self.store_what_was_held(place=len(self.held) - 1, number=number)
+
     def is_guarded(self, place: Place) -> bool:
         """Whether the triggers of its column are on the table of a row."""
         kind, _, number = place

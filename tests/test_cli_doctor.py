@@ -2,16 +2,19 @@
 
 import os
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from psycopg.conninfo import make_conninfo
 
+import servers
 from cli_fixtures import Cli
-from helpers import Connection, value
+from driving import refused, waits
+from helpers import Connection, connect, value
 from pg_rekey import db as database
-from pg_rekey import doctor
+from pg_rekey import doctor, local
 from pg_rekey.errors import FINDINGS
 
 pytest_plugins = ["cli_fixtures"]
@@ -152,20 +155,80 @@ def test_server_versions(cli_db: Cli) -> None:
     query = database.query("doctor: server version")
     number = "current_setting('server_version_num')::int"
     expected = {
-        150015: "critical",
-        150016: "warning",
-        150018: "warning",
-        150019: None,
-        170007: "critical",
-        170010: "warning",
-        170011: None,
-        180004: "warning",
-        190000: None,
+        150014: (["critical", "critical", "warning"], "15.19"),
+        150015: (["critical", "warning"], "15.19"),
+        150016: (["warning"], "15.19"),
+        150018: (["warning"], "15.19"),
+        150019: ([], ""),
+        160010: (["critical", "critical", "warning"], "16.15"),
+        160014: (["warning"], "16.15"),
+        160015: ([], ""),
+        170006: (["critical", "critical", "warning"], "17.11"),
+        170007: (["critical", "warning"], "17.11"),
+        170010: (["warning"], "17.11"),
+        170011: ([], ""),
+        180000: (["critical", "warning"], "18.6"),
+        180004: (["warning"], "18.6"),
+        180006: ([], ""),
+        190000: ([], ""),
     }
     with database.connect() as connection:
-        for version, severity in expected.items():
+        for version, (severities, least) in expected.items():
             rows = connection.execute(query.replace(number, str(version))).fetchall()
-            assert [row["severity"] for row in rows] == ([severity] if severity else []), version
+            assert sorted(row["severity"] for row in rows) == severities, version
+            assert {row["advice"] for row in rows} == (
+                {f"Update the server to {least} or later."} if least else set()
+            )
+
+
+@pytest.mark.npm
+@pytest.mark.parametrize(
+    ("version", "loses"), [("15.14", True), ("15.18", False), ("17.6", True), ("18.0", False)]
+)
+def test_a_server_that_overwrites_newer_rows(
+    version: str, loses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so of servers that do, and of no others."""
+    try:
+        with servers.unpacked(version) as one:
+            monkeypatch.setattr(local, "ensure", lambda: one)
+            with local.Server() as server, connect(server.dsn()) as first, connect(server.dsn()) as second:
+                first.execute("create table t as select 1 as id, 'old' as v")
+                waiter = Thread(target=lambda: second.execute("update t set v = 'late' where ctid = '(0,1)'"))
+                with first.transaction():
+                    first.execute("update t set v = 'new' where id = 1")
+                    waiter.start()
+                    waits(first, second.info.backend_pid)
+                waiter.join()
+                assert value(first, "select v from t") == ("late" if loses else "new")
+                rows = first.execute(database.query("doctor: server version").encode()).fetchall()
+    except servers.Unavailable as error:
+        pytest.skip(str(error))
+    assert any("UPDATE ... WHERE ctid" in finding for _, finding, _ in rows) is loses
+
+
+def test_a_slot_whose_plugin_is_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with local.Server(settings={"wal_level": "logical", "shared_preload_libraries": ""}) as server:
+        with connect(server.dsn()) as connection:
+            allowed = value(connection, "select current_setting('output_plugin_libraries', true)")
+            if allowed is None:
+                pytest.skip("this release of PostgreSQL has no output_plugin_libraries")
+            query = database.query("doctor: logical decoding").encode()
+            connection.execute("select pg_create_logical_replication_slot('feed', 'test_decoding')")
+            connection.execute("select pg_create_physical_replication_slot('standby')")
+            assert connection.execute(query).fetchall() == []
+            connection.execute("create role monitor login")
+            with connect(server.dsn(user="monitor")) as monitor, refused("42501"):
+                monitor.execute(query)
+            server.write(
+                "data/postgresql.conf", "output_plugin_libraries = '\"pgoutput\" , wal2json'\n", append=True
+            )
+            server.restart()
+        with connect(server.dsn()) as connection:
+            [(severity, finding, _)] = connection.execute(query).fetchall()
+            assert (severity, "slot feed" in finding, "test_decoding" in finding) == ("warning", True, True)
+            with refused("42501"):
+                connection.execute("select * from pg_logical_slot_get_changes('feed', null, null)")
 
 
 def test_pooler() -> None:

@@ -522,6 +522,24 @@ def test_a_column_is_let_go(ready: Connection, app: Connection) -> None:
     assert rotation(ready, run_again, "state") == "completed"
 
 
+@pytest.mark.parametrize("type_", ["text", "bytea"])
+def test_a_column_that_is_empty_is_let_go_with_its_trigger(
+    app: Connection, ready: Connection, type_: str
+) -> None:
+    app.execute(f"create table t (id int primary key, v {type_})".encode())
+    protect(app, "t", encrypt_on_write=True)
+    app.execute("insert into t values (1, null)")
+    with app.transaction(force_rollback=True):
+        app.execute("insert into t values (2, 'x')")
+        with refused("RK005"), app.transaction():
+            app.execute("select rekey.unprotect_column('t', 'v')")
+        assert value(app, "select encrypt_on_write from rekey.column_status")
+    assert value(app, "select rekey.unprotect_column('t', 'v')") == 0
+    app.execute("insert into t values (2, 'x')")
+    assert value(app, "select v in ('x') from t where id = 2")
+    assert value(ready, "select count(*) from rekey.protected_columns") == 0
+
+
 def test_an_older_snapshot_lets_go_of_nothing(ready: Connection, app: Connection) -> None:
     app.execute("create table t (id int primary key, v text)")
     protect(app, "t", encrypt_on_write=True)

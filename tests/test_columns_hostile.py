@@ -636,6 +636,7 @@ def test_no_error_code_stops_the_engine_without_a_trace(
         assert "stop" in found[0][1]
 
 
+@pytest.mark.usefixtures("icu")
 def test_a_nondeterministic_collation_hides_nothing(ready: Connection, app: Connection) -> None:
     app.execute("create collation ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false)")
     app.execute("create table t (id int primary key, v text collate ci)")

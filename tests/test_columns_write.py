@@ -221,6 +221,7 @@ def test_a_value_opens_for_who_may_read_its_column(app: Connection, reader: Conn
         reader.execute("select rekey.decrypt_text(%s::text, array['app.t.v', '3'])", [sealed])
 
 
+@pytest.mark.usefixtures("icu")
 def test_a_collation_that_takes_other_letters_for_equal(app: Connection, ready: Connection) -> None:
     app.execute("create collation blind (provider = icu, locale = 'und-u-ks-level1', deterministic = false)")
     app.execute('create table t (id int primary key, v text collate blind, "a%s" int default 1)')

@@ -145,7 +145,7 @@ def test_the_wheel_initialises_a_database(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("road", ["plain", "extension", "supabase"])
+@pytest.mark.parametrize("road", ["plain", "extension", "supabase", "pgtle"])
 def test_the_wheel_prints_its_scripts(command: Path, tmp_path: Path, road: release.Road) -> None:
     assert run(command, "sql", "--road", road, cwd=tmp_path) == release.assemble(road)
 

@@ -142,6 +142,7 @@ def plant(app: Connection, schema: str) -> None:
         )
 
 
+@pytest.mark.usefixtures("icu")
 @pytest.mark.parametrize("encrypt_on_write", [False, True])
 @pytest.mark.parametrize("type_", ["text", "varchar", "bytea"])
 def test_objects_of_the_path_are_not_taken(

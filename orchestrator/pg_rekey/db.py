@@ -84,6 +84,7 @@ def connect(
     if not quiet:
         connection.add_notice_handler(_show_notice)
     try:
+        _refuse_single_user(connection)
         version = _refuse_impostor(connection)
     except BaseException:
         connection.close()
@@ -99,6 +100,15 @@ def _warn_of_version(there: str) -> None:
     if there != (here := release.version()):
         print(f"Warning: pg_rekey in this database is {there}, this is {here}", file=sys.stderr)
         print(f"Hint: Run `pg-rekey upgrade`, or install pg-rekey {there}.", file=sys.stderr)
+
+
+def _refuse_single_user(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
+    """Refuse PGlite, whose server runs as for a single user: nobody logged in there, and it takes no COPY."""
+    if connection.info.parameter_status("session_authorization") == "":
+        raise Problem(
+            "this is PGlite, or another server in single-user mode: no KEK was sent",
+            "It takes no COPY from clients. In its own process SQL does all of this: docs/testing.md.",
+        )
 
 
 def _refuse_impostor(connection: Connection) -> str | None:
@@ -289,6 +299,7 @@ _KINDS = ("", "_FILE", "_COMMAND")
 
 def copy_keks(connection: psycopg.Connection[Any], given: list[bytes]) -> None:
     """Put KEKs into the temporary table pg_rekey_kek by binary COPY, which no log shows."""
+    _refuse_single_user(connection)
     connection.execute(_KEKS)
     with connection.cursor() as cursor, cursor.copy(_COPY_KEKS) as copy:
         copy.set_types(["bytea"])
@@ -379,6 +390,7 @@ async def unlock_async(connection: psycopg.AsyncConnection[Any], kek: bytes | st
 
 
 async def _send_async(connection: psycopg.AsyncConnection[Any], given: list[bytes]) -> None:
+    _refuse_single_user(connection)
     try:
         async with connection.transaction(), connection.cursor() as cursor:
             await cursor.execute(_KEKS)

@@ -20,6 +20,7 @@ CHECKS = (
     "definer functions",
     "grants",
     "server version",
+    "logical decoding",
     "KEK",
     "worker",
     "schedules",
@@ -76,9 +77,11 @@ def _guarded(connection: db.Connection, name: str, check: Callable[[], list[Find
     except psycopg.errors.InsufficientPrivilege:
         # What nobody looked at is not in order: a monitor with the wrong role must not be green.
         who = connection.info.user
-        advice = {"pg_cron": f"GRANT USAGE ON SCHEMA cron TO {who}, or run it as a superuser."}.get(
-            name, f"Run it as a member of rekey_auditor or rekey_admin: GRANT rekey_auditor TO {who}."
-        )
+        advice = {
+            "pg_cron": f"GRANT USAGE ON SCHEMA cron TO {who}, or run it as a superuser.",
+            "logical decoding": f"GRANT pg_read_all_settings TO {who}, to see if output_plugin_libraries"
+            " names the plugins of the replication slots.",
+        }.get(name, f"Run it as a member of rekey_auditor or rekey_admin: GRANT rekey_auditor TO {who}.")
         return [Finding("warning", f"this role may not examine: {name}", advice)]
     except psycopg.Error as error:
         if error.sqlstate != "RK005":

@@ -182,6 +182,11 @@ STATES = {
         "The statement was cancelled, or took too long (statement_timeout): a lock may be in its way.",
         "It was cancelled, or took too long: a lock may be in its way. Try again later.",
     ),
+    "58P01": Words(
+        "A file of the server is not there, or of another release: where an update replaced them while the "
+        "server ran, restart it. Nothing is lost meanwhile.",
+        "A file of the server is not there, or of another release: after an update it needs a restart.",
+    ),
 }
 LOST = Words(
     "What was under way may have been committed: `pg-rekey status` shows it. Repeating the command does "

@@ -91,7 +91,11 @@ class Installation:
         """Return the installation in a directory, or None where there is none that works."""
         try:
             found = re.search(r"\) (\d+)", _output(bindir / "postgres", "--version"))
-            share = Path(_output(bindir / "pg_config", "--sharedir"))
+            config = bindir / "pg_config"
+            # What npm brings has none, and one place for its files.
+            share = Path(
+                _output(config, "--sharedir") if config.exists() else bindir.parent / "share/postgresql"
+            )
             _output(bindir / "initdb", "--version")
         except (OSError, subprocess.CalledProcessError):
             return None

@@ -34,6 +34,19 @@ select version from only supabase_migrations.schema_migrations where name ~ '(^|
 select exists (
   select from pg_extension_update_paths('pg_rekey') p where p.source = %s and p.target = %s and p.path is not null)
 
+-- name: pg_tle has it
+-- description: Whether it is pg_tle that keeps the scripts of the extension: there is its control function, beside one of pg_tle's own.
+select exists (
+  select from pg_depend d
+  join pg_extension e on d.refclassid = 'pg_extension'::regclass and e.oid = d.refobjid and d.deptype = 'e' and e.extname = 'pg_tle'
+  where d.classid = 'pg_proc'::regclass and d.objid = to_regprocedure('pgtle.extension_update_paths(name)')
+    and to_regprocedure('pgtle."pg_rekey.control"()') is not null)
+
+-- name: pg_tle path
+-- description: Whether pg_tle has the script for one step of the extension.
+select exists (
+  select from pgtle.extension_update_paths('pg_rekey') p where p.source = %s and p.target = %s and p.path is not null)
+
 -- name: installer
 -- description: The role that installed it, and whether this one may replace what it owns.
 select p.proowner::regrole::text as role, coalesce(pg_has_role(p.proowner, 'usage'), true) as allowed
@@ -397,14 +410,31 @@ where case
 end
 
 -- name: doctor: server version
--- description: Minor versions with known flaws in pgcrypto.
-select case when minor < first then 'critical' else 'warning' end as severity,
-  format('PostgreSQL %s.%s has known flaws in pgcrypto', major, minor) as finding,
-  format('Update the server to %s.%s or later.', major, second) as advice
-from (values (15, 16, 19), (16, 12, 15), (17, 8, 11), (18, 2, 5)) as known (major, first, second)
-join (select current_setting('server_version_num')::int / 10000, current_setting('server_version_num')::int % 10000)
-  as server (number, minor) on server.number = known.major
-where minor < second
+-- description: Minor releases with flaws that endanger keys or rows. All releases that are named were made: there is no 18.5.
+with known (flaw, severity, majors, mended) as (
+  values
+    ('writes past a buffer of pgcrypto where a PGP message is damaged (CVE-2026-2005)', 'critical', '{15,16,17,18}'::int[], '{16,12,8,2}'::int[]),
+    ('overwrites newer rows by UPDATE ... WHERE ctid = ...', 'critical', '{15,16,17}', '{15,11,7}'),
+    ('writes plaintext by pgp_sym_encrypt() with ciphers that OpenSSL lacks (CVE-2026-14663)', 'warning', '{15,16,17,18}', '{19,15,11,6}')
+), server as (
+  select current_setting('server_version_num')::int / 10000 as major, current_setting('server_version_num')::int % 10000 as minor
+)
+select k.severity, format('PostgreSQL %s.%s %s', s.major, s.minor, k.flaw) as finding,
+  format('Update the server to %s.%s or later.', s.major, max(m.minor) over ()) as advice
+from server s
+cross join known k
+cross join lateral unnest(k.majors, k.mended) as m(major, minor)
+where m.major = s.major and s.minor < m.minor
+
+-- name: doctor: logical decoding
+-- description: Slots whose plugin the server does not load, from 15.19, 16.15, 17.11 and 18.6 on. Only superusers and members
+--   of pg_read_all_settings see the setting; so it is not looked at, not even by the planner, where no slot has a plugin.
+select 'warning' as severity,
+  format('replication slot %s gets nothing any more: output_plugin_libraries does not name its plugin, %s', r.slot_name, r.plugin) as finding,
+  format('Add %s to output_plugin_libraries, or drop the slot: it keeps WAL, and what follows the database misses its changes.', r.plugin) as advice
+from pg_replication_slots r
+where not r.plugin = any (regexp_split_to_array(translate(
+  current_setting(case when r.plugin <> '' then 'output_plugin_libraries' end, true), ' "', ''), ','))
 
 -- name: doctor: worker
 -- description: Whether the unattended work is being done.

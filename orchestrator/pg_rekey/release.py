@@ -1,9 +1,10 @@
 """Assemble the SQL sources: the only place that knows how the files of ``sql/`` become an installation.
 
-Three roads lead to the same catalog: ``extension`` (CREATE EXTENSION), ``plain`` (``pg-rekey init``, in one
-transaction) and ``supabase`` (a migration). The script is the same but for the first line, which keeps psql
-from running what belongs to CREATE EXTENSION. In a checkout it is assembled from the sources; an installed
-wheel carries it assembled.
+Four roads lead to the same catalog: ``extension`` (CREATE EXTENSION), ``plain`` (``pg-rekey init``, in one
+transaction), ``supabase`` (a migration) and ``pgtle`` (CREATE EXTENSION where pg_tle keeps the scripts, since
+nobody can place files). The script is the same but for the first line, which keeps psql from running what
+belongs to CREATE EXTENSION, and what hands it to pg_tle. In a checkout it is assembled from the sources; an
+installed wheel carries it assembled.
 
 From one release to the next there is a step: ``sql/update.sql``, then what ``sql/updates/A--B.sql`` does to
 the state, where that file exists, and then all the code anew. What was released is frozen:
@@ -21,7 +22,7 @@ from typing import Literal
 
 import click
 
-Road = Literal["extension", "plain", "supabase"]
+Road = Literal["extension", "plain", "supabase", "pgtle"]
 Step = tuple[str, str]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,17 +32,13 @@ DIST = SOURCES / "dist"
 MIGRATIONS = ROOT / "supabase" / "migrations"
 FIRST_MIGRATION = datetime(2026, 1, 1)
 STAMP = "%Y%m%d%H%M%S"
+PGTLE_QUOTE = "$_pg_rekey_tle_$"
 EXTENSION_GUARD = '\\echo Use "CREATE EXTENSION pg_rekey" to load this file. \\quit\n'
 
 
 def version() -> str:
     """Return the version of this release, as the control file states it."""
-    folder = PACKAGED if PACKAGED.is_dir() else SOURCES
-    control = (folder / "pg_rekey.control").read_text()
-    match = re.search(r"^default_version = '([^']+)'", control, re.MULTILINE)
-    if match is None:
-        raise ValueError("pg_rekey.control has no default_version")
-    return match[1]
+    return _control("default_version")
 
 
 def released() -> list[str]:
@@ -96,6 +93,24 @@ def code() -> Iterator[tuple[Path, str]]:
     """Yield the files of what is idempotent, each with its SQL: functions, views, policies and grants."""
     for path in (SOURCES / "header.sql", *_code()):
         yield path, path.read_text().replace("__VERSION__", version())
+
+
+def pgtle_update(since: str) -> str:
+    """Return what teaches pg_tle the way from a version to this one. KeyError: there is none."""
+    calls = [
+        f"install_update_path('pg_rekey', '{step[0]}', '{step[1]}', {_quoted(script)})"
+        for step in steps(since)
+        for script in [step_script("plain", step)]
+    ]
+    if not calls:
+        raise KeyError(since)
+    # For databases that are restored, and for new ones: they get the default version.
+    calls += [
+        f"install_extension_version_sql('pg_rekey', '{version()}', {_quoted(sql_script('plain'))})",
+        f"set_default_version('pg_rekey', '{version()}')",
+    ]
+    head = f"-- For a member of pgtle_admin; then: alter extension pg_rekey update to '{version()}';\n"
+    return head + "begin;\n" + "".join(f"select pgtle.{call};\n" for call in calls) + "commit;\n"
 
 
 def assemble_code() -> str:
@@ -170,6 +185,15 @@ def script_version(script: str) -> str | None:
     return match and match[1]
 
 
+def _control(name: str) -> str:
+    """Return a text of the extension's control file."""
+    folder = PACKAGED if PACKAGED.is_dir() else SOURCES
+    match = re.search(rf"^{name} = '([^']+)'", (folder / "pg_rekey.control").read_text(), re.MULTILINE)
+    if match is None:
+        raise ValueError(f"pg_rekey.control has no {name}")
+    return match[1]
+
+
 def _scripts() -> Path:
     return PACKAGED if PACKAGED.is_dir() else DIST
 
@@ -202,7 +226,24 @@ def _code() -> Iterator[Path]:
 
 
 def _for_road(road: Road, script: str) -> str:
-    return script if road == "extension" else script.removeprefix(EXTENSION_GUARD)
+    if road == "extension":
+        return script
+    bare = script.removeprefix(EXTENSION_GUARD)
+    return bare if road != "pgtle" else _for_pgtle(bare)
+
+
+def _for_pgtle(script: str) -> str:
+    """Return what hands the installation to pg_tle, with what the control file says of it."""
+    described = ", ".join(f"'{text}'" for text in ("pg_rekey", version(), _control("comment")))
+    return (
+        "-- For a member of pgtle_admin; then: create extension pg_rekey schema pg_catalog;\n"
+        f"select pgtle.install_extension({described}, {_quoted(script)}, '{{{_control('requires')}}}');\n"
+    )
+
+
+def _quoted(script: str) -> str:
+    assert PGTLE_QUOTE not in script
+    return f"{PGTLE_QUOTE}\n{script}{PGTLE_QUOTE}"
 
 
 def _join(title: str, files: list[Path]) -> str:

@@ -192,6 +192,7 @@ comment on function rekey._column_bodies is
 create or replace function rekey._column_shape(id integer, out relation regclass, out attnums smallint[])
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- a plan of when there were few columns is kept while they become many
 as $$
 begin
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
@@ -247,6 +248,7 @@ comment on function rekey._relations_here is 'The relations of a table that have
 create or replace function rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 begin
   return (select format('%s.%I', c.oid::regclass, a.attname)
@@ -274,6 +276,7 @@ comment on function rekey._relation_named is 'The relation that has this name, w
 create or replace function rekey._lost_part(protected rekey.protected_columns, leaves oid[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 declare
   v_home text := rekey._home();
@@ -295,6 +298,7 @@ comment on function rekey._lost_part is 'A relation that held values of a protec
 create or replace function rekey._rival(protected rekey.protected_columns, relation regclass, leaves oid[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 begin
   return (
@@ -354,6 +358,7 @@ comment on function rekey._trigger_names is 'The triggers of a protected column:
 create or replace function rekey._trigger_problem(protected rekey.protected_columns, relations oid[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 declare
   v_names name[] := rekey._trigger_names(protected);
@@ -502,6 +507,7 @@ comment on function rekey._protect_options is 'What has to be given again where 
 create or replace function rekey._column_problem(protected rekey.protected_columns, part regclass = null) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 declare
   v_shape record;

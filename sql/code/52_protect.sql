@@ -708,11 +708,11 @@ begin
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
   perform rekey._end_adoptions(id);
+  update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;  -- its trigger goes
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
   else
     perform rekey._refuse_superuser(target);
-    update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)

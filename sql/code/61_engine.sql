@@ -51,28 +51,36 @@ end
 $$;
 comment on function rekey._barrier is 'Whether no transaction is left that encrypts with one of these versions. They are no longer active: none can begin to.';
 
+create or replace function rekey._waited_for(code text) returns interval
+language sql immutable parallel safe
+-- Whoever locks a table ends some time. A library that cannot be loaded has been replaced under the running server, until its restart.
+return case code when '55P03' then interval '5 seconds' when '58P01' then interval '1 minute' end;
+comment on function rekey._waited_for is 'After which pause to try again what an error with this SQLSTATE stopped, without counting an attempt; NULL: it counts.';
+
 create or replace function rekey._record_error(rotations bigint[], message text, code text, target text = null, relation regclass = null) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  -- A lock that is in the way of no relation is one of ours.
+  v_pause interval := case when code <> '55P03' or target is not null then rekey._waited_for(code) end;
   v_events jsonb;
 begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   with noted as (
     update rekey.rotations r
     set attempts = a.attempts, last_error = message,
-        state = case when a.attempts >= v_max then 'failed' else r.state end,
-        pass_id = case when a.attempts < v_max then r.pass_id end,
-        next_attempt_at = case when a.attempts < v_max then
-          clock_timestamp() + least(power(2, a.attempts - 1), 300) * interval '1 second' end,
+        state = case when a.failed then 'failed' else r.state end,
+        pass_id = case when not a.failed then r.pass_id end,
+        next_attempt_at = case when not a.failed then
+          clock_timestamp() + coalesce(v_pause, least(power(2, a.attempts - 1), 300) * interval '1 second') end,
         blocked_by = case when _record_error.target is not null then jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
           'target', _record_error.target, 'relation', _record_error.relation::text, 'error', message, 'sqlstate', code))) else r.blocked_by end,
         blocked_since = case when _record_error.target is not null then coalesce(r.blocked_since, now()) else r.blocked_since end
     from (
-      -- Whoever locks a table ends some time: that is waited for.
-      select t.id, case when code = '55P03' and _record_error.target is not null then greatest(t.attempts, 1) else t.attempts + 1 end as attempts
+      select t.id, case when v_pause is null then t.attempts + 1 else greatest(t.attempts, 1) end as attempts,
+        v_pause is null and t.attempts + 1 >= v_max as failed
       from rekey.rotations t where t.id = any (rotations)) a
     -- Not one that another worker's error has failed meanwhile.
     where a.id = r.id and r.state in ('queued', 'running', 'verifying')
@@ -139,6 +147,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  v_pause constant interval := rekey._waited_for(code);
   v_attempts integer := 0;
   v_ids bigint[];
   v_events jsonb;
@@ -146,10 +155,9 @@ begin
   -- Where nothing went through yet, it is not this chunk, but all of them.
   update rekey._chunks c
   set last_error = message,
-      -- Whoever locks a table ends some time: that is waited for.
-      attempts = case when code = '55P03' then greatest(c.attempts, 1) else c.attempts + 1 end,
-      stuck = code <> '55P03' and c.attempts + 1 >= v_max,
-      next_attempt_at = clock_timestamp() + case when code = '55P03' then 5 else least(power(2, c.attempts), 300) end * interval '1 second'
+      attempts = case when v_pause is null then c.attempts + 1 else greatest(c.attempts, 1) end,
+      stuck = v_pause is null and c.attempts + 1 >= v_max,
+      next_attempt_at = clock_timestamp() + coalesce(v_pause, least(power(2, c.attempts), 300) * interval '1 second')
   where c.id in (
     select d.id from rekey._chunks d
     where d.id = chunk.id or d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation

@@ -52,26 +52,30 @@ end
 $$;
 comment on function rekey._passphrases is 'What rekey._keep_passphrases() keeps in this transaction.';
 
-create or replace function rekey._open_pgp(value bytea) returns bytea
+create or replace function rekey._pgp_message(value bytea) returns bytea
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when substr(value, 1, 5) = '-----'::bytea then rekey._dearmor(encode(value, 'escape')) else value end;
+exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+  return null;
+end
+$$;
+comment on function rekey._pgp_message is 'A message of OpenPGP without its armour; NULL where that is damaged.';
+
+create or replace function rekey._open_pgp(message bytea) returns bytea
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_message bytea := value;
   v_plaintext bytea;
   v_count integer;
 begin
-  if substr(value, 1, 5) = '-----'::bytea then
-    begin
-      v_message := rekey._dearmor(encode(value, 'escape'));
-    exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
-      return null;
-    end;
-  end if;
   select count(*) into v_count from rekey._passphrases();
   for v_place in 1 .. v_count loop
     begin
-      select rekey._pgp_decrypt(v_message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
+      select rekey._pgp_decrypt(message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
       from rekey._passphrases() p where p.place = v_place;
       exit when v_plaintext is not null;
     exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
@@ -82,6 +86,32 @@ begin
 end
 $$;
 comment on function rekey._open_pgp is 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
+
+-- 13 bytes that tell the cipher, then the data: eight random bytes, the last two of them again, and the first packet within.
+create or replace function rekey._pgp_problem(message bytea) returns text
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_cipher integer;
+  v_length integer;
+begin
+  if coalesce(octet_length(message), 0) < 40 or get_byte(message, 2) <> 4 or get_byte(message, 3) in (2, 7, 8, 9) then
+    return 'pgp_sym does not open: damaged, or another passphrase';
+  end if;
+  v_cipher := get_byte(message, 3);
+  if not v_cipher in (3, 4) then
+    return format('pgp_sym does not open: pgcrypto does not have cipher %s of OpenPGP', v_cipher);
+  end if;
+  v_length := case when get_byte(message, 16) = 255 then 5 when get_byte(message, 16) between 192 and 223 then 2 else 1 end;
+  return format(
+    case when substr(message, 24 + v_length, 2) = substr(message, 26 + v_length, 2) and get_byte(message, 27 + v_length) in (200, 203)
+         then 'pgp_sym holds its value unencrypted: pgcrypto wrote it where OpenSSL did not have the cipher %s (CVE-2026-14663)'
+         else 'pgp_sym does not open: made with the cipher %s, which OpenSSL 3 has in its legacy provider alone; or damaged, or another passphrase' end,
+    case v_cipher when 3 then 'cast5' else 'bf' end);
+end
+$$;
+comment on function rekey._pgp_problem is 'Why a message that no passphrase opens may be so.';
 
 create or replace function rekey._adopt(
   "values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean
@@ -142,9 +172,10 @@ begin
     elsif v_format = 'plaintext' then
       v_plaintext := v_bytes;
     elsif v_format = 'pgp_sym' then
+      v_bytes := rekey._pgp_message(v_bytes);
       v_plaintext := rekey._open_pgp(v_bytes);
       if v_plaintext is null then
-        v_problem := 'pgp_sym does not open: damaged, or another passphrase';
+        v_problem := rekey._pgp_problem(v_bytes);
       end if;
     end if;
     v_ciphertexts[v_place] := null;
@@ -553,22 +584,42 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_names text[];
-  v_count bigint;
+  v_id uuid;
+  v_name text;
+  v_opens boolean;
+  v_count bigint := 0;
 begin
   if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
     raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
   end if;
   select array_agg(s.value || n.suffix) into v_names
   from rekey.setting_status s, (values (''), ('_new')) as n(suffix) where s.name = 'kek_secret_name';
-  execute format($sql$
-    select count(rekey.set_secret(coalesce(v.name, v.id::text), v.decrypted_secret, $2, $3, nullif(v.description, '')))
-    from %I.decrypted_secrets v
+  -- Nothing is decrypted here: the view does that for its column, and one that does not open would stop all.
+  for v_id, v_name in execute format($sql$
+    select v.id, coalesce(v.name, v.id::text) as name from %I.decrypted_secrets v
     where not coalesce(v.name, '') = any ($1)
-      and not exists (select from rekey.secrets s where s.tenant_id = $2 and s.name = coalesce(v.name, v.id::text))$sql$, 'vault')
-  into v_count using v_names, tenant_id, keyring;
+      and not exists (select from rekey.secrets s where s.tenant_id = $2 and s.name = coalesce(v.name, v.id::text))
+    order by v.id$sql$, 'vault') using v_names, tenant_id
+  loop
+    begin
+      execute format('select v.decrypted_secret is not null from %I.decrypted_secrets v where v.id = $1', 'vault') into v_opens using v_id;
+    exception when data_exception or external_routine_invocation_exception or invalid_parameter_value or character_not_in_repertoire then
+      v_opens := false;
+    end;
+    if v_opens then
+      -- From the one into the other: a value that is a parameter can be logged.
+      execute format(
+        'select rekey.set_secret($2, v.decrypted_secret, $3, $4, nullif(v.description, $5)) from %I.decrypted_secrets v where v.id = $1', 'vault')
+      using v_id, v_name, tenant_id, keyring, '';
+      v_count := v_count + 1;
+    elsif not v_opens then
+      raise warning 'secret % of the Vault does not open', quote_literal(v_name) using errcode = 'RK003',
+        hint = format('Nor can vault.update_secret() replace it: DELETE FROM vault.secrets WHERE id = %L, and store it anew.', v_id);
+    end if;
+  end loop;
   return v_count;
 end
 $$;
 comment on function rekey.adopt_vault is
-  'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
+  'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. One that does not open stops no other: a warning (RK003) names it. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
 grant execute on function rekey.adopt_vault to rekey_admin;

@@ -3741,6 +3741,7 @@ comment on function rekey._column_bodies is
 create or replace function rekey._column_shape(id integer, out relation regclass, out attnums smallint[])
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- a plan of when there were few columns is kept while they become many
 as $$
 begin
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
@@ -3796,6 +3797,7 @@ comment on function rekey._relations_here is 'The relations of a table that have
 create or replace function rekey._namesake(protected rekey.protected_columns, relation regclass, attnum smallint) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 begin
   return (select format('%s.%I', c.oid::regclass, a.attname)
@@ -3823,6 +3825,7 @@ comment on function rekey._relation_named is 'The relation that has this name, w
 create or replace function rekey._lost_part(protected rekey.protected_columns, leaves oid[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 declare
   v_home text := rekey._home();
@@ -3844,6 +3847,7 @@ comment on function rekey._lost_part is 'A relation that held values of a protec
 create or replace function rekey._rival(protected rekey.protected_columns, relation regclass, leaves oid[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 begin
   return (
@@ -3903,6 +3907,7 @@ comment on function rekey._trigger_names is 'The triggers of a protected column:
 create or replace function rekey._trigger_problem(protected rekey.protected_columns, relations oid[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 declare
   v_names name[] := rekey._trigger_names(protected);
@@ -4051,6 +4056,7 @@ comment on function rekey._protect_options is 'What has to be given again where 
 create or replace function rekey._column_problem(protected rekey.protected_columns, part regclass = null) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
 as $$
 declare
   v_shape record;
@@ -4908,11 +4914,11 @@ begin
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
   perform rekey._end_adoptions(id);
+  update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;  -- its trigger goes
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
   else
     perform rekey._refuse_superuser(target);
-    update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
     cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
@@ -6623,28 +6629,36 @@ end
 $$;
 comment on function rekey._barrier is 'Whether no transaction is left that encrypts with one of these versions. They are no longer active: none can begin to.';
 
+create or replace function rekey._waited_for(code text) returns interval
+language sql immutable parallel safe
+-- Whoever locks a table ends some time. A library that cannot be loaded has been replaced under the running server, until its restart.
+return case code when '55P03' then interval '5 seconds' when '58P01' then interval '1 minute' end;
+comment on function rekey._waited_for is 'After which pause to try again what an error with this SQLSTATE stopped, without counting an attempt; NULL: it counts.';
+
 create or replace function rekey._record_error(rotations bigint[], message text, code text, target text = null, relation regclass = null) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  -- A lock that is in the way of no relation is one of ours.
+  v_pause interval := case when code <> '55P03' or target is not null then rekey._waited_for(code) end;
   v_events jsonb;
 begin
   perform from rekey.rotations r where r.id = any (rotations) order by r.id for no key update;
   with noted as (
     update rekey.rotations r
     set attempts = a.attempts, last_error = message,
-        state = case when a.attempts >= v_max then 'failed' else r.state end,
-        pass_id = case when a.attempts < v_max then r.pass_id end,
-        next_attempt_at = case when a.attempts < v_max then
-          clock_timestamp() + least(power(2, a.attempts - 1), 300) * interval '1 second' end,
+        state = case when a.failed then 'failed' else r.state end,
+        pass_id = case when not a.failed then r.pass_id end,
+        next_attempt_at = case when not a.failed then
+          clock_timestamp() + coalesce(v_pause, least(power(2, a.attempts - 1), 300) * interval '1 second') end,
         blocked_by = case when _record_error.target is not null then jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
           'target', _record_error.target, 'relation', _record_error.relation::text, 'error', message, 'sqlstate', code))) else r.blocked_by end,
         blocked_since = case when _record_error.target is not null then coalesce(r.blocked_since, now()) else r.blocked_since end
     from (
-      -- Whoever locks a table ends some time: that is waited for.
-      select t.id, case when code = '55P03' and _record_error.target is not null then greatest(t.attempts, 1) else t.attempts + 1 end as attempts
+      select t.id, case when v_pause is null then t.attempts + 1 else greatest(t.attempts, 1) end as attempts,
+        v_pause is null and t.attempts + 1 >= v_max as failed
       from rekey.rotations t where t.id = any (rotations)) a
     -- Not one that another worker's error has failed meanwhile.
     where a.id = r.id and r.state in ('queued', 'running', 'verifying')
@@ -6711,6 +6725,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_max integer := (rekey._settings()).max_attempts;
+  v_pause constant interval := rekey._waited_for(code);
   v_attempts integer := 0;
   v_ids bigint[];
   v_events jsonb;
@@ -6718,10 +6733,9 @@ begin
   -- Where nothing went through yet, it is not this chunk, but all of them.
   update rekey._chunks c
   set last_error = message,
-      -- Whoever locks a table ends some time: that is waited for.
-      attempts = case when code = '55P03' then greatest(c.attempts, 1) else c.attempts + 1 end,
-      stuck = code <> '55P03' and c.attempts + 1 >= v_max,
-      next_attempt_at = clock_timestamp() + case when code = '55P03' then 5 else least(power(2, c.attempts), 300) end * interval '1 second'
+      attempts = case when v_pause is null then c.attempts + 1 else greatest(c.attempts, 1) end,
+      stuck = v_pause is null and c.attempts + 1 >= v_max,
+      next_attempt_at = clock_timestamp() + coalesce(v_pause, least(power(2, c.attempts), 300) * interval '1 second')
   where c.id in (
     select d.id from rekey._chunks d
     where d.id = chunk.id or d.pass_id = chunk.pass_id and d.kind = chunk.kind and d.target = chunk.target and d.relation = chunk.relation
@@ -9721,26 +9735,30 @@ end
 $$;
 comment on function rekey._passphrases is 'What rekey._keep_passphrases() keeps in this transaction.';
 
-create or replace function rekey._open_pgp(value bytea) returns bytea
+create or replace function rekey._pgp_message(value bytea) returns bytea
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when substr(value, 1, 5) = '-----'::bytea then rekey._dearmor(encode(value, 'escape')) else value end;
+exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
+  return null;
+end
+$$;
+comment on function rekey._pgp_message is 'A message of OpenPGP without its armour; NULL where that is damaged.';
+
+create or replace function rekey._open_pgp(message bytea) returns bytea
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_message bytea := value;
   v_plaintext bytea;
   v_count integer;
 begin
-  if substr(value, 1, 5) = '-----'::bytea then
-    begin
-      v_message := rekey._dearmor(encode(value, 'escape'));
-    exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
-      return null;
-    end;
-  end if;
   select count(*) into v_count from rekey._passphrases();
   for v_place in 1 .. v_count loop
     begin
-      select rekey._pgp_decrypt(v_message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
+      select rekey._pgp_decrypt(message, convert_from(p.passphrase, 'UTF8')) into v_plaintext
       from rekey._passphrases() p where p.place = v_place;
       exit when v_plaintext is not null;
     exception when external_routine_invocation_exception or invalid_parameter_value or data_exception then
@@ -9751,6 +9769,32 @@ begin
 end
 $$;
 comment on function rekey._open_pgp is 'Bytes of what pgp_sym_encrypt() or pgp_sym_encrypt_bytea() made; NULL where no passphrase of rekey._keep_passphrases() opens it.';
+
+-- 13 bytes that tell the cipher, then the data: eight random bytes, the last two of them again, and the first packet within.
+create or replace function rekey._pgp_problem(message bytea) returns text
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_cipher integer;
+  v_length integer;
+begin
+  if coalesce(octet_length(message), 0) < 40 or get_byte(message, 2) <> 4 or get_byte(message, 3) in (2, 7, 8, 9) then
+    return 'pgp_sym does not open: damaged, or another passphrase';
+  end if;
+  v_cipher := get_byte(message, 3);
+  if not v_cipher in (3, 4) then
+    return format('pgp_sym does not open: pgcrypto does not have cipher %s of OpenPGP', v_cipher);
+  end if;
+  v_length := case when get_byte(message, 16) = 255 then 5 when get_byte(message, 16) between 192 and 223 then 2 else 1 end;
+  return format(
+    case when substr(message, 24 + v_length, 2) = substr(message, 26 + v_length, 2) and get_byte(message, 27 + v_length) in (200, 203)
+         then 'pgp_sym holds its value unencrypted: pgcrypto wrote it where OpenSSL did not have the cipher %s (CVE-2026-14663)'
+         else 'pgp_sym does not open: made with the cipher %s, which OpenSSL 3 has in its legacy provider alone; or damaged, or another passphrase' end,
+    case v_cipher when 3 then 'cast5' else 'bf' end);
+end
+$$;
+comment on function rekey._pgp_problem is 'Why a message that no passphrase opens may be so.';
 
 create or replace function rekey._adopt(
   "values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean
@@ -9811,9 +9855,10 @@ begin
     elsif v_format = 'plaintext' then
       v_plaintext := v_bytes;
     elsif v_format = 'pgp_sym' then
+      v_bytes := rekey._pgp_message(v_bytes);
       v_plaintext := rekey._open_pgp(v_bytes);
       if v_plaintext is null then
-        v_problem := 'pgp_sym does not open: damaged, or another passphrase';
+        v_problem := rekey._pgp_problem(v_bytes);
       end if;
     end if;
     v_ciphertexts[v_place] := null;
@@ -10222,24 +10267,44 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_names text[];
-  v_count bigint;
+  v_id uuid;
+  v_name text;
+  v_opens boolean;
+  v_count bigint := 0;
 begin
   if rekey._trusted_relation('supabase_vault', 'vault', 'decrypted_secrets') is null then
     raise exception 'this database has no Supabase Vault' using errcode = 'undefined_table';
   end if;
   select array_agg(s.value || n.suffix) into v_names
   from rekey.setting_status s, (values (''), ('_new')) as n(suffix) where s.name = 'kek_secret_name';
-  execute format($sql$
-    select count(rekey.set_secret(coalesce(v.name, v.id::text), v.decrypted_secret, $2, $3, nullif(v.description, '')))
-    from %I.decrypted_secrets v
+  -- Nothing is decrypted here: the view does that for its column, and one that does not open would stop all.
+  for v_id, v_name in execute format($sql$
+    select v.id, coalesce(v.name, v.id::text) as name from %I.decrypted_secrets v
     where not coalesce(v.name, '') = any ($1)
-      and not exists (select from rekey.secrets s where s.tenant_id = $2 and s.name = coalesce(v.name, v.id::text))$sql$, 'vault')
-  into v_count using v_names, tenant_id, keyring;
+      and not exists (select from rekey.secrets s where s.tenant_id = $2 and s.name = coalesce(v.name, v.id::text))
+    order by v.id$sql$, 'vault') using v_names, tenant_id
+  loop
+    begin
+      execute format('select v.decrypted_secret is not null from %I.decrypted_secrets v where v.id = $1', 'vault') into v_opens using v_id;
+    exception when data_exception or external_routine_invocation_exception or invalid_parameter_value or character_not_in_repertoire then
+      v_opens := false;
+    end;
+    if v_opens then
+      -- From the one into the other: a value that is a parameter can be logged.
+      execute format(
+        'select rekey.set_secret($2, v.decrypted_secret, $3, $4, nullif(v.description, $5)) from %I.decrypted_secrets v where v.id = $1', 'vault')
+      using v_id, v_name, tenant_id, keyring, '';
+      v_count := v_count + 1;
+    elsif not v_opens then
+      raise warning 'secret % of the Vault does not open', quote_literal(v_name) using errcode = 'RK003',
+        hint = format('Nor can vault.update_secret() replace it: DELETE FROM vault.secrets WHERE id = %L, and store it anew.', v_id);
+    end if;
+  end loop;
   return v_count;
 end
 $$;
 comment on function rekey.adopt_vault is
-  'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
+  'Copies the secrets of the Supabase Vault into rekey.secrets, under their names (a secret without one: its id), and returns how many. Names that are taken, and the KEK, are left out, so that it can be repeated. One that does not open stops no other: a warning (RK003) names it. The Vault keeps its own: delete them there afterwards. Takes the rights to read the Vault and rekey_app. 42P01: there is no Vault, or it is not the extension supabase_vault''s; and the errors of rekey.set_secret().';
 grant execute on function rekey.adopt_vault to rekey_admin;
 
 -- sql/code/63_formats.sql

@@ -69,6 +69,8 @@ $$;
 create function vault.update_secret(
   secret_id uuid, new_secret text = null, new_name text = null, new_description text = null, new_key_id uuid = null)
 returns void language plpgsql security definer set search_path = '' as $$
+declare
+  decrypted_secret text := (select v.decrypted_secret from vault.decrypted_secrets v where v.id = secret_id);
 begin
   update vault.secrets s
   set secret = case when new_secret is null then s.secret else encode(vault._crypto_aead_det_encrypt(

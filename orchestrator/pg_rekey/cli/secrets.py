@@ -10,6 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 import click
+import psycopg
 
 from pg_rekey import archive, db, envfile
 from pg_rekey.archive import Archive, Secret
@@ -28,7 +29,7 @@ from pg_rekey.cli.base import (
 from pg_rekey.cli.commands import Group
 from pg_rekey.cli.parameters import KEYRING, SECRET
 from pg_rekey.cli.tables import Row
-from pg_rekey.errors import USAGE, Problem, missing
+from pg_rekey.errors import FINDINGS, USAGE, Problem, missing
 
 # Rows that a list takes from the server at a time.
 BATCH = 1000
@@ -145,13 +146,12 @@ def import_(
 
     The file may also be one that `pg-rekey uninstall --export` wrote: each of its secrets goes to its own
     tenant and keyring, and keyrings that are missing are made. With --vault, every secret of the Supabase
-    Vault whose name is not taken; the Vault keeps its own.
+    Vault whose name is not taken; the Vault keeps its own. Exit code 5 if one of them does not open.
     """
     if vault == (path is not None):
         raise click.UsageError("a file, or --vault")
     if path is None:
-        count = scalar(connection, db.query("adopt vault"), keyring, tenant)
-        out.done(f"{count} secrets copied from the Vault", copied=count)
+        _adopt_vault(connection, out, tenant, keyring)
         return
     found = archive.read(path)
     if found is None:
@@ -173,6 +173,19 @@ def import_(
         updated=updated,
         unchanged=unchanged,
     )
+
+
+def _adopt_vault(connection: db.Connection, out: Output, tenant: UUID, keyring: str) -> None:
+    closed: list[psycopg.errors.Diagnostic] = []
+    connection.add_notice_handler(
+        lambda notice: closed.append(notice) if notice.sqlstate == "RK003" else None
+    )
+    count = scalar(connection, db.query("adopt vault"), keyring, tenant)
+    connection.commit()
+    left = f", {len(closed)} do not open" if closed else ""
+    out.done(f"{count} secrets copied from the Vault{left}", copied=count, closed=len(closed))
+    if closed:
+        raise click.exceptions.Exit(FINDINGS)
 
 
 def _given(parameter: str) -> bool:

@@ -14,23 +14,27 @@ from pg_rekey.errors import USAGE, Problem
 @click.command(cls=Command, example="pg-rekey sql --road supabase --project .")
 @click.option(
     "--road",
-    type=click.Choice(["plain", "extension", "supabase"]),
+    type=click.Choice(["plain", "extension", "supabase", "pgtle"]),
     default="plain",
-    help="plain: one transaction anywhere; extension: for CREATE EXTENSION; supabase: a migration.",
+    help="plain: one transaction anywhere; extension: for CREATE EXTENSION; supabase: a migration; pgtle: for"
+    " CREATE EXTENSION by pg_tle, where no files can be placed.",
 )
+@click.option("--since", metavar="VERSION", help="With pgtle: the way from that version to this one.")
 @click.option(
     "--project",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="With supabase: write what the project in this folder lacks as its next migrations.",
 )
 @output
-def sql(out: Output, road: release.Road, project: Path | None) -> None:
+def sql(out: Output, road: release.Road, since: str | None, project: Path | None) -> None:
     """Print the installation script, to read it or to run it by other means.
 
-    With --project, a project that has an older version gets the steps to this one.
+    With --project or --since, an older version gets the steps to this one.
     """
+    if since is not None and road != "pgtle":
+        raise click.UsageError("--since goes with --road pgtle, and only with it")
     if project is None:
-        script = release.sql_script(road)
+        script = release.sql_script(road) if since is None else _update(since)
         if out.json:
             out.document({"road": road, "version": release.version(), "script": script})
         else:
@@ -49,6 +53,16 @@ def sql(out: Output, road: release.Road, project: Path | None) -> None:
         paths=[str(path) for path in written],
         version=release.version(),
     )
+
+
+def _update(since: str) -> str:
+    try:
+        return release.pgtle_update(since)
+    except KeyError:
+        raise Problem(
+            f"from version {since} there is no way to {release.version()}",
+            "`select rekey.version();` says which one a database has.",
+        ) from None
 
 
 def _migrations(project: Path) -> Path:

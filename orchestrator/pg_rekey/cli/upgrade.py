@@ -100,6 +100,13 @@ def _run(connection: db.Connection, road: release.Road, step: release.Step) -> N
             "migrations of a Supabase project keep this database",
             "`pg-rekey sql --road supabase --project .` writes the next one, `supabase db push` applies it.",
         )
+    elif scalar(connection, db.query("pg_tle has it")):
+        if not scalar(connection, db.query("pg_tle path"), *step):
+            raise Problem(
+                f"pg_tle does not know the way from {step[0]} to {step[1]}",
+                f"A member of pgtle_admin runs what `pg-rekey sql --road pgtle --since {step[0]}` prints.",
+            )
+        connection.execute(f"alter extension pg_rekey update to '{step[1]}'")
     elif not scalar(connection, db.query("extension path"), *step):
         raise Problem(
             f"the server has no files that take the extension from {step[0]} to {step[1]}",
