@@ -12,7 +12,7 @@ LOCK = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11
 KILLS = 20
 MINUTES = 2
 
-.PHONY: help demo test test-matrix test-short prove bench lint sql packages site lock install uninstall kek dev clean
+.PHONY: help demo test test-matrix test-short prove bench lint sql site packages lock install uninstall kek dev clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | awk '{printf "  %s %-11s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -48,11 +48,11 @@ sql: $(STAMP) ## assemble the SQL and write what is generated from it: sql/dist,
 	@$(BIN)/python -m pg_rekey.release $(ARGS)
 	@$(BIN)/python docs/generate.py
 
-site: $(STAMP) ## write the documentation to site/, as pages that are searched without a network
-	@NO_MKDOCS_2_WARNING=1 PYTHONDONTWRITEBYTECODE=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
-
 packages: $(STAMP) ## make what npm, PGXN and database.dev take, in build/
 	@$(BIN)/python packages/build.py
+
+site: $(STAMP) ## write the documentation to site/, as pages that are searched without a network
+	@NO_MKDOCS_2_WARNING=1 PYTHONDONTWRITEBYTECODE=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
 
 lock: $(STAMP) ## resolve the ranges of pyproject.toml anew into requirements/, with hashes
 	@$(LOCK) --extra api --output-file requirements/api.txt pyproject.toml

@@ -89,12 +89,6 @@ def assemble_step(road: Road, step: Step) -> str:
     return _for_road(road, script.replace("__SINCE__", step[0]))
 
 
-def code() -> Iterator[tuple[Path, str]]:
-    """Yield the files of what is idempotent, each with its SQL: functions, views, policies and grants."""
-    for path in (SOURCES / "header.sql", *_code()):
-        yield path, path.read_text().replace("__VERSION__", version())
-
-
 def pgtle_update(since: str) -> str:
     """Return what teaches pg_tle the way from a version to this one. KeyError: there is none."""
     calls = [
@@ -111,6 +105,12 @@ def pgtle_update(since: str) -> str:
     ]
     head = f"-- For a member of pgtle_admin; then: alter extension pg_rekey update to '{version()}';\n"
     return head + "begin;\n" + "".join(f"select pgtle.{call};\n" for call in calls) + "commit;\n"
+
+
+def code() -> Iterator[tuple[Path, str]]:
+    """Yield the files of what is idempotent, each with its SQL: functions, views, policies and grants."""
+    for path in (SOURCES / "header.sql", *_code()):
+        yield path, path.read_text().replace("__VERSION__", version())
 
 
 def assemble_code() -> str:
