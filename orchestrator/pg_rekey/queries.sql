@@ -427,8 +427,7 @@ cross join lateral unnest(k.majors, k.mended) as m(major, minor)
 where m.major = s.major and s.minor < m.minor
 
 -- name: doctor: logical decoding
--- description: Slots whose plugin the server does not load, from 15.19, 16.15, 17.11 and 18.6 on. Only superusers and members
---   of pg_read_all_settings see the setting; so it is not looked at, not even by the planner, where no slot has a plugin.
+-- description: Slots whose plugin the server does not load, from 15.19, 16.15, 17.11 and 18.6 on. Only superusers and members of pg_read_all_settings see the setting; so it is not looked at, not even by the planner, where no slot has a plugin.
 select 'warning' as severity,
   format('replication slot %s gets nothing any more: output_plugin_libraries does not name its plugin, %s', r.slot_name, r.plugin) as finding,
   format('Add %s to output_plugin_libraries, or drop the slot: it keeps WAL, and what follows the database misses its changes.', r.plugin) as advice
