@@ -13253,7 +13253,7 @@ COMMENT ON COLUMN rekey.rotation_status.next_attempt_at IS 'It goes on after thi
 -- Name: COLUMN rotation_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds: since they began, as far as who reads this may see it in pg_stat_activity, else since they are waited for), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 
 
 --

@@ -14,6 +14,7 @@ SHOWN = (
     "docs/*.md",
     "docs/monitoring/*",
     "examples/**/*",
+    "supabase/pg_rekey.ts",
     "tests/privileges.toml",
 )
 LEFT_OUT = ("node_modules", "__pycache__")

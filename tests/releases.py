@@ -132,6 +132,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # One takes other arguments.
         edit(columns, "relation regclass, template text", "relation regclass, pattern text")
         edit(columns, "return format(template,", "return format(pattern,")
+        edit(columns, "elsif template is null", "elsif pattern is null")
         invoke()
         invoke("--check")
     return root

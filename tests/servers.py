@@ -138,9 +138,13 @@ def npm_pack(version: str, folder: Path) -> Path:
 
 def run(command: list[str], folder: Path) -> None:
     """Run a registry's client."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{command[-1]} cannot be had: {command[0]} does not end") from error
     if done.returncode != 0:
-        raise Unavailable(f"{' '.join(command[-1:])} cannot be had: {done.stderr.strip().splitlines()[-1:]}")
+        said = done.stderr.strip().splitlines()
+        raise Unavailable(f"{command[-1]} cannot be had: {said[-1] if said else done.returncode}")
 
 
 def unpack_wheel(package: Path, place: Path) -> None:

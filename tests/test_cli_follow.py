@@ -78,7 +78,7 @@ def test_a_bar_that_waits(
         assert "1,500/1,500" in bar
         writer.commit()
         assert shown.code() == 0
-        assert shown.screen.count("waits for") == 1
+        assert shown.screen.count("waits for the transaction") == 1
 
 
 def test_the_verification_has_a_bar_of_its_own(slow: Cli, ready: Connection) -> None:

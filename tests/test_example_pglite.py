@@ -21,7 +21,8 @@ EXAMPLE = release.ROOT / "examples" / "pglite"
 SERVER = """
 import { PGlite } from '@electric-sql/pglite'
 import { PGLiteSocketServer } from '@electric-sql/pglite-socket'
-const server = new PGLiteSocketServer({ db: await PGlite.create(), port: 0, host: '127.0.0.1' })
+const server = new PGLiteSocketServer({ db: await PGlite.create(), port: 0, host: '127.0.0.1',
+  maxConnections: 10 })
 await server.start()
 console.log(server.getServerConn())
 """

@@ -106,6 +106,10 @@ def test_over_http(api: Api) -> None:
     assert "--supersede" not in hint
     hint = api.rotate(404, json={"keyring": "nope"})["hint"]
     assert hint.startswith("GET /api/keys ")
+    hint = api.rotate(404, json={"keyring": "defualt"})["hint"]
+    assert hint.startswith("Did you mean 'default'? GET /api/keys ")
+    message = api.rotate(422, json={"keyrng": "default"})["message"]
+    assert message == "body: there is a field that is not one of keyring, reason, supersede"
 
 
 def test_in_sql_the_hint_is_the_database_s_own(ready: Connection, db: str) -> None:

@@ -77,7 +77,7 @@ def test_secrets(rekey: Client) -> None:
     with pytest.raises(pg_rekey.NotFound) as raised:
         rekey.secrets.get("b")
     assert raised.value.code == "RK007"
-    assert raised.value.hint == "secrets.list() has the names that there are."
+    assert raised.value.hint == "See secrets.list() for the names that there are."
 
 
 def test_values(rekey: Client) -> None:

@@ -94,21 +94,21 @@ def connect(
     return connection
 
 
-def _refuse_single_user(connection: psycopg.Connection[Any]) -> None:
-    """Refuse PGlite, whose server runs as for a single user: nobody logged in there, and it takes no COPY."""
-    if connection.info.parameter_status("session_authorization") == "":
-        raise Problem(
-            "this is PGlite, or another server in single-user mode: no KEK was sent",
-            "It takes no COPY from clients. In its own process SQL does all of this: docs/testing.md.",
-        )
-
-
 def _warn_of_version(there: str) -> None:
     from pg_rekey import release  # not above: it is also a program, `python -m pg_rekey.release`
 
     if there != (here := release.version()):
         print(f"Warning: pg_rekey in this database is {there}, this is {here}", file=sys.stderr)
         print(f"Hint: Run `pg-rekey upgrade`, or install pg-rekey {there}.", file=sys.stderr)
+
+
+def _refuse_single_user(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
+    """Refuse PGlite, whose server runs as for a single user: nobody logged in there, and it takes no COPY."""
+    if connection.info.parameter_status("session_authorization") == "":
+        raise Problem(
+            "this is PGlite, or another server in single-user mode: no KEK was sent",
+            "It takes no COPY from clients. In its own process SQL does all of this: docs/testing.md.",
+        )
 
 
 def _refuse_impostor(connection: Connection) -> str | None:
@@ -390,6 +390,7 @@ async def unlock_async(connection: psycopg.AsyncConnection[Any], kek: bytes | st
 
 
 async def _send_async(connection: psycopg.AsyncConnection[Any], given: list[bytes]) -> None:
+    _refuse_single_user(connection)
     try:
         async with connection.transaction(), connection.cursor() as cursor:
             await cursor.execute(_KEKS)

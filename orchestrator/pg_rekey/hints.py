@@ -63,7 +63,7 @@ ACTIONS = {
         "`pg-rekey keyrings list` shows those that there are; `pg-rekey keyrings create NAME` makes one.",
         "GET /api/keys shows those that there are; on the command line, `pg-rekey keyrings create NAME` "
         "makes one.",
-        "status().keyrings has those that there are; `pg-rekey keyrings create NAME` makes one.",
+        "See status().keyrings for those that there are; `pg-rekey keyrings create NAME` makes one.",
     ),
     "decrypt_bytes": Words("`pg-rekey secrets get NAME` prints text only: read its bytes in SQL."),
     "decrypt_rows": Words(
@@ -120,7 +120,7 @@ ACTIONS = {
     ),
     "secrets": Words(
         "`pg-rekey secrets list` shows the names that there are.",
-        python="secrets.list() has the names that there are.",
+        python="See secrets.list() for the names that there are.",
     ),
     "schedule_destruction": Words("`pg-rekey keys schedule-destruction KEYRING VERSION` schedules one."),
     "search_now": Words("`pg-rekey keys search` looks now."),

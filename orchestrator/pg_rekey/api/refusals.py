@@ -10,9 +10,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from pg_rekey import names
 from pg_rekey.api.database import transaction
 from pg_rekey.api.logs import where
-from pg_rekey.api.models import Error
+from pg_rekey.api.models import Error, RotateRequest
 from pg_rekey.errors import Problem, explain, http_status
 from pg_rekey.hints import Road
 from pg_rekey.worker import log
@@ -104,7 +105,19 @@ def _database(request: Request, error: Exception) -> JSONResponse:
         return answer(request, status, "unavailable", "the database is not available", "Try again.")
     if error.sqlstate == "42501":
         _note_denied(request)
-    return answer(request, status, error.sqlstate, *explain(error, Road.HTTP))
+    message, hint = explain(error, Road.HTTP)
+    if error.diag.constraint_name == "create_keyring" and (question := _meant(request)):
+        hint = f"{question} {hint}"
+    return answer(request, status, error.sqlstate, message, hint)
+
+
+def _meant(request: Request) -> str | None:
+    """Ask whether another keyring was meant; a refusal stands without it too."""
+    try:
+        with transaction(request) as connection:
+            return names.meant(request.state.keyring or "", names.known(connection, "keyring"))
+    except psycopg.Error:
+        return None
 
 
 def _problem(request: Request, problem: Exception) -> JSONResponse:
@@ -120,9 +133,10 @@ def _validation(request: Request, error: Exception) -> JSONResponse:
 
 
 def _finding(error: Mapping[str, Any]) -> str:
-    # The name of a field that nobody knows is the client's text too.
-    place = error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"]
-    return f"{'.'.join(map(str, place))}: {error['msg']}"
+    if error["type"] == "extra_forbidden":
+        # The name of a field that nobody knows is the client's text too.
+        return f"body: there is a field that is not one of {', '.join(RotateRequest.model_fields)}"
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
 
 
 def _http(request: Request, error: Exception) -> JSONResponse:

@@ -99,6 +99,7 @@ def rotate(request: Request, response: Response, body: RotateRequest | None = No
     Where every keyring is rotated, those under way are returned as they are, and named in `passed_by`.
     """
     body = body or RotateRequest()
+    request.state.keyring = body.keyring
     with transaction(request) as connection:
         if db.in_environment():
             db.unlock(connection)

@@ -1,0 +1,22 @@
+"""What make says of what it was given."""
+
+import os
+import subprocess
+
+from pg_rekey import release
+
+
+def test_arguments_that_select_no_test() -> None:
+    arguments = "ARGS=--collect-only -q tests/test_make.py -k no_such_test"
+    ours = ("MAKE", "MFLAGS", "PYTEST", "PG_REKEY_TEST")
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(ours)}
+    done = subprocess.run(
+        ["make", "test", arguments],
+        cwd=release.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "ARGS selects no test: --collect-only -q tests/test_make.py -k no_such_test" in done.stderr
