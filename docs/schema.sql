@@ -12571,7 +12571,9 @@ begin
         perform rekey._quarantine(v_count.target, v_count.relation, array_fill(v_count.keyring_id, array[cardinality(v_count.failed_keys)]),
           array_fill(v_count.version, array[cardinality(v_count.failed_keys)]), v_count.failed_keys, v_count.failed_problems,
           verification_id => v_verification);
-      elsif v_count.refused > 0 then
+      -- (After a rollback, what was refused may stand where it is to be.)
+      elsif v_count.refused > 0
+        and not exists (select from rekey.rotations r where r.id = any (v_ids) and (r.keyring_id, r.to_version) = (v_count.keyring_id, v_count.version)) then
         update rekey.rotation_failures q set verification_id = v_verification
         from unnest(v_count.failed_keys) as k(row_key)
         where q.keyring_id = v_count.keyring_id and q.target = v_count.target and q.relation = v_count.relation::text

@@ -138,6 +138,19 @@ def test_a_refused_row_that_was_changed_since_is_not_taken_for_refused(
     assert value(ready, "select resolution from rekey.failure_status") == "cleared"
 
 
+def test_what_was_refused_stands_where_a_rollback_goes(ready: Connection, app: Connection) -> None:
+    model = docs(app, 100)
+    app.execute(REFUSING)
+    number = rotate(ready)
+    run(ready)
+    assert rotation(ready, number, "state", "rows_failed") == ("completed_with_failures", 1)
+    back = value(ready, "select id from rekey.rollback_rotation(%s)", number)
+    run(ready)
+    assert rotation(ready, back, "state", "rows_done", "rows_failed") == ("completed", 99, 0)
+    assert value(ready, "select resolution from rekey.failure_status") == "cleared"
+    check(ready, {}, columns={"app.docs": model})
+
+
 def test_a_batch_in_which_many_rows_are_refused(ready: Connection, app: Connection) -> None:
     """Within 64 subtransactions a step, and each row once."""
     docs(app, 400)
