@@ -84,7 +84,7 @@ def test_keyrings_without_tenants(cli_ready: Cli) -> None:
     heading, row = see("keyrings", "list")
     assert heading.split() == ["name", "version", "rotate", "every", "next", "rotation", "created"]
     assert "90 days" in row
-    assert "in 89 days" in row
+    assert re.search("in (89|90) days", row)
     wide = see("keyrings", "list", columns=200)[1]
     assert str(UUID(int=0)) in wide
     assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ", wide)

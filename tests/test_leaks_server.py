@@ -340,7 +340,7 @@ def begin(scenario: Scenario) -> None:
     run("init", code=3, PG_REKEY_KEK_COMMAND=f'sh -c "{printing}"')
     password = scenario.text("password")
     run("status", code=2, PG_REKEY_DSN=f"postgresql://user:{password.replace(' ', '/')}@localhost/x")
-    run("status", code=1, PG_REKEY_DSN=f"host=127.0.0.1 port=1 user=u password='{password}'")
+    run("status", code=9, PG_REKEY_DSN=f"host=127.0.0.1 port=1 user=u password='{password}'")
     run.keks["PG_REKEY_KEK"] = first
     run("init --rotate-every 90days")
     run("init --json")
@@ -360,6 +360,7 @@ def use_secrets(scenario: Scenario) -> None:
     run, one, two, large = scenario.commands, *(scenario.text(name) for name in ("one", "two", "large"))
     run("secrets set one --description words", stdin=one)
     run("secrets set one --json", stdin=one + "\n")
+    run("secrets run -- true")
     big = scenario.folder / "large.txt"
     big.write_text(os.urandom(50_000).hex() + large + os.urandom(50_000).hex())
     env = scenario.folder / "some.env"
@@ -374,10 +375,10 @@ def use_secrets(scenario: Scenario) -> None:
     run(f"secrets import {broken}", code=1)
     run("secrets set bad", code=1, stdin=one.encode() + b"\xff")
     run("secrets set bad", code=2, stdin=one + "\0")
-    run("secrets set bad --keyring none", code=1, stdin=one)
+    run("secrets set bad --keyring none", code=6, stdin=one)
     assert run("secrets get one", shows=True) == one
     run("secrets get one --json", shows=True)
-    run("secrets get none", code=1)
+    run("secrets get none", code=6)
     run("secrets list")
     exported = scenario.folder / "exported.env"
     run(f"secrets export --out {exported}")
@@ -479,6 +480,8 @@ def use_keys(scenario: Scenario) -> None:
     run("work")
     scenario.note_deks("app", run.keks["PG_REKEY_KEK"])
     run("rotate --all --wait --json")
+    run("rotations watch")
+    run("completion bash")
     run("keys list")
     run("keys disable busy 1")
     run("keys enable busy 1")
