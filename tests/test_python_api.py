@@ -80,6 +80,26 @@ def test_secrets(rekey: Client) -> None:
     assert raised.value.hint == "See secrets.list() for the names that there are."
 
 
+def test_plain_values_are_no_parameters_and_leave_nothing(ready: Connection) -> None:
+    """Several calls in one transaction: each copies them into a table of its own, and drops it."""
+    asked: list[Any] = []
+
+    class Asking(psycopg.Cursor[Any]):
+        def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+            asked.extend([query, params])
+            return super().execute(query, params, **options)
+
+    ready.cursor_factory = Asking
+    with ready.transaction(), pg_rekey.connect(ready) as client:
+        client.secrets.set("a", "canary one")
+        client.secrets.set_all({"b": "canary two"})
+        sealed = [client.encrypt("canary three"), client.encrypt(b"canary four")]
+        assert value(ready, "select count(*) from pg_class where relname ~ '^pg_rekey_'") == 0
+        assert [client.decrypt(one) for one in sealed] == [b"canary three", b"canary four"]
+    assert "canary" not in repr(asked)
+    assert len(asked) > 10
+
+
 def test_values(rekey: Client) -> None:
     sealed = rekey.encrypt("a value", context=["accounts", "7", None])
     assert isinstance(sealed, bytes)

@@ -1,7 +1,7 @@
 """The calls of the Python API: statements with their parameters, and what to make of the rows.
 
-A client runs them, waiting or as a coroutine. Values of secrets do not go as parameters, which a server may
-log, but by binary COPY: rows to be copied stand in `copied`.
+A client runs them, waiting or as a coroutine. Plain values do not go as parameters, which a server may log,
+but by binary COPY: rows to be copied into `table` stand in `copied`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +24,7 @@ class Call(Generic[T]):
     statement: str
     parameters: Sequence[Any]
     result: Callable[[Rows], T]
+    table: db.Table | None = None
     copied: Sequence[tuple[Any, ...]] = ()
     before: str | None = None  # a statement to begin with
 
@@ -86,8 +87,8 @@ def under_way() -> Call[list[Rotation]]:
 def encrypt(value: bytes | str, keyring: str, context: Sequence[str | None]) -> Call[bytes]:
     """Seal a value."""
     sealed = value.encode() if isinstance(value, str) else value
-    statement = "select rekey.encrypt(%b::bytea, %s, %s::text[]) as sealed"
-    return Call(statement, [sealed, keyring, list(context)], _only("sealed"))
+    statement = "select rekey.encrypt(v.value, %s, %s::text[]) as sealed from pg_temp.pg_rekey_value v"
+    return Call(statement, [keyring, list(context)], _only("sealed"), db.VALUE, [(sealed,)])
 
 
 def decrypt(sealed: bytes | str, context: Sequence[str | None]) -> Call[bytes]:
@@ -112,7 +113,7 @@ def get_all(names: Sequence[str] | None, tenant: UUID) -> Call[dict[str, str]]:
 def store(values: Mapping[str, str], tenant: UUID, keyring: str, description: str | None) -> Call[None]:
     """Store secrets."""
     copied = [(tenant, keyring, name, value, description) for name, value in values.items()]
-    return Call(db.query("set copied secrets"), [], _none, copied)
+    return Call(db.query("set copied secrets"), [], _none, db.SECRETS, copied)
 
 
 def delete(name: str, tenant: UUID) -> Call[bool]:

@@ -132,7 +132,7 @@ class Client:
     ) -> bytes:
         """Return a value sealed with the active version of a keyring.
 
-        value: at most 32 MiB; of a str, its UTF-8. It is a bind parameter, which the server may log. context:
+        value: at most 32 MiB; of a str, its UTF-8. No log shows it. context:
         what it belongs to, such as its table, column and row: it opens with the same context only.
 
         Locked: RK001, RK002; NotFound: RK007; WrongState: the keyring is retired (RK006).
@@ -161,10 +161,13 @@ class Client:
                 db.unlock(connection, self._kek)
             if call.before:
                 connection.execute(call.before)
-            if call.copied:
-                db.copy_secrets(connection, call.copied)
+            if call.table:
+                db.copy_rows(connection, call.table, call.copied)
             with connection.cursor(row_factory=dict_row) as cursor:
-                return call.result(cursor.execute(call.statement, call.parameters).fetchall())
+                rows = cursor.execute(call.statement, call.parameters).fetchall()
+            if call.table:
+                connection.execute(call.table.drop)
+            return call.result(rows)
 
     def _connection(self) -> AbstractContextManager[psycopg.Connection[Any]]:
         if isinstance(self._source, ConnectionPool):

@@ -140,11 +140,14 @@ class AsyncClient:
                     await db.unlock_async(connection, self._kek)
                 if call.before:
                     await connection.execute(call.before)
-                if call.copied:
-                    await db.copy_secrets_async(connection, call.copied)
+                if call.table:
+                    await db.copy_rows_async(connection, call.table, call.copied)
                 async with connection.cursor(row_factory=dict_row) as cursor:
                     await cursor.execute(call.statement, call.parameters)
-                    return call.result(await cursor.fetchall())
+                    rows = await cursor.fetchall()
+                if call.table:
+                    await connection.execute(call.table.drop)
+                return call.result(rows)
 
     def _connection(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]:
         if isinstance(self._source, AsyncConnectionPool):

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -300,40 +301,62 @@ _KINDS = ("", "_FILE", "_COMMAND")
 def copy_keks(connection: psycopg.Connection[Any], given: list[bytes]) -> None:
     """Put KEKs into the temporary table pg_rekey_kek by binary COPY, which no log shows."""
     _refuse_single_user(connection)
-    connection.execute(_KEKS)
-    with connection.cursor() as cursor, cursor.copy(_COPY_KEKS) as copy:
-        copy.set_types(["bytea"])
-        for one in given:
-            copy.write_row([one])
+    copy_rows(connection, _KEKS, [[one] for one in given])
 
 
-def copy_secrets(connection: psycopg.Connection[Any], rows: Sequence[Sequence[Any]]) -> None:
-    """Put secrets into the temporary table pg_rekey_secrets by binary COPY, which no log shows."""
-    connection.execute(_SECRETS)
-    with connection.cursor() as cursor, cursor.copy(_COPY_SECRETS) as copy:
-        copy.set_types(_SECRET_TYPES)
+@dataclass(frozen=True)
+class Table:
+    """A temporary table of what no log is to show: it gets there by binary COPY. Drop it after use."""
+
+    name: str
+    columns: str
+    types: Sequence[str]
+
+    @property
+    def create(self) -> str:
+        """Return the statement that makes it."""
+        return f"create temporary table {self.name} ({self.columns}) on commit drop"
+
+    @property
+    def copy(self) -> str:
+        """Return the statement that fills it."""
+        return f"copy pg_temp.{self.name} from stdin binary"
+
+    @property
+    def drop(self) -> str:
+        """Return the statement that drops it: the next call of a transaction makes its own."""
+        return f"drop table pg_temp.{self.name}"
+
+
+SECRETS = Table(
+    "pg_rekey_secrets",
+    "tenant_id uuid, keyring text, name text, value text, description text",
+    ("uuid", "text", "text", "text", "text"),
+)
+VALUE = Table("pg_rekey_value", "value bytea", ("bytea",))
+
+
+def copy_rows(connection: psycopg.Connection[Any], table: Table, rows: Sequence[Sequence[Any]]) -> None:
+    """Make a temporary table of these rows."""
+    connection.execute(table.create)
+    with connection.cursor() as cursor, cursor.copy(table.copy) as copy:
+        copy.set_types(table.types)
         for row in rows:
             copy.write_row(row)
 
 
-async def copy_secrets_async(connection: psycopg.AsyncConnection[Any], rows: Sequence[Sequence[Any]]) -> None:
-    """As copy_secrets()."""
-    await connection.execute(_SECRETS)
-    async with connection.cursor() as cursor, cursor.copy(_COPY_SECRETS) as copy:
-        copy.set_types(_SECRET_TYPES)
+async def copy_rows_async(
+    connection: psycopg.AsyncConnection[Any], table: Table, rows: Sequence[Sequence[Any]]
+) -> None:
+    """As copy_rows()."""
+    await connection.execute(table.create)
+    async with connection.cursor() as cursor, cursor.copy(table.copy) as copy:
+        copy.set_types(table.types)
         for row in rows:
             await copy.write_row(row)
 
 
-_SECRETS = (
-    "create temporary table pg_rekey_secrets"
-    " (tenant_id uuid, keyring text, name text, value text, description text) on commit drop"
-)
-_COPY_SECRETS = "copy pg_temp.pg_rekey_secrets from stdin binary"
-_SECRET_TYPES = ("uuid", "text", "text", "text", "text")
-_KEKS = "create temporary table pg_rekey_kek (kek bytea) on commit drop"
-_COPY_KEKS = "copy pg_temp.pg_rekey_kek from stdin binary"
-_DROP_KEKS = "drop table pg_temp.pg_rekey_kek"
+_KEKS = Table("pg_rekey_kek", "kek bytea", ("bytea",))
 
 
 def _send(connection: psycopg.Connection[Any], given: list[bytes], scope: Scope) -> str:
@@ -369,7 +392,7 @@ def _send_copy(connection: psycopg.Connection[Any], given: list[bytes], scope: S
         copy_keks(connection, given)
         with connection.cursor(row_factory=psycopg.rows.scalar_row) as cursor:
             fingerprint = cursor.execute("select rekey.unlock_copied(%s)", [scope]).fetchone()
-        connection.execute(_DROP_KEKS)
+        connection.execute(_KEKS.drop)
     return str(fingerprint)
 
 
@@ -393,13 +416,9 @@ async def _send_async(connection: psycopg.AsyncConnection[Any], given: list[byte
     _refuse_single_user(connection)
     try:
         async with connection.transaction(), connection.cursor() as cursor:
-            await cursor.execute(_KEKS)
-            async with cursor.copy(_COPY_KEKS) as copy:
-                copy.set_types(["bytea"])
-                for one in given:
-                    await copy.write_row([one])
+            await copy_rows_async(connection, _KEKS, [[one] for one in given])
             await cursor.execute("select rekey.unlock_copied('transaction')")
-            await cursor.execute(_DROP_KEKS)
+            await cursor.execute(_KEKS.drop)
     except ReadOnlySqlTransaction:
         async with connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
             await cursor.execute(query("doctor: logging"))

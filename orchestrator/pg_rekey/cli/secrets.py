@@ -228,7 +228,7 @@ def export(connection: db.Connection, out: Output, path: Path | None, tenant: UU
 
 def _store(connection: db.Connection, stored: Sequence[Secret]) -> list[Row]:
     """Store secrets. Their values go by binary COPY, which no log shows: one may show parameters."""
-    db.copy_secrets(connection, [astuple(one) for one in stored])
+    db.copy_rows(connection, db.SECRETS, [astuple(one) for one in stored])
     return fetch(connection, db.query("set copied secrets"))
 
 
