@@ -432,49 +432,40 @@ end
 $$;
 comment on function rekey._guarded_settings is 'Settings of the session that say who acts, and with which KEK.';
 
-create or replace function rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
+create or replace function rekey._write_rows(
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings text := rekey._guarded_settings();
-  v_rows tid[] := rows;
-  v_ciphertexts bytea[] := ciphertexts;
-  v_count bigint;
 begin
-  if array_position(ciphertexts, null) is not null then
-    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
-    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
-  end if;
-  if v_rows is null then
-    return 0;
-  end if;
   perform set_config('rekey.sweeping', 'on', true);
   insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
-  v_count := rekey._call_write(target.function_name, relation, v_rows, v_ciphertexts);
+  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts) w;
   delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
-  if v_count is distinct from cardinality(v_rows)::bigint then
-    raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(v_rows) - coalesce(v_count, 0),
-      cardinality(v_rows), relation using errcode = 'RK005',
+  if written is distinct from coalesce(cardinality(locked), 0)::bigint then
+    raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(locked) - coalesce(written, 0),
+      cardinality(locked), relation using errcode = 'RK005',
       hint = format('Let the trigger pass by what pg_rekey does: WHEN (NOT rekey.is_sweeping(%L)).', relation);
   end if;
   if rekey._guarded_settings() <> v_settings then
     raise exception 'a trigger of % changed who acts in this session', relation using errcode = 'RK005',
       hint = 'It must leave role, JWT claims and pg_rekey''s own settings as they are.';
   end if;
-  return v_count;
 end
 $$;
 comment on function rekey._write_rows is
-  'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
+  'Stores ciphertexts in rows that still begin as they were read (starts; NULL: they are locked since), and that nobody else has: those locked. RK005: the table did not take them, or its triggers did more than they may.';
 
 -- At most 60 subtransactions: 64 is as many as a session keeps count of in shared memory. A batch of 4,000 rows with one
 -- that raises takes 25.
 create or replace function rekey._write_apart(
-  target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean,
-  out written bigint, out undone tid, out refused tid[], out problems text[], out codes text[]
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean,
+  out written tid[], out undone tid, out refused tid[], out problems text[], out codes text[]
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -485,18 +476,27 @@ declare
   v_limit interval := greatest(5 * (rekey._settings()).batch_target, interval '1 second');
   v_tries integer := 0;
   v_rows tid[] := rows;
+  v_starts bytea[] := starts;
   v_ciphertexts bytea[] := ciphertexts;
   -- What is still to be written, the first at the end.
   v_from integer[] := array[1];
-  v_until integer[] := array[coalesce(cardinality(rows), 0)];
+  v_until integer[];
+  v_top integer;
   v_low integer;
   v_high integer;
-  v_top integer := 1;
+  v_ordered bytea[];
+  v_locked tid[];
   v_message text;
   v_code text;
   v_context text;
 begin
-  written := 0;
+  if array_position(ciphertexts, null) is not null then
+    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
+    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+  end if;
+  v_until := array[cardinality(v_rows)];
+  v_top := case when v_rows is null then 0 else 1 end;
+  written := '{}';
   refused := '{}';
   problems := '{}';
   codes := '{}';
@@ -510,7 +510,12 @@ begin
     v_tries := v_tries + 1;
     v_top := v_top - 1;
     begin
-      written := written + rekey._write_rows(target, relation, v_rows[v_low:v_high], v_ciphertexts[v_low:v_high]);
+      if v_tries = 1 then
+        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts)).locked;
+      else
+        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high])).locked;
+      end if;
+      written := written || v_locked;
       continue;
     exception when assert_failure or others then
       get stacked diagnostics v_message = message_text, v_code = returned_sqlstate, v_context = pg_exception_context;
@@ -520,9 +525,10 @@ begin
       end if;
     end;
     if v_tries = 1 then
-      select array_agg(u.row order by u.row), array_agg(u.ciphertext order by u.row) into v_rows, v_ciphertexts
-      from unnest(v_rows, v_ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
-      v_high := cardinality(v_rows);
+      select array_agg(u.row order by u.row), array_agg(u.start order by u.row), array_agg(u.ciphertext order by u.row)
+      into v_rows, v_ordered, v_ciphertexts
+      from unnest(v_rows, v_starts, v_ciphertexts) as u(row, start, ciphertext);
+      v_starts := case when v_starts is not null then v_ordered end;
     end if;
     if v_low = v_high then
       refused := refused || v_rows[v_low];
@@ -539,7 +545,7 @@ begin
 end
 $$;
 comment on function rekey._write_apart is
-  'Stores as rekey._write_rows(), and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. An error that passes is raised.';
+  'Stores as rekey._write_rows(), leaving out what is NULL, and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. What is neither is somebody else''s now. An error that passes is raised.';
 
 create or replace function rekey._batch_size(keyrings integer) returns double precision
 language sql immutable parallel safe
@@ -547,14 +553,16 @@ return 1 + least(keyrings - 1, 1000) / 1000.0;
 comment on function rekey._batch_size is
   'By how much a batch is larger than one of a single keyring: each key is unwrapped once a batch.';
 
-create or replace function rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer = 4000) returns void
+create or replace function rekey._advance(
+  chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision = 0, max_rows integer = 4000
+) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- The next batch takes about batch_target.
-  v_factor double precision := greatest(0.5, least(2.0,
-    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001)));
+  -- The next batch takes about batch_target, and has its rows locked for 10 ms of it.
+  v_factor double precision := greatest(0.25, least(2.0,
+    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001), 0.01 / greatest(locked, 0.000001)));
 begin
   if next is null and _advance.until_block >= chunk.until_block then
     delete from rekey._chunks c where c.id = chunk.id;
@@ -562,7 +570,7 @@ begin
   end if;
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
-      batch_rows = greatest(50, least(max_rows, (c.batch_rows * v_factor)::integer)),
+      batch_rows = greatest(10, least(max_rows, (c.batch_rows * v_factor)::integer)),
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
                           when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
@@ -570,7 +578,7 @@ begin
   where c.id = chunk.id;
 end
 $$;
-comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took; max_rows: the most that a batch may have.';
+comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took, and for how long its rows were locked; max_rows: the most that a batch may have.';
 
 create or replace function rekey._note_batch(
   rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass,
@@ -695,7 +703,12 @@ declare
   v_sealing rekey._sealing;
   v_adopted rekey._sealed;
   v_rows tid[];
+  v_starts bytea[];
   v_made bytea[];
+  v_made_keyrings integer[];
+  v_locking timestamptz;
+  v_locked double precision := 0;
+  v_left tid[];
   v_failed_places integer[];
   v_done_keyrings integer[];
   v_done_rows bigint[];
@@ -772,18 +785,21 @@ begin
         from unnest(v_adopted.problems) with ordinality as u(problem, place) where u.problem is not null;
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
-        select r.made_rows, r.made, r.failed_places, r.problems into v_rows, v_made, v_failed_places, v_failed_problems
+        select r.made_rows, r.starts, r.made, r.made_keyrings, r.failed_places, r.problems
+        into v_rows, v_starts, v_made, v_made_keyrings, v_failed_places, v_failed_problems
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
-      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_made, v_chunk.kind = 'adopt') a;
-      rows := v_apart.written;
+      v_locking := clock_timestamp();
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt') a;
+      v_locked := extract(epoch from clock_timestamp() - v_locking);
+      rows := cardinality(v_apart.written);
       v_undone := v_apart.undone;
+      v_left := case when rows < cardinality(v_rows) then array(select unnest(v_rows) except select unnest(v_apart.written)) end;
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
-      from (select rekey._int4(h.header, 3) as keyring_id, h.rows
-            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows
-                  from unnest(v_made, v_rows) as u(ciphertext, row)
-                  where u.ciphertext is not null and u.row <> all (v_apart.refused) and (v_undone is null or u.row < v_undone)
-                  group by 1) h) d;
+      from (select coalesce(u.keyring_id, v_keyrings[1]) as keyring_id, count(*) as rows
+            from unnest(v_rows, v_made_keyrings) as u(row, keyring_id)
+            where v_left is null or u.row <> all (v_left)
+            group by 1) d;
       if v_failed_places is not null or v_apart.refused <> '{}' then
         -- (Joined: to look a place up in an array of texts takes as long as the place is far.)
         select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else f.keyring_id end order by f.place),
@@ -808,11 +824,12 @@ begin
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems,
         case when v_apart.codes <> '{}' then v_failed_codes end);
-      perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
+      perform rekey._note_passed(v_chunk, rows, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
     if v_undone is null then
-      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin),
+        case when v_chunk.kind = 'sweep' then v_locked else 0 end, (4000 * v_size)::integer);
     else
       update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
     end if;
@@ -1066,6 +1083,8 @@ begin
   loop
     commit;
     set transaction isolation level read committed;  -- whatever the default of the role or database
+    -- A crash takes back some batches, rows and progress together. What is audited waits for the disk all the same.
+    perform pg_catalog.set_config('synchronous_commit', 'off', true);
     select s.event, s.wait into v_step from rekey.rotation_step() s;
     commit;
     exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])

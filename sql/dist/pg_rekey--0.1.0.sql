@@ -1097,6 +1097,10 @@ begin
     raise exception 'code of a table may not do what is audited' using errcode = 'insufficient_privilege',
       hint = 'The entry would name whoever works on the rotation, or maintains the table.';
   end if;
+  -- A crash may not take back what was told to somebody: the key of an envelope that was handed out, the end of a rotation, a checkpoint.
+  if current_setting('synchronous_commit') in ('off', 'local', 'remote_write') then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
   insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
   select * into strict v_head from rekey._audit_head for update;
   v_entry.actor := session_user;
@@ -1120,7 +1124,7 @@ begin
   update rekey._audit_head set id = v_entry.id, hash = v_entry.hash where singleton;
 end
 $$;
-comment on function rekey._audit_all is 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details. What is long in them is cut.';
+comment on function rekey._audit_all is 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details. What is long in them is cut. The transaction is on disk, and on synchronous standbys, when it ends, whatever synchronous_commit is in the session.';
 
 create or replace function rekey._audit(
   event text, keyring text = null, version integer = null, rotation_id bigint = null, details jsonb = '{}'
@@ -2869,8 +2873,8 @@ grant select on rekey.decrypted_secrets to rekey_app;
 --   <name>_count(relation, keyrings): rows by keyring and version, in the snapshot of the calling statement; no keyrings: only locks
 --     the relation, with its partitions
 --   <name>_scan(relation, first, until, keyrings, since, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
---   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): locks rows that are due, and returns them
---   <name>_write(relation, rows, ciphertexts): stores what the engine made of them
+--   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): rows that are due; what is no envelope, it locks
+--   <name>_write(relation, rows, starts, ciphertexts): locks those of them that still begin so, and stores what the engine made of them
 -- What has more than 64 MiB with its context and key is not read: scan and read return a header and the word "large" in its
 -- place; NULL where it is no envelope.
 -- rekey.secrets is the first target; protected columns are the others (51_columns.sql).
@@ -2956,7 +2960,6 @@ begin
     where s.ctid >= first and s.ctid < until
     order by s.ctid
     limit max_rows
-    for no key update of s skip locked
   ), total as (
     select sum(octet_length(d.ciphertext)) as bytes from due d
   ), sized as (
@@ -2977,27 +2980,38 @@ begin
 end
 $$;
 comment on function rekey_targets.secrets_read is
-  'Locks and returns the rows of rekey.secrets in a range that stand on another version than the given one of their keyring; as secrets_scan. Rows that others have locked are left out.';
+  'Rows of rekey.secrets in a range that stand on another version than the given one of their keyring; as secrets_scan, and without locks.';
 
-create or replace function rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
+-- A row pointer names the same row as long as the statement lasts that calls all this: what its snapshot may see is not removed.
+-- Whether the row is still as it was read tell its pointer, once it is locked, and the header and IV of its envelope. (Before 15.15,
+-- 17.7 and 18.0, a search by pointer did not look at the pointer again where it had waited for another session's UPDATE.)
+create or replace function rekey_targets.secrets_write(
+  relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+)
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan  -- which looks the locked rows up in a hash table
 as $$
-declare
-  v_count bigint;
 begin
   if relation <> 'rekey.secrets'::regclass then
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
+  with held as materialized (
+    select u.row, s.ctid as now
+    from unnest(rows, starts) as u(row, start)
+    join rekey.secrets s on s.ctid = u.row and substr(s.ciphertext, 1, 27) = u.start
+    for no key update of s skip locked
+  )
+  select array_agg(h.row) into locked from held h where h.now = h.row;
   update rekey.secrets s set ciphertext = u.ciphertext
-  from unnest(rows, ciphertexts) as u(row, ciphertext)
-  where s.ctid = u.row;
-  get diagnostics v_count = row_count;
+  from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext)
+  where s.ctid = u.row and substr(s.ciphertext, 1, 27) = u.start and u.row = any (locked);
+  get diagnostics written = row_count;
   set constraints all immediate;
-  return v_count;
 end
 $$;
-comment on function rekey_targets.secrets_write is 'Stores new ciphertexts in rows that secrets_read returned in this transaction, and returns how many.';
+comment on function rekey_targets.secrets_write is
+  'Locks the rows that secrets_read returned in this statement, but those that somebody else has locked or changed, and stores new ciphertexts in them. starts: header and IV (27 bytes) of what was read. locked: the rows that it had; written: how many were changed.';
 
 -- What the code of a table may leave behind in the session of the worker, there to act with the worker's rights: a search
 -- path, which reaches even the functions that called it, or another setting; a cursor that is opened at COMMIT; a prepared
@@ -3249,12 +3263,13 @@ end
 $$;
 comment on function rekey._call_read is 'Calls the read function of a target.';
 
-create or replace function rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
+create or replace function rekey._call_write(
+  function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+)
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_count bigint;
   v_state text[];
   v_changes text;
 begin
@@ -3265,7 +3280,8 @@ begin
   if function_name operator(pg_catalog.<>) 'secrets' then
     v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
   end if;
-  execute format('select rekey_targets.%I($1, $2, $3)', function_name || '_write') into v_count using relation, rows, ciphertexts;
+  execute format('select w.* from rekey_targets.%I($1, $2, $3, $4) w', function_name || '_write')
+  into locked, written using relation, rows, starts, ciphertexts;
   if v_state is not null then
     v_changes := rekey._changes();
   end if;
@@ -3274,7 +3290,6 @@ begin
     perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
     perform rekey._refuse_changes(v_changes);
   end if;
-  return v_count;
 end
 $$;
 comment on function rekey._call_write is 'Calls the write function of a target.';
@@ -3295,7 +3310,7 @@ comment on function rekey._shape_problem is 'What is wrong with what is no envel
 
 create or replace function rekey._reencrypt(
   rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[],
-  out made_rows tid[], out made bytea[], out failed_places integer[], out problems text[]
+  out made_rows tid[], out starts bytea[], out made bytea[], out made_keyrings integer[], out failed_places integer[], out problems text[]
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -3318,11 +3333,13 @@ begin
   select string_agg(rekey._random_bytes(1024), ''::bytea) into v_ivs from generate_series(1, (cardinality(ciphertexts) + 63) / 64);
 
   select array_agg(o.row) filter (where o.body is not null),
+    array_agg(o.old_header || o.old_iv) filter (where o.body is not null),
     array_agg(o.header || o.iv || o.body || rekey._mac(o.key, o.aad, o.iv, o.body)) filter (where o.body is not null),
+    array_agg(o.keyring_id) filter (where o.body is not null),
     array_agg(o.place) filter (where o.body is null),
     array_agg(case when o.plaintext is null then coalesce(o.old_problem, 'does not open: damaged, or of another row')
                    else coalesce(o.new_problem, 'the keyring has no active version') end) filter (where o.body is null)
-  into made_rows, made, failed_places, problems
+  into made_rows, starts, made, made_keyrings, failed_places, problems
   from (
     select p.*, case when p.plaintext is not null and p.key is not null then rekey._encipher(p.key, p.iv, p.plaintext) end as body
     from (
@@ -3331,7 +3348,7 @@ begin
           case when rekey._is_authentic(u.old_key, u.old_iv, u.sealed, u.old_header || prefix || u.context)
             then rekey._decipher(u.old_key, u.old_iv, u.sealed) end end as plaintext
       from (
-        select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
+        select c.place::integer as place, c.row, c.context, k.keyring_id, k.old_header, k.old_key, k.header, k.key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
           case when k.old_header is not null then k.old_problem
                when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
@@ -3341,7 +3358,7 @@ begin
           with keys as materialized (
             select * from rekey._deks(v_from_keyrings || v_keyrings, v_from_versions || v_versions, sweeping => true)
           )
-          select rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
+          select d.keyring_id, rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
             rekey._header(a.keyring_id, a.version) as header, a.key, a.problem as new_problem
           from keys d
           left join (unnest(v_keyrings, v_versions) as w(keyring_id, version) join keys a using (keyring_id, version)) on w.keyring_id = d.keyring_id
@@ -3356,7 +3373,7 @@ begin
 end
 $$;
 comment on function rekey._reencrypt is
-  'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
+  'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows, of made_keyrings; starts: header and IV of the old ones; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
 
 create or replace function rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[])
 returns table (header bytea, failed_places integer[], problems text[])
@@ -3564,6 +3581,8 @@ declare
   v_may_be text := $sql$substr(g.start, 1, 3) = '\x524b01'$sql$;
   v_header text := $sql$case when octet_length(g.start) = 11 and substr(g.start, 1, 3) = '\x524b01' then g.start end$sql$;
   v_stored text := 'u.ciphertext';
+  -- Whether a value still has the header and IV that were read.
+  v_begins text := 'pg_catalog.substr(t.%1$s, 1, 27) operator(pg_catalog.=) u.start';
   -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
   -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
   v_kept_role text := case when protected.fire_triggers then '' else '
@@ -3586,6 +3605,7 @@ begin
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
       then decode(right(t.%1$s, -4), 'base64') else coalesce((select $sql$ || v_header || ' from (select ' || v_start || $sql$ as start) g), convert_to(t.%1$s, 'UTF8')) end$sql$;
+    v_begins := $sql$pg_catalog.left(t.%1$s, 40) collate pg_catalog."C" operator(pg_catalog.=) ('rk1:' operator(pg_catalog.||) pg_catalog.encode(u.start, 'base64'))$sql$;
     v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
@@ -3709,29 +3729,36 @@ begin
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
     v_select || '
     where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and h.header <> all ($6)
-    order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' end)
+    order by t.ctid limit $4' || v_page) || ' end)
   into next, rows, ciphertexts, contexts, keys
   using first, until, array(select int4send(k.id) from unnest(keyrings) as k(id)), max_rows, max_bytes,
     array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version));
 end
 '),
-    ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
+    ('write', 'relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint', 'record', 'volatile', '
 declare
+  v_lock text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'with held as materialized (
+      select u.row, t.ctid as now from unnest($1, $2) as u(row, start) join only %2$s t on t.ctid = u.row and ($2 is null or ' || v_begins || ')
+      for no key update of t skip locked
+    )
+    select array_agg(h.row) from held h where h.now = h.row') || ');
   v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     'update only %2$s t set %1$s = ' || v_stored || '
-    from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as u(row, ciphertext) where t.ctid operator(pg_catalog.=) u.row
+    from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) as u(row, start, ciphertext)
+    where t.ctid operator(pg_catalog.=) u.row and u.row operator(pg_catalog.=) any ($4) and ($2 is null or ' || v_begins || ')
     returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end) || ');
-  v_count bigint := 0;
   v_kept boolean;' || v_kept_role || '
 begin
+  execute v_lock into locked using rows, starts;
+  written := 0;
   ' || v_before || '
   -- A trigger may have kept the row, or put another value into it.
-  for v_kept in execute v_update using rows, ciphertexts loop
-    v_count := v_count operator(pg_catalog.+) case when v_kept then 1 else 0 end;
+  for v_kept in execute v_update using rows, starts, ciphertexts, locked loop
+    written := written operator(pg_catalog.+) case when v_kept then 1 else 0 end;
   end loop;
   ' || v_after || '
   set constraints all immediate;
-  return v_count;
 end
 ')
   ) as b(suffix, arguments, result, volatility, body);
@@ -7013,49 +7040,40 @@ end
 $$;
 comment on function rekey._guarded_settings is 'Settings of the session that say who acts, and with which KEK.';
 
-create or replace function rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
+create or replace function rekey._write_rows(
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings text := rekey._guarded_settings();
-  v_rows tid[] := rows;
-  v_ciphertexts bytea[] := ciphertexts;
-  v_count bigint;
 begin
-  if array_position(ciphertexts, null) is not null then
-    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
-    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
-  end if;
-  if v_rows is null then
-    return 0;
-  end if;
   perform set_config('rekey.sweeping', 'on', true);
   insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
-  v_count := rekey._call_write(target.function_name, relation, v_rows, v_ciphertexts);
+  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts) w;
   delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
-  if v_count is distinct from cardinality(v_rows)::bigint then
-    raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(v_rows) - coalesce(v_count, 0),
-      cardinality(v_rows), relation using errcode = 'RK005',
+  if written is distinct from coalesce(cardinality(locked), 0)::bigint then
+    raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(locked) - coalesce(written, 0),
+      cardinality(locked), relation using errcode = 'RK005',
       hint = format('Let the trigger pass by what pg_rekey does: WHEN (NOT rekey.is_sweeping(%L)).', relation);
   end if;
   if rekey._guarded_settings() <> v_settings then
     raise exception 'a trigger of % changed who acts in this session', relation using errcode = 'RK005',
       hint = 'It must leave role, JWT claims and pg_rekey''s own settings as they are.';
   end if;
-  return v_count;
 end
 $$;
 comment on function rekey._write_rows is
-  'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
+  'Stores ciphertexts in rows that still begin as they were read (starts; NULL: they are locked since), and that nobody else has: those locked. RK005: the table did not take them, or its triggers did more than they may.';
 
 -- At most 60 subtransactions: 64 is as many as a session keeps count of in shared memory. A batch of 4,000 rows with one
 -- that raises takes 25.
 create or replace function rekey._write_apart(
-  target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean,
-  out written bigint, out undone tid, out refused tid[], out problems text[], out codes text[]
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean,
+  out written tid[], out undone tid, out refused tid[], out problems text[], out codes text[]
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -7066,18 +7084,27 @@ declare
   v_limit interval := greatest(5 * (rekey._settings()).batch_target, interval '1 second');
   v_tries integer := 0;
   v_rows tid[] := rows;
+  v_starts bytea[] := starts;
   v_ciphertexts bytea[] := ciphertexts;
   -- What is still to be written, the first at the end.
   v_from integer[] := array[1];
-  v_until integer[] := array[coalesce(cardinality(rows), 0)];
+  v_until integer[];
+  v_top integer;
   v_low integer;
   v_high integer;
-  v_top integer := 1;
+  v_ordered bytea[];
+  v_locked tid[];
   v_message text;
   v_code text;
   v_context text;
 begin
-  written := 0;
+  if array_position(ciphertexts, null) is not null then
+    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
+    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+  end if;
+  v_until := array[cardinality(v_rows)];
+  v_top := case when v_rows is null then 0 else 1 end;
+  written := '{}';
   refused := '{}';
   problems := '{}';
   codes := '{}';
@@ -7091,7 +7118,12 @@ begin
     v_tries := v_tries + 1;
     v_top := v_top - 1;
     begin
-      written := written + rekey._write_rows(target, relation, v_rows[v_low:v_high], v_ciphertexts[v_low:v_high]);
+      if v_tries = 1 then
+        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts)).locked;
+      else
+        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high])).locked;
+      end if;
+      written := written || v_locked;
       continue;
     exception when assert_failure or others then
       get stacked diagnostics v_message = message_text, v_code = returned_sqlstate, v_context = pg_exception_context;
@@ -7101,9 +7133,10 @@ begin
       end if;
     end;
     if v_tries = 1 then
-      select array_agg(u.row order by u.row), array_agg(u.ciphertext order by u.row) into v_rows, v_ciphertexts
-      from unnest(v_rows, v_ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
-      v_high := cardinality(v_rows);
+      select array_agg(u.row order by u.row), array_agg(u.start order by u.row), array_agg(u.ciphertext order by u.row)
+      into v_rows, v_ordered, v_ciphertexts
+      from unnest(v_rows, v_starts, v_ciphertexts) as u(row, start, ciphertext);
+      v_starts := case when v_starts is not null then v_ordered end;
     end if;
     if v_low = v_high then
       refused := refused || v_rows[v_low];
@@ -7120,7 +7153,7 @@ begin
 end
 $$;
 comment on function rekey._write_apart is
-  'Stores as rekey._write_rows(), and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. An error that passes is raised.';
+  'Stores as rekey._write_rows(), leaving out what is NULL, and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. What is neither is somebody else''s now. An error that passes is raised.';
 
 create or replace function rekey._batch_size(keyrings integer) returns double precision
 language sql immutable parallel safe
@@ -7128,14 +7161,16 @@ return 1 + least(keyrings - 1, 1000) / 1000.0;
 comment on function rekey._batch_size is
   'By how much a batch is larger than one of a single keyring: each key is unwrapped once a batch.';
 
-create or replace function rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer = 4000) returns void
+create or replace function rekey._advance(
+  chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision = 0, max_rows integer = 4000
+) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- The next batch takes about batch_target.
-  v_factor double precision := greatest(0.5, least(2.0,
-    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001)));
+  -- The next batch takes about batch_target, and has its rows locked for 10 ms of it.
+  v_factor double precision := greatest(0.25, least(2.0,
+    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001), 0.01 / greatest(locked, 0.000001)));
 begin
   if next is null and _advance.until_block >= chunk.until_block then
     delete from rekey._chunks c where c.id = chunk.id;
@@ -7143,7 +7178,7 @@ begin
   end if;
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
-      batch_rows = greatest(50, least(max_rows, (c.batch_rows * v_factor)::integer)),
+      batch_rows = greatest(10, least(max_rows, (c.batch_rows * v_factor)::integer)),
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
                           when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
@@ -7151,7 +7186,7 @@ begin
   where c.id = chunk.id;
 end
 $$;
-comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took; max_rows: the most that a batch may have.';
+comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took, and for how long its rows were locked; max_rows: the most that a batch may have.';
 
 create or replace function rekey._note_batch(
   rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass,
@@ -7276,7 +7311,12 @@ declare
   v_sealing rekey._sealing;
   v_adopted rekey._sealed;
   v_rows tid[];
+  v_starts bytea[];
   v_made bytea[];
+  v_made_keyrings integer[];
+  v_locking timestamptz;
+  v_locked double precision := 0;
+  v_left tid[];
   v_failed_places integer[];
   v_done_keyrings integer[];
   v_done_rows bigint[];
@@ -7353,18 +7393,21 @@ begin
         from unnest(v_adopted.problems) with ordinality as u(problem, place) where u.problem is not null;
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
-        select r.made_rows, r.made, r.failed_places, r.problems into v_rows, v_made, v_failed_places, v_failed_problems
+        select r.made_rows, r.starts, r.made, r.made_keyrings, r.failed_places, r.problems
+        into v_rows, v_starts, v_made, v_made_keyrings, v_failed_places, v_failed_problems
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
-      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_made, v_chunk.kind = 'adopt') a;
-      rows := v_apart.written;
+      v_locking := clock_timestamp();
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt') a;
+      v_locked := extract(epoch from clock_timestamp() - v_locking);
+      rows := cardinality(v_apart.written);
       v_undone := v_apart.undone;
+      v_left := case when rows < cardinality(v_rows) then array(select unnest(v_rows) except select unnest(v_apart.written)) end;
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
-      from (select rekey._int4(h.header, 3) as keyring_id, h.rows
-            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows
-                  from unnest(v_made, v_rows) as u(ciphertext, row)
-                  where u.ciphertext is not null and u.row <> all (v_apart.refused) and (v_undone is null or u.row < v_undone)
-                  group by 1) h) d;
+      from (select coalesce(u.keyring_id, v_keyrings[1]) as keyring_id, count(*) as rows
+            from unnest(v_rows, v_made_keyrings) as u(row, keyring_id)
+            where v_left is null or u.row <> all (v_left)
+            group by 1) d;
       if v_failed_places is not null or v_apart.refused <> '{}' then
         -- (Joined: to look a place up in an array of texts takes as long as the place is far.)
         select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else f.keyring_id end order by f.place),
@@ -7389,11 +7432,12 @@ begin
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems,
         case when v_apart.codes <> '{}' then v_failed_codes end);
-      perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
+      perform rekey._note_passed(v_chunk, rows, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
     if v_undone is null then
-      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin),
+        case when v_chunk.kind = 'sweep' then v_locked else 0 end, (4000 * v_size)::integer);
     else
       update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
     end if;
@@ -7647,6 +7691,8 @@ begin
   loop
     commit;
     set transaction isolation level read committed;  -- whatever the default of the role or database
+    -- A crash takes back some batches, rows and progress together. What is audited waits for the disk all the same.
+    perform pg_catalog.set_config('synchronous_commit', 'off', true);
     select s.event, s.wait into v_step from rekey.rotation_step() s;
     commit;
     exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])
@@ -10024,7 +10070,7 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts, true) a;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true) a;
   select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
   from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
   left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
@@ -10032,9 +10078,9 @@ begin
   if rekey._target_state(v_target.function_name) <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_apart.written, v_chunk.target, v_chunk.relation,
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, cardinality(v_apart.written), v_chunk.target, v_chunk.relation,
     v_failed.keys, v_failed.problems, v_failed.codes);
-  perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
+  perform rekey._note_passed(v_chunk, cardinality(v_apart.written), cardinality(v_apart.refused));
   perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
   if v_apart.undone is null then
     perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
@@ -10118,8 +10164,8 @@ begin
       end if;
     end loop;
     -- (What it does not come to, the next pass does.)
-    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, v_made.ciphertexts, true) a;
-    v_done := v_apart.written;
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true) a;
+    v_done := cardinality(v_apart.written);
     v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
     v_failed_keys := v_failed_keys || array(
       select v_batch.keys[array_position(v_batch.rows, u.row)] from unnest(v_apart.refused) with ordinality as u(row, place) order by u.place);
