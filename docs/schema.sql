@@ -886,6 +886,10 @@ CREATE TABLE rekey._chunks (
     next_attempt_at timestamp with time zone,
     last_error text,
     stuck boolean DEFAULT false NOT NULL,
+    pace real DEFAULT 1 NOT NULL,
+    gives_way_to text,
+    looked_at timestamp with time zone,
+    transactions bigint,
     CONSTRAINT _chunks_kind_check CHECK ((kind = ANY (ARRAY['sweep'::text, 'adopt'::text, 'verify'::text, 'doubtful'::text])))
 );
 
@@ -912,13 +916,14 @@ declare
   v_factor double precision := greatest(0.25, least(2.0,
     extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001), 0.01 / greatest(locked, 0.000001)));
 begin
+  chunk.batch_rows := greatest(10, least(max_rows, (chunk.batch_rows * v_factor)::integer));
   if next is null and _advance.until_block >= chunk.until_block then
-    delete from rekey._chunks c where c.id = chunk.id;
+    perform rekey._pass_on(chunk);
     return;
   end if;
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
-      batch_rows = greatest(10, least(max_rows, (c.batch_rows * v_factor)::integer)),
+      batch_rows = chunk.batch_rows, pace = chunk.pace, gives_way_to = chunk.gives_way_to, looked_at = chunk.looked_at, transactions = chunk.transactions,
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
                           when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
@@ -4176,6 +4181,7 @@ CREATE TABLE rekey.settings (
     batch_target interval DEFAULT '00:00:00.2'::interval NOT NULL,
     step_limit interval,
     max_rows_per_second integer,
+    min_pace real DEFAULT 0.25 NOT NULL,
     max_attempts integer DEFAULT 8 NOT NULL,
     apply_plaintext text DEFAULT 'refuse'::text NOT NULL,
     tenant_check text,
@@ -4193,6 +4199,7 @@ CREATE TABLE rekey.settings (
     CONSTRAINT settings_kek_secret_name_check CHECK ((kek_secret_name <> ''::text)),
     CONSTRAINT settings_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 1000))),
     CONSTRAINT settings_max_rows_per_second_check CHECK ((max_rows_per_second > 0)),
+    CONSTRAINT settings_min_pace_check CHECK (((min_pace >= (0.01)::double precision) AND (min_pace <= (1)::double precision))),
     CONSTRAINT settings_postgrest_login_check CHECK ((postgrest_login <> ''::text)),
     CONSTRAINT settings_singleton_check CHECK (singleton),
     CONSTRAINT settings_step_limit_check CHECK (((step_limit >= '00:00:00.1'::interval) AND (step_limit <= '1 day'::interval)))
@@ -4269,6 +4276,13 @@ COMMENT ON COLUMN rekey.settings.step_limit IS 'Time after which a batch is canc
 --
 
 COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
+
+
+--
+-- Name: COLUMN settings.min_pace; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.min_pace IS 'Part of the time, 0.01 to 1, that a worker works at least while others use the server: then it pauses after each batch, as autovacuum does. 1: it gives way to nobody. Alone it works all the time, and so it does where a key is compromised.';
 
 
 --
@@ -5524,6 +5538,31 @@ ALTER FUNCTION rekey._is_extension_table(relation oid) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._is_extension_table(relation oid) IS 'Whether a table belongs to pg_cron or Supabase Vault, which hold no envelopes.';
+
+
+--
+-- Name: _is_in_the_way(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_in_the_way() RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return exists (
+    select from pg_locks w join pg_locks h on h.locktype = w.locktype and h.transactionid = w.transactionid
+    where w.locktype = 'transactionid' and not w.granted and h.granted and h.pid = pg_backend_pid());
+end
+$$;
+
+
+ALTER FUNCTION rekey._is_in_the_way() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_in_the_way(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_in_the_way() IS 'Whether somebody waits for the end of this transaction.';
 
 
 --
@@ -8057,6 +8096,45 @@ COMMENT ON FUNCTION rekey._own_problem() IS 'As rekey._table_problem(), of the f
 
 
 --
+-- Name: _pace(rekey._chunks, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._pace(INOUT chunk rekey._chunks, who_else text) RETURNS rekey._chunks
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_settings rekey.settings := rekey._settings();
+  v_others text := nullif(who_else, '');
+begin
+  if v_settings.min_pace = 1 or v_settings.max_rows_per_second is not null or chunk.urgent or exists (
+       select from rekey.rotations r where chunk.pass_id in (r.pass_id, r.verification_id) and r.state in ('running', 'verifying') and r.trigger = 'compromise') then
+    chunk.pace := 1;
+    chunk.gives_way_to := null;
+    return;
+  end if;
+  if who_else is null then
+    if chunk.looked_at > clock_timestamp() - interval '1 second' then
+      return;  -- too early to say
+    end if;
+    select t.told, t.looked, t.counted into v_others, chunk.looked_at, chunk.transactions from rekey._transactions(chunk.looked_at, chunk.transactions) t;
+  end if;
+  chunk.pace := case when v_others is not null then greatest(chunk.pace / 2, v_settings.min_pace) else least(chunk.pace * 2, 1) end;
+  chunk.gives_way_to := case when chunk.pace < 1 then coalesce(v_others, chunk.gives_way_to) end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._pace(INOUT chunk rekey._chunks, who_else text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _pace(INOUT chunk rekey._chunks, who_else text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._pace(INOUT chunk rekey._chunks, who_else text) IS 'The chunk with the part of the time that its next batch may take (pace): half of what it was, down to min_pace, while others use the server; twice as much, up to all of it, when they do not. Nobody is given way to where a key is compromised, and where max_rows_per_second sets the pace. who_else: what rekey.who_else() said.';
+
+
+--
 -- Name: _parse_kek(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8093,6 +8171,35 @@ ALTER FUNCTION rekey._parts(relation regclass) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._parts(relation regclass) IS 'The partitions of a partitioned table, and theirs; locks nothing.';
+
+
+--
+-- Name: _pass_on(rekey._chunks); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._pass_on(chunk rekey._chunks) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  delete from rekey._chunks c where c.id = chunk.id;
+  update rekey._chunks c
+  set batch_rows = chunk.batch_rows, pace = chunk.pace, gives_way_to = chunk.gives_way_to, looked_at = chunk.looked_at, transactions = chunk.transactions
+  where c.id = (
+    select n.id from rekey._chunks n
+    where n.pass_id = chunk.pass_id and n.kind = chunk.kind and not n.stuck
+    order by n.attempts > 0, n.urgent desc, n.id limit 1 for update skip locked);
+end
+$$;
+
+
+ALTER FUNCTION rekey._pass_on(chunk rekey._chunks) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _pass_on(chunk rekey._chunks); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._pass_on(chunk rekey._chunks) IS 'Deletes a chunk that is done; the one that comes next goes on with its size of batches, and at its pace.';
 
 
 --
@@ -11608,10 +11715,10 @@ COMMENT ON FUNCTION rekey._subject() IS 'The subject of the JWT as the audit log
 
 
 --
--- Name: _sweep_batch(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _sweep_batch(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
+CREATE FUNCTION rekey._sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -11681,6 +11788,7 @@ begin
     return;  -- paused or superseded since
   end if;
   v_size := rekey._batch_size(cardinality(v_ids));
+  v_chunk := rekey._pace(v_chunk, who_else);
   perform rekey._take_in_hand(v_chunk.relation);
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
@@ -11760,12 +11868,17 @@ begin
       perform rekey._note_passed(v_chunk, rows, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
+    if v_chunk.pace = 1 and rekey._is_in_the_way() then
+      v_chunk.pace := (rekey._settings()).min_pace;
+      v_chunk.gives_way_to := 'sessions that wait for its locks';
+    end if;
     if v_undone is null then
       perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin),
         case when v_chunk.kind = 'sweep' then v_locked else 0 end, (4000 * v_size)::integer);
     else
       update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
     end if;
+    wait := rekey._wait_out(v_chunk.pace, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -11787,13 +11900,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Sweeps one batch of one chunk, if there is one that no other worker has in hand.';
+COMMENT ON FUNCTION rekey._sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Sweeps one batch of one chunk, if there is one that no other worker has in hand.';
 
 
 --
@@ -12162,6 +12275,34 @@ ALTER FUNCTION rekey._to_text(envelope bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._to_text(envelope bytea) IS 'The text form of an envelope.';
+
+
+--
+-- Name: _transactions(timestamp with time zone, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rate double precision;
+begin
+  select clock_timestamp(), sum(pg_stat_get_db_xact_commit(d.oid) + pg_stat_get_db_xact_rollback(d.oid))::bigint into looked, counted from pg_database d;
+  v_rate := (counted - transactions) / extract(epoch from looked - looked_at);
+  -- Workers, and who watches them, have some themselves.
+  told := case when v_rate > 50 then format('%s transactions a second', round(v_rate::numeric)) end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint) IS 'Whether others use this server: how many transactions it has had in all databases, and in words how many a second, where there are more than 50. looked_at, transactions: when they were counted before, and what was counted then.';
 
 
 --
@@ -12729,10 +12870,10 @@ COMMENT ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT
 
 
 --
--- Name: _verify_batch(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _verify_batch(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
+CREATE FUNCTION rekey._verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -12774,6 +12915,7 @@ begin
   if v_ids is null then
     return;
   end if;
+  v_chunk := rekey._pace(v_chunk, who_else);
   perform rekey._take_in_hand(v_chunk.relation);
   begin
     event := 'checked';
@@ -12803,14 +12945,18 @@ begin
       end if;
       v_chunk.first := coalesce(rekey._next_row(v_found.next), format('(%s,0)', v_until)::tid);
       if rekey._block(v_chunk.first) >= v_chunk.until_block then
-        delete from rekey._chunks c where c.id = v_chunk.id;
+        perform rekey._pass_on(v_chunk);
         exit;
       elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
-        update rekey._chunks c set first = v_chunk.first, attempts = 0, next_attempt_at = null where c.id = v_chunk.id;
+        update rekey._chunks c
+        set first = v_chunk.first, attempts = 0, next_attempt_at = null,
+            pace = v_chunk.pace, gives_way_to = v_chunk.gives_way_to, looked_at = v_chunk.looked_at, transactions = v_chunk.transactions
+        where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
+    wait := rekey._wait_out(v_chunk.pace, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -12835,13 +12981,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, the relation is not as the verification found it, or an error comes again, it leaves them to the last step.';
+COMMENT ON FUNCTION rekey._verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, the relation is not as the verification found it, or an error comes again, it leaves them to the last step.';
 
 
 --
@@ -12876,6 +13022,25 @@ ALTER FUNCTION rekey._view_columns(target regclass) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._view_columns(target regclass) IS 'The columns of a table as its decrypted view has them.';
+
+
+--
+-- Name: _wait_out(real, double precision); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._wait_out(pace real, seconds double precision) RETURNS interval
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._wait_out(pace real, seconds double precision) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _wait_out(pace real, seconds double precision); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._wait_out(pace real, seconds double precision) IS 'How long a worker pauses after a batch of so many seconds; NULL: not at all.';
 
 
 --
@@ -13354,6 +13519,20 @@ COMMENT ON COLUMN rekey.rotation_status.unwrap IS 'What the client takes off ope
 --
 
 COMMENT ON COLUMN rekey.rotation_status.blocks_to_verify IS 'Blocks of large tables that its verification has yet to look at; NULL: none has begun.';
+
+
+--
+-- Name: COLUMN rotation_status.pace; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.pace IS 'Part of the time that its workers work, for the rest they pause: 1 at full speed, at least the setting min_pace. NULL: they do not work on it.';
+
+
+--
+-- Name: COLUMN rotation_status.gives_way_to; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.gives_way_to IS 'To whom they give way so; NULL: to nobody.';
 
 
 --
@@ -15432,10 +15611,10 @@ COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boole
 
 
 --
--- Name: rotation_step(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: rotation_step(boolean, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.rotation_step(whole boolean DEFAULT NULL::boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
+CREATE FUNCTION rekey.rotation_step(whole boolean DEFAULT NULL::boolean, who_else text DEFAULT NULL::text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -15492,9 +15671,9 @@ begin
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
     exit when event is not null or whole;
     if v_kind = 'verify' then
-      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
+      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch(who_else) v;
     else
-      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch(who_else) s;
     end if;
   end loop;
   if event is null and v_blocked is not null then
@@ -15528,13 +15707,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+ALTER FUNCTION rekey.rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+COMMENT ON FUNCTION rekey.rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. who_else: what rekey.who_else() tells the caller; NULL: the step looks for itself. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
 
 
 --
@@ -15556,7 +15735,7 @@ begin
     set transaction isolation level read committed;  -- whatever the default of the role or database
     -- A crash takes back some batches, rows and progress together. What is audited waits for the disk all the same.
     perform pg_catalog.set_config('synchronous_commit', 'off', true);
-    select s.event, s.wait into v_step from rekey.rotation_step() s;
+    select s.event, s.wait into v_step from rekey.rotation_step(who_else => rekey.who_else()) s;
     commit;
     exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])
            or pg_catalog.clock_timestamp() operator(pg_catalog.>=) v_until;
@@ -16254,6 +16433,38 @@ ALTER FUNCTION rekey.watch() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.watch() IS 'Cancels batches that take longer than the setting step_limit, as far as they are sessions of the caller''s roles, and returns how many. One that goes on for five times as long is ended. The job of pg_cron beside rekey.tick() calls it; pg-rekey work has a limit of its own.';
+
+
+--
+-- Name: who_else(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.who_else() RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_sessions bigint;
+begin
+  if not pg_has_role('pg_read_all_stats', 'usage') then
+    return null;
+  end if;
+  select count(*) into v_sessions
+  from pg_stat_activity a
+  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg_cron')
+    and (a.state = 'active' or a.state_change > clock_timestamp() - interval '1 second');
+  return case when v_sessions > 0 then format('%s active sessions', v_sessions) else '' end;
+end
+$$;
+
+
+ALTER FUNCTION rekey.who_else() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION who_else(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.who_else() IS 'Who else used this server within the last second, in words, for rekey.rotation_step(); empty: nobody; NULL: the caller is no member of pg_read_all_stats, and may not see it.';
 
 
 --
@@ -18940,6 +19151,13 @@ GRANT ALL ON FUNCTION rekey._is_extension_table(relation oid) TO rekey_auditor;
 
 
 --
+-- Name: FUNCTION _is_in_the_way(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_in_the_way() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _is_of_citus(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -19421,6 +19639,13 @@ REVOKE ALL ON FUNCTION rekey._own_problem() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _pace(INOUT chunk rekey._chunks, who_else text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._pace(INOUT chunk rekey._chunks, who_else text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _parse_kek(value text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -19432,6 +19657,13 @@ REVOKE ALL ON FUNCTION rekey._parse_kek(value text) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._parts(relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _pass_on(chunk rekey._chunks); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._pass_on(chunk rekey._chunks) FROM PUBLIC;
 
 
 --
@@ -20033,10 +20265,10 @@ REVOKE ALL ON FUNCTION rekey._subject() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
 
 
 --
@@ -20109,6 +20341,13 @@ GRANT ALL ON FUNCTION rekey._to_look(search_id bigint) TO rekey_operator;
 --
 
 REVOKE ALL ON FUNCTION rekey._to_text(envelope bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint) FROM PUBLIC;
 
 
 --
@@ -20197,10 +20436,10 @@ REVOKE ALL ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, 
 
 
 --
--- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
 
 
 --
@@ -20209,6 +20448,13 @@ REVOKE ALL ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count int
 
 REVOKE ALL ON FUNCTION rekey._view_columns(target regclass) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._view_columns(target regclass) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _wait_out(pace real, seconds double precision); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._wait_out(pace real, seconds double precision) FROM PUBLIC;
 
 
 --
@@ -20669,12 +20915,12 @@ GRANT ALL ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boo
 
 
 --
--- Name: FUNCTION rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_admin;
-GRANT ALL ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_operator;
+REVOKE ALL ON FUNCTION rekey.rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_operator;
 
 
 --
@@ -20822,6 +21068,15 @@ GRANT ALL ON FUNCTION rekey.version() TO rekey_app;
 REVOKE ALL ON FUNCTION rekey.watch() FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.watch() TO rekey_admin;
 GRANT ALL ON FUNCTION rekey.watch() TO rekey_operator;
+
+
+--
+-- Name: FUNCTION who_else(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.who_else() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.who_else() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.who_else() TO rekey_operator;
 
 
 --

@@ -84,7 +84,9 @@ class Steps:
             self._connection.execute("set local synchronous_commit = off")
             if not whole:
                 self.limit()
-            [row] = self._connection.execute("select * from rekey.rotation_step(%s)", [whole]).fetchall()
+            [row] = self._connection.execute(
+                "select * from rekey.rotation_step(%s, rekey.who_else())", [whole]
+            ).fetchall()
             return row
 
     def limit(self) -> None:

@@ -553,6 +553,22 @@ return 1 + least(keyrings - 1, 1000) / 1000.0;
 comment on function rekey._batch_size is
   'By how much a batch is larger than one of a single keyring: each key is unwrapped once a batch.';
 
+create or replace function rekey._pass_on(chunk rekey._chunks) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from rekey._chunks c where c.id = chunk.id;
+  update rekey._chunks c
+  set batch_rows = chunk.batch_rows, pace = chunk.pace, gives_way_to = chunk.gives_way_to, looked_at = chunk.looked_at, transactions = chunk.transactions
+  where c.id = (
+    select n.id from rekey._chunks n
+    where n.pass_id = chunk.pass_id and n.kind = chunk.kind and not n.stuck
+    order by n.attempts > 0, n.urgent desc, n.id limit 1 for update skip locked);
+end
+$$;
+comment on function rekey._pass_on is 'Deletes a chunk that is done; the one that comes next goes on with its size of batches, and at its pace.';
+
 create or replace function rekey._advance(
   chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision = 0, max_rows integer = 4000
 ) returns void
@@ -564,13 +580,14 @@ declare
   v_factor double precision := greatest(0.25, least(2.0,
     extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001), 0.01 / greatest(locked, 0.000001)));
 begin
+  chunk.batch_rows := greatest(10, least(max_rows, (chunk.batch_rows * v_factor)::integer));
   if next is null and _advance.until_block >= chunk.until_block then
-    delete from rekey._chunks c where c.id = chunk.id;
+    perform rekey._pass_on(chunk);
     return;
   end if;
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
-      batch_rows = greatest(10, least(max_rows, (c.batch_rows * v_factor)::integer)),
+      batch_rows = chunk.batch_rows, pace = chunk.pace, gives_way_to = chunk.gives_way_to, looked_at = chunk.looked_at, transactions = chunk.transactions,
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
                           when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
@@ -646,6 +663,88 @@ end
 $$;
 comment on function rekey._note_pace is 'Tells rekey._throttle() how many rows a batch had that began then.';
 
+create or replace function rekey.who_else() returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_sessions bigint;
+begin
+  if not pg_has_role('pg_read_all_stats', 'usage') then
+    return null;
+  end if;
+  select count(*) into v_sessions
+  from pg_stat_activity a
+  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg_cron')
+    and (a.state = 'active' or a.state_change > clock_timestamp() - interval '1 second');
+  return case when v_sessions > 0 then format('%s active sessions', v_sessions) else '' end;
+end
+$$;
+comment on function rekey.who_else is
+  'Who else used this server within the last second, in words, for rekey.rotation_step(); empty: nobody; NULL: the caller is no member of pg_read_all_stats, and may not see it.';
+grant execute on function rekey.who_else to rekey_admin, rekey_operator;
+
+-- What all may see: how many transactions there were, which sessions tell once a second.
+create or replace function rekey._transactions(looked_at timestamptz, transactions bigint, out told text, out looked timestamptz, out counted bigint)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rate double precision;
+begin
+  select clock_timestamp(), sum(pg_stat_get_db_xact_commit(d.oid) + pg_stat_get_db_xact_rollback(d.oid))::bigint into looked, counted from pg_database d;
+  v_rate := (counted - transactions) / extract(epoch from looked - looked_at);
+  -- Workers, and who watches them, have some themselves.
+  told := case when v_rate > 50 then format('%s transactions a second', round(v_rate::numeric)) end;
+end
+$$;
+comment on function rekey._transactions is
+  'Whether others use this server: how many transactions it has had in all databases, and in words how many a second, where there are more than 50. looked_at, transactions: when they were counted before, and what was counted then.';
+
+create or replace function rekey._pace(inout chunk rekey._chunks, who_else text)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings rekey.settings := rekey._settings();
+  v_others text := nullif(who_else, '');
+begin
+  if v_settings.min_pace = 1 or v_settings.max_rows_per_second is not null or chunk.urgent or exists (
+       select from rekey.rotations r where chunk.pass_id in (r.pass_id, r.verification_id) and r.state in ('running', 'verifying') and r.trigger = 'compromise') then
+    chunk.pace := 1;
+    chunk.gives_way_to := null;
+    return;
+  end if;
+  if who_else is null then
+    if chunk.looked_at > clock_timestamp() - interval '1 second' then
+      return;  -- too early to say
+    end if;
+    select t.told, t.looked, t.counted into v_others, chunk.looked_at, chunk.transactions from rekey._transactions(chunk.looked_at, chunk.transactions) t;
+  end if;
+  chunk.pace := case when v_others is not null then greatest(chunk.pace / 2, v_settings.min_pace) else least(chunk.pace * 2, 1) end;
+  chunk.gives_way_to := case when chunk.pace < 1 then coalesce(v_others, chunk.gives_way_to) end;
+end
+$$;
+comment on function rekey._pace is
+  'The chunk with the part of the time that its next batch may take (pace): half of what it was, down to min_pace, while others use the server; twice as much, up to all of it, when they do not. Nobody is given way to where a key is compromised, and where max_rows_per_second sets the pace. who_else: what rekey.who_else() said.';
+
+create or replace function rekey._is_in_the_way() returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (
+    select from pg_locks w join pg_locks h on h.locktype = w.locktype and h.transactionid = w.transactionid
+    where w.locktype = 'transactionid' and not w.granted and h.granted and h.pid = pg_backend_pid());
+end
+$$;
+comment on function rekey._is_in_the_way is 'Whether somebody waits for the end of this transaction.';
+
+create or replace function rekey._wait_out(pace real, seconds double precision) returns interval
+language sql immutable parallel safe
+return case when pace < 1 then least(seconds * (1 / pace - 1), 10) * interval '1 second' end;
+comment on function rekey._wait_out is 'How long a worker pauses after a batch of so many seconds; NULL: not at all.';
+
 create or replace function rekey._note_passed(chunk rekey._chunks, written bigint, refused integer) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -678,7 +777,7 @@ end
 $$;
 comment on function rekey._note_passed is 'Notes that rows of a chunk went through, or that all were refused: RK005 where more than 10,000 were, and none went through.';
 
-create or replace function rekey._sweep_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
+create or replace function rekey._sweep_batch(who_else text, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -748,6 +847,7 @@ begin
     return;  -- paused or superseded since
   end if;
   v_size := rekey._batch_size(cardinality(v_ids));
+  v_chunk := rekey._pace(v_chunk, who_else);
   perform rekey._take_in_hand(v_chunk.relation);
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
@@ -827,12 +927,17 @@ begin
       perform rekey._note_passed(v_chunk, rows, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
+    if v_chunk.pace = 1 and rekey._is_in_the_way() then
+      v_chunk.pace := (rekey._settings()).min_pace;
+      v_chunk.gives_way_to := 'sessions that wait for its locks';
+    end if;
     if v_undone is null then
       perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin),
         case when v_chunk.kind = 'sweep' then v_locked else 0 end, (4000 * v_size)::integer);
     else
       update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
     end if;
+    wait := rekey._wait_out(v_chunk.pace, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -975,7 +1080,7 @@ $$;
 comment on function rekey._next_in_line is 'Lets the first adoption in line begin whose keyring has nothing else under way, with the version that is active now.';
 
 create or replace function rekey.rotation_step(
-  whole boolean = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
+  whole boolean = null, who_else text = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -1032,9 +1137,9 @@ begin
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
     exit when event is not null or whole;
     if v_kind = 'verify' then
-      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
+      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch(who_else) v;
     else
-      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch(who_else) s;
     end if;
   end loop;
   if event is null and v_blocked is not null then
@@ -1067,7 +1172,7 @@ when deadlock_detected or serialization_failure or lock_not_available or query_c
 end
 $$;
 comment on function rekey.rotation_step is
-  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. who_else: what rekey.who_else() tells the caller; NULL: the step looks for itself. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
 grant execute on function rekey.rotation_step to rekey_admin, rekey_operator;
 
 create or replace procedure rekey.run_rotations(max_duration interval = '50 s')
@@ -1085,7 +1190,7 @@ begin
     set transaction isolation level read committed;  -- whatever the default of the role or database
     -- A crash takes back some batches, rows and progress together. What is audited waits for the disk all the same.
     perform pg_catalog.set_config('synchronous_commit', 'off', true);
-    select s.event, s.wait into v_step from rekey.rotation_step() s;
+    select s.event, s.wait into v_step from rekey.rotation_step(who_else => rekey.who_else()) s;
     commit;
     exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])
            or pg_catalog.clock_timestamp() operator(pg_catalog.>=) v_until;

@@ -107,6 +107,8 @@ create table rekey.settings (
     constraint settings_step_limit_check check (step_limit between '100 ms' and '1 day'),
   max_rows_per_second integer
     constraint settings_max_rows_per_second_check check (max_rows_per_second > 0),
+  min_pace real not null default 0.25
+    constraint settings_min_pace_check check (min_pace between 0.01 and 1),
   max_attempts integer not null default 8
     constraint settings_max_attempts_check check (max_attempts between 1 and 1000),
   apply_plaintext text not null default 'refuse'
@@ -129,6 +131,7 @@ comment on column rekey.settings.destroy_search is 'Where a key version is looke
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
 comment on column rekey.settings.step_limit is 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. NULL: 100 times batch_target. Under pg_cron, rekey.watch() looks for it.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
+comment on column rekey.settings.min_pace is 'Part of the time, 0.01 to 1, that a worker works at least while others use the server: then it pauses after each batch, as autovacuum does. 1: it gives way to nobody. Alone it works all the time, and so it does where a key is compromised.';
 comment on column rekey.settings.max_attempts is 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
 comment on column rekey.settings.apply_plaintext is 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
 comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
@@ -425,7 +428,11 @@ create table rekey._chunks (
   attempts integer not null default 0,
   next_attempt_at timestamptz,
   last_error text,
-  stuck boolean not null default false
+  stuck boolean not null default false,
+  pace real not null default 1,  -- and what it goes by: rekey._pace()
+  gives_way_to text,
+  looked_at timestamptz,
+  transactions bigint
 );
 create index _chunks_pass_id on rekey._chunks (pass_id);
 comment on table rekey._chunks is 'Block ranges that the rotations of a pass or of a verification have yet to work on.';
@@ -6118,10 +6125,14 @@ select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions
   p.label as adopts, r.formats, r.forced, r.unwrap,
   case when r.state = 'verifying' and r.verification_id is not null then (
     select coalesce(sum(c.until_block - split_part(trim(c.first::text, '()'), ',', 1)::bigint), 0)::bigint from rekey._chunks c where c.pass_id = r.verification_id and c.kind = 'verify')
-  end as blocks_to_verify
+  end as blocks_to_verify,
+  w.pace, w.gives_way_to
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
 left join rekey.protected_columns p on p.id = r.column_id
+left join lateral (
+  select c.pace, c.gives_way_to from rekey._chunks c where c.pass_id in (r.pass_id, r.verification_id) order by c.pace, c.id limit 1
+) w on r.state in ('running', 'verifying')
 -- What notes a blocker may not see when its transaction began; whoever reads this may.
 left join lateral (
   select jsonb_agg(case when s.pid is null then b.blocker else b.blocker || jsonb_build_object(
@@ -6162,6 +6173,8 @@ comment on column rekey.rotation_status.formats is 'As what its values may be ta
 comment on column rekey.rotation_status.forced is 'Whether values that look like another format are taken for plaintext.';
 comment on column rekey.rotation_status.unwrap is 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
 comment on column rekey.rotation_status.blocks_to_verify is 'Blocks of large tables that its verification has yet to look at; NULL: none has begun.';
+comment on column rekey.rotation_status.pace is 'Part of the time that its workers work, for the rest they pause: 1 at full speed, at least the setting min_pace. NULL: they do not work on it.';
+comment on column rekey.rotation_status.gives_way_to is 'To whom they give way so; NULL: to nobody.';
 grant select on rekey.rotation_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._is_under_way(state text) returns boolean
@@ -7160,6 +7173,22 @@ return 1 + least(keyrings - 1, 1000) / 1000.0;
 comment on function rekey._batch_size is
   'By how much a batch is larger than one of a single keyring: each key is unwrapped once a batch.';
 
+create or replace function rekey._pass_on(chunk rekey._chunks) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from rekey._chunks c where c.id = chunk.id;
+  update rekey._chunks c
+  set batch_rows = chunk.batch_rows, pace = chunk.pace, gives_way_to = chunk.gives_way_to, looked_at = chunk.looked_at, transactions = chunk.transactions
+  where c.id = (
+    select n.id from rekey._chunks n
+    where n.pass_id = chunk.pass_id and n.kind = chunk.kind and not n.stuck
+    order by n.attempts > 0, n.urgent desc, n.id limit 1 for update skip locked);
+end
+$$;
+comment on function rekey._pass_on is 'Deletes a chunk that is done; the one that comes next goes on with its size of batches, and at its pace.';
+
 create or replace function rekey._advance(
   chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision = 0, max_rows integer = 4000
 ) returns void
@@ -7171,13 +7200,14 @@ declare
   v_factor double precision := greatest(0.25, least(2.0,
     extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001), 0.01 / greatest(locked, 0.000001)));
 begin
+  chunk.batch_rows := greatest(10, least(max_rows, (chunk.batch_rows * v_factor)::integer));
   if next is null and _advance.until_block >= chunk.until_block then
-    delete from rekey._chunks c where c.id = chunk.id;
+    perform rekey._pass_on(chunk);
     return;
   end if;
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
-      batch_rows = greatest(10, least(max_rows, (c.batch_rows * v_factor)::integer)),
+      batch_rows = chunk.batch_rows, pace = chunk.pace, gives_way_to = chunk.gives_way_to, looked_at = chunk.looked_at, transactions = chunk.transactions,
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
                           when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
@@ -7253,6 +7283,88 @@ end
 $$;
 comment on function rekey._note_pace is 'Tells rekey._throttle() how many rows a batch had that began then.';
 
+create or replace function rekey.who_else() returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_sessions bigint;
+begin
+  if not pg_has_role('pg_read_all_stats', 'usage') then
+    return null;
+  end if;
+  select count(*) into v_sessions
+  from pg_stat_activity a
+  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg_cron')
+    and (a.state = 'active' or a.state_change > clock_timestamp() - interval '1 second');
+  return case when v_sessions > 0 then format('%s active sessions', v_sessions) else '' end;
+end
+$$;
+comment on function rekey.who_else is
+  'Who else used this server within the last second, in words, for rekey.rotation_step(); empty: nobody; NULL: the caller is no member of pg_read_all_stats, and may not see it.';
+grant execute on function rekey.who_else to rekey_admin, rekey_operator;
+
+-- What all may see: how many transactions there were, which sessions tell once a second.
+create or replace function rekey._transactions(looked_at timestamptz, transactions bigint, out told text, out looked timestamptz, out counted bigint)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rate double precision;
+begin
+  select clock_timestamp(), sum(pg_stat_get_db_xact_commit(d.oid) + pg_stat_get_db_xact_rollback(d.oid))::bigint into looked, counted from pg_database d;
+  v_rate := (counted - transactions) / extract(epoch from looked - looked_at);
+  -- Workers, and who watches them, have some themselves.
+  told := case when v_rate > 50 then format('%s transactions a second', round(v_rate::numeric)) end;
+end
+$$;
+comment on function rekey._transactions is
+  'Whether others use this server: how many transactions it has had in all databases, and in words how many a second, where there are more than 50. looked_at, transactions: when they were counted before, and what was counted then.';
+
+create or replace function rekey._pace(inout chunk rekey._chunks, who_else text)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings rekey.settings := rekey._settings();
+  v_others text := nullif(who_else, '');
+begin
+  if v_settings.min_pace = 1 or v_settings.max_rows_per_second is not null or chunk.urgent or exists (
+       select from rekey.rotations r where chunk.pass_id in (r.pass_id, r.verification_id) and r.state in ('running', 'verifying') and r.trigger = 'compromise') then
+    chunk.pace := 1;
+    chunk.gives_way_to := null;
+    return;
+  end if;
+  if who_else is null then
+    if chunk.looked_at > clock_timestamp() - interval '1 second' then
+      return;  -- too early to say
+    end if;
+    select t.told, t.looked, t.counted into v_others, chunk.looked_at, chunk.transactions from rekey._transactions(chunk.looked_at, chunk.transactions) t;
+  end if;
+  chunk.pace := case when v_others is not null then greatest(chunk.pace / 2, v_settings.min_pace) else least(chunk.pace * 2, 1) end;
+  chunk.gives_way_to := case when chunk.pace < 1 then coalesce(v_others, chunk.gives_way_to) end;
+end
+$$;
+comment on function rekey._pace is
+  'The chunk with the part of the time that its next batch may take (pace): half of what it was, down to min_pace, while others use the server; twice as much, up to all of it, when they do not. Nobody is given way to where a key is compromised, and where max_rows_per_second sets the pace. who_else: what rekey.who_else() said.';
+
+create or replace function rekey._is_in_the_way() returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (
+    select from pg_locks w join pg_locks h on h.locktype = w.locktype and h.transactionid = w.transactionid
+    where w.locktype = 'transactionid' and not w.granted and h.granted and h.pid = pg_backend_pid());
+end
+$$;
+comment on function rekey._is_in_the_way is 'Whether somebody waits for the end of this transaction.';
+
+create or replace function rekey._wait_out(pace real, seconds double precision) returns interval
+language sql immutable parallel safe
+return case when pace < 1 then least(seconds * (1 / pace - 1), 10) * interval '1 second' end;
+comment on function rekey._wait_out is 'How long a worker pauses after a batch of so many seconds; NULL: not at all.';
+
 create or replace function rekey._note_passed(chunk rekey._chunks, written bigint, refused integer) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -7285,7 +7397,7 @@ end
 $$;
 comment on function rekey._note_passed is 'Notes that rows of a chunk went through, or that all were refused: RK005 where more than 10,000 were, and none went through.';
 
-create or replace function rekey._sweep_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
+create or replace function rekey._sweep_batch(who_else text, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -7355,6 +7467,7 @@ begin
     return;  -- paused or superseded since
   end if;
   v_size := rekey._batch_size(cardinality(v_ids));
+  v_chunk := rekey._pace(v_chunk, who_else);
   perform rekey._take_in_hand(v_chunk.relation);
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
@@ -7434,12 +7547,17 @@ begin
       perform rekey._note_passed(v_chunk, rows, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
+    if v_chunk.pace = 1 and rekey._is_in_the_way() then
+      v_chunk.pace := (rekey._settings()).min_pace;
+      v_chunk.gives_way_to := 'sessions that wait for its locks';
+    end if;
     if v_undone is null then
       perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin),
         case when v_chunk.kind = 'sweep' then v_locked else 0 end, (4000 * v_size)::integer);
     else
       update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
     end if;
+    wait := rekey._wait_out(v_chunk.pace, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -7582,7 +7700,7 @@ $$;
 comment on function rekey._next_in_line is 'Lets the first adoption in line begin whose keyring has nothing else under way, with the version that is active now.';
 
 create or replace function rekey.rotation_step(
-  whole boolean = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
+  whole boolean = null, who_else text = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -7639,9 +7757,9 @@ begin
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
     exit when event is not null or whole;
     if v_kind = 'verify' then
-      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
+      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch(who_else) v;
     else
-      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch(who_else) s;
     end if;
   end loop;
   if event is null and v_blocked is not null then
@@ -7674,7 +7792,7 @@ when deadlock_detected or serialization_failure or lock_not_available or query_c
 end
 $$;
 comment on function rekey.rotation_step is
-  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. who_else: what rekey.who_else() tells the caller; NULL: the step looks for itself. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
 grant execute on function rekey.rotation_step to rekey_admin, rekey_operator;
 
 create or replace procedure rekey.run_rotations(max_duration interval = '50 s')
@@ -7692,7 +7810,7 @@ begin
     set transaction isolation level read committed;  -- whatever the default of the role or database
     -- A crash takes back some batches, rows and progress together. What is audited waits for the disk all the same.
     perform pg_catalog.set_config('synchronous_commit', 'off', true);
-    select s.event, s.wait into v_step from rekey.rotation_step() s;
+    select s.event, s.wait into v_step from rekey.rotation_step(who_else => rekey.who_else()) s;
     commit;
     exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])
            or pg_catalog.clock_timestamp() operator(pg_catalog.>=) v_until;
@@ -8071,7 +8189,7 @@ end
 $$;
 comment on function rekey._begin_verification is 'Begins a verification of these rotations and their keyrings: splits what is large of these targets, which the caller has locked, into chunks. Returns its number.';
 
-create or replace function rekey._verify_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
+create or replace function rekey._verify_batch(who_else text, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -8113,6 +8231,7 @@ begin
   if v_ids is null then
     return;
   end if;
+  v_chunk := rekey._pace(v_chunk, who_else);
   perform rekey._take_in_hand(v_chunk.relation);
   begin
     event := 'checked';
@@ -8142,14 +8261,18 @@ begin
       end if;
       v_chunk.first := coalesce(rekey._next_row(v_found.next), format('(%s,0)', v_until)::tid);
       if rekey._block(v_chunk.first) >= v_chunk.until_block then
-        delete from rekey._chunks c where c.id = v_chunk.id;
+        perform rekey._pass_on(v_chunk);
         exit;
       elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
-        update rekey._chunks c set first = v_chunk.first, attempts = 0, next_attempt_at = null where c.id = v_chunk.id;
+        update rekey._chunks c
+        set first = v_chunk.first, attempts = 0, next_attempt_at = null,
+            pace = v_chunk.pace, gives_way_to = v_chunk.gives_way_to, looked_at = v_chunk.looked_at, transactions = v_chunk.transactions
+        where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
+    wait := rekey._wait_out(v_chunk.pace, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
