@@ -232,8 +232,8 @@ left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
 order by k.name
 
 -- name: set copied secrets
--- description: Store the secrets that were copied.
-select rekey.set_secret(s.name, s.value, tenant_id => s.tenant_id, keyring => s.keyring, description => s.description) as id
+-- description: Store the secrets that were copied, under a tenant, with a keyring.
+select rekey.set_secrets(array_agg(s.name), array_agg(s.value), %s, %s, array_agg(s.description)) as ids
 from pg_temp.pg_rekey_secrets s
 
 -- name: audit log
@@ -520,8 +520,7 @@ order by j.jobid
 
 -- name: set secrets
 -- description: Store many secrets of one tenant.
-select count(rekey.set_secret(s.name, s.value, tenant_id => given.tenant_id, keyring => given.keyring))
-from (values (%s::uuid, %s)) as given (tenant_id, keyring), unnest(%s::text[], %s::text[]) as s (name, value)
+select rekey.set_secrets(%s::text[], %s::text[], tenant_id => %s, keyring => %s)
 
 -- name: demo damage
 -- description: Flip a bit in the ciphertext of a secret; return what it was.

@@ -2,7 +2,7 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(66 + 1);
+select plan(67 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
@@ -61,6 +61,7 @@ insert into contract values
   ('search_step', 'OUT event text, OUT wait interval, OUT detail jsonb', 'record'),
   ('set_schedule', 'keyring text, rotate_every interval, first_at timestamp with time zone DEFAULT NULL::timestamp with time zone', 'timestamp with time zone'),
   ('set_secret', 'name text, value text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, keyring text DEFAULT ''default''::text, description text DEFAULT NULL::text', 'uuid'),
+  ('set_secrets', 'names text[], "values" text[], tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, keyring text DEFAULT ''default''::text, descriptions text[] DEFAULT NULL::text[]', 'uuid[]'),
   ('set_setting', 'name text, value text', 'void'),
   ('tick', '', 'procedure'),
   ('unlock', 'kek bytea, scope text DEFAULT ''transaction''::text', 'text'),

@@ -38,15 +38,17 @@ class Output:
             self.show(*self.fit(rows, columns, empty))
 
     def stream(self, batches: Iterable[Sequence[Row]], empty: str = "none") -> None:
-        """Print rows as they come, in batches of any number; as JSON, one document all the same."""
+        """Print rows as they come, in batches of any number; as JSON, one document with a line for each."""
         count = 0
         for batch in batches:
             if self.json:
-                for number, row in enumerate(batch, count):
-                    click.echo(("[\n" if number == 0 else ",\n") + to_json(row), nl=False)
+                click.echo((",\n" if count else "[\n") + ",\n".join(map(_LINE.encode, batch)), nl=False)
             else:
-                columns = list(batch[0])
-                self.show(*tables.fitted(batch, columns, self._console.width, header=count == 0))
+                lines = tables.lines(batch, list(batch[0]), self._console.width, header=count == 0)
+                if lines is None:
+                    self.show(*tables.fitted(batch, list(batch[0]), self._console.width, header=count == 0))
+                else:
+                    click.echo("\n".join(lines))
             count += len(batch)
         if self.json:
             click.echo("\n]" if count else "[]")
@@ -107,6 +109,10 @@ def _plain(value: Any) -> Any:
         case bytes():
             return value.hex()
     return str(value)
+
+
+# (Without indentation, which Python's encoder takes ten times as long for.)
+_LINE = json.JSONEncoder(default=_plain, ensure_ascii=False)
 
 
 def output(function: Callable[Concatenate[Output, P], None]) -> Callable[P, None]:

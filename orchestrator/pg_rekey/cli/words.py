@@ -37,6 +37,8 @@ def shown(name: str, value: Any, *, now: datetime | None = None) -> str:
             text = ", ".join(f"{key} {shown(key, one)}" for key, one in value.items())
         case _:
             text = str(value)
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
