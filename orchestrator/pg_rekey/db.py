@@ -228,6 +228,11 @@ def worker_jobs(cron: Connection, database: str) -> list[DictRow]:
         return cron.execute(query("cron jobs"), [database]).fetchall()
 
 
+def is_worker(job: DictRow) -> bool:
+    """Tell whether a job of pg_cron works on rotations: one calls tick(), the others run_rotations()."""
+    return bool(re.search(r"rekey\.(tick|run_rotations)", job["command"].lower()))
+
+
 def migrations(connection: Connection) -> list[str]:
     """Return the versions under which the Supabase CLI has noted migrations of ours."""
     with connection.transaction():

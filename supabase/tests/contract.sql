@@ -57,7 +57,7 @@ insert into contract values
   ('rotation_step', 'whole boolean DEFAULT NULL::boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb', 'record'),
   ('run_rotations', 'IN max_duration interval DEFAULT ''00:00:50''::interval', 'procedure'),
   ('schedule_key_destruction', 'keyring text, version integer, wait interval DEFAULT NULL::interval', 'timestamp with time zone'),
-  ('schedule_worker', 'schedule text DEFAULT NULL::text', 'bigint'),
+  ('schedule_worker', 'schedule text DEFAULT NULL::text, workers integer DEFAULT NULL::integer', 'bigint'),
   ('search_step', 'OUT event text, OUT wait interval, OUT detail jsonb', 'record'),
   ('set_schedule', 'keyring text, rotate_every interval, first_at timestamp with time zone DEFAULT NULL::timestamp with time zone', 'timestamp with time zone'),
   ('set_secret', 'name text, value text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, keyring text DEFAULT ''default''::text, description text DEFAULT NULL::text', 'uuid'),

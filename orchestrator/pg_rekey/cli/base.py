@@ -216,5 +216,12 @@ keyring_option = click.option("--keyring", type=parameters.KEYRING, metavar="NAM
 tenant_option = click.option(
     "--tenant", type=click.UUID, default=NIL, metavar="UUID", help="Tenant; the nil UUID by default."
 )
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    metavar="N",
+    help="Share the work among N connections.",
+)
 FilePath = click.Path(dir_okay=False, path_type=Path)
 InputPath = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -138,6 +138,12 @@ def _without_ages(given: list[dict[str, Any]] | None) -> object:
 def say(message: str) -> None:
     """Print a line to standard error, above the bar where there is one: rich sees only sys.stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def tell_error(fields: Mapping[str, Any]) -> None:
+    """Say what went wrong with a worker, and that it tries again."""
+    who = f"worker {fields['worker']}: " if "worker" in fields else ""
+    say(f"{who}{fields['error']}; tries again in {fields['retry_in']:.0f} s")
 
 
 def tell_paused(ids: list[int]) -> None:
