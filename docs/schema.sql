@@ -12874,6 +12874,26 @@ COMMENT ON FUNCTION rekey._waited_for(code text) IS 'After which pause to try ag
 
 
 --
+-- Name: _with_ages(jsonb, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) RETURNS jsonb
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _with_ages(blockers jsonb, since timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) IS 'Blockers, noted since then, with the age in seconds of their transactions; without it where the caller may not see it.';
+
+
+--
 -- Name: _wrap(bytea, bytea, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13255,7 +13275,7 @@ COMMENT ON COLUMN rekey.rotation_status.next_attempt_at IS 'It goes on after thi
 -- Name: COLUMN rotation_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds: since they began, as far as who reads this may see it in pg_stat_activity, else since they are waited for), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds: since they began; not there where who reads this may not see it in pg_stat_activity), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 
 
 --
@@ -17437,7 +17457,7 @@ COMMENT ON COLUMN rekey.search_status.versions_found IS 'Of the versions, those 
 -- Name: COLUMN search_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.search_status.blocked_by IS 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds.';
+COMMENT ON COLUMN rekey.search_status.blocked_by IS 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds (of a pid, where who reads this may see it).';
 
 
 --
@@ -20251,6 +20271,16 @@ GRANT ALL ON FUNCTION rekey._view_columns(target regclass) TO rekey_admin;
 --
 
 REVOKE ALL ON FUNCTION rekey._waited_for(code text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _with_ages(blockers jsonb, since timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) TO rekey_auditor;
 
 
 --

@@ -140,7 +140,7 @@ def _workers(connection: db.Connection) -> Iterator[Finding]:
     yield Finding(
         "info",
         f"{cores} cores: up to {cores} workers share a rotation, {half} where others are to feel less of it",
-        f"`rotate --wait` and `work` take --workers {cores}, SQL select rekey.schedule_worker(workers => {half})",
+        f"`rotate --wait` and `work` take --workers {cores}; rekey.schedule_worker(workers => {half})",
     )
 
 
