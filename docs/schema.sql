@@ -8560,7 +8560,7 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
-      where d.command in ('call rekey.tick()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
+      where d.command in ('call rekey.tick()', 'call rekey.run_rotations()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
   end if;
 exception when insufficient_privilege then
   null;  -- somebody else's job
@@ -13063,6 +13063,26 @@ COMMENT ON FUNCTION rekey._waited_for(code text) IS 'After which pause to try ag
 
 
 --
+-- Name: _with_ages(jsonb, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) RETURNS jsonb
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _with_ages(blockers jsonb, since timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) IS 'Blockers, noted since then, with the age in seconds of their transactions; without it where the caller may not see it.';
+
+
+--
 -- Name: _wrap(bytea, bytea, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -13448,7 +13468,7 @@ COMMENT ON COLUMN rekey.rotation_status.next_attempt_at IS 'It goes on after thi
 -- Name: COLUMN rotation_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds: since they began, as far as who reads this may see it in pg_stat_activity, else since they are waited for), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds: since they began; not there where who reads this may not see it in pg_stat_activity), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 
 
 --
@@ -15786,10 +15806,10 @@ COMMENT ON FUNCTION rekey.schedule_key_destruction(keyring text, version integer
 
 
 --
--- Name: schedule_worker(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: schedule_worker(text, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.schedule_worker(schedule text DEFAULT NULL::text) RETURNS bigint
+CREATE FUNCTION rekey.schedule_worker(schedule text DEFAULT NULL::text, workers integer DEFAULT NULL::integer) RETURNS bigint
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
@@ -15798,7 +15818,11 @@ declare
   v_schedule text;
   v_job bigint;
   v_watch bigint;
+  v_helpers bigint[];
 begin
+  if workers not between 1 and 64 then
+    raise exception 'there are 1 to 64 workers' using errcode = 'invalid_parameter_value';
+  end if;
   select e.extversion into v_version from pg_extension e where e.extname = 'pg_cron';
   if not found then
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
@@ -15806,6 +15830,7 @@ begin
                     current_database()), constraint = 'schedule_worker';
   elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
      or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
+     or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null
      or rekey._trusted_function('pg_cron', 'cron.alter_job(bigint,text,text,text,text,boolean)') is null then
     raise exception 'cron.job or its functions are not pg_cron''s, or have a trigger of somebody else''s' using errcode = 'undefined_object',
       hint = 'Before pg_cron 1.4 there is no cron.alter_job(): update the extension. Else drop those triggers.';
@@ -15827,23 +15852,32 @@ begin
   if v_watch is null then
     execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_watch using 'pg_rekey_watch', '* * * * *', 'select rekey.watch()';
   end if;
+  -- All but the first do nothing but rotations: what else a tick does is not more with two of them.
+  execute format($sql$ select coalesce(array_agg(j.jobid), '{}') from %I.job j where j.command = 'call rekey.run_rotations()' and j.database = current_database() $sql$, 'cron') into v_helpers;
+  if cardinality(v_helpers) <> workers - 1 then
+    execute format('select count(%I.unschedule(j::bigint)) from unnest($1) j', 'cron') using v_helpers;
+    execute format('select coalesce(array_agg(%I.schedule(''pg_rekey_'' || n, $1::text, ''call rekey.run_rotations()''::text)), ''{}'') from generate_series(2, $2) n', 'cron')
+    into v_helpers using v_schedule, workers;
+  else
+    execute format('select count(%I.alter_job(j::bigint, $2::text, null::text, null::text, null::text, true)) from unnest($1) j', 'cron') using v_helpers, v_schedule;
+  end if;
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job(j::bigint, null::text, null::text, null::text, $2::text, null::boolean) from unnest($1) j', 'cron') using array[v_job, v_watch], 'rekey_worker';
+    execute format('select %I.alter_job(j::bigint, null::text, null::text, null::text, $2::text, null::boolean) from unnest($1) j', 'cron') using array[v_job, v_watch] || v_helpers, 'rekey_worker';
   end if;
   return v_job;
 end
 $_$;
 
 
-ALTER FUNCTION rekey.schedule_worker(schedule text) OWNER TO rekey_owner;
+ALTER FUNCTION rekey.schedule_worker(schedule text, workers integer) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION schedule_worker(schedule text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION schedule_worker(schedule text, workers integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.schedule_worker(schedule text) IS 'Has pg_cron call rekey.tick(), and returns the number of the job; a second job, pg_rekey_watch, calls rekey.watch() every minute. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
+COMMENT ON FUNCTION rekey.schedule_worker(schedule text, workers integer) IS 'Has pg_cron call rekey.tick(), and returns the number of the job; another one, pg_rekey_watch, calls rekey.watch() every minute. workers: so many (1 to 64) share the rotations, NULL, the default: as many as before, at first one; each but the first is a job pg_rekey_N of its own, which calls rekey.run_rotations(). schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The jobs run as rekey_worker where a superuser calls this, else as the caller. Safe to repeat, with another number of workers too. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule, or there are not 1 to 64 workers.';
 
 
 --
@@ -15959,65 +15993,120 @@ COMMENT ON FUNCTION rekey.set_schedule(keyring text, rotate_every interval, firs
 
 
 --
--- Name: set_secret(text, text, uuid, text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: set_secrets(text[], text[], uuid, text, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.set_secret(name text, value text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, keyring text DEFAULT 'default'::text, description text DEFAULT NULL::text) RETURNS uuid
+CREATE FUNCTION rekey.set_secrets(names text[], "values" text[], tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, keyring text DEFAULT 'default'::text, descriptions text[] DEFAULT NULL::text[]) RETURNS uuid[]
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET plan_cache_mode TO 'force_generic_plan'
     SET row_security TO 'off'
     AS $$
 declare
   v_keyring rekey.keyrings;
-  v_id uuid;
-  v_known boolean;
+  v_name text;
+  v_value text;
   v_bytes bytea;
-  v_length integer;
+  v_longest integer := 0;
+  v_place integer;
   v_sealing rekey._sealing;
+  v_known jsonb;
+  v_id uuid;
   v_iv bytea;
   v_aad bytea;
   v_envelope bytea;
+  v_stored integer;
+  v_count integer;
+  -- Of the length that they will have: an element that is put behind the last one makes an array anew.
+  v_ids uuid[] := array_fill(null::uuid, array[coalesce(cardinality(names), 0)]);
+  v_envelopes bytea[] := array_fill(null::bytea, array[coalesce(cardinality(names), 0)]);
 begin
   perform rekey._check_tenant(tenant_id);
   v_keyring := rekey._keyring(keyring);
   if v_keyring.tenant_id not in (tenant_id, '00000000-0000-0000-0000-000000000000') then
     raise exception 'the keyring belongs to another tenant' using errcode = 'insufficient_privilege';
   end if;
-  if name is null or octet_length(name) not between 1 and 255 or name ~ '[\u0001-\u001F\u007F]' then
-    raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
+  if names is null or cardinality("values") is distinct from cardinality(names) or cardinality(descriptions) <> cardinality(names)
+     or array_ndims(names) > 1 or array_ndims(descriptions) > 1 or array_lower(names, 1) <> 1 or array_lower(descriptions, 1) <> 1 then
+    raise exception 'names, values and descriptions are arrays of one length' using errcode = 'invalid_parameter_value';
   end if;
-  if value is null then
-    raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.', constraint = 'delete_secret';
-  end if;
-  v_bytes := convert_to(value, 'UTF8');
-  v_length := octet_length(v_bytes);
-  v_sealing := rekey._sealing(v_keyring.id, v_length);
-  loop
-    -- The id first, then the seal: a value sealed for an id that is thrown away could never be opened.
-    select s.id into v_id from rekey.secrets s
-    where s.tenant_id = set_secret.tenant_id and s.name = set_secret.name for no key update;
-    v_known := found;
-    if not v_known then
-      v_id := gen_random_uuid();
+  foreach v_name in array names loop
+    if v_name is null or octet_length(v_name) not between 1 and 255 or v_name ~ '[\u0001-\u001F\u007F]' then
+      raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
     end if;
-    v_iv := rekey._random_bytes(16);
-    v_aad := v_sealing.header || rekey._secret_context(tenant_id, v_id);
-    v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_bytes, v_aad);
-    if v_known then
-      update rekey.secrets s
-      set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
-          description = coalesce(set_secret.description, s.description)
-      where s.tenant_id = set_secret.tenant_id and s.id = v_id;
-      exit;
-    end if;
-    insert into rekey.secrets (tenant_id, id, name, keyring_id, ciphertext, description)
-    values (set_secret.tenant_id, v_id, set_secret.name, v_keyring.id, v_envelope, set_secret.description)
-    on conflict do nothing;
-    exit when found;
   end loop;
-  return v_id;
+  if cardinality(names) > 1 and cardinality(names) > (select count(distinct n.name) from unnest(names) as n(name)) then
+    raise exception 'a name comes twice' using errcode = 'invalid_parameter_value';
+  end if;
+  foreach v_value in array "values" loop
+    if v_value is null then
+      raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.', constraint = 'delete_secret';
+    end if;
+    v_longest := greatest(v_longest, octet_length(convert_to(v_value, 'UTF8')));
+  end loop;
+  v_sealing := rekey._sealing(v_keyring.id, v_longest);
+  loop
+    -- The ids first, then the seals: a value sealed for an id that is thrown away could never be opened.
+    -- (A subquery for each name, and no join: it may be planned while the table is empty, and stays.)
+    select jsonb_object_agg(o.name, o.id) into v_known
+    from (select n.name, (select s.id from rekey.secrets s where s.tenant_id = set_secrets.tenant_id and s.name = n.name for no key update) as id
+          from (select u.name from unnest(names) as u(name) order by u.name) n
+          offset 0) o
+    where o.id is not null;
+    v_place := 0;
+    v_stored := 0;
+    foreach v_value in array "values" loop
+      v_place := v_place + 1;
+      v_name := names[v_place];
+      v_id := coalesce((v_known ->> v_name)::uuid, gen_random_uuid());
+      v_bytes := convert_to(v_value, 'UTF8');
+      v_iv := rekey._random_bytes(16);
+      v_aad := v_sealing.header || rekey._secret_context(tenant_id, v_id);
+      v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_bytes, v_aad);
+      v_ids[v_place] := v_id;
+      if v_known ? v_name then
+        update rekey.secrets s
+        set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
+            description = coalesce(descriptions[v_place], s.description)
+        where s.tenant_id = set_secrets.tenant_id and s.id = v_id;
+        v_stored := v_stored + 1;
+        v_envelope := null;
+      end if;
+      v_envelopes[v_place] := v_envelope;
+    end loop;
+    if v_stored < cardinality(names) then
+      insert into rekey.secrets (tenant_id, id, name, keyring_id, ciphertext, description)
+      select set_secrets.tenant_id, n.id, n.name, v_keyring.id, n.envelope, n.description
+      from unnest(v_ids, names, v_envelopes, descriptions) as n(id, name, envelope, description)
+      where n.envelope is not null
+      on conflict do nothing;
+      get diagnostics v_count = row_count;
+      v_stored := v_stored + v_count;
+    end if;
+    exit when v_stored = cardinality(names);  -- else somebody else has stored one of them meanwhile
+  end loop;
+  return v_ids;
 end
 $$;
+
+
+ALTER FUNCTION rekey.set_secrets(names text[], "values" text[], tenant_id uuid, keyring text, descriptions text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION set_secrets(names text[], "values" text[], tenant_id uuid, keyring text, descriptions text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.set_secrets(names text[], "values" text[], tenant_id uuid, keyring text, descriptions text[]) IS 'Stores many secrets of a tenant, as rekey.set_secret() does one, and returns their ids in the order of names. names and values: arrays of one length, descriptions too, or NULL. Sessions that store the same names at once give them in the same order, or may meet in a deadlock (40P01). 22023: a name or value cannot be, or comes twice, or lengths differ; 42501: another tenant; RK001, RK002: KEK; RK006: retired keyring; RK007: no such keyring.';
+
+
+--
+-- Name: set_secret(text, text, uuid, text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.set_secret(name text, value text, tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid, keyring text DEFAULT 'default'::text, description text DEFAULT NULL::text) RETURNS uuid
+    LANGUAGE sql
+    -- in sql/code
+;
 
 
 ALTER FUNCTION rekey.set_secret(name text, value text, tenant_id uuid, keyring text, description text) OWNER TO rekey_owner;
@@ -16259,7 +16348,7 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
-  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
+  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'call rekey.run_rotations()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
     execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;
@@ -17613,7 +17702,7 @@ COMMENT ON COLUMN rekey.search_status.versions_found IS 'Of the versions, those 
 -- Name: COLUMN search_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.search_status.blocked_by IS 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds.';
+COMMENT ON COLUMN rekey.search_status.blocked_by IS 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds (of a pid, where who reads this may see it).';
 
 
 --
@@ -20465,6 +20554,16 @@ REVOKE ALL ON FUNCTION rekey._waited_for(code text) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _with_ages(blockers jsonb, since timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) TO rekey_operator;
+GRANT ALL ON FUNCTION rekey._with_ages(blockers jsonb, since timestamp with time zone) TO rekey_auditor;
+
+
+--
 -- Name: FUNCTION _wrap(wrapping_key bytea, iv bytea, dek bytea, aad bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -20941,11 +21040,11 @@ GRANT ALL ON FUNCTION rekey.schedule_key_destruction(keyring text, version integ
 
 
 --
--- Name: FUNCTION schedule_worker(schedule text); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION schedule_worker(schedule text, workers integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey.schedule_worker(schedule text) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey.schedule_worker(schedule text) TO rekey_admin;
+REVOKE ALL ON FUNCTION rekey.schedule_worker(schedule text, workers integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.schedule_worker(schedule text, workers integer) TO rekey_admin;
 
 
 --
@@ -20962,6 +21061,14 @@ GRANT ALL ON FUNCTION rekey.search_step(OUT event text, OUT wait interval, OUT d
 
 REVOKE ALL ON FUNCTION rekey.set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.set_schedule(keyring text, rotate_every interval, first_at timestamp with time zone) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION set_secrets(names text[], "values" text[], tenant_id uuid, keyring text, descriptions text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.set_secrets(names text[], "values" text[], tenant_id uuid, keyring text, descriptions text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.set_secrets(names text[], "values" text[], tenant_id uuid, keyring text, descriptions text[]) TO rekey_app;
 
 
 --

@@ -192,7 +192,7 @@ def test_keys(api: Api, ready: Connection) -> None:
         ("other", 1, "active"),
     ]
     assert api.get("/api/keys?keyring=other")["keys"] == found[2:]
-    assert api.get("/api/keys?keyring=none")["keys"] == []
+    assert api.get("/api/keys?keyring=none", 404)["code"] == "RK007"
 
 
 def test_rotations_by_page(api: Api, ready: Connection) -> None:

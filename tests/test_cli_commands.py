@@ -1,12 +1,14 @@
 """Keyrings, keys, rotations, schedules, settings, status, verification, metrics: each command, its errors."""
 
 import datetime as dt
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from psycopg.conninfo import make_conninfo
 
 from cli_fixtures import Cli
 from helpers import Connection, value
@@ -169,8 +171,30 @@ def test_status(cli_ready: Cli) -> None:
     assert re.search(r"^ *1 +default +queued", shown, re.MULTILINE)
     document = cli_ready.json("status")
     assert document["worker"]["kek"] == 1
+    assert (document["secrets"], document["secrets_estimated"]) == (0, False)
+    assert "0 secrets" in shown
     assert document["keyrings"][0]["schedule"] == "none"
     cli_ready("status", "--check", code=FINDINGS)
+
+
+def test_status_says_how_many_secrets_there_are(
+    cli_ready: Cli, ready: Connection, db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready.execute("select rekey.set_secret('a', 'v')")
+    assert "\n1 secret\n" in cli_ready("status")
+    ready.execute("select rekey.set_secret('s' || n, 'v') from generate_series(1, 1499) n")
+    assert "\n1,500 secrets\n" in cli_ready("status")
+    name = f"rekey_test_status_{os.getpid()}"
+    ready.execute(f"create role {name} login; grant rekey_auditor to {name}".encode())
+    try:
+        # Who may not read them is told what the server knows.
+        monkeypatch.setenv("PG_REKEY_DSN", make_conninfo(db, user=name))
+        ready.execute("update pg_class set reltuples = -1 where oid = 'rekey.secrets'::regclass")
+        assert " secrets" not in cli_ready("status")
+        ready.execute("analyze rekey.secrets")
+        assert "\nabout 1,500 secrets\n" in cli_ready("status")
+    finally:
+        ready.execute(f"drop role {name}".encode())
 
 
 def test_status_before_init(cli_db: Cli) -> None:

@@ -244,6 +244,32 @@ def test_pooler() -> None:
     assert "pooler" in finding.finding
 
 
+@pytest.mark.parametrize(
+    ("cores", "said", "advice"),
+    [
+        (8, "8 cores: up to 8 workers", "workers => 4"),
+        (1, "one core: one worker", "take turns"),
+        (2, "2 cores: up to 2 workers share a rotation, 1 where", "workers => 1"),
+    ],
+)
+def test_how_many_workers_suit_the_server(
+    cores: int, said: str, advice: str, cli_ready: Cli, ready: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    [found] = doctor._workers(ready)  # reads only where it is connected to
+    assert found.severity == "info"
+    assert said in found.finding
+    assert advice in found.advice
+
+
+def test_the_cores_of_another_machine_are_not_known() -> None:
+    class Elsewhere:
+        info = SimpleNamespace(host="db.example.com", hostaddr="192.0.2.1")
+
+    [found] = doctor._workers(Elsewhere())  # type: ignore[arg-type]
+    assert "is not known here" in found.finding
+
+
 def test_a_role_with_few_rights(
     cli_ready: Cli, ready: Connection, db: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,7 +140,9 @@ def test_dry_run(cli_ready: Cli, ready: Connection) -> None:
     assert value(ready, "select count(*) from rekey.audit_log") == before
     assert states(ready) == []
     cli_ready("rotate", "--wait")
-    assert "rows/s of the last ones" in cli_ready("rotate", "--dry-run", "--keyring", "default")
+    assert "rows/s of the fastest of the last five" in cli_ready(
+        "rotate", "--dry-run", "--keyring", "default"
+    )
 
 
 def test_waits_for_a_writer_and_says_so(cli_ready: Cli, ready: Connection, db: str, kek: bytes) -> None:

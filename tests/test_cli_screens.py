@@ -119,14 +119,12 @@ def test_without_a_terminal(used: Cli) -> None:
 def test_status_says_what_holds_a_rotation_up(used: Cli, ready: Connection) -> None:
     ready.execute(
         "update rekey.rotations set blocked_by = %s where state = 'queued'",
-        ['[{"pid": 28518, "role": "web", "age_seconds": 9}]'],
+        ['[{"prepared": "pay", "age_seconds": 9}]'],
     )
     lines = see("status")
-    assert any("blocked by: the transaction of pid 28518, web, open for 9 s" in line for line in lines)
+    assert any("blocked by: the prepared transaction 'pay', open for 9 s" in line for line in lines)
     assert any("nobody works on it now: `pg-rekey work` does" in line for line in lines)
-    assert used.json("status")["rotations"][-1]["blocked_by"] == [
-        {"pid": 28518, "role": "web", "age_seconds": 9}
-    ]
+    assert used.json("status")["rotations"][-1]["blocked_by"] == [{"prepared": "pay", "age_seconds": 9}]
     keyring = next(row for row in used.json("status")["keyrings"] if row["keyring"] == "default")
     assert (keyring["rows"], keyring["rotate_every"]) == (1200, 90 * 86400)
     assert keyring["took"] > 0
@@ -191,6 +189,9 @@ def test_what_a_rotation_waits_for() -> None:
     assert blockers(None) == ""
     assert blockers([{"pid": 7, "role": "app", "age_seconds": 3}, {"rows": 2, "why": "locked or moved"}]) == (
         "the transaction of pid 7, app, open for 3 s; 2 rows that are locked or moved"
+    )
+    assert blockers([{"pid": 7, "role": "app"}]) == (
+        "the transaction of pid 7, app, open, this role may not see since when"
     )
     assert blockers([{"target": "a.b.c", "why": "x"}]) == "the column a.b.c, which is blocked: x"
     assert blockers([{"prepared": "x", "age_seconds": 9}]) == "the prepared transaction 'x', open for 9 s"

@@ -17,9 +17,10 @@ from psycopg.conninfo import make_conninfo
 
 from cli_fixtures import Cli, process
 from helpers import Connection, value
-from pg_rekey import envfile
-from pg_rekey.cli import secrets
+from pg_rekey import db, envfile
+from pg_rekey.cli import follow, secrets
 from pg_rekey.errors import LOCKED, USAGE, Problem
+from terminal import terminal
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -210,6 +211,22 @@ def test_a_long_list_comes_as_it_is_read(
     assert len(cli_ready.json("secrets", "list")) == 100
 
 
+def test_a_long_list_at_80_columns(cli_ready: Cli, ready: Connection) -> None:
+    """The same whether each row is a line or not; no line is wider than the terminal."""
+    ready.execute("select rekey.set_secret('s' || n, 'value') from generate_series(1, 3) n")
+    with terminal("secrets", "list") as short:
+        assert short.code() == 0
+        assert [line.split()[:3] for line in short.lines] == [
+            ["name", "keyring", "version"],
+            *(["s" + number, "default", "1"] for number in "123"),
+        ]
+    ready.execute("select rekey.set_secret('\u4e2d', 'v', description => repeat('some words ', 12))")
+    with terminal("secrets", "list") as long:
+        assert long.code() == 0
+        assert all(len(line) <= 80 for line in long.lines)
+        assert "some words some words" in long.screen
+
+
 def test_run_with_secrets_in_the_environment(
     cli_ready: Cli, ready: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,3 +267,25 @@ def test_reading_where_nothing_may_be_written(
     monkeypatch.setenv("PG_REKEY_DSN", make_conninfo(read_only, options=f"{options} -c log_statement=all"))
     cli_ready("secrets", "get", "a", code=LOCKED)
     assert "would log the KEK: log_statement is all" in cli_ready.err
+
+
+def test_an_import_says_how_far_it_is(
+    cli_ready: Cli, ready: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "LIFE_SIGN", 0)
+    path = tmp_path / "many.env"
+    values = {f"NAME_{number:04}": f"value {number}" for number in range(2 * db.BATCH + 1)}
+    path.write_text(envfile.write(values))
+    assert cli_ready("secrets", "import", path) == "2001 created, 0 updated, 0 unchanged\n"
+    assert cli_ready.err.splitlines() == [
+        f"importing, {done:,} of 2,001 secrets" for done in (1000, 2000, 2001)
+    ]
+    assert "importing" not in cli_ready.out
+    path.write_text(envfile.write(values | {"NAME_0001": "new", "OTHER": "more"}))
+    assert cli_ready("secrets", "import", path) == "1 created, 1 updated, 2000 unchanged\n"
+    stored = ready.execute("select name, value from rekey.read_secrets()").fetchall()
+    assert dict(stored) == values | {"NAME_0001": "new", "OTHER": "more"}
+    # In one transaction: the batch that is refused takes those before it along.
+    path.write_text(envfile.write({"FIRST": "x"} | values | {"Z" * 256: "too long"}))
+    cli_ready("secrets", "import", path, code=1)
+    assert "FIRST" not in cli_ready("secrets", "list")

@@ -334,6 +334,11 @@ def test_an_open_writer_is_named_and_nobody_else_is_stopped(
             assert holder["role"] == "rekey_worker"
             # Of its transaction, which the engine may not see, but whoever reads this.
             assert holder["age_seconds"] >= 1
+            # Who may not see it is told no other age, such as that of the wait.
+            with ready.transaction():
+                ready.execute("set local role rekey_auditor")
+                (seen,) = rotation(ready, number, "blocked_by")
+            assert seen == {"pid": holder["pid"], "role": "rekey_worker"}
 
             bystander = session()
             bystander.execute("set lock_timeout = '20 s'; set statement_timeout = '60 s'")

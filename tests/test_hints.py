@@ -109,7 +109,29 @@ def test_over_http(api: Api) -> None:
     hint = api.rotate(404, json={"keyring": "defualt"})["hint"]
     assert hint.startswith("Did you mean 'default'? GET /api/keys ")
     message = api.rotate(422, json={"keyrng": "default"})["message"]
+    assert message == (
+        "body: there is a field that is not one of keyring, reason, supersede. Did you mean 'keyring'?"
+    )
+    message = api.rotate(422, json={"zzz": "default"})["message"]
     assert message == "body: there is a field that is not one of keyring, reason, supersede"
+
+
+@pytest.mark.parametrize("path", ["keys", "rotations", "audit"])
+def test_over_http_a_filter_that_names_no_keyring_is_an_error(path: str, api: Api, ready: Connection) -> None:
+    found = api.get(f"/api/{path}?keyring=nope", 404)
+    assert (found["code"], found["message"]) == ("RK007", "no such keyring: 'nope'")
+    assert found["hint"].startswith("GET /api/keys ")
+    assert api.get(f"/api/{path}?keyring=defualt", 404)["hint"].startswith("Did you mean 'default'? ")
+    assert api.get(f"/api/{path}?keyrng=default", 422)["hint"] == "Did you mean 'keyring'? See /docs."
+    assert api.get(f"/api/{path}?keyring=default&keyring=default", 422)["hint"] == "See /docs."
+    # A keyring that is there, and of which there is nothing, is no error.
+    ready.execute("delete from rekey.rotations")
+    api.get(f"/api/{path}?keyring=default")
+
+
+def test_over_http_the_route_that_was_meant(api: Api) -> None:
+    assert api.get("/api/rotation", 404)["hint"].startswith("Did you mean '/api/rotations'")
+    assert api.get("/elsewhere", 404)["hint"] == "See /docs."
 
 
 def test_in_sql_the_hint_is_the_database_s_own(ready: Connection, db: str) -> None:

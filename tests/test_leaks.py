@@ -141,6 +141,8 @@ def use_all(session: Session, quiet: Connection, kek: bytes) -> set[bytes]:
         "select rekey.set_secret('a', v) from plain",
         "select rekey.set_secret('a', v) from plain",
         "select rekey.set_secret('b' || n, v, keyring => 'busy') from plain, generate_series(1, 20) n",
+        "select rekey.set_secrets(array['c', 'd'], array[v, v], descriptions => array[null, 'x']) from plain",
+        "select rekey.set_secrets(array['d', 'e'], array[v, v]) from plain",
         "select rekey.get_secret('a')",
         "select * from rekey.read_secrets()",
         "select * from rekey.decrypted_secrets",

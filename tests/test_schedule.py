@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -370,6 +370,22 @@ def cron(server: str) -> Iterator[Connection]:
                     connection.execute(f"drop extension {extension}".encode())
 
 
+TICK_JOB = ("pg_rekey", "rekey_worker", "call rekey.tick()", True)
+WATCH_JOB = ("pg_rekey_watch", "rekey_worker", "select rekey.watch()", True)
+
+
+def helper(number: int) -> tuple[str, str, str, bool]:
+    return f"pg_rekey_{number}", "rekey_worker", "call rekey.run_rotations()", True
+
+
+def jobs(connection: Connection) -> list[Any]:
+    """Return the jobs of pg_cron: name, role, command, whether they are for this database."""
+    statement: LiteralString = (
+        "select jobname, username, command, database = current_database() from cron.job order by jobid"
+    )
+    return connection.execute(statement).fetchall()
+
+
 def test_pg_cron_alone(cron: Connection, server: str, kek: bytes, kek_file: str) -> None:
     conn = cron
     initialize(conn, kek)
@@ -385,12 +401,17 @@ def test_pg_cron_alone(cron: Connection, server: str, kek: bytes, kek_file: str)
     assert value(conn, "select rekey.schedule_worker()") == job
     with refused("22023"):
         conn.execute(bad)
-    assert conn.execute(
-        "select username, command, database = current_database() from cron.job order by jobid"
-    ).fetchall() == [
-        ("rekey_worker", "call rekey.tick()", True),
-        ("rekey_worker", "select rekey.watch()", True),
-    ]
+    assert jobs(conn) == [TICK_JOB, WATCH_JOB]
+    assert value(conn, "select rekey.schedule_worker(workers => 3)") == job
+    assert value(conn, "select rekey.schedule_worker()") == job
+    for workers in (0, 65):
+        with refused("22023"):
+            conn.execute("select rekey.schedule_worker(workers => %s)", [workers])
+    assert jobs(conn) == [TICK_JOB, WATCH_JOB, helper(2), helper(3)]
+    conn.execute("select rekey.schedule_worker('0 0 1 1 *')")
+    assert value(conn, "select count(distinct schedule) from cron.job where jobname <> 'pg_rekey_watch'") == 1
+    conn.execute("select rekey.schedule_worker(workers => 2)")
+    assert jobs(conn) == [TICK_JOB, WATCH_JOB, helper(2)]
     conn.execute(DUE, ("default", "1 day"))
     until = time.monotonic() + 180
     while rotations(conn) != [("default", "schedule", "completed")]:
@@ -403,7 +424,8 @@ def test_pg_cron_alone(cron: Connection, server: str, kek: bytes, kek_file: str)
     ended: LiteralString = (
         "select count(*) from cron.job_run_details where jobid = %s and status = 'succeeded'"
     )
-    while value(conn, ended, job) == 0:
+    second = value(conn, "select jobid from cron.job where jobname = 'pg_rekey_2'")
+    while not (value(conn, ended, job) and value(conn, ended, second)):
         assert time.monotonic() < until, conn.execute("select * from cron.job_run_details").fetchall()
         time.sleep(0.1)
     check(conn, model)

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from driving import FLIP, NIL, check, fill, read, refused
+from driving import FLIP, NIL, check, fill, read, refused, waits
 from helpers import Connection, connect, unlock, value
 
 A, B = "aaaaaaaa-0000-4000-8000-000000000001", "bbbbbbbb-0000-4000-8000-000000000002"
@@ -365,3 +365,64 @@ def test_an_application_sees_only_the_keyrings_it_may_use(
     app.execute(CLAIMS, [json.dumps({"app_metadata": {"tenant_id": A}})])
     assert value(app, names) == ["a", "default"]
     assert value(login("rekey_app", "rekey_auditor"), names) == ["a", "b", "default"]
+
+
+MANY: LiteralString = "select rekey.set_secrets(%s, %s, tenant_id => %s, keyring => %s, descriptions => %s)"
+
+
+def test_many_at_once_are_stored_as_one_by_one(ready: Connection) -> None:
+    identity = value(ready, "select rekey.set_secret('b', 'old', description => 'kept')")
+    names, values = ["c", "b", "a"], ["", "new", "\u00e4" * 1000]
+    ids = value(ready, MANY, names, values, NIL, "default", None)
+    assert ids[1] == identity
+    assert len(set(ids)) == 3
+    assert ready.execute("select id, name, description from rekey.secrets order by name").fetchall() == [
+        (ids[2], "a", None),
+        (identity, "b", "kept"),
+        (ids[0], "c", None),
+    ]
+    assert dict(ready.execute("select * from rekey.read_secrets()").fetchall()) == dict(
+        zip(names, values, strict=True)
+    )
+    assert value(ready, MANY, ["a", "d"], ["x", "y"], NIL, "default", [None, "new"])[0] == ids[2]
+    assert value(ready, "select description from rekey.secrets where name = 'd'") == "new"
+    assert value(ready, MANY, [], [], NIL, "default", None) == []
+    assert value(ready, "select sum(failed) from rekey.verify_ciphertexts()") == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "names", "values", "tenant", "keyring", "descriptions"),
+    [
+        ("22023", None, ["x"], NIL, "default", None),
+        ("22023", ["a"], None, NIL, "default", None),
+        ("22023", ["a", "b"], ["x"], NIL, "default", None),
+        ("22023", ["a"], ["x"], NIL, "default", ["x", "y"]),
+        ("22023", [["a"]], [["x"]], NIL, "default", None),
+        ("22023", ["a", "a"], ["x", "y"], NIL, "default", None),
+        ("22023", ["a", None], ["x", "y"], NIL, "default", None),
+        ("22023", ["a", ""], ["x", "y"], NIL, "default", None),
+        ("22023", ["a", "b"], ["x", None], NIL, "default", None),
+        ("22023", ["a", "b"], ["x", "y" * (MAX + 1)], NIL, "default", None),
+        ("RK007", ["a"], ["x"], NIL, "none", None),
+        ("42501", ["a"], ["x"], B, "a", None),
+    ],
+)
+def test_many_at_once_are_refused_together(
+    tenants: Connection, code: str, names: Any, values: Any, tenant: str, keyring: str, descriptions: Any
+) -> None:
+    before = value(tenants, "select count(*) from rekey.secrets")
+    with refused(code):
+        tenants.execute(MANY, [names, values, tenant, keyring, descriptions])
+    assert value(tenants, "select count(*) from rekey.secrets") == before
+
+
+def test_a_name_that_another_session_stores_meanwhile(ready: Connection, db: str, kek: bytes) -> None:
+    names = [f"n{number}" for number in range(20)]
+    with connect(db) as other, ThreadPoolExecutor() as pool, other.transaction():
+        unlock(other, kek)
+        identity = value(other, "select rekey.set_secret('n7', 'theirs')")
+        many = pool.submit(value, ready, MANY, names, names, NIL, "default", None)
+        waits(other, ready.info.backend_pid)
+        other.execute("commit")
+        assert many.result()[7] == identity
+    assert dict(ready.execute("select * from rekey.read_secrets()").fetchall()) == {one: one for one in names}

@@ -1,7 +1,7 @@
 """The calls of the Python API: statements with their parameters, and what to make of the rows.
 
 A client runs them, waiting or as a coroutine. Plain values do not go as parameters, which a server may log,
-but by binary COPY: rows to be copied into `table` stand in `copied`.
+but by binary COPY: rows to be copied into `table` stand in `batches`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ class Call(Generic[T]):
     parameters: Sequence[Any]
     result: Callable[[Rows], T]
     table: db.Table | None = None
-    copied: Sequence[tuple[Any, ...]] = ()
+    batches: Sequence[Sequence[tuple[Any, ...]]] = ((),)  # the statement runs once for each
     before: str | None = None  # a statement to begin with
 
 
@@ -88,7 +88,7 @@ def encrypt(value: bytes | str, keyring: str, context: Sequence[str | None]) -> 
     """Seal a value."""
     sealed = value.encode() if isinstance(value, str) else value
     statement = "select rekey.encrypt(v.value, %s, %s::text[]) as sealed from pg_temp.pg_rekey_value v"
-    return Call(statement, [keyring, list(context)], _only("sealed"), db.VALUE, [(sealed,)])
+    return Call(statement, [keyring, list(context)], _only("sealed"), db.VALUE, [[(sealed,)]])
 
 
 def decrypt(sealed: bytes | str, context: Sequence[str | None]) -> Call[bytes]:
@@ -112,8 +112,9 @@ def get_all(names: Sequence[str] | None, tenant: UUID) -> Call[dict[str, str]]:
 
 def store(values: Mapping[str, str], tenant: UUID, keyring: str, description: str | None) -> Call[None]:
     """Store secrets."""
-    copied = [(tenant, keyring, name, value, description) for name, value in values.items()]
-    return Call(db.query("set copied secrets"), [], _none, db.SECRETS, copied)
+    # By name, as everybody else does: so no two of them meet in a deadlock.
+    batches = list(db.batches((name, values[name], description) for name in sorted(values)))
+    return Call(db.query("set copied secrets"), [tenant, keyring], _none, db.SECRETS, batches)
 
 
 def delete(name: str, tenant: UUID) -> Call[bool]:

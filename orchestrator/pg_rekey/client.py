@@ -161,12 +161,14 @@ class Client:
                 db.unlock(connection, self._kek)
             if call.before:
                 connection.execute(call.before)
-            if call.table:
-                db.copy_rows(connection, call.table, call.copied)
-            with connection.cursor(row_factory=dict_row) as cursor:
-                rows = cursor.execute(call.statement, call.parameters).fetchall()
-            if call.table:
-                connection.execute(call.table.drop)
+            rows: calls.Rows = []
+            for batch in call.batches:
+                if call.table:
+                    db.copy_rows(connection, call.table, batch)
+                with connection.cursor(row_factory=dict_row) as cursor:
+                    rows += cursor.execute(call.statement, call.parameters).fetchall()
+                if call.table:
+                    connection.execute(call.table.drop)
             return call.result(rows)
 
     def _connection(self) -> AbstractContextManager[psycopg.Connection[Any]]:

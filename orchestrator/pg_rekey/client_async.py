@@ -140,13 +140,15 @@ class AsyncClient:
                     await db.unlock_async(connection, self._kek)
                 if call.before:
                     await connection.execute(call.before)
-                if call.table:
-                    await db.copy_rows_async(connection, call.table, call.copied)
-                async with connection.cursor(row_factory=dict_row) as cursor:
-                    await cursor.execute(call.statement, call.parameters)
-                    rows = await cursor.fetchall()
-                if call.table:
-                    await connection.execute(call.table.drop)
+                rows: calls.Rows = []
+                for batch in call.batches:
+                    if call.table:
+                        await db.copy_rows_async(connection, call.table, batch)
+                    async with connection.cursor(row_factory=dict_row) as cursor:
+                        await cursor.execute(call.statement, call.parameters)
+                        rows += await cursor.fetchall()
+                    if call.table:
+                        await connection.execute(call.table.drop)
                 return call.result(rows)
 
     def _connection(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]:

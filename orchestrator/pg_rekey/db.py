@@ -5,7 +5,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
@@ -228,6 +228,11 @@ def worker_jobs(cron: Connection, database: str) -> list[DictRow]:
         return cron.execute(query("cron jobs"), [database]).fetchall()
 
 
+def is_worker(job: DictRow) -> bool:
+    """Tell whether a job of pg_cron works on rotations: one calls tick(), the others run_rotations()."""
+    return bool(re.search(r"rekey\.(tick|run_rotations)", job["command"].lower()))
+
+
 def migrations(connection: Connection) -> list[str]:
     """Return the versions under which the Supabase CLI has noted migrations of ours."""
     with connection.transaction():
@@ -330,10 +335,26 @@ class Table:
 
 SECRETS = Table(
     "pg_rekey_secrets",
-    "tenant_id uuid, keyring text, name text, value text, description text",
-    ("uuid", "text", "text", "text", "text"),
+    "name text, value text, description text",
+    ("text", "text", "text"),
 )
+# A batch of secrets: so many, or so many characters.
+BATCH = 1000
+BATCH_LENGTH = 2**23
 VALUE = Table("pg_rekey_value", "value bytea", ("bytea",))
+
+
+def batches(secrets: Iterable[tuple[str, str, str | None]]) -> Iterator[list[tuple[str, str, str | None]]]:
+    """Yield rows of SECRETS in batches that one call stores."""
+    batch, length = [], 0
+    for row in secrets:
+        batch.append(row)
+        length += len(row[1])
+        if len(batch) == BATCH or length >= BATCH_LENGTH:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
 
 
 def copy_rows(connection: psycopg.Connection[Any], table: Table, rows: Sequence[Sequence[Any]]) -> None:

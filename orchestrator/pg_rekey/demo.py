@@ -234,7 +234,7 @@ class Demo:
                 connection.execute("select rekey.create_keyring(%s, %s)", [f"tenant-{tenant}", identity])
                 names = [sizes.place(index)[2] for index in range(tenant - 1, sizes.secrets, sizes.tenants)]
                 values = [value(name, 0) for name in names]
-                connection.execute(db.query("set secrets"), [identity, f"tenant-{tenant}", names, values])
+                connection.execute(db.query("set secrets"), [names, values, identity, f"tenant-{tenant}"])
         seconds = time.monotonic() - begun
         self._say(f"{sizes.secrets:,} secrets encrypted and stored in {seconds:.1f} s")
 

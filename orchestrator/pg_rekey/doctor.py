@@ -51,6 +51,7 @@ def examine(connection: db.Connection) -> list[Finding]:
         for name in CHECKS:
             found += _guarded(connection, name, partial(_statement, connection, name))
         found += _guarded(connection, "release", lambda: list(_release(connection)))
+        found += _workers(connection)
         found += _guarded(connection, "pg_cron", lambda: list(_cron(connection)))
     return sorted(found, key=lambda finding: ("critical", "warning", "info").index(finding.severity))
 
@@ -118,6 +119,31 @@ def _pooler(connection: db.Connection) -> Iterator[Finding]:
         )
 
 
+def _cores(connection: db.Connection) -> int | None:
+    """Return how many cores the server has, where that can be known: on this machine."""
+    here = connection.info.host.startswith("/") or connection.info.hostaddr in ("127.0.0.1", "::1")
+    return os.cpu_count() if here else None
+
+
+def _workers(connection: db.Connection) -> Iterator[Finding]:
+    if (cores := _cores(connection)) is None:
+        yield Finding(
+            "info",
+            "how many workers suit the server is not known here: as many as it has cores share a rotation",
+            "Run doctor on the machine of the server, or count them there: nproc.",
+        )
+        return
+    if cores == 1:
+        yield Finding("info", "one core: one worker suits it", "More would only take turns.")
+        return
+    half = cores // 2
+    yield Finding(
+        "info",
+        f"{cores} cores: up to {cores} workers share a rotation, {half} where others are to feel less of it",
+        f"`rotate --wait` and `work` take --workers {cores}; rekey.schedule_worker(workers => {half})",
+    )
+
+
 def _cron(connection: db.Connection) -> Iterator[Finding]:
     [here] = connection.execute(db.query("init")).fetchall()
     if here["pg_cron"]:
@@ -133,13 +159,18 @@ def _cron(connection: db.Connection) -> Iterator[Finding]:
     fix = "Run `pg-rekey init` again: it puts the job right."
     if not jobs:
         yield Finding("info", "pg_cron has no job for this database that this role can see", fix)
-    kinds = {"call rekey.tick()": "rekey.tick", "select rekey.watch()": "rekey.watch"}
+    kinds = {
+        "call rekey.tick()": "rekey.tick",
+        "select rekey.watch()": "rekey.watch",
+        "call rekey.run_rotations()": "rekey.run_rotations",
+    }
     for bare, called in kinds.items():
+        helps = called == "rekey.run_rotations"
         alike = [job for job in jobs if called in job["command"].lower()]
-        if len(alike) > 1:
+        if len(alike) > 1 and not helps:
             said = f"pg_cron has {len(alike)} jobs for the worker"
             yield Finding("warning", f"{said}, by `{bare}`", "cron.unschedule() others.")
-        elif jobs and not alike:
+        elif jobs and not alike and not helps:
             yield Finding("warning", f"pg_cron has no job of one bare `{bare}`", fix)
         for job in alike:
             if job["command"].strip().rstrip(";").lower() != bare:
@@ -150,6 +181,13 @@ def _cron(connection: db.Connection) -> Iterator[Finding]:
             yield Finding("warning", f"{name} is not active", fix)
         if job["superuser"]:
             yield Finding("warning", f"{name} runs as the superuser {job['username']}", fix)
+    cores, workers = _cores(connection), sum(db.is_worker(job) for job in jobs)
+    if cores and workers > cores:
+        yield Finding(
+            "warning",
+            f"pg_cron has {workers} workers, and the server {cores} cores",
+            f"select rekey.schedule_worker(workers => {cores})",
+        )
     if jobs and connection.execute(db.query("kek provider")).fetchall() == [{"value": "session"}]:
         yield Finding(
             "warning",

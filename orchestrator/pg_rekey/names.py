@@ -8,6 +8,21 @@ import psycopg
 
 from pg_rekey import db
 
+# What kind of name an error is about, by its action or its SQLSTATE.
+_KINDS = {
+    "columns": "table",
+    "create_keyring": "keyring",
+    "secrets": "secret",
+    "settings": "setting",
+    "42P01": "table",
+    "42703": "column",
+}
+
+
+def kind(action: str | None, sqlstate: str | None) -> str | None:
+    """Return what kind of name an error is about, if it is about one."""
+    return _KINDS.get(action or "") or _KINDS.get(sqlstate or "")
+
 
 def known(connection: psycopg.Connection[Any], kind: str, **given: Any) -> list[str]:
     """Return the names that there are of a kind: keyring, rotation, secret, setting, table, column.

@@ -120,6 +120,13 @@ select (select value from rekey.setting_status where name = 'kek_provider') as k
 from (select) as one
 left join rekey.worker_status w on true
 
+-- name: status secrets
+-- description: How many secrets the server takes there to be (NULL: it has not looked yet), and whether this role may count them all, which takes no time yet.
+select case when c.reltuples >= 0 then c.reltuples::bigint end as secrets,
+  has_table_privilege(c.oid, 'select') and not row_security_active(c.oid) and pg_relation_size(c.oid) < 67108864 as countable
+from pg_class c
+where c.oid = 'rekey.secrets'::regclass
+
 -- name: keyrings
 -- description: Every keyring with its active version and schedule.
 select k.name, k.tenant_id, v.version as active_version, k.rotate_every, k.next_rotation_at, k.created_at, k.retired_at
@@ -196,8 +203,8 @@ order by r.id
 select n.nspname as schema, c.relname as name from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = %s
 
 -- name: pace
--- description: Rows a second of the last rotations that had enough rows to tell.
-select (sum(rows_done) / sum(extract(epoch from finished_at - started_at)))::double precision as rows_per_second
+-- description: Rows a second of the fastest of the last five rotations that had enough rows to tell: others waited for writers, or for workers.
+select max(rows_done / extract(epoch from finished_at - started_at))::double precision as rows_per_second
 from (
   select rows_done, started_at, finished_at from rekey.rotation_status
   where state = 'completed' and rows_done >= 1000 and finished_at > started_at
@@ -232,8 +239,8 @@ left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
 order by k.name
 
 -- name: set copied secrets
--- description: Store the secrets that were copied.
-select rekey.set_secret(s.name, s.value, tenant_id => s.tenant_id, keyring => s.keyring, description => s.description) as id
+-- description: Store the secrets that were copied, under a tenant, with a keyring.
+select rekey.set_secrets(array_agg(s.name), array_agg(s.value), %s, %s, array_agg(s.description)) as ids
 from pg_temp.pg_rekey_secrets s
 
 -- name: audit log
@@ -515,13 +522,12 @@ select exists (
 select j.jobid, j.command, j.active, j.username, r.rolsuper as superuser
 from cron.job j
 left join pg_roles r on r.rolname = j.username
-where j.database = %s and lower(j.command) ~ 'rekey\.(tick|watch)'
+where j.database = %s and lower(j.command) ~ 'rekey\.(tick|run_rotations|watch)'
 order by j.jobid
 
 -- name: set secrets
 -- description: Store many secrets of one tenant.
-select count(rekey.set_secret(s.name, s.value, tenant_id => given.tenant_id, keyring => given.keyring))
-from (values (%s::uuid, %s)) as given (tenant_id, keyring), unnest(%s::text[], %s::text[]) as s (name, value)
+select rekey.set_secrets(%s::text[], %s::text[], tenant_id => %s, keyring => %s)
 
 -- name: demo damage
 -- description: Flip a bit in the ciphertext of a secret; return what it was.

@@ -19,7 +19,7 @@ from pg_rekey.errors import Problem, explain
 
 LOCK_ATTEMPTS = 20
 PASSING = ("40001", "40P01", "55P03")  # another attempt may succeed
-JOBS = ("call rekey.tick()", "select rekey.watch()")
+JOBS = ("call rekey.tick()", "call rekey.run_rotations()", "select rekey.watch()")
 OPENING = ("active", "decrypt_only", "compromised")  # states of key versions that open for everybody
 
 Row = dict[str, Any]

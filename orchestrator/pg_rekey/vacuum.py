@@ -18,18 +18,21 @@ class _Table:
 
 
 class Vacuum:
-    """Vacuums a table each time that a fifth of its rows was swept, where that pays and the session may."""
+    """Vacuums a table each time that a fifth of its rows was swept, where that pays and the session may.
 
-    def __init__(self, connection: db.Connection) -> None:
+    beside: that of another worker, with whom its rows are counted together.
+    """
+
+    def __init__(self, connection: db.Connection, beside: "Vacuum | None" = None) -> None:
         self._connection = connection
-        self._tables: dict[int, _Table | None] = {}
+        self._tables: dict[int, _Table | None] = beside._tables if beside else {}
 
     def swept(self, relation: int, rows: int) -> None:
         """Note how many rows of a relation, given by its oid, were swept; no transaction may be open."""
         if relation not in self._tables:
             found = self._connection.execute(db.query("vacuum pays"), [relation]).fetchone()
             self._tables[relation] = _Table(**found) if found else None
-        if (table := self._tables[relation]) is None:
+        if (table := self._tables.get(relation)) is None:
             return
         table.swept += rows
         if table.swept >= table.fifth:

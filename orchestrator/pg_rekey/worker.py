@@ -5,11 +5,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import click
 import psycopg
@@ -20,6 +20,10 @@ from pg_rekey.vacuum import Vacuum
 
 TICK_SECONDS = 10.0
 LONGEST_PAUSE = 30.0
+# Seconds until a worker of a crew that found nothing to do looks again.
+IDLE = 1.0
+# Seconds that a batch in hand has where all is to end at once.
+GRACE = 5.0
 QUIET = ("waiting", "idle")
 
 
@@ -56,11 +60,14 @@ def transaction(connection: db.Connection) -> Iterator[None]:
 
 
 class Steps:
-    """Steps of the rotations under way, each in a transaction of its own; now and then a vacuum between."""
+    """Steps of the rotations under way, each in a transaction of its own; now and then a vacuum between.
 
-    def __init__(self, connection: db.Connection) -> None:
+    beside: those of another worker in this process.
+    """
+
+    def __init__(self, connection: db.Connection, beside: "Steps | None" = None) -> None:
         self._connection = connection
-        self._vacuum = Vacuum(connection)
+        self._vacuum: Vacuum = Vacuum(connection, beside._vacuum if beside else None)
         self.refresh()
 
     def refresh(self) -> None:
@@ -130,11 +137,103 @@ class Report:
         """Have a look at how far everything is, between two steps."""
 
 
+class Crew:
+    """Workers beside the one of this thread, each with its own connection, while a `with` statement lasts.
+
+    steps: those of this thread. workers: how many they are, this one included. tell: gets events, with the
+    number of the worker (2 and so on) as `worker`, from one thread at a time.
+
+    Who loses the connection says so, and connects again; the others go on meanwhile. At the end each ends
+    after the batch in hand; where an error or Ctrl-C is the reason, GRACE seconds later at most.
+    """
+
+    def __init__(self, steps: Steps, workers: int, tell: Callable[..., None]) -> None:
+        self._steps = steps
+        self._tell_one = tell
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._connections: dict[int, db.Connection] = {}
+        # Daemons: whoever presses Ctrl-C twice does not wait for them.
+        self._threads = [
+            threading.Thread(target=self._run, args=[number], daemon=True) for number in range(2, workers + 1)
+        ]
+        self.batches = 0
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._stop.set()
+        until = time.monotonic() + GRACE
+        for thread in self._threads:
+            thread.join(None if kind is None else max(0.0, until - time.monotonic()))
+        for connection in list(self._connections.values()):
+            with suppress(psycopg.Error):
+                connection.cancel_safe()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        pause = 1.0
+        while not self._stop.is_set():
+            try:
+                with connect() as connection:
+                    self._connections[number] = connection
+                    self._tell("connected", worker=number, database=connection.info.dbname)
+                    pause = 1.0
+                    self._work(Steps(connection, beside=self._steps), number)
+            except (psycopg.Error, Problem) as error:
+                if not self._stop.is_set():
+                    self._tell("error", worker=number, error=_one_line(error), retry_in=pause)
+                    self._stop.wait(pause)
+                    pause = min(pause * 2, LONGEST_PAUSE)
+            finally:
+                self._connections.pop(number, None)
+
+    def _work(self, steps: Steps, number: int) -> None:
+        refreshed = time.monotonic()
+        while not self._stop.is_set():
+            begun = time.monotonic()
+            if begun > refreshed + TICK_SECONDS:
+                refreshed = begun
+                steps.refresh()
+            done = steps.take()
+            event = done["event"]
+            if event == "batch":
+                with self._lock:
+                    self.batches += 1
+            if event not in (*QUIET, "locked"):  # without the KEK the first worker ends, or says so
+                self._tell(event, worker=number, **_fields(done, begun))
+            if event in ("idle", "locked"):
+                self._stop.wait(IDLE)
+            elif done["wait"] is not None:
+                self._stop.wait(done["wait"].total_seconds())
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        with self._lock:
+            self._tell_one(event, **fields)
+
+
+def _fields(done: dict[str, Any], begun: float) -> dict[str, Any]:
+    """Return what there is to say of a step, which was begun at that time of time.monotonic()."""
+    return {
+        "rows": done["rows"],
+        "keyrings": done["keyring_count"],
+        "milliseconds": round((time.monotonic() - begun) * 1000),
+        **(done["detail"] or {}),
+    }
+
+
 class Worker:
     """Does the duties of rekey.tick() in steps that it can end between."""
 
-    def __init__(self, *, forever: bool, report: Report, health_file: Path | None = None) -> None:
+    def __init__(
+        self, *, forever: bool, report: Report, workers: int = 1, health_file: Path | None = None
+    ) -> None:
         self._forever = forever
+        self._workers = workers
         self._report = report
         self._health_file = health_file
         self._stop = threading.Event()
@@ -155,7 +254,7 @@ class Worker:
                     with connect() as connection:
                         connected = True
                         self._report.event("connected", database=connection.info.dbname)
-                        self._work(connection)
+                        self._work_with_others(connection)
                 except (psycopg.Error, Problem) as error:
                     # A worker that once worked outlives a KEK rotation, a failover, whatever comes.
                     if not self._forever or not (connected or isinstance(error, psycopg.OperationalError)):
@@ -167,8 +266,16 @@ class Worker:
                     break
             self._report.event("stopped", batches=self._batches)
 
-    def _work(self, connection: db.Connection) -> None:
+    def _work_with_others(self, connection: db.Connection) -> None:
         steps = Steps(connection)
+        crew = Crew(steps, self._workers, self._report.event)
+        try:
+            with crew:
+                self._work(connection, steps)
+        finally:
+            self._batches += crew.batches
+
+    def _work(self, connection: db.Connection, steps: Steps) -> None:
         before = {(row["id"], row["state"]) for row in held_up(connection)}
         while not self._stop.is_set():
             steps.refresh()
@@ -219,7 +326,7 @@ class Worker:
             self._report.look(connection)
             begun = time.monotonic()
             done = steps.take()
-            event, detail = done["event"], done["detail"] or {}
+            event = done["event"]
             if event == "idle":
                 self._pause = 1.0
                 return True
@@ -227,14 +334,10 @@ class Worker:
                 self._batches += 1
             if event not in QUIET:
                 self._report.event(
-                    event,
-                    batch=self._batches if event == "batch" else None,
-                    rows=done["rows"],
-                    keyrings=done["keyring_count"],
-                    milliseconds=round((time.monotonic() - begun) * 1000),
-                    **detail,
+                    event, batch=self._batches if event == "batch" else None, **_fields(done, begun)
                 )
             if event == "locked":
+                detail = done["detail"] or {}
                 raise Problem(detail.get("error", "the KEK is not available"), None, LOCKED)
             self._pause = 1.0
             if done["wait"] is not None:
@@ -263,4 +366,5 @@ def _on_signal(handler: Callable[..., None]) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
+    """Return what an error says, without line breaks."""
     return " ".join(str(error).split())

@@ -30,12 +30,25 @@ comment on function rekey._steps_in_hand is
   'The sessions that have a batch in hand: in which relation, and since when. hangs: for a tenth of step_limit; overdue: for all of it.';
 grant execute on function rekey._steps_in_hand to rekey_admin, rekey_operator, rekey_auditor;
 
+-- What notes a blocker may not see when its transaction began; whoever reads this may.
+create or replace function rekey._with_ages(blockers jsonb, since timestamptz) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select jsonb_agg(case when b.blocker ? 'pid' then (b.blocker - 'age_seconds') || jsonb_strip_nulls(jsonb_build_object(
+    'age_seconds', extract(epoch from clock_timestamp() - a.xact_start)::bigint)) else b.blocker end order by b.place)
+  from jsonb_array_elements(blockers) with ordinality as b (blocker, place)
+  left join pg_stat_activity a on a.pid = (b.blocker ->> 'pid')::integer and a.usename = b.blocker ->> 'role' and a.xact_start < since;
+end;
+comment on function rekey._with_ages is 'Blockers, noted since then, with the age in seconds of their transactions; without it where the caller may not see it.';
+grant execute on function rekey._with_ages to rekey_admin, rekey_operator, rekey_auditor;
+
 create or replace view rekey.rotation_status as
 select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
   r.attempts, r.last_error,
   coalesce(r.next_attempt_at, case when r.attempts > 0 then (
     select min(c.next_attempt_at) from rekey._chunks c where c.pass_id = r.pass_id and c.attempts > 0 and not c.stuck) end) as next_attempt_at,
-  coalesce(a.blocked_by, h.steps, case when r.in_line then (
+  coalesce(rekey._with_ages(r.blocked_by, r.blocked_since), h.steps, case when r.in_line then (
     select jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('rotation', o.id, 'state', o.state, 'adopts', q.label)))
     from rekey.rotations o left join rekey.protected_columns q on q.id = o.column_id
     where o.keyring_id = r.keyring_id and o.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not o.in_line) end) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
@@ -50,13 +63,6 @@ left join rekey.protected_columns p on p.id = r.column_id
 left join lateral (
   select c.pace, c.gives_way_to from rekey._chunks c where c.pass_id in (r.pass_id, r.verification_id) order by c.pace, c.id limit 1
 ) w on r.state in ('running', 'verifying')
--- What notes a blocker may not see when its transaction began; whoever reads this may.
-left join lateral (
-  select jsonb_agg(case when s.pid is null then b.blocker else b.blocker || jsonb_build_object(
-    'age_seconds', extract(epoch from clock_timestamp() - s.xact_start)::bigint) end order by b.place) as blocked_by
-  from jsonb_array_elements(r.blocked_by) with ordinality as b (blocker, place)
-  left join pg_stat_activity s on s.pid = (b.blocker ->> 'pid')::integer and s.usename = b.blocker ->> 'role' and s.xact_start < r.blocked_since
-) a on r.blocked_by is not null
 left join (
   select u.id, jsonb_agg(distinct jsonb_build_object('pid', s.pid, 'target', d.target, 'relation', d.relation::text,
     'age_seconds', extract(epoch from clock_timestamp() - s.since)::bigint)) as steps
@@ -79,7 +85,7 @@ comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: reke
 comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds: since they began, as far as who reads this may see it in pg_stat_activity, else since they are waited for), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds: since they began; not there where who reads this may not see it in pg_stat_activity), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';

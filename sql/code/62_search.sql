@@ -731,7 +731,7 @@ select case when s.incomplete_since is not null and s.state <> 'complete' then '
   (select count(*) from rekey._search_versions v where v.search_id = s.id) as versions,
   r.relations_read, r.relations, r.bytes_read, r.bytes, r.not_read,
   (select count(distinct (f.keyring_id, f.version)) from rekey._search_finds f where f.search_id = s.id) as versions_found,
-  case when s.state = 'looking' then s.blocked_by end as blocked_by, case when s.state = 'looking' then s.blocked_since end as blocked_since
+  case when s.state = 'looking' then rekey._with_ages(s.blocked_by, s.blocked_since) end as blocked_by, case when s.state = 'looking' then s.blocked_since end as blocked_since
 from rekey._searches s
 cross join lateral (
   select count(*) filter (where r.state <> 'pending' and r.problem is null) as relations_read, count(*) as relations,
@@ -750,7 +750,7 @@ comment on column rekey.search_status.bytes_read is 'Their size, as far as they 
 comment on column rekey.search_status.bytes is 'Their size.';
 comment on column rekey.search_status.not_read is 'Relations that could not be read: rekey.search_findings.';
 comment on column rekey.search_status.versions_found is 'Of the versions, those that it found.';
-comment on column rekey.search_status.blocked_by is 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds.';
+comment on column rekey.search_status.blocked_by is 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds (of a pid, where who reads this may see it).';
 comment on column rekey.search_status.blocked_since is 'Since when it waits for them.';
 grant select on rekey.search_status to rekey_admin, rekey_operator, rekey_auditor;
 

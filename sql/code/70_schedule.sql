@@ -171,7 +171,7 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
-      where d.command in ('call rekey.tick()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
+      where d.command in ('call rekey.tick()', 'call rekey.run_rotations()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
   end if;
 exception when insufficient_privilege then
   null;  -- somebody else's job
@@ -241,7 +241,7 @@ comment on function rekey.watch is
   'Cancels batches that take longer than the setting step_limit, as far as they are sessions of the caller''s roles, and returns how many. One that goes on for five times as long is ended. The job of pg_cron beside rekey.tick() calls it; pg-rekey work has a limit of its own.';
 grant execute on function rekey.watch to rekey_admin, rekey_operator;
 
-create or replace function rekey.schedule_worker(schedule text = null) returns bigint
+create or replace function rekey.schedule_worker(schedule text = null, workers integer = null) returns bigint
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -250,7 +250,11 @@ declare
   v_schedule text;
   v_job bigint;
   v_watch bigint;
+  v_helpers bigint[];
 begin
+  if workers not between 1 and 64 then
+    raise exception 'there are 1 to 64 workers' using errcode = 'invalid_parameter_value';
+  end if;
   select e.extversion into v_version from pg_extension e where e.extname = 'pg_cron';
   if not found then
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
@@ -258,6 +262,7 @@ begin
                     current_database()), constraint = 'schedule_worker';
   elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
      or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
+     or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null
      or rekey._trusted_function('pg_cron', 'cron.alter_job(bigint,text,text,text,text,boolean)') is null then
     raise exception 'cron.job or its functions are not pg_cron''s, or have a trigger of somebody else''s' using errcode = 'undefined_object',
       hint = 'Before pg_cron 1.4 there is no cron.alter_job(): update the extension. Else drop those triggers.';
@@ -279,16 +284,25 @@ begin
   if v_watch is null then
     execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_watch using 'pg_rekey_watch', '* * * * *', 'select rekey.watch()';
   end if;
+  -- All but the first do nothing but rotations: what else a tick does is not more with two of them.
+  execute format($sql$ select coalesce(array_agg(j.jobid), '{}') from %I.job j where j.command = 'call rekey.run_rotations()' and j.database = current_database() $sql$, 'cron') into v_helpers;
+  if cardinality(v_helpers) <> workers - 1 then
+    execute format('select count(%I.unschedule(j::bigint)) from unnest($1) j', 'cron') using v_helpers;
+    execute format('select coalesce(array_agg(%I.schedule(''pg_rekey_'' || n, $1::text, ''call rekey.run_rotations()''::text)), ''{}'') from generate_series(2, $2) n', 'cron')
+    into v_helpers using v_schedule, workers;
+  else
+    execute format('select count(%I.alter_job(j::bigint, $2::text, null::text, null::text, null::text, true)) from unnest($1) j', 'cron') using v_helpers, v_schedule;
+  end if;
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job(j::bigint, null::text, null::text, null::text, $2::text, null::boolean) from unnest($1) j', 'cron') using array[v_job, v_watch], 'rekey_worker';
+    execute format('select %I.alter_job(j::bigint, null::text, null::text, null::text, $2::text, null::boolean) from unnest($1) j', 'cron') using array[v_job, v_watch] || v_helpers, 'rekey_worker';
   end if;
   return v_job;
 end
 $$;
 comment on function rekey.schedule_worker is
-  'Has pg_cron call rekey.tick(), and returns the number of the job; a second job, pg_rekey_watch, calls rekey.watch() every minute. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
+  'Has pg_cron call rekey.tick(), and returns the number of the job; another one, pg_rekey_watch, calls rekey.watch() every minute. workers: so many (1 to 64) share the rotations, NULL, the default: as many as before, at first one; each but the first is a job pg_rekey_N of its own, which calls rekey.run_rotations(). schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The jobs run as rekey_worker where a superuser calls this, else as the caller. Safe to repeat, with another number of workers too. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule, or there are not 1 to 64 workers.';
 grant execute on function rekey.schedule_worker to rekey_admin;
 
 create or replace function rekey.unschedule_worker() returns boolean
@@ -302,7 +316,7 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
-  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
+  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'call rekey.run_rotations()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
     execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;

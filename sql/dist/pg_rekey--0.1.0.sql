@@ -2706,63 +2706,109 @@ language sql stable parallel safe
 return rekey._part('secret') || rekey._part(tenant_id::text) || rekey._part(id::text);
 comment on function rekey._secret_context is 'What the ciphertext of a secret is bound to.';
 
-create or replace function rekey.set_secret(
-  name text, value text, tenant_id uuid = '00000000-0000-0000-0000-000000000000', keyring text = 'default', description text = null
-) returns uuid
+create or replace function rekey.set_secrets(
+  names text[], "values" text[], tenant_id uuid = '00000000-0000-0000-0000-000000000000', keyring text = 'default', descriptions text[] = null
+) returns uuid[]
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan  -- to plan takes longer than to store a secret
 as $$
 declare
   v_keyring rekey.keyrings;
-  v_id uuid;
-  v_known boolean;
+  v_name text;
+  v_value text;
   v_bytes bytea;
-  v_length integer;
+  v_longest integer := 0;
+  v_place integer;
   v_sealing rekey._sealing;
+  v_known jsonb;
+  v_id uuid;
   v_iv bytea;
   v_aad bytea;
   v_envelope bytea;
+  v_stored integer;
+  v_count integer;
+  -- Of the length that they will have: an element that is put behind the last one makes an array anew.
+  v_ids uuid[] := array_fill(null::uuid, array[coalesce(cardinality(names), 0)]);
+  v_envelopes bytea[] := array_fill(null::bytea, array[coalesce(cardinality(names), 0)]);
 begin
   perform rekey._check_tenant(tenant_id);
   v_keyring := rekey._keyring(keyring);
   if v_keyring.tenant_id not in (tenant_id, '00000000-0000-0000-0000-000000000000') then
     raise exception 'the keyring belongs to another tenant' using errcode = 'insufficient_privilege';
   end if;
-  if name is null or octet_length(name) not between 1 and 255 or name ~ '[\u0001-\u001F\u007F]' then
-    raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
+  if names is null or cardinality("values") is distinct from cardinality(names) or cardinality(descriptions) <> cardinality(names)
+     or array_ndims(names) > 1 or array_ndims(descriptions) > 1 or array_lower(names, 1) <> 1 or array_lower(descriptions, 1) <> 1 then
+    raise exception 'names, values and descriptions are arrays of one length' using errcode = 'invalid_parameter_value';
   end if;
-  if value is null then
-    raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.', constraint = 'delete_secret';
-  end if;
-  v_bytes := convert_to(value, 'UTF8');
-  v_length := octet_length(v_bytes);
-  v_sealing := rekey._sealing(v_keyring.id, v_length);
-  loop
-    -- The id first, then the seal: a value sealed for an id that is thrown away could never be opened.
-    select s.id into v_id from rekey.secrets s
-    where s.tenant_id = set_secret.tenant_id and s.name = set_secret.name for no key update;
-    v_known := found;
-    if not v_known then
-      v_id := gen_random_uuid();
+  foreach v_name in array names loop
+    if v_name is null or octet_length(v_name) not between 1 and 255 or v_name ~ '[\u0001-\u001F\u007F]' then
+      raise exception 'a secret has a name of 1 to 255 bytes without control characters' using errcode = 'invalid_parameter_value';
     end if;
-    v_iv := rekey._random_bytes(16);
-    v_aad := v_sealing.header || rekey._secret_context(tenant_id, v_id);
-    v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_bytes, v_aad);
-    if v_known then
-      update rekey.secrets s
-      set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
-          description = coalesce(set_secret.description, s.description)
-      where s.tenant_id = set_secret.tenant_id and s.id = v_id;
-      exit;
-    end if;
-    insert into rekey.secrets (tenant_id, id, name, keyring_id, ciphertext, description)
-    values (set_secret.tenant_id, v_id, set_secret.name, v_keyring.id, v_envelope, set_secret.description)
-    on conflict do nothing;
-    exit when found;
   end loop;
-  return v_id;
+  if cardinality(names) > 1 and cardinality(names) > (select count(distinct n.name) from unnest(names) as n(name)) then
+    raise exception 'a name comes twice' using errcode = 'invalid_parameter_value';
+  end if;
+  foreach v_value in array "values" loop
+    if v_value is null then
+      raise exception 'a secret has a value' using errcode = 'invalid_parameter_value', hint = 'rekey.delete_secret() deletes one.', constraint = 'delete_secret';
+    end if;
+    v_longest := greatest(v_longest, octet_length(convert_to(v_value, 'UTF8')));
+  end loop;
+  v_sealing := rekey._sealing(v_keyring.id, v_longest);
+  loop
+    -- The ids first, then the seals: a value sealed for an id that is thrown away could never be opened.
+    -- (A subquery for each name, and no join: it may be planned while the table is empty, and stays.)
+    select jsonb_object_agg(o.name, o.id) into v_known
+    from (select n.name, (select s.id from rekey.secrets s where s.tenant_id = set_secrets.tenant_id and s.name = n.name for no key update) as id
+          from (select u.name from unnest(names) as u(name) order by u.name) n
+          offset 0) o
+    where o.id is not null;
+    v_place := 0;
+    v_stored := 0;
+    foreach v_value in array "values" loop
+      v_place := v_place + 1;
+      v_name := names[v_place];
+      v_id := coalesce((v_known ->> v_name)::uuid, gen_random_uuid());
+      v_bytes := convert_to(v_value, 'UTF8');
+      v_iv := rekey._random_bytes(16);
+      v_aad := v_sealing.header || rekey._secret_context(tenant_id, v_id);
+      v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_bytes, v_aad);
+      v_ids[v_place] := v_id;
+      if v_known ? v_name then
+        update rekey.secrets s
+        set ciphertext = v_envelope, keyring_id = v_keyring.id, updated_at = now(),
+            description = coalesce(descriptions[v_place], s.description)
+        where s.tenant_id = set_secrets.tenant_id and s.id = v_id;
+        v_stored := v_stored + 1;
+        v_envelope := null;
+      end if;
+      v_envelopes[v_place] := v_envelope;
+    end loop;
+    if v_stored < cardinality(names) then
+      insert into rekey.secrets (tenant_id, id, name, keyring_id, ciphertext, description)
+      select set_secrets.tenant_id, n.id, n.name, v_keyring.id, n.envelope, n.description
+      from unnest(v_ids, names, v_envelopes, descriptions) as n(id, name, envelope, description)
+      where n.envelope is not null
+      on conflict do nothing;
+      get diagnostics v_count = row_count;
+      v_stored := v_stored + v_count;
+    end if;
+    exit when v_stored = cardinality(names);  -- else somebody else has stored one of them meanwhile
+  end loop;
+  return v_ids;
 end
 $$;
+comment on function rekey.set_secrets is
+  'Stores many secrets of a tenant, as rekey.set_secret() does one, and returns their ids in the order of names. names and values: arrays of one length, descriptions too, or NULL. Sessions that store the same names at once give them in the same order, or may meet in a deadlock (40P01). 22023: a name or value cannot be, or comes twice, or lengths differ; 42501: another tenant; RK001, RK002: KEK; RK006: retired keyring; RK007: no such keyring.';
+grant execute on function rekey.set_secrets to rekey_app;
+
+-- Inlined, as rekey.encrypt(text, ...) is.
+create or replace function rekey.set_secret(
+  name text, value text, tenant_id uuid = '00000000-0000-0000-0000-000000000000', keyring text = 'default', description text = null
+) returns uuid
+language sql volatile
+return (rekey.set_secrets(array[name], array[value], tenant_id, keyring, array[description]))[1];
 comment on function rekey.set_secret is
   'Stores a secret under its name, new or in place of the value before, and returns its id. value: at most 32 MiB of UTF-8. keyring: default, or one of the tenant''s own. description: NULL leaves the one that is there. 22023: name or value cannot be; 42501: another tenant; RK001, RK002: KEK; RK006: retired keyring; RK007: no such keyring.';
 grant execute on function rekey.set_secret to rekey_app;
@@ -6114,12 +6160,25 @@ comment on function rekey._steps_in_hand is
   'The sessions that have a batch in hand: in which relation, and since when. hangs: for a tenth of step_limit; overdue: for all of it.';
 grant execute on function rekey._steps_in_hand to rekey_admin, rekey_operator, rekey_auditor;
 
+-- What notes a blocker may not see when its transaction began; whoever reads this may.
+create or replace function rekey._with_ages(blockers jsonb, since timestamptz) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select jsonb_agg(case when b.blocker ? 'pid' then (b.blocker - 'age_seconds') || jsonb_strip_nulls(jsonb_build_object(
+    'age_seconds', extract(epoch from clock_timestamp() - a.xact_start)::bigint)) else b.blocker end order by b.place)
+  from jsonb_array_elements(blockers) with ordinality as b (blocker, place)
+  left join pg_stat_activity a on a.pid = (b.blocker ->> 'pid')::integer and a.usename = b.blocker ->> 'role' and a.xact_start < since;
+end;
+comment on function rekey._with_ages is 'Blockers, noted since then, with the age in seconds of their transactions; without it where the caller may not see it.';
+grant execute on function rekey._with_ages to rekey_admin, rekey_operator, rekey_auditor;
+
 create or replace view rekey.rotation_status as
 select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions, r.to_version, r.rows_total, r.rows_done, r.rows_failed,
   r.attempts, r.last_error,
   coalesce(r.next_attempt_at, case when r.attempts > 0 then (
     select min(c.next_attempt_at) from rekey._chunks c where c.pass_id = r.pass_id and c.attempts > 0 and not c.stuck) end) as next_attempt_at,
-  coalesce(a.blocked_by, h.steps, case when r.in_line then (
+  coalesce(rekey._with_ages(r.blocked_by, r.blocked_since), h.steps, case when r.in_line then (
     select jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('rotation', o.id, 'state', o.state, 'adopts', q.label)))
     from rekey.rotations o left join rekey.protected_columns q on q.id = o.column_id
     where o.keyring_id = r.keyring_id and o.state in ('queued', 'running', 'paused', 'verifying', 'failed') and not o.in_line) end) as blocked_by, r.reason, r.requested_by, r.created_at, r.started_at, r.finished_at,
@@ -6134,13 +6193,6 @@ left join rekey.protected_columns p on p.id = r.column_id
 left join lateral (
   select c.pace, c.gives_way_to from rekey._chunks c where c.pass_id in (r.pass_id, r.verification_id) order by c.pace, c.id limit 1
 ) w on r.state in ('running', 'verifying')
--- What notes a blocker may not see when its transaction began; whoever reads this may.
-left join lateral (
-  select jsonb_agg(case when s.pid is null then b.blocker else b.blocker || jsonb_build_object(
-    'age_seconds', extract(epoch from clock_timestamp() - s.xact_start)::bigint) end order by b.place) as blocked_by
-  from jsonb_array_elements(r.blocked_by) with ordinality as b (blocker, place)
-  left join pg_stat_activity s on s.pid = (b.blocker ->> 'pid')::integer and s.usename = b.blocker ->> 'role' and s.xact_start < r.blocked_since
-) a on r.blocked_by is not null
 left join (
   select u.id, jsonb_agg(distinct jsonb_build_object('pid', s.pid, 'target', d.target, 'relation', d.relation::text,
     'age_seconds', extract(epoch from clock_timestamp() - s.since)::bigint)) as steps
@@ -6163,7 +6215,7 @@ comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: reke
 comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds: since they began, as far as who reads this may see it in pg_stat_activity, else since they are waited for), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds: since they began; not there where who reads this may not see it in pg_stat_activity), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
@@ -9743,7 +9795,7 @@ select case when s.incomplete_since is not null and s.state <> 'complete' then '
   (select count(*) from rekey._search_versions v where v.search_id = s.id) as versions,
   r.relations_read, r.relations, r.bytes_read, r.bytes, r.not_read,
   (select count(distinct (f.keyring_id, f.version)) from rekey._search_finds f where f.search_id = s.id) as versions_found,
-  case when s.state = 'looking' then s.blocked_by end as blocked_by, case when s.state = 'looking' then s.blocked_since end as blocked_since
+  case when s.state = 'looking' then rekey._with_ages(s.blocked_by, s.blocked_since) end as blocked_by, case when s.state = 'looking' then s.blocked_since end as blocked_since
 from rekey._searches s
 cross join lateral (
   select count(*) filter (where r.state <> 'pending' and r.problem is null) as relations_read, count(*) as relations,
@@ -9762,7 +9814,7 @@ comment on column rekey.search_status.bytes_read is 'Their size, as far as they 
 comment on column rekey.search_status.bytes is 'Their size.';
 comment on column rekey.search_status.not_read is 'Relations that could not be read: rekey.search_findings.';
 comment on column rekey.search_status.versions_found is 'Of the versions, those that it found.';
-comment on column rekey.search_status.blocked_by is 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds.';
+comment on column rekey.search_status.blocked_by is 'The transactions that it waits for: pid or name of a prepared transaction, role, age in seconds (of a pid, where who reads this may see it).';
 comment on column rekey.search_status.blocked_since is 'Since when it waits for them.';
 grant select on rekey.search_status to rekey_admin, rekey_operator, rekey_auditor;
 
@@ -11113,7 +11165,7 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job_run_details', 8) is not null then
     execute format($sql$
       delete from %I.job_run_details d
-      where d.command in ('call rekey.tick()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
+      where d.command in ('call rekey.tick()', 'call rekey.run_rotations()', 'select rekey.watch()') and d.end_time < now() - interval '7 days'$sql$, 'cron');
   end if;
 exception when insufficient_privilege then
   null;  -- somebody else's job
@@ -11183,7 +11235,7 @@ comment on function rekey.watch is
   'Cancels batches that take longer than the setting step_limit, as far as they are sessions of the caller''s roles, and returns how many. One that goes on for five times as long is ended. The job of pg_cron beside rekey.tick() calls it; pg-rekey work has a limit of its own.';
 grant execute on function rekey.watch to rekey_admin, rekey_operator;
 
-create or replace function rekey.schedule_worker(schedule text = null) returns bigint
+create or replace function rekey.schedule_worker(schedule text = null, workers integer = null) returns bigint
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -11192,7 +11244,11 @@ declare
   v_schedule text;
   v_job bigint;
   v_watch bigint;
+  v_helpers bigint[];
 begin
+  if workers not between 1 and 64 then
+    raise exception 'there are 1 to 64 workers' using errcode = 'invalid_parameter_value';
+  end if;
   select e.extversion into v_version from pg_extension e where e.extname = 'pg_cron';
   if not found then
     raise exception 'pg_cron is not in this database' using errcode = 'undefined_object',
@@ -11200,6 +11256,7 @@ begin
                     current_database()), constraint = 'schedule_worker';
   elsif rekey._trusted_relation('pg_cron', 'cron', 'job', 28) is null
      or rekey._trusted_function('pg_cron', 'cron.schedule(text,text,text)') is null
+     or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null
      or rekey._trusted_function('pg_cron', 'cron.alter_job(bigint,text,text,text,text,boolean)') is null then
     raise exception 'cron.job or its functions are not pg_cron''s, or have a trigger of somebody else''s' using errcode = 'undefined_object',
       hint = 'Before pg_cron 1.4 there is no cron.alter_job(): update the extension. Else drop those triggers.';
@@ -11221,16 +11278,25 @@ begin
   if v_watch is null then
     execute format('select %I.schedule($1::text, $2::text, $3::text)', 'cron') into v_watch using 'pg_rekey_watch', '* * * * *', 'select rekey.watch()';
   end if;
+  -- All but the first do nothing but rotations: what else a tick does is not more with two of them.
+  execute format($sql$ select coalesce(array_agg(j.jobid), '{}') from %I.job j where j.command = 'call rekey.run_rotations()' and j.database = current_database() $sql$, 'cron') into v_helpers;
+  if cardinality(v_helpers) <> workers - 1 then
+    execute format('select count(%I.unschedule(j::bigint)) from unnest($1) j', 'cron') using v_helpers;
+    execute format('select coalesce(array_agg(%I.schedule(''pg_rekey_'' || n, $1::text, ''call rekey.run_rotations()''::text)), ''{}'') from generate_series(2, $2) n', 'cron')
+    into v_helpers using v_schedule, workers;
+  else
+    execute format('select count(%I.alter_job(j::bigint, $2::text, null::text, null::text, null::text, true)) from unnest($1) j', 'cron') using v_helpers, v_schedule;
+  end if;
   if (select r.rolsuper from pg_roles r where r.rolname = current_user) then
     -- No job of ours runs as a superuser.
     execute 'grant usage on schema cron to rekey_worker';
-    execute format('select %I.alter_job(j::bigint, null::text, null::text, null::text, $2::text, null::boolean) from unnest($1) j', 'cron') using array[v_job, v_watch], 'rekey_worker';
+    execute format('select %I.alter_job(j::bigint, null::text, null::text, null::text, $2::text, null::boolean) from unnest($1) j', 'cron') using array[v_job, v_watch] || v_helpers, 'rekey_worker';
   end if;
   return v_job;
 end
 $$;
 comment on function rekey.schedule_worker is
-  'Has pg_cron call rekey.tick(), and returns the number of the job; a second job, pg_rekey_watch, calls rekey.watch() every minute. schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The job runs as rekey_worker where a superuser calls this, else as the caller. Safe to repeat. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule.';
+  'Has pg_cron call rekey.tick(), and returns the number of the job; another one, pg_rekey_watch, calls rekey.watch() every minute. workers: so many (1 to 64) share the rotations, NULL, the default: as many as before, at first one; each but the first is a job pg_rekey_N of its own, which calls rekey.run_rotations(). schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The jobs run as rekey_worker where a superuser calls this, else as the caller. Safe to repeat, with another number of workers too. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule, or there are not 1 to 64 workers.';
 grant execute on function rekey.schedule_worker to rekey_admin;
 
 create or replace function rekey.unschedule_worker() returns boolean
@@ -11244,7 +11310,7 @@ begin
   if rekey._trusted_relation('pg_cron', 'cron', 'job', 8) is null or rekey._trusted_function('pg_cron', 'cron.unschedule(bigint)') is null then
     return false;
   end if;
-  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
+  for v_job in execute format($sql$ select j.jobid from %I.job j where j.command in ('call rekey.tick()', 'call rekey.run_rotations()', 'select rekey.watch()') and j.database = current_database() $sql$, 'cron') loop
     execute format('select %I.unschedule($1::bigint)', 'cron') using v_job;
     v_count := v_count + 1;
   end loop;

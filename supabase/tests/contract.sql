@@ -2,7 +2,7 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(66 + 1);
+select plan(67 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
@@ -57,10 +57,11 @@ insert into contract values
   ('rotation_step', 'whole boolean DEFAULT NULL::boolean, who_else text DEFAULT NULL::text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb', 'record'),
   ('run_rotations', 'IN max_duration interval DEFAULT ''00:00:50''::interval', 'procedure'),
   ('schedule_key_destruction', 'keyring text, version integer, wait interval DEFAULT NULL::interval', 'timestamp with time zone'),
-  ('schedule_worker', 'schedule text DEFAULT NULL::text', 'bigint'),
+  ('schedule_worker', 'schedule text DEFAULT NULL::text, workers integer DEFAULT NULL::integer', 'bigint'),
   ('search_step', 'OUT event text, OUT wait interval, OUT detail jsonb', 'record'),
   ('set_schedule', 'keyring text, rotate_every interval, first_at timestamp with time zone DEFAULT NULL::timestamp with time zone', 'timestamp with time zone'),
   ('set_secret', 'name text, value text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, keyring text DEFAULT ''default''::text, description text DEFAULT NULL::text', 'uuid'),
+  ('set_secrets', 'names text[], "values" text[], tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, keyring text DEFAULT ''default''::text, descriptions text[] DEFAULT NULL::text[]', 'uuid[]'),
   ('set_setting', 'name text, value text', 'void'),
   ('tick', '', 'procedure'),
   ('unlock', 'kek bytea, scope text DEFAULT ''transaction''::text', 'text'),

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from pg_rekey import names
+from pg_rekey import hints, names
 from pg_rekey.api.database import transaction
 from pg_rekey.api.logs import where
 from pg_rekey.api.models import Error, RotateRequest
@@ -45,6 +45,12 @@ class Refusal(Exception):
     def __init__(self, status: int, code: str, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.hint = status, code, message, hint
+
+
+def no_keyring(request: Request, keyring: str) -> Refusal:
+    """Return the error that there is no such keyring, where the database returned no row."""
+    hint = _joined(_meant(request, "keyring"), hints.ACTIONS["create_keyring"].on(Road.HTTP))
+    return Refusal(404, "RK007", f"no such keyring: {keyring!r}", hint)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -106,18 +112,29 @@ def _database(request: Request, error: Exception) -> JSONResponse:
     if error.sqlstate == "42501":
         _note_denied(request)
     message, hint = explain(error, Road.HTTP)
-    if error.diag.constraint_name == "create_keyring" and (question := _meant(request)):
-        hint = f"{question} {hint}"
-    return answer(request, status, error.sqlstate, message, hint)
+    question = _meant(request, names.kind(error.diag.constraint_name, error.sqlstate))
+    return answer(request, status, error.sqlstate, message, _joined(question, hint))
 
 
-def _meant(request: Request) -> str | None:
-    """Ask whether another keyring was meant; a refusal stands without it too."""
+def _meant(request: Request, kind: str | None) -> str | None:
+    """Ask whether another name was meant; a refusal stands without it too.
+
+    The name that was given is in the path, in the query, or, where it came in the body, in the state of the
+    request, always under its kind.
+    """
+    typed = {**request.query_params, **request.path_params}
+    given = kind and (getattr(request.state, kind, None) or typed.get(kind))
+    if not kind or not given:
+        return None
     try:
         with transaction(request) as connection:
-            return names.meant(request.state.keyring or "", names.known(connection, "keyring"))
+            return names.meant(given, names.known(connection, kind, **typed))
     except psycopg.Error:
         return None
+
+
+def _joined(*parts: str | None) -> str | None:
+    return " ".join(filter(None, parts)) or None
 
 
 def _problem(request: Request, problem: Exception) -> JSONResponse:
@@ -134,8 +151,12 @@ def _validation(request: Request, error: Exception) -> JSONResponse:
 
 def _finding(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
-        # The name of a field that nobody knows is the client's text too.
-        return f"body: there is a field that is not one of {', '.join(RotateRequest.model_fields)}"
+        # The name of a field that nobody knows is the client's text too: only the one that was meant is told.
+        fields = list(RotateRequest.model_fields)
+        question = names.meant(str(error["loc"][-1]), fields)
+        return ". ".join(
+            filter(None, (f"body: there is a field that is not one of {', '.join(fields)}", question))
+        )
     return f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
 
 
@@ -143,6 +164,8 @@ def _http(request: Request, error: Exception) -> JSONResponse:
     """Answer what the framework refuses: unknown paths and methods, bodies that cannot be read."""
     assert isinstance(error, HTTPException)
     code, message, hint = _FRAMEWORK[error.status_code]
+    if error.status_code == 404:
+        hint = _joined(names.meant(request.url.path, list(request.app.openapi()["paths"])), hint)
     return answer(request, error.status_code, code, message, hint, error.headers)
 
 

@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from pg_rekey import db
+from pg_rekey import db, names
 from pg_rekey.api.database import transaction
 from pg_rekey.api.models import (
     AuditPage,
@@ -23,7 +23,7 @@ from pg_rekey.api.models import (
     RotationPage,
     RotationState,
 )
-from pg_rekey.api.refusals import Refusal, documented
+from pg_rekey.api.refusals import Refusal, documented, no_keyring
 from pg_rekey.api.tokens import Tokens
 from pg_rekey.metrics import exposition
 
@@ -60,8 +60,11 @@ class AdminRoute(APIRoute):
     def _check_query(self, request: Request) -> None:
         """Refuse a filter that would filter nothing."""
         asked = Counter(name for name, _ in request.query_params.multi_items())
-        if asked - Counter(parameter.alias for parameter in self.dependant.query_params):
-            raise Refusal(422, "invalid_request", "a query parameter is unknown or repeated", "See /docs.")
+        known = [parameter.alias for parameter in self.dependant.query_params]
+        for name in asked - Counter(known):
+            question = None if name in known else names.meant(name, known)
+            hint = f"{question} See /docs." if question else "See /docs."
+            raise Refusal(422, "invalid_request", "a query parameter is unknown or repeated", hint)
 
 
 class MetricsRoute(AdminRoute):
@@ -113,15 +116,16 @@ def rotate(request: Request, response: Response, body: RotateRequest | None = No
     return Begun.model_validate({"rotations": rows, "passed_by": passed_by})
 
 
-@api.get("/keys", summary="Key versions", tags=["keys"])
+@api.get("/keys", summary="Key versions", tags=["keys"], responses=documented(404))
 def keys(request: Request, keyring: KeyringFilter = None) -> Keys:
     """Every version with its state and times. No key is in it."""
     with transaction(request) as connection:
         rows = connection.execute(db.query("keys"), [keyring, keyring]).fetchall()
+    _check_keyring(request, keyring, rows)
     return Keys.model_validate({"keys": rows})
 
 
-@api.get("/rotations", summary="Rotations", tags=["rotations"])
+@api.get("/rotations", summary="Rotations", tags=["rotations"], responses=documented(404))
 def rotations(
     request: Request,
     keyring: KeyringFilter = None,
@@ -144,7 +148,7 @@ def rotation(request: Request, id: Id) -> Rotation:
     return Rotation.model_validate(row)
 
 
-@api.get("/audit", summary="Audit log", tags=["audit"])
+@api.get("/audit", summary="Audit log", tags=["audit"], responses=documented(404))
 def audit(
     request: Request, keyring: KeyringFilter = None, limit: Limit = 100, before: Before = None
 ) -> AuditPage:
@@ -175,10 +179,22 @@ def healthz(request: Request) -> Health:
 
 
 def _page(
-    request: Request, query: str, limit: int, **filters: object
+    request: Request, query: str, limit: int, *, keyring: str | None, **filters: object
 ) -> tuple[list[dict[str, Any]], int | None]:
     """Return a page of rows, and where the next one begins if there is one."""
     with transaction(request) as connection:
         # One more than asked for tells whether there is a next page.
-        rows = connection.execute(db.query(query), {**filters, "limit": limit + 1}).fetchall()
+        rows = connection.execute(
+            db.query(query), {"keyring": keyring, **filters, "limit": limit + 1}
+        ).fetchall()
+    _check_keyring(request, keyring, rows)
     return rows[:limit], rows[limit - 1]["id"] if len(rows) > limit else None
+
+
+def _check_keyring(request: Request, keyring: str | None, rows: list[dict[str, Any]]) -> None:
+    """Refuse a keyring that there is none of: an empty list would look like peace."""
+    if keyring is None or rows:
+        return
+    with transaction(request) as connection:
+        if not connection.execute("select from rekey.keyrings where name = %s", [keyring]).fetchall():
+            raise no_keyring(request, keyring)

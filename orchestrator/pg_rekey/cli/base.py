@@ -38,15 +38,17 @@ class Output:
             self.show(*self.fit(rows, columns, empty))
 
     def stream(self, batches: Iterable[Sequence[Row]], empty: str = "none") -> None:
-        """Print rows as they come, in batches of any number; as JSON, one document all the same."""
+        """Print rows as they come, in batches of any number; as JSON, one document with a line for each."""
         count = 0
         for batch in batches:
             if self.json:
-                for number, row in enumerate(batch, count):
-                    click.echo(("[\n" if number == 0 else ",\n") + to_json(row), nl=False)
+                click.echo((",\n" if count else "[\n") + ",\n".join(map(_LINE.encode, batch)), nl=False)
             else:
-                columns = list(batch[0])
-                self.show(*tables.fitted(batch, columns, self._console.width, header=count == 0))
+                lines = tables.lines(batch, list(batch[0]), self._console.width, header=count == 0)
+                if lines is None:
+                    self.show(*tables.fitted(batch, list(batch[0]), self._console.width, header=count == 0))
+                else:
+                    click.echo("\n".join(lines))
             count += len(batch)
         if self.json:
             click.echo("\n]" if count else "[]")
@@ -107,6 +109,10 @@ def _plain(value: Any) -> Any:
         case bytes():
             return value.hex()
     return str(value)
+
+
+# (Without indentation, which Python's encoder takes ten times as long for.)
+_LINE = json.JSONEncoder(default=_plain, ensure_ascii=False)
 
 
 def output(function: Callable[Concatenate[Output, P], None]) -> Callable[P, None]:
@@ -209,6 +215,13 @@ reason_option = click.option("--reason", help="Why, for the audit log.")
 keyring_option = click.option("--keyring", type=parameters.KEYRING, metavar="NAME", help="Only this keyring.")
 tenant_option = click.option(
     "--tenant", type=click.UUID, default=NIL, metavar="UUID", help="Tenant; the nil UUID by default."
+)
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    metavar="N",
+    help="Share the work among N connections.",
 )
 FilePath = click.Path(dir_okay=False, path_type=Path)
 InputPath = click.Path(exists=True, dir_okay=False, path_type=Path)

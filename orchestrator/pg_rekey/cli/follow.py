@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,21 +40,9 @@ class Bar:
     """
 
     def __init__(self) -> None:
-        console = Console(stderr=True, highlight=False, markup=False)
-        self._terminal = console.is_terminal
-        spinner = "dots" if console.encoding.startswith("utf") else "line"
-        self._progress = Progress(
-            SpinnerColumn(spinner),
-            TextColumn("{task.description}", markup=False, table_column=_column()),
-            BarColumn(bar_width=None),
-            _Rows(_column()),
-            _Pace(_column()),
-            TimeRemainingColumn(table_column=_column()),
-            console=console,
-            disable=not self._terminal,
-            expand=True,
-        )
-        self._task = self._progress.add_task("", total=None, visible=False, done=0, rows=None)
+        self._progress = _progress()
+        self._terminal = not self._progress.disable
+        self._task = self._progress.add_task("", total=None, visible=False, done=0, rows=None, things="rows")
         self._phase = ""
         self._blocks = 0  # as many as its verification began with
         self._waiting: object = None
@@ -102,6 +90,33 @@ class Bar:
             say(f"{name} {phase}{rows}")
 
 
+class Count:
+    """Shows on standard error how many of a number are done: a bar, or a line now and then."""
+
+    def __init__(self, what: str, total: int, things: str) -> None:
+        self._what, self._total, self._things = what, total, things
+        self._done = 0
+        self._progress = _progress()
+        self._task = self._progress.add_task(what, total=total, done=0, rows=total, things=things)
+        self._next = time.monotonic() + LIFE_SIGN
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._progress.update(self._task, visible=False)
+        self._progress.stop()
+
+    def advance(self, number: int) -> None:
+        """Count so many more as done."""
+        self._done += number
+        self._progress.update(self._task, completed=self._done, done=self._done)
+        if self._progress.disable and time.monotonic() >= self._next:
+            self._next = time.monotonic() + LIFE_SIGN
+            say(f"{self._what}, {self._done:,} of {self._total:,} {self._things}")
+
+
 def names(ids: list[int]) -> str:
     """Name one rotation, or say how many they are."""
     return f"rotation {ids[0]}" if len(ids) == 1 else f"{len(ids)} rotations"
@@ -123,6 +138,12 @@ def _without_ages(given: list[dict[str, Any]] | None) -> object:
 def say(message: str) -> None:
     """Print a line to standard error, above the bar where there is one: rich sees only sys.stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def tell_error(fields: Mapping[str, Any]) -> None:
+    """Say what went wrong with a worker, and that it tries again."""
+    who = f"worker {fields['worker']}: " if "worker" in fields else ""
+    say(f"{who}{fields['error']}; tries again in {fields['retry_in']:.0f} s")
 
 
 def tell_paused(ids: list[int]) -> None:
@@ -177,6 +198,21 @@ def follow(
     return fetch(connection, "select * from rekey.rotation_status where id = any(%s) order by id", ids)
 
 
+def _progress() -> Progress:
+    console = Console(stderr=True, highlight=False, markup=False)
+    return Progress(
+        SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
+        TextColumn("{task.description}", markup=False, table_column=_column()),
+        BarColumn(bar_width=None),
+        _Rows(_column()),
+        _Pace(_column()),
+        TimeRemainingColumn(table_column=_column()),
+        console=console,
+        disable=not console.is_terminal,
+        expand=True,
+    )
+
+
 def _column() -> Column:
     return Column(no_wrap=True, overflow="crop")
 
@@ -191,10 +227,11 @@ class _Rows(ProgressColumn):
 
 
 class _Pace(ProgressColumn):
-    """Rows a second."""
+    """Rows, or whatever they are, a second."""
 
     def render(self, task: Task) -> Text:
         """Show the pace of the last moments, of blocks too in rows."""
         if not task.speed or not task.total or not task.fields["rows"]:
             return Text("")
-        return Text(f"{task.speed * task.fields['rows'] / task.total:,.0f} rows/s", "progress.data.speed")
+        pace = task.speed * task.fields["rows"] / task.total
+        return Text(f"{pace:,.0f} {task.fields['things']}/s", "progress.data.speed")

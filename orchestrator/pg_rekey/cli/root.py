@@ -12,15 +12,6 @@ from pg_rekey.cli.commands import COMMAND, TYPED, Group
 from pg_rekey.errors import INTERRUPTED, Problem, from_database
 
 AS_JSON = "pg_rekey.json"
-# What kind of name an error is about, by its action or its SQLSTATE.
-_KINDS = {
-    "columns": "table",
-    "create_keyring": "keyring",
-    "secrets": "secret",
-    "settings": "setting",
-    "42P01": "table",
-    "42703": "column",
-}
 
 
 class Root(Group):
@@ -85,7 +76,7 @@ def _pointed_to_keyring(error: click.UsageError) -> click.UsageError:
 
 def _advise(problem: Problem, command: str, typed: dict[str, str]) -> None:
     """Add to the hint what only another look at the database tells: the name that was meant, a role."""
-    kind = _KINDS.get(problem.action or "") or _KINDS.get(problem.code or "")
+    kind = names.kind(problem.action, problem.code)
     given = typed.get(kind or "")
     if problem.code != "42501" and given is None:
         return

@@ -3,14 +3,15 @@
 import sys
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import click
 import psycopg
 
 from pg_rekey import db, worker
-from pg_rekey.cli.base import Output, fetch, output, reason_option, scalar
+from pg_rekey.cli.base import Output, fetch, output, reason_option, scalar, workers_option
 from pg_rekey.cli.commands import Command
-from pg_rekey.cli.follow import follow
+from pg_rekey.cli.follow import follow, tell_error
 from pg_rekey.cli.parameters import KEYRING
 from pg_rekey.cli.rotations import COLUMNS
 from pg_rekey.cli.tables import Row
@@ -20,12 +21,13 @@ from pg_rekey.errors import FINDINGS, LOCKED, UNFINISHED, Problem
 WORK_PER_OPENING = 3.0
 
 
-@click.command(cls=Command, example="pg-rekey rotate --wait --reason 'a colleague left'")
+@click.command(cls=Command, example="pg-rekey rotate --wait --workers 2 --reason 'a colleague left'")
 @click.option(
     "--keyring", type=KEYRING, metavar="NAME", help="Rotate this keyring; not needed where there is only one."
 )
 @click.option("--all", "everything", is_flag=True, help="Rotate every keyring.")
 @click.option("--wait", is_flag=True, help="Re-encrypt here and now, and wait until every row is verified.")
+@workers_option
 @click.option(
     "--dry-run", is_flag=True, help="Open every row, change nothing, tell what a rotation would be."
 )
@@ -37,6 +39,7 @@ def rotate(
     keyring: str | None,
     everything: bool,
     wait: bool,
+    workers: int,
     dry_run: bool,
     supersede: bool,
     reason: str | None,
@@ -46,11 +49,16 @@ def rotate(
     Without --wait the worker does it: pg_cron, or `pg-rekey work`. With it, exit code 4 says that a rotation
     failed, left rows that do not open, or was paused or replaced by another. With --all it also says that a
     keyring got no new version, as a rotation was under way: --supersede makes one.
+
+    With --workers, several connections share the work. One that breaks off says so and connects again, while
+    the others go on. `pg-rekey doctor` says how many suit the server.
     """
     if keyring and everything:
         raise click.UsageError("--keyring and --all exclude each other")
     if dry_run and (wait or supersede):
         raise click.UsageError("--dry-run changes nothing: neither --wait nor --supersede go with it")
+    if workers > 1 and not wait:
+        raise click.UsageError("--workers is for --wait: without it, others do the work")
     with worker.connect() if wait else db.connect() as connection:
         if not wait and db.in_environment():
             db.unlock(connection)
@@ -65,13 +73,20 @@ def rotate(
         passed_by = {row["id"]: row["passed_by"] for row in rotations}
         if wait:
             steps = worker.Steps(connection)
-            rotations = follow(connection, list(passed_by), lambda: _work(steps))
+            with worker.Crew(steps, workers, _tell):
+                rotations = follow(connection, list(passed_by), lambda: _work(steps))
             rotations = [{**row, "passed_by": passed_by[row["id"]]} for row in rotations]
             for row in worker.held_up(connection, list(passed_by)):
                 click.echo(held_up(row), err=True)
         out.table(rotations, COLUMNS, empty="there is no keyring to rotate")
     if any(passed_by.values()) or (wait and any(row["state"] != "completed" for row in rotations)):
         raise click.exceptions.Exit(UNFINISHED)
+
+
+def _tell(event: str, **fields: Any) -> None:
+    """Say what a worker beside this one says, where the bar does not show it."""
+    if event == "error":
+        tell_error(fields)
 
 
 def _begin(
@@ -140,7 +155,11 @@ def _dry_run(connection: db.Connection, out: Output, keyring: str | None) -> Non
     failed = sum(row["failed"] for row in rows)
     pace = scalar(connection, db.query("pace"))
     estimate = total / pace if pace else seconds * WORK_PER_OPENING
-    source = f"at the {pace:,.0f} rows/s of the last ones" if pace else "a guess: there was none yet to go by"
+    source = (
+        f"at the {pace:,.0f} rows/s of the fastest of the last five"
+        if pace
+        else "a guess: there was none yet to go by"
+    )
     if out.json:
         out.document(
             {"rows": total, "failed": failed, "opened_in": seconds, "estimate": estimate, "relations": rows}

@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from uuid import UUID
 
@@ -27,12 +29,13 @@ from pg_rekey.cli.base import (
     yes_option,
 )
 from pg_rekey.cli.commands import Group
+from pg_rekey.cli.follow import Count
 from pg_rekey.cli.parameters import KEYRING, SECRET
-from pg_rekey.cli.tables import Row
 from pg_rekey.errors import FINDINGS, USAGE, Problem, missing
 
 # Rows that a list takes from the server at a time.
 BATCH = 1000
+READ = "select name, value from rekey.read_secrets(%s::text[], %s)"
 keyring_option = click.option(
     "--keyring", type=KEYRING, metavar="NAME", default="default", help="Keyring to encrypt with."
 )
@@ -60,8 +63,8 @@ def set_(
     description: str | None,
 ) -> None:
     """Store a secret. The value comes from a file, or standard input without its last line break."""
-    [row] = _store(connection, [Secret(tenant, keyring, name, _value(path), description)])
-    out.done(f"secret {name} stored", name=name, id=row["id"])
+    [identity] = _store(connection, tenant, keyring, [(name, _value(path), description)])
+    out.done(f"secret {name} stored", name=name, id=identity)
 
 
 @secrets.command(example="pg-rekey secrets get STRIPE_KEY")
@@ -107,7 +110,7 @@ def run(command: tuple[str, ...], tenant: UUID) -> None:
     with db.connect() as connection:
         if db.in_environment():
             db.unlock(connection)
-        rows = fetch(connection, "select name, value from rekey.read_secrets(tenant_id => %s)", tenant)
+        rows = fetch(connection, READ, None, tenant)
     values = {row["name"]: row["value"] for row in rows}
     for name in values:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -161,18 +164,29 @@ def import_(
         raise click.UsageError(f"{path} names the tenant and the keyring of each secret itself")
     for one in found.keyrings:
         connection.execute(db.query("import keyring"), astuple(one))
-    known = _known(connection, found.secrets)
-    changed = {one for one in found.secrets if known.get((one.tenant_id, one.name)) != one.value}
-    _store(connection, list(changed))
-    created = sorted(one.name for one in changed if (one.tenant_id, one.name) not in known)
-    updated = sorted(one.name for one in changed if (one.tenant_id, one.name) in known)
-    unchanged = sorted(one.name for one in found.secrets if one not in changed)
-    out.done(
-        f"{len(created)} created, {len(updated)} updated, {len(unchanged)} unchanged",
-        created=created,
-        updated=updated,
-        unchanged=unchanged,
-    )
+    with Count("importing", len(found.secrets), "secrets") as count:
+        names = _import(connection, found.secrets, count)
+    said = ", ".join(f"{len(of_kind)} {kind}" for kind, of_kind in names.items())
+    out.done(said, **names)
+
+
+def _import(connection: db.Connection, wanted: Sequence[Secret], count: Count) -> dict[str, list[str]]:
+    """Store what is new or another value, and return the names of these and of the others, sorted."""
+    names: dict[str, list[str]] = {"created": [], "updated": [], "unchanged": []}
+
+    # By name, as everybody else does: so no two of them meet in a deadlock.
+    in_order = sorted(wanted, key=attrgetter("tenant_id", "keyring", "name"))
+    for (tenant, keyring), group in groupby(in_order, key=attrgetter("tenant_id", "keyring")):
+        for batch in db.batches((one.name, one.value, one.description) for one in group):
+            rows = fetch(connection, READ, [name for name, _, _ in batch], tenant)
+            known = {row["name"]: row["value"] for row in rows}
+            changed = [row for row in batch if known.get(row[0]) != row[1]]
+            names["created"] += [name for name, _, _ in changed if name not in known]
+            names["updated"] += [name for name, _, _ in changed if name in known]
+            names["unchanged"] += [name for name, value, _ in batch if known.get(name) == value]
+            _store(connection, tenant, keyring, changed)
+            count.advance(len(batch))
+    return {kind: sorted(of_kind) for kind, of_kind in names.items()}
 
 
 def _adopt_vault(connection: db.Connection, out: Output, tenant: UUID, keyring: str) -> None:
@@ -193,19 +207,6 @@ def _given(parameter: str) -> bool:
     return source is not click.core.ParameterSource.DEFAULT
 
 
-def _known(connection: db.Connection, wanted: Sequence[Secret]) -> dict[tuple[UUID, str], str]:
-    """Return the values that are stored under these names now."""
-    names: dict[UUID, list[str]] = {}
-    for one in wanted:
-        names.setdefault(one.tenant_id, []).append(one.name)
-    statement = "select name, value from rekey.read_secrets(%s, %s)"
-    return {
-        (tenant, row["name"]): row["value"]
-        for tenant, of_tenant in names.items()
-        for row in fetch(connection, statement, of_tenant, tenant)
-    }
-
-
 @secrets.command(example="pg-rekey secrets export --out secrets.env")
 @click.option("--out", "path", type=FilePath, help="A new file, readable by its owner only.")
 @tenant_option
@@ -215,7 +216,7 @@ def export(connection: db.Connection, out: Output, path: Path | None, tenant: UU
     """Print all secrets of a tenant as a .env file that python-dotenv reads back to the same values."""
     if path is None and sys.stdout.isatty():
         confirm(connection, "Show every secret on this terminal?", yes)
-    rows = fetch(connection, "select name, value from rekey.read_secrets(tenant_id => %s)", tenant)
+    rows = fetch(connection, READ, None, tenant)
     values = {row["name"]: row["value"] for row in rows}
     if path is not None:
         write_new(path, envfile.write(values))
@@ -226,10 +227,17 @@ def export(connection: db.Connection, out: Output, path: Path | None, tenant: UU
         click.echo(envfile.write(values), nl=False)
 
 
-def _store(connection: db.Connection, stored: Sequence[Secret]) -> list[Row]:
-    """Store secrets. Their values go by binary COPY, which no log shows: one may show parameters."""
-    db.copy_rows(connection, db.SECRETS, [astuple(one) for one in stored])
-    return fetch(connection, db.query("set copied secrets"))
+def _store(
+    connection: db.Connection, tenant: UUID, keyring: str, stored: Sequence[tuple[str, str, str | None]]
+) -> list[UUID]:
+    """Store secrets: name, value, description. They go by binary COPY, which no log shows: one may show
+    parameters."""
+    if not stored:
+        return []
+    db.copy_rows(connection, db.SECRETS, stored)
+    ids: list[UUID] = scalar(connection, db.query("set copied secrets"), tenant, keyring)
+    connection.execute(db.SECRETS.drop)
+    return ids
 
 
 def _value(path: Path | None) -> str:

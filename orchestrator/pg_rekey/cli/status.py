@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import click
+import psycopg
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
@@ -36,7 +37,8 @@ def status(connection: db.Connection, out: Output, check: bool, watch: bool) -> 
         return
     found = _look(connection)
     if out.json:
-        out.document({name: found[name] for name in ("keyrings", "rotations", "worker", "search")})
+        del found["idle"]
+        out.document(found)
     else:
         out.show(*_view(connection, out, found))
     if check and any(row["state"] in ("failed", "completed_with_failures") for row in found["rotations"]):
@@ -57,18 +59,44 @@ def _look(connection: db.Connection) -> dict[str, Any]:
     search = fetch(connection, "select * from rekey.search_status")
     rotations = fetch(connection, db.query("status rotations"))
     under_way = any(row["state"] in ("queued", "running", "verifying") for row in rotations)
+    known = fetch_one(connection, db.query("status secrets"))
+    secrets = known["secrets"]
+    if known["countable"]:
+        secrets = scalar(connection, "select count(*) from rekey.secrets")
     return {
+        "secrets": secrets,
+        "secrets_estimated": not known["countable"],
         "keyrings": fetch(connection, db.query("status keyrings")),
         "rotations": rotations,
-        "worker": fetch_one(connection, db.query("status worker")),
+        "worker": {
+            **fetch_one(connection, db.query("status worker")),
+            "pg_cron_workers": _workers(connection),
+        },
         "search": search[0] if search else None,
         "idle": under_way and not scalar(connection, db.query("worked on")),
     }
 
 
+def _workers(connection: db.Connection) -> int | None:
+    """Return how many workers pg_cron runs; None where it is not in this database, or not for this role."""
+    try:
+        with connection.transaction():
+            jobs = db.worker_jobs(connection, connection.info.dbname)
+    except (
+        psycopg.errors.InsufficientPrivilege,
+        psycopg.errors.InvalidSchemaName,
+        psycopg.errors.UndefinedTable,
+    ):
+        return None
+    return len([job for job in jobs if job["active"] and db.is_worker(job)]) or None
+
+
 def _view(connection: db.Connection, out: Output, found: dict[str, Any]) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(db.where(connection), "bold"), ""]
     parts += out.fit(found["keyrings"], KEYRINGS, "no keyrings: run `pg-rekey init`")
+    if found["secrets"] is not None:
+        about = "about " if found["secrets_estimated"] else ""
+        parts.append(Text(f"{about}{found['secrets']:,} secret{'' if found['secrets'] == 1 else 's'}"))
     parts += ["", *out.fit(found["rotations"], ROTATIONS, "no rotation is under way")]
     if found["idle"]:
         parts.append(Text(NOBODY, "yellow"))

@@ -37,6 +37,8 @@ def shown(name: str, value: Any, *, now: datetime | None = None) -> str:
             text = ", ".join(f"{key} {shown(key, one)}" for key, one in value.items())
         case _:
             text = str(value)
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -79,7 +81,9 @@ def _blocker(one: dict[str, Any]) -> str:
         return f"a batch in {one['relation']} (pid {one['pid']}), at work for {one['age_seconds']} s"
     if "target" in one:
         return f"the column {one['target']}, which is blocked: {one['why']}"
-    age = f"open for {one.get('age_seconds', 0)} s"
+    age = "open, this role may not see since when"
+    if "age_seconds" in one:
+        age = f"open for {one['age_seconds']} s"
     if "prepared" in one:
         return f"the prepared transaction {one['prepared']!r}, {age}"
     return f"the transaction of pid {one.get('pid')}, {one.get('role')}, {age}"

@@ -10,7 +10,7 @@ import click
 
 from pg_rekey import db
 from pg_rekey.cli import follow
-from pg_rekey.cli.base import FilePath, Output, fetch_one, output
+from pg_rekey.cli.base import FilePath, Output, fetch_one, output, workers_option
 from pg_rekey.cli.commands import Command
 from pg_rekey.cli.rotate import held_up
 from pg_rekey.errors import UNFINISHED
@@ -27,7 +27,7 @@ class Screen(Report):
     def event(self, event: str, **fields: Any) -> None:
         """Say it in a sentence, where the bar does not show it."""
         match event:
-            case "connected":
+            case "connected" if "worker" not in fields:
                 follow.say(f"connected to database {fields['database']}")
             case "completed":
                 follow.say(f"{follow.names(fields['completed'])} completed")
@@ -36,7 +36,7 @@ class Screen(Report):
             case "paused":
                 follow.tell_paused(fields["rotations"])
             case "error":
-                follow.say(fields["error"])
+                follow.tell_error(fields)
             case "stopped":
                 self._bar.hide()
                 follow.say(f"stopped after {fields['batches']} batches")
@@ -48,8 +48,9 @@ class Screen(Report):
             self._bar.show(fetch_one(connection, db.query("progress"), None, None))
 
 
-@click.command(cls=Command, example="pg-rekey work --forever")
+@click.command(cls=Command, example="pg-rekey work --forever --workers 2")
 @click.option("--forever", is_flag=True, help="Go on when everything is done, as a service does.")
+@workers_option
 @click.option(
     "--health-file", type=FilePath, help="Touched at every step; one that opens every row can take minutes."
 )
@@ -59,17 +60,20 @@ class Screen(Report):
     help="What it prints: on a terminal a bar by default, elsewhere JSON lines.",
 )
 @output
-def work(out: Output, forever: bool, health_file: Path | None, log: str | None) -> None:
+def work(out: Output, forever: bool, workers: int, health_file: Path | None, log: str | None) -> None:
     """Do what is due: scheduled rotations, re-encryption, retries, destructions.
 
     For servers without pg_cron, and for KEKs that the server must not have. SIGTERM and Ctrl-C end it after
     the batch in hand. A batch that takes longer than the setting step_limit is cancelled. Exit code 4 says
     that a rotation failed, or left rows that it could not re-encrypt.
+
+    Workers are connections of this command. One that breaks off says so and connects again, while the others
+    go on. `pg-rekey doctor` says how many suit the server.
     """
     in_json = out.json or log == "json" or (log is None and not sys.stdout.isatty())
     with nullcontext() if in_json else follow.Bar() as bar:
         report = Report() if bar is None else Screen(bar)
-        worker = Worker(forever=forever, report=report, health_file=health_file)
+        worker = Worker(forever=forever, report=report, workers=workers, health_file=health_file)
         worker.run()
     if worker.held_up:
         raise click.exceptions.Exit(UNFINISHED)
