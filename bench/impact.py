@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import random
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +12,7 @@ from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 
@@ -68,6 +69,17 @@ def impact(estate: Estate, load: Load) -> dict[str, Any]:
                     while time.monotonic() < until:
                         rotated += workers.rotate(connection, "default").rows
                 end = wal_place(connection)
+                connection.execute("select rekey.set_setting('min_pace', '1')")
+                fast = 0
+                with _span(spans, "fast"):
+                    until = time.monotonic() + load.seconds
+                    while time.monotonic() < until:
+                        fast += workers.rotate(connection, "default").rows
+                connection.execute("select rekey.set_setting('min_pace', null)")
+                settle(connection, "rekey.secrets")
+                with Probe() as probe:
+                    workers.rotate(connection, "default")
+                settle(connection, "rekey.secrets")
                 with _span(spans, "after"):
                     time.sleep(load.seconds)
                 connection.execute("select rekey.set_setting('max_rows_per_second', %s)", [str(load.rate)])
@@ -81,6 +93,11 @@ def impact(estate: Estate, load: Load) -> dict[str, Any]:
                     {
                         "spans": spans,
                         "rotated_rows": rotated,
+                        "rows_per_second": {
+                            "rotation": rotated / _seconds(spans["rotation"]),
+                            "fast": fast / _seconds(spans["fast"]),
+                        },
+                        "locked_seconds": probe.seconds,
                         "wal_bytes": wal_bytes(connection, first, end),
                         "throttled_rows_per_second": throttled.rows / throttled.sweep,
                     }
@@ -140,6 +157,7 @@ def _client(kind: str, rows: int, rate: float, offset: float, stop: Event, pipe:
     record = Record(kind)
     dice = random.Random(offset)
     with worker.connect() as connection:
+        connection.execute("set application_name = 'bench'")  # whom workers give way to
         pipe.send("ready")
         begun = time.monotonic() + offset / rate
         for number in itertools.count():
@@ -157,6 +175,49 @@ def _client(kind: str, rows: int, rate: float, offset: float, stop: Event, pipe:
             record.due.append(due)
             record.seconds.append(time.monotonic() - due)
     pipe.send(record)
+
+
+class Probe(AbstractContextManager["Probe"]):
+    """Updates rows that a sweep is about to lock, one after the other, and times it."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        dice = random.Random(1)
+        with worker.connect() as connection:
+            while not self._stop.is_set():
+                rows = connection.execute(
+                    "select first from rekey._chunks where kind = 'sweep' order by id limit 1"
+                ).fetchall()
+                if rows:
+                    near = connection.execute(
+                        "select id from rekey.secrets where ctid >= %s::tid limit 1000", [rows[0]["first"]]
+                    ).fetchall()
+                    if near:
+                        begun = time.monotonic()
+                        connection.execute(
+                            "update rekey.secrets set description = null where id = %s",
+                            [dice.choice(near)["id"]],
+                        )
+                        self.seconds.append(time.monotonic() - begun)
+
+
+def _seconds(span: tuple[float, float]) -> float:
+    begin, end = span
+    return end - begin
 
 
 @contextmanager

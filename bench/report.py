@@ -18,6 +18,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 PHASES = {
     "idle": "before",
     "rotation": "during rotations, one worker, default settings",
+    "fast": "during rotations that give way to nobody (`min_pace` 1)",
     "after": "after them",
     "throttled": "during one with `max_rows_per_second`",
     "bare": "during bare UPDATEs at that pace",
@@ -148,6 +149,17 @@ def _impact(impact: dict[str, Any]) -> list[Table]:
         [
             ("errors", number(impact["errors"])),
             ("WAL for each row that was rotated, that of the writers included", spread(wal, "bytes")),
+            (
+                "rows a second beside them, giving way to them, and to nobody",
+                " and ".join(
+                    spread([one["rows_per_second"][phase] for one in rounds])
+                    for phase in ("rotation", "fast")
+                ),
+            ),
+            (
+                "the longest UPDATE of a row that a sweep is about to lock, in ms",
+                spread([1000 * max(one["locked_seconds"], default=0) for one in rounds]),
+            ),
             ("rows a second, where `max_rows_per_second` was " + number(impact["throttle"]), spread(kept)),
             ("`rekey.secrets` before all this", f"{number(before / 1e6)} MB"),
             ("`rekey.secrets` afterwards, vacuumed", f"{number(after / 1e6)} MB"),

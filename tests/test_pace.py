@@ -11,6 +11,7 @@ import pytest
 
 from driving import fill, in_background, rotate, rotation, step_until, waits
 from helpers import Connection, connect, unlock, value
+from pg_rekey.worker import Steps
 
 STEP: LiteralString = "select event, wait, detail from rekey.rotation_step(%s, %s)"
 QUARTER = [0.5, 0.25, 0.25]
@@ -123,6 +124,19 @@ def test_who_may_see_sessions_sees_them(ready: Connection, session: Callable[[],
     with in_background(busy(session)):
         while "active session" not in value(ready, sees):
             pass
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_whoever_is_in_a_hurry(
+    session: Callable[[], Connection], db: str, kek: bytes, secrets: int, fast: bool
+) -> None:
+    with psycopg.connect(db, autocommit=True, row_factory=psycopg.rows.dict_row) as connection:
+        unlock(connection, kek)
+        steps = Steps(connection, fast=fast)
+        with in_background(busy(session)):
+            while (step := steps.take())["wait"] is None and step["event"] != "idle":
+                pass
+    assert step["event"] == ("idle" if fast else "batch")
 
 
 def test_who_may_not_goes_by_transactions(

@@ -134,5 +134,5 @@ def test_ctrl_c_ends_all(cli_ready: Cli, ready: Connection, slow: dict[str, str]
 
 def test_workers_are_for_who_works(cli_ready: Cli) -> None:
     cli_ready("rotate", "--workers", "2", code=USAGE)
-    assert "--workers is for --wait" in cli_ready.err
+    assert "--workers and --fast are for --wait" in cli_ready.err
     cli_ready("work", "--workers", "0", code=USAGE)
