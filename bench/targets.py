@@ -55,6 +55,11 @@ def _race(race: list[dict[str, Any]], size: int) -> list[Target]:
     return [
         Target("one worker: time to the floor's", ratios(one, cost["floor"]), at_most=4.5),
         Target("one worker: speed to the application's", ratios(cost["application"], one), at_least=2),
+        *(
+            [Target("one worker: speed to OpenBao's", ratios(cost["openbao"], one), at_least=2.5)]
+            if "openbao" in cost  # where it could be had
+            else []
+        ),
         Target("one worker: speed to the Vault stand-in's", ratios(cost["vault"], one), at_least=1.4),
         Target("one worker: speed to pgp_sym's default", ratios(cost["pgp_default"], one), at_least=20),
         Target("two workers: speed to one's", ratios(one, two), at_least=1.75),
