@@ -1,6 +1,7 @@
 """What readers and writers notice of a rotation: latency at a fixed rate, before, during, afterwards."""
 
 import itertools
+import math
 import multiprocessing
 import random
 import threading
@@ -17,11 +18,13 @@ from typing import Any, Self
 import psycopg
 
 from bench.estate import Estate, fill_secrets, settle, table_bytes, wal_bytes, wal_place
+from bench.figures import p99
 from bench.workers import Workers
 from pg_rekey import worker
 
 SIZE = 256
 KINDS = {"read": (2, 100.0), "write": (2, 25.0)}  # processes, and calls a second of each
+WINDOW = 0.5  # seconds of a point of the plot
 PACED = "paced"  # the keyring that is rotated with max_rows_per_second
 
 
@@ -105,12 +108,14 @@ def impact(estate: Estate, load: Load) -> dict[str, Any]:
             records = clients.stop()
         settle(connection, "rekey.secrets")
         after = table_bytes(connection, "rekey.secrets")
+    timeline = _timeline(records, rounds[-1]["spans"])
     for one in rounds:
         one["calls"] = _latencies(records, one.pop("spans"))
     return {
         "rows": load.rows,
         "rates": {kind: count * rate for kind, (count, rate) in KINDS.items()},
         "throttle": load.rate,
+        "timeline": timeline,
         "rounds": rounds,
         "table_bytes_before": before,
         "table_bytes_after": after,
@@ -225,6 +230,35 @@ def _span(spans: dict[str, tuple[float, float]], phase: str) -> Iterator[None]:
     begun = time.monotonic()
     yield
     spans[phase] = (begun, time.monotonic())
+
+
+def _timeline(records: list[Record], spans: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """Return the 99th percentiles before, during and after a rotation, by kind, each of half a second."""
+    begun = spans["idle"][0]
+    phases = ("idle", "rotation", "after")
+    return {
+        kind: [
+            {
+                "phase": phase,
+                "second": place * WINDOW,
+                "p99": p99(calls) if len(calls) > 1 else None,
+            }
+            for phase in phases
+            for place in range(
+                math.ceil((spans[phase][0] - begun) / WINDOW), int((spans[phase][1] - begun) / WINDOW)
+            )
+            for calls in [
+                [
+                    seconds
+                    for record in records
+                    if record.kind == kind
+                    for due, seconds in zip(record.due, record.seconds, strict=True)
+                    if place * WINDOW <= due - begun < (place + 1) * WINDOW
+                ]
+            ]
+        ]
+        for kind in KINDS
+    }
 
 
 def _latencies(
