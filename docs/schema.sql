@@ -2221,7 +2221,7 @@ CREATE FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[]
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '64MB'
-    SET plan_cache_mode TO 'force_custom_plan'
+    SET enable_nestloop TO 'off'
     AS $$
 declare
   v_headers bytea[] := rekey._headers(ciphertexts);
@@ -3709,6 +3709,7 @@ CREATE FUNCTION rekey._deks(keyrings integer[], versions integer[], sweeping boo
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '64MB'
+    SET enable_nestloop TO 'on'
     AS $$
 begin
   -- Keys are columns here, and nowhere parameters of a statement.
@@ -5549,9 +5550,10 @@ CREATE FUNCTION rekey._is_in_the_way() RETURNS boolean
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
-  return exists (
-    select from pg_locks w join pg_locks h on h.locktype = w.locktype and h.transactionid = w.transactionid
-    where w.locktype = 'transactionid' and not w.granted and h.granted and h.pid = pg_backend_pid());
+  return (
+    with l as materialized (select l.pid, l.granted, l.transactionid from pg_locks l where l.locktype = 'transactionid')
+    select exists (
+      select from l w join l h on h.transactionid = w.transactionid where not w.granted and h.granted and h.pid = pg_backend_pid()));
 end
 $$;
 
@@ -8778,7 +8780,7 @@ CREATE FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, 
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '64MB'
-    SET plan_cache_mode TO 'force_custom_plan'
+    SET enable_nestloop TO 'off'
     AS $$
 declare
   v_headers bytea[] := rekey._headers(ciphertexts);

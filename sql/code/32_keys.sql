@@ -59,6 +59,7 @@ returns table (keyring_id integer, version integer, key bytea, problem text)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- keys that do not fit go to a temporary file
+set enable_nestloop = on  -- whatever it is in the caller
 as $$
 begin
   -- Keys are columns here, and nowhere parameters of a statement.

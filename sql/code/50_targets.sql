@@ -445,7 +445,7 @@ create or replace function rekey._reencrypt(
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- as rekey._deks()
-set plan_cache_mode = force_custom_plan  -- which knows how many values there are
+set enable_nestloop = off  -- the plan is kept, and does not know how many values and keys there will be
 as $$
 declare
   v_headers bytea[] := rekey._headers(ciphertexts);
@@ -510,7 +510,7 @@ returns table (header bytea, failed_places integer[], problems text[])
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- as rekey._deks()
-set plan_cache_mode = force_custom_plan  -- as rekey._reencrypt()
+set enable_nestloop = off  -- as rekey._reencrypt()
 as $$
 declare
   v_headers bytea[] := rekey._headers(ciphertexts);

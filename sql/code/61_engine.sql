@@ -733,9 +733,10 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return exists (
-    select from pg_locks w join pg_locks h on h.locktype = w.locktype and h.transactionid = w.transactionid
-    where w.locktype = 'transactionid' and not w.granted and h.granted and h.pid = pg_backend_pid());
+  return (
+    with l as materialized (select l.pid, l.granted, l.transactionid from pg_locks l where l.locktype = 'transactionid')
+    select exists (
+      select from l w join l h on h.transactionid = w.transactionid where not w.granted and h.granted and h.pid = pg_backend_pid()));
 end
 $$;
 comment on function rekey._is_in_the_way is 'Whether somebody waits for the end of this transaction.';

@@ -1975,6 +1975,7 @@ returns table (keyring_id integer, version integer, key bytea, problem text)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- keys that do not fit go to a temporary file
+set enable_nestloop = on  -- whatever it is in the caller
 as $$
 begin
   -- Keys are columns here, and nowhere parameters of a statement.
@@ -3368,7 +3369,7 @@ create or replace function rekey._reencrypt(
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- as rekey._deks()
-set plan_cache_mode = force_custom_plan  -- which knows how many values there are
+set enable_nestloop = off  -- the plan is kept, and does not know how many values and keys there will be
 as $$
 declare
   v_headers bytea[] := rekey._headers(ciphertexts);
@@ -3433,7 +3434,7 @@ returns table (header bytea, failed_places integer[], problems text[])
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 set work_mem = '64MB'  -- as rekey._deks()
-set plan_cache_mode = force_custom_plan  -- as rekey._reencrypt()
+set enable_nestloop = off  -- as rekey._reencrypt()
 as $$
 declare
   v_headers bytea[] := rekey._headers(ciphertexts);
@@ -7406,9 +7407,10 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return exists (
-    select from pg_locks w join pg_locks h on h.locktype = w.locktype and h.transactionid = w.transactionid
-    where w.locktype = 'transactionid' and not w.granted and h.granted and h.pid = pg_backend_pid());
+  return (
+    with l as materialized (select l.pid, l.granted, l.transactionid from pg_locks l where l.locktype = 'transactionid')
+    select exists (
+      select from l w join l h on h.transactionid = w.transactionid where not w.granted and h.granted and h.pid = pg_backend_pid()));
 end
 $$;
 comment on function rekey._is_in_the_way is 'Whether somebody waits for the end of this transaction.';
