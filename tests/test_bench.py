@@ -15,6 +15,7 @@ SECTIONS = [*report.SECTIONS, "targets"]
 COMPETITORS = ["rekey_1", "rekey_2", "floor", "application", "vault", "pgp_fast", "pgp_default"]
 CALLS = {
     *("get_secret", "set_secret", "read_secrets", "view", "encrypt", "decrypt"),
+    *("column_view", "decrypt_many", "column_write", "plain_write"),
     *("vault_view", "vault_update"),
     *("pgp_encrypt", "pgp_decrypt", "pgp_fast_encrypt", "pgp_fast_decrypt"),
 }
@@ -49,10 +50,10 @@ def test_smoke(installation: local.Installation, tmp_path: Path) -> None:
     nothing = {place for place, number in numbers(parts) if number <= 0}
     if Path("/proc/self/status").exists():
         assert nothing == set()
-        assert len(results["targets"]) == 28
+        assert len(results["targets"]) == 30
     else:  # the system does not tell how much memory a process has
         assert all(re.search(r"(server|worker)_bytes\[", place) for place in nothing), nothing
-        assert len(results["targets"]) == 26
+        assert len(results["targets"]) == 28
     assert all(target["samples"] for target in results["targets"])
 
     made = report.sections(results)
