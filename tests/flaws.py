@@ -68,8 +68,8 @@ FLAWS = [
     Flaw(
         "a key that the session carries opens whatever its state is",
         "32_keys.sql",
-        "and rekey._key_problem(k.version, k.state, k.kek_id, e.state, false) is null;\n  if found and length(v_carried)",
-        ";\n  if found and length(v_carried)",
+        "k.kek_id, e.state, false) is null;\n  if found and",
+        "k.kek_id, e.state, false) is null or true;\n  if found and",
     ),
     Flaw(
         "a table that took another's name is not noticed",
