@@ -302,7 +302,8 @@ def use_columns(session: Session, quiet: Connection, kek: bytes) -> None:
         "select rekey.create_decrypted_view('written')",
         "select * from written_decrypted",
         "do $$ declare r record; begin for r in select * from written_decrypted loop end loop; end $$",
-        "select rekey.decrypt_many(array_agg(v), array_agg(array['public.written.v', id::text])) from written",
+        "select rekey.decrypt_many(array_agg(v), array_agg(array['public.written.v', id::text]))"
+        " from written",
         "select rekey.rotate_keys()",
         "call rekey.run_rotations()",
         "select * from rekey.find_unprotected()",

@@ -552,15 +552,33 @@ def test_a_carried_key_heeds_its_state(
     assert value(stored, GET) == "value"
 
 
-def test_what_a_session_only_says(stored: Connection, kek: bytes) -> None:
-    """Without an unlocked session, what the server's own KEK opened is carried for that statement."""
-    stored.execute(
+def put_in_vault(connection: Connection, kek: bytes) -> None:
+    """Let the server find the KEK by itself, in a stand-in for the Vault."""
+    connection.execute(
         "create schema vault; create table vault.decrypted_secrets (name text, decrypted_secret text)"
     )
-    stored.execute("insert into vault.decrypted_secrets values ('pg_rekey_kek', %s)", [kek.hex()])
-    stored.execute("create view vault.secrets as select * from vault.decrypted_secrets")
-    belong(stored, "supabase_vault", "vault")
-    stored.execute("select rekey.set_setting('kek_provider', 'vault')")
+    connection.execute("insert into vault.decrypted_secrets values ('pg_rekey_kek', %s)", [kek.hex()])
+    connection.execute("create view vault.secrets as select * from vault.decrypted_secrets")
+    belong(connection, "supabase_vault", "vault")
+    connection.execute("select rekey.set_setting('kek_provider', 'vault')")
+
+
+def test_a_standby_has_what_a_pass_is_sealed_with(conn: Connection, kek: bytes) -> None:
+    """Nobody unlocked a session before, and whoever only reads could not make the key of sessions."""
+    put_in_vault(conn, kek)
+    conn.execute("select rekey.register_kek(), rekey.create_keyring('default')")
+    conn.execute("create table t (id int primary key, v text)")
+    protect(conn, "t", encrypt_on_write=True)
+    conn.execute("insert into t values (1, 'value')")
+    conn.execute("select rekey.create_decrypted_view('t')")
+    conn.execute("set default_transaction_read_only = on")
+    assert calls(conn, "_open", "select v from t_decrypted") == 0
+    assert value(conn, "select v from t_decrypted") == "value"
+
+
+def test_what_a_session_only_says(stored: Connection, kek: bytes) -> None:
+    """Without an unlocked session, what the server's own KEK opened is carried for that statement."""
+    put_in_vault(stored, kek)
     for said in ("", "s" + "00" * 96, "t" + "00" * 96, "s", "x"):
         stored.execute("update vault.decrypted_secrets set decrypted_secret = %s", [kek.hex()])
         with stored.transaction():
