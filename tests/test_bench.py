@@ -86,7 +86,7 @@ def test_against_a_revision(installation: local.Installation, tmp_path: Path) ->
     assert done.returncode == 0, done.stdout
     results = json.loads(path.read_text())
     seconds = results["against"]["seconds"]
-    assert len(seconds) == 11
+    assert len(seconds) == 14
     assert all(len(one["now"]) == len(one["then"]) == 1 for one in seconds.values())
     [_, against] = report.sections(results).values()
     assert [row[0] for row in against[0].rows] == list(seconds)

@@ -1932,9 +1932,8 @@ comment on function rekey._key_problem is 'Why a key may not be used; NULL: it m
 -- Without a KEK that the session brought, till the end of the statement.
 create or replace function rekey._carried_aad(keyring_id integer, version integer, kek_id integer, unlocked text) returns bytea
 language sql stable
-return rekey._part('key') || int4send(keyring_id) || int4send(version) || int4send(kek_id) || rekey._part(unlocked)
-  || rekey._session_aad(coalesce(nullif(left(unlocked, 1), ''), 't'))
-  || case when unlocked = '' then timestamptz_send(statement_timestamp()) else ''::bytea end;
+return 'key'::bytea || int4send(keyring_id) || int4send(version) || int4send(kek_id) || rekey._session_aad(coalesce(nullif(left(unlocked, 1), ''), 't'))
+  || case when unlocked = '' then timestamptz_send(statement_timestamp()) else convert_to(unlocked, 'UTF8') end;
 comment on function rekey._carried_aad is
   'What a DEK that the session carries is bound to: the KEK that wraps it, and the session as rekey.lock() and rekey.unlock() leave it; without an unlocked one, the statement.';
 
