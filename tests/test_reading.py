@@ -235,7 +235,7 @@ def test_a_pass_is_of_its_label(reader: Connection, table: Connection) -> None:
             )
 
 
-def test_a_pass_that_was_made_up(reader: Connection, table: Connection, owner: str) -> None:
+def test_a_pass_that_was_made_up(reader: Connection, table: Connection, ready: Connection) -> None:
     """Whatever stands in it, it opens what would open without, and nothing else."""
     tampered: LiteralString = """
         with pass as (select rekey.reading_pass('app.t.v') as p)
@@ -247,6 +247,11 @@ def test_a_pass_that_was_made_up(reader: Connection, table: Connection, owner: s
         assert value(reader, READ.format("%s::bytea"), made_up) == "value 1"
     sealed = value(table, "select decode(right(v, -4), 'base64') from t where id = 1")
     assert value(reader, READ.format("%s::bytea"), sealed) == "value 1"  # an envelope is no pass
+    with ready.transaction(force_rollback=True):
+        ready.execute("delete from rekey._session_key")
+        ready.execute("select rekey.set_setting('kek_provider', 'file')")
+        with refused("RK001"):
+            ready.execute(READ.format("%s::bytea").encode(), [sealed])
     for version in (2, 1000, -(2**31), 2**31 - 1):
         other = sealed[:7] + version.to_bytes(4, "big", signed=True) + sealed[11:]
         with refused("RK003"):

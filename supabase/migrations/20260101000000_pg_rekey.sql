@@ -3073,7 +3073,9 @@ declare
   v_keys bytea;
 begin
   select s.key into v_seal from rekey._session_key s;
-  v_keys := rekey._aead_decrypt(v_seal, v_iv, v_sealed, v_aad);
+  if v_seal is not null then
+    v_keys := rekey._aead_decrypt(v_seal, v_iv, v_sealed, v_aad);
+  end if;
   return case when place >= 0 and octet_length(v_keys) > place * 64 then substr(v_keys, 1 + 64 * place::integer, 64) end;
 end
 $$;
