@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bench.estate import Estate, fill_secrets, settle, value
+from bench.estate import Estate, fill_columns, fill_secrets, settle, value
 from pg_rekey import db, release, worker
 
 SIZE = 256
@@ -45,6 +45,7 @@ def against(estate: Estate, revision: str, contest: Contest) -> dict[str, Any]:
             "protect": Side.protect,
             "tables": Side.rotate_tables,
             "calls": Side.call,
+            "columns": Side.use_columns,
             "adopt": Side.adopt,
         }
         seconds: dict[str, dict[str, list[float]]] = {}
@@ -63,6 +64,7 @@ class Side:
         self.connection = connection
         self.contest = contest
         self.steps = worker.Steps(connection)
+        self.filled = False
         connection.execute("create schema many")
         connection.execute("set client_min_messages = error")
         fill_secrets(connection, contest.secrets, SIZE)
@@ -113,6 +115,22 @@ class Side:
             for _ in range(self.contest.calls):
                 self.connection.execute(statement.encode())
             yield what, (time.monotonic() - begun) / self.contest.calls
+
+    def use_columns(self) -> Iterator[tuple[str, float]]:
+        """Read and write a protected column, many rows in a statement."""
+        rows = self.contest.secrets // 50
+        if not self.filled:
+            fill_columns(self.connection, rows, SIZE)
+            self.filled = True
+        settle(self.connection, "bench.sealed", "bench.plain")
+        for what, statement in (
+            (f"a decrypted view of {rows:,} rows, a row", "select count(v) from bench.sealed_decrypted"),
+            ("an UPDATE of them, encrypted on write", "update bench.sealed set v = bench.value(id, 256)"),
+            ("the same UPDATE of plain values", "update bench.plain set v = bench.value(id, 256)"),
+        ):
+            begun = time.monotonic()
+            self.connection.execute(statement.encode())
+            yield what, (time.monotonic() - begun) / rows
 
     def adopt(self) -> Iterator[tuple[str, float]]:
         """Adopt a table beside many that are protected."""

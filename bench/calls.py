@@ -3,7 +3,7 @@
 import random
 from typing import Any, LiteralString
 
-from bench.estate import Estate, fill_secrets, settle, value
+from bench.estate import Estate, fill_columns, fill_secrets, settle, value
 from pg_rekey import db
 
 SIZE = 256
@@ -25,6 +25,27 @@ CALLS: dict[str, tuple[str, LiteralString, int]] = {
     ),
     "encrypt": ("`encrypt(value)`", "v_bytes := rekey.encrypt(v_value)", 1),
     "decrypt": ("`decrypt(ciphertext)`", "v_bytes := rekey.decrypt(v_sealed)", 1),
+    "column_view": (
+        "a decrypted view of 1,000 rows, each",
+        "select count(c.v) into v_count from bench.sealed_decrypted c",
+        SECRETS,
+    ),
+    "decrypt_many": (
+        "`decrypt_many` of these, each",
+        "select cardinality(rekey.decrypt_many(array_agg(c.v),"
+        " array_agg(array['bench.sealed.v', c.id::text]))) into v_count from bench.sealed c",
+        SECRETS,
+    ),
+    "column_write": (
+        "an UPDATE of these, encrypted on write, each",
+        "update bench.sealed set v = v_value",
+        SECRETS,
+    ),
+    "plain_write": (
+        "the same of a table that is not protected",
+        "update bench.plain set v = v_value",
+        SECRETS,
+    ),
     "vault_view": (
         "Vault stand-in: `decrypted_secrets`, by name",
         "select s.decrypted_secret into v_text from bench.decrypted_secrets s where s.name = v_name",
@@ -92,13 +113,14 @@ def calls(estate: Estate, loops: int, rounds: int) -> dict[str, Any]:
     with estate.database("calls") as connection:
         fill_secrets(connection, SECRETS, SIZE)
         connection.execute("select bench.fill_vault(%s, %s)", [SECRETS, SIZE])
+        fill_columns(connection, SECRETS, SIZE)
         for name, (_, call, _) in CALLS.items():
             connection.execute(LOOP.format(name=name, call=call, size=SIZE, secrets=SECRETS).encode())
             _loop(connection, name, 10)
         seconds: dict[str, list[float]] = {name: [] for name in CALLS}
         for number in range(rounds):
             for name in random.Random(number).sample(list(CALLS), len(CALLS)):
-                settle(connection, "rekey.secrets", "bench.vault")
+                settle(connection, "rekey.secrets", "bench.vault", "bench.sealed", "bench.plain")
                 each = CALLS[name][2]
                 count = max(1, loops // each)
                 seconds[name].append(_loop(connection, name, count) / count / each)

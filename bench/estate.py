@@ -142,6 +142,21 @@ def fill_secrets(
         assert value(connection, check, n, n, size), f"secret {n} is not what was stored"
 
 
+def fill_columns(connection: db.Connection, rows: int, size: int) -> None:
+    """Fill bench.sealed, which is encrypted on write and has a decrypted view, and bench.plain."""
+    for table in ("bench.sealed", "bench.plain"):
+        connection.execute(
+            f"create table {table} (id int primary key, v text) with (fillfactor = 50)".encode()
+        )
+    connection.execute("select rekey.protect_column('bench.sealed', 'v', encrypt_on_write => true)")
+    connection.execute("select rekey.create_decrypted_view('bench.sealed')")
+    for table in ("bench.sealed", "bench.plain"):
+        connection.execute(
+            f"insert into {table} select g, bench.value(g, %s) from generate_series(1, %s) g".encode(),
+            [size, rows],
+        )
+
+
 def settle(connection: db.Connection, *tables: str) -> None:
     """Vacuum tables and write everything to disk, so that a measurement begins with nothing left to do."""
     for table in tables:

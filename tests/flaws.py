@@ -60,6 +60,18 @@ FLAWS = [
         "v_iv := repeat('x', 16)::bytea",
     ),
     Flaw(
+        "a writer's version falls out of use before he commits",
+        "41_encrypt.sql",
+        "perform pg_advisory_xact_lock_shared(keyring_id, v_version);",
+        "null;",
+    ),
+    Flaw(
+        "a key that the session carries opens whatever its state is",
+        "32_keys.sql",
+        "k.kek_id, e.state, false) is null;\n  if found and",
+        "k.kek_id, e.state, false) is null or true;\n  if found and",
+    ),
+    Flaw(
         "a table that took another's name is not noticed",
         "51_columns.sql",
         "v_other := rekey._namesake(protected, v_shape.relation, v_shape.attnums[protected.places[1]]);",

@@ -15,6 +15,7 @@ SECTIONS = [*report.SECTIONS, "targets"]
 COMPETITORS = ["rekey_1", "rekey_2", "floor", "application", "vault", "pgp_fast", "pgp_default"]
 CALLS = {
     *("get_secret", "set_secret", "read_secrets", "view", "encrypt", "decrypt"),
+    *("column_view", "decrypt_many", "column_write", "plain_write"),
     *("vault_view", "vault_update"),
     *("pgp_encrypt", "pgp_decrypt", "pgp_fast_encrypt", "pgp_fast_decrypt"),
 }
@@ -49,10 +50,10 @@ def test_smoke(installation: local.Installation, tmp_path: Path) -> None:
     nothing = {place for place, number in numbers(parts) if number <= 0}
     if Path("/proc/self/status").exists():
         assert nothing == set()
-        assert len(results["targets"]) == 28
+        assert len(results["targets"]) == 30
     else:  # the system does not tell how much memory a process has
         assert all(re.search(r"(server|worker)_bytes\[", place) for place in nothing), nothing
-        assert len(results["targets"]) == 26
+        assert len(results["targets"]) == 28
     assert all(target["samples"] for target in results["targets"])
 
     made = report.sections(results)
@@ -85,7 +86,7 @@ def test_against_a_revision(installation: local.Installation, tmp_path: Path) ->
     assert done.returncode == 0, done.stdout
     results = json.loads(path.read_text())
     seconds = results["against"]["seconds"]
-    assert len(seconds) == 11
+    assert len(seconds) == 14
     assert all(len(one["now"]) == len(one["then"]) == 1 for one in seconds.values())
     [_, against] = report.sections(results).values()
     assert [row[0] for row in against[0].rows] == list(seconds)

@@ -148,6 +148,8 @@ def use_all(session: Session, quiet: Connection, kek: bytes) -> set[bytes]:
         "select * from rekey.decrypted_secrets",
         "select rekey.decrypt(rekey.encrypt(v, context => '{c}'), '{c}') from plain",
         "select rekey.decrypt_text(rekey.encrypt_text(v)) from plain",
+        "select rekey.decrypt_many(array[rekey.encrypt(v), rekey.encrypt(v)]) from plain",
+        "select rekey.decrypt_many(array[rekey.encrypt_text(v, context => '{c}')], '{{c}}') from plain",
         "select rekey.decrypt_text(rekey.encrypt(convert_to(v, 'UTF8'))) from plain",
         "select * from rekey.verify_ciphertexts()",
     )
@@ -301,6 +303,9 @@ def use_columns(session: Session, quiet: Connection, kek: bytes) -> None:
         "update written set v = (select v from plain), id = 10 where id = 3",
         "select rekey.create_decrypted_view('written')",
         "select * from written_decrypted",
+        "do $$ declare r record; begin for r in select * from written_decrypted loop end loop; end $$",
+        "select rekey.decrypt_many(array_agg(v), array_agg(array['public.written.v', id::text]))"
+        " from written",
         "select rekey.rotate_keys()",
         "call rekey.run_rotations()",
         "select * from rekey.find_unprotected()",

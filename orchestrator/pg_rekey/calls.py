@@ -4,6 +4,7 @@ A client runs them, waiting or as a coroutine. Plain values do not go as paramet
 but by binary COPY: rows to be copied into `table` stand in `batches`.
 """
 
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -96,6 +97,17 @@ def decrypt(sealed: bytes | str, context: Sequence[str | None]) -> Call[bytes]:
     kind = "text" if isinstance(sealed, str) else "bytea"
     statement = f"select rekey.decrypt(%b::{kind}, %s::text[]) as value"
     return Call(statement, [sealed, list(context)], _only("value"))
+
+
+def decrypt_many(
+    sealed: Sequence[bytes | str], contexts: Sequence[Sequence[str | None]]
+) -> Call[list[bytes]]:
+    """Open many values."""
+    if len({len(parts) for parts in contexts}) > 1:
+        raise ValueError("contexts that are opened together have as many parts each")
+    texts = [one if isinstance(one, str) else f"rk1:{b64encode(one).decode()}" for one in sealed]
+    statement = "select rekey.decrypt_many(%s::text[], %s::text[]) as values"
+    return Call(statement, [texts, [list(parts) for parts in contexts]], _only("values"))
 
 
 def get(name: str, tenant: UUID) -> Call[str]:

@@ -146,6 +146,18 @@ class Client:
         """
         return self._run(calls.decrypt(sealed, context))
 
+    def decrypt_many(
+        self, sealed: Sequence[bytes | str], *, contexts: Sequence[Sequence[str | None]] = ()
+    ) -> list[bytes]:
+        """Return what was sealed, of many values in one call, in their order.
+
+        contexts: one for each value, all with as many parts; left out: none has one.
+
+        Locked: RK001, RK002; Unreadable: one of them is damaged, or sealed with another context (RK003);
+        WrongState: the key of one of them may not be used (RK006).
+        """
+        return self._run(calls.decrypt_many(sealed, contexts))
+
     def _finish(self, ids: list[int]) -> list[Rotation]:
         whole = False
         while calls.unfinished(rotations := self._run(calls.rotations(ids))):

@@ -124,6 +124,12 @@ class AsyncClient:
         """As Client.decrypt()."""
         return await self._run(calls.decrypt(sealed, context))
 
+    async def decrypt_many(
+        self, sealed: Sequence[bytes | str], *, contexts: Sequence[Sequence[str | None]] = ()
+    ) -> list[bytes]:
+        """As Client.decrypt_many()."""
+        return await self._run(calls.decrypt_many(sealed, contexts))
+
     async def _finish(self, ids: list[int]) -> list[Rotation]:
         whole = False
         while calls.unfinished(rotations := await self._run(calls.rotations(ids))):

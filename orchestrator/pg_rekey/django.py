@@ -50,7 +50,9 @@ class SealedTextField(models.TextField):  # type: ignore[type-arg]
         names = self.context or [self.model._meta.pk.column]
         parts = ", ".join(f"{table}.{quote(name)}::text" for name in names)
         label = self.label or _label(self.model._meta.db_table, str(self.column))
-        return f"rekey.decrypt_text({sql}, ARRAY[%s, {parts}])", [*params, label]
+        # Made once for the statement: each row is opened with it.
+        read = "(SELECT rekey.reading_pass(%s))"
+        return f"rekey.decrypt_text({sql}, ARRAY[%s, {parts}], {read})", [*params, label, label]
 
 
 def _label(table: str, column: str) -> str:

@@ -53,9 +53,12 @@ class Sealed(TypeDecorator[Any]):
         table = column.table
         names = self.context or [key.name for key in table.primary_key]
         parts = [sa.cast(table.c[name], sa.Text) for name in names]
-        context = postgresql.array([sa.literal(self.label or _label(column)), *parts])
+        label = sa.literal(self.label or _label(column))
+        # Made once for the statement: each row is opened with it.
+        read = sa.select(sa.func.rekey.reading_pass(label, type_=sa.LargeBinary())).scalar_subquery()
         opened = sa.func.rekey.decrypt if self.binary else sa.func.rekey.decrypt_text
-        return opened(column, context, type_=sa.LargeBinary() if self.binary else sa.Text())
+        kind = sa.LargeBinary() if self.binary else sa.Text()
+        return opened(column, postgresql.array([label, *parts]), read, type_=kind)
 
 
 def _label(column: Any) -> str:

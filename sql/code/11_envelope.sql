@@ -6,9 +6,19 @@ return coalesce(int4send(octet_length(convert_to(part, 'UTF8'))) || convert_to(p
 comment on function rekey._part is 'One part of a context: its length as int4, then its UTF-8 bytes; NULL is the length -1.';
 
 create or replace function rekey._context(parts text[]) returns bytea
-language sql stable parallel safe
-return (select coalesce(string_agg(rekey._part(p.part), ''::bytea order by p.place), ''::bytea)
-        from unnest(parts) with ordinality as p(part, place));
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_part text;
+  v_context bytea := ''::bytea;
+begin
+  foreach v_part in array coalesce(parts, '{}') loop
+    v_context := v_context || rekey._part(v_part);
+  end loop;
+  return v_context;
+end
+$$;
 comment on function rekey._context is 'A whole context: its parts one after the other.';
 
 create or replace function rekey._header(keyring_id integer, version integer) returns bytea

@@ -27,6 +27,7 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   insert into rekey.settings default values on conflict do nothing;
   insert into rekey._worker default values on conflict do nothing;
+  insert into rekey._session_key (key) values (rekey._random_bytes(64)) on conflict do nothing;  -- a standby makes none
 end;
 comment on function rekey._ensure_rows is 'Makes the rows that there is one of. (The installation makes none: a restored dump brings its own.)';
 

@@ -5,9 +5,8 @@
 -- backend_start would say more than the postmaster's start, but is hidden from a role that may not see other sessions.
 create or replace function rekey._session_aad(scope text) returns bytea
 language sql stable
-return rekey._part('session') || rekey._part(scope) || rekey._part(pg_backend_pid()::text)
-  || rekey._part(extract(epoch from pg_postmaster_start_time())::text) || rekey._part(session_user::text)
-  || case when scope <> 's' then rekey._part(extract(epoch from transaction_timestamp())::text) else ''::bytea end;
+return rekey._part('session') || rekey._part(scope) || int4send(pg_backend_pid()) || timestamptz_send(pg_postmaster_start_time())
+  || rekey._part(session_user::text) || case when scope <> 's' then timestamptz_send(transaction_timestamp()) else ''::bytea end;
 comment on function rekey._session_aad is 'What an unlocked session is bound to: server process, server start, login, and unless scope is s the transaction.';
 
 create or replace function rekey._session_seal() returns bytea

@@ -48,7 +48,7 @@ begin
   if tenant_id is null or v_caller = 'rekey_sweeper' then
     return false;
   end if;
-  if rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+  if v_caller = 'service_role' and rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
     return true;
   end if;
   select s.tenant_check into v_check from rekey.settings s;
@@ -70,13 +70,23 @@ comment on function rekey.can_access_tenant is
   'Whether the caller reaches the secrets of this tenant. rekey_admin and service_role reach all; else the function named by the setting tenant_check decides; else a JWT reaches app_metadata.tenant_id and tenant_ids; else a rekey_app connection reaches the nil tenant.';
 grant execute on function rekey.can_access_tenant to rekey_app;
 
+create or replace function rekey._refuse_tenant() returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception 'no access to this tenant' using errcode = 'insufficient_privilege';
+end
+$$;
+comment on function rekey._refuse_tenant is 'Raises 42501.';
+
 create or replace function rekey._check_tenant(tenant_id uuid) returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   if not rekey.can_access_tenant(tenant_id) then
-    raise exception 'no access to this tenant' using errcode = 'insufficient_privilege';
+    perform rekey._refuse_tenant();
   end if;
 end
 $$;

@@ -122,7 +122,9 @@ declare
   v_context bytea;
   v_bytes bytea;
 begin
-  perform rekey._check_tenant(tenant_id);
+  if not rekey.can_access_tenant(tenant_id) then
+    perform rekey._refuse_tenant();
+  end if;
   select s.id, s.ciphertext into v_id, v_envelope from rekey.secrets s
   where s.tenant_id = get_secret.tenant_id and s.name = get_secret.name;
   if not found then

@@ -210,9 +210,9 @@ as $$
 begin
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
   into relation, attnums
-  from pg_proc p
-  join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
-  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = ('column_' || _column_shape.id || '_guard')::name and p.pronargs = 0
+  from pg_depend d
+  where d.classid = 'pg_proc'::regclass and d.objid = to_regprocedure(format('rekey_targets.column_%s_guard()', id))
+    and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
   group by d.refobjid;
 end
 $$;

@@ -78,9 +78,11 @@ declare
   v_iv bytea;
   v_aad bytea;
 begin
-  perform rekey._refuse_other_table(%7$s, tg_relid);
-  perform rekey._refuse_renamed(%7$s, %8$L);
-  perform rekey._refuse_later_trigger(tg_name, tg_relid);
+  if not rekey._is_unchanged(%7$s, %8$L, tg_name, tg_relid) then
+    perform rekey._refuse_other_table(%7$s, tg_relid);
+    perform rekey._refuse_renamed(%7$s, %8$L);
+    perform rekey._refuse_later_trigger(tg_name, tg_relid);
+  end if;
   if new.%1$s is null then
     return new;
   end if;
@@ -285,6 +287,37 @@ begin
 end
 $$;
 comment on function rekey._refuse_renamed is 'RK005 where the columns of a protected column are not called so any more, in table order, or have a type of the user''s: another column may have taken the name.';
+
+-- The three together, in one query, since they are asked for each row. What it does not know is for them to decide.
+create or replace function rekey._is_unchanged(id integer, names name[], trigger_name name, relation oid) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
+as $$
+declare
+  v_names name[];
+  v_later boolean;
+begin
+  select
+    array(
+      select a.attname
+      from pg_depend d
+      join pg_attribute a on a.attrelid = d.refobjid and a.attnum = d.refobjsubid and a.atttypid < 16384  -- a type of PostgreSQL's own
+      where d.classid = 'pg_proc'::regclass and d.objid = to_regprocedure('rekey_targets.column_' || id || '_guard()')
+        and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
+        and (d.refobjid = _is_unchanged.relation or exists (select from pg_partition_ancestors(_is_unchanged.relation) p where p.relid = d.refobjid))
+      order by a.attnum),
+    exists (
+      -- As rekey._later_trigger(). What only refuses a row does not change it.
+      select from pg_trigger t
+      where t.tgrelid = _is_unchanged.relation and t.tgname > trigger_name and t.tgtype::integer & 3 = 3 and t.tgtype::integer & 20 <> 0
+        and t.tgenabled <> 'D' and t.tgfoid <> 'rekey._refuse_doomed()'::regprocedure and t.tgname !~ '^zz_pg_rekey_\d+$')
+  into v_names, v_later;
+  return v_names = names and not v_later;
+end
+$$;
+comment on function rekey._is_unchanged is
+  'Whether a row may be sealed by the trigger of this name: neither rekey._refuse_other_table() nor _refuse_renamed() nor _refuse_later_trigger() would raise. false: one of them may.';
 
 -- Inlined: what is written may be plain, and must not become the parameter of a statement.
 create or replace function rekey._envelope_of(value bytea) returns bytea
@@ -720,7 +753,7 @@ begin
     statements := array(
       select format(
         'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 5000 for no key update skip locked)
-         update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s]) from due where t.ctid = due.row',
+         update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s], (select rekey.reading_pass(%5$L))) from due where t.ctid = due.row',
         t.relation,
         -- What rekey._refuse_encrypted() counts: a plain value that begins alike is none.
         format(case when v_protected.is_text then $sql$left(t.%s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}'$sql$
@@ -880,33 +913,40 @@ comment on column rekey.column_status.search_path is 'The search path that these
 comment on column rekey.column_status.problem is 'Why it is blocked, and what to do; NULL: it is not.';
 grant select on rekey.column_status to rekey_admin, rekey_operator, rekey_auditor;
 
-create or replace function rekey._reveal(value bytea, context text[]) returns bytea
-language plpgsql stable
+create or replace function rekey._reveal(value bytea, context text[], pass bytea) returns bytea
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   if substr(value, 1, 3) = '\x524b01'::bytea then
-    return rekey.decrypt(value, context);
+    return rekey._decrypt(value, context, pass);
   end if;
   return value;
 end
 $$;
-comment on function rekey._reveal(bytea, text[]) is 'Opens an envelope; any other value stays as it is.';
-grant execute on function rekey._reveal(bytea, text[]) to rekey_app;
+comment on function rekey._reveal(bytea, text[], bytea) is 'Opens an envelope, as rekey.decrypt(); any other value stays as it is.';
+grant execute on function rekey._reveal(bytea, text[], bytea) to rekey_app;
 
-create or replace function rekey._reveal(value text, context text[]) returns text
-language plpgsql stable
+create or replace function rekey._reveal(value text, context text[], pass bytea) returns text
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_plaintext bytea;
+  v_text text := value;
 begin
   if left(value, 4) collate "C" = 'rk1:' then
-    return rekey.decrypt_text(value, context);
+    v_plaintext := rekey._decrypt(coalesce(rekey._from_text(value), ''::bytea), context, pass);
+    v_text := rekey._as_text(v_plaintext);
+    if v_text is null then
+      perform rekey._refuse_bytes();
+    end if;
   end if;
-  return value;
+  return v_text;
 end
 $$;
-comment on function rekey._reveal(text, text[]) is 'As for bytea, of the text form.';
-grant execute on function rekey._reveal(text, text[]) to rekey_app;
+comment on function rekey._reveal(text, text[], bytea) is 'As for bytea, of the text form.';
+grant execute on function rekey._reveal(text, text[], bytea) to rekey_app;
 
 create or replace function rekey._view_columns(target regclass) returns text
 language plpgsql stable security definer
@@ -915,7 +955,7 @@ as $$
 begin
   return (
     select string_agg(case when c.id is null then format('t.%I', a.attname)
-        else format('rekey._reveal(t.%1$I, array[%2$L%3$s]) as %1$I', a.attname, c.label,
+        else format('rekey._reveal(t.%1$I, array[%2$L%3$s], (select rekey.reading_pass(%2$L))) as %1$I', a.attname, c.label,
           (select string_agg(format(', t.%I::text', b.attname), '' order by p.rank)
            from unnest(c.places) with ordinality as p(place, rank)
            join pg_attribute b on b.attrelid = target and b.attnum = c.attnums[p.place]

@@ -815,9 +815,19 @@ return coalesce(int4send(octet_length(convert_to(part, 'UTF8'))) || convert_to(p
 comment on function rekey._part is 'One part of a context: its length as int4, then its UTF-8 bytes; NULL is the length -1.';
 
 create or replace function rekey._context(parts text[]) returns bytea
-language sql stable parallel safe
-return (select coalesce(string_agg(rekey._part(p.part), ''::bytea order by p.place), ''::bytea)
-        from unnest(parts) with ordinality as p(part, place));
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_part text;
+  v_context bytea := ''::bytea;
+begin
+  foreach v_part in array coalesce(parts, '{}') loop
+    v_context := v_context || rekey._part(v_part);
+  end loop;
+  return v_context;
+end
+$$;
 comment on function rekey._context is 'A whole context: its parts one after the other.';
 
 create or replace function rekey._header(keyring_id integer, version integer) returns bytea
@@ -992,27 +1002,14 @@ end
 $$;
 comment on function rekey._claims is 'The claims of the JWT as PostgREST passes them on; NULL where there are none, {} where they are no object.';
 
--- ANALYZE, REINDEX, REFRESH MATERIALIZED VIEW and autovacuum run what an owner put into his indexes, statistics and views:
--- as the owner, but in the session of whoever maintains the table. PostgreSQL tells by what it refuses then. UNLISTEN is
--- one of these statements, and else does nothing to a channel that nobody listens to.
-create or replace function rekey._in_maintenance() returns boolean
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  unlisten pg_rekey;
-  return false;
-exception when insufficient_privilege then
-  return true;
-end
-$$;
-comment on function rekey._in_maintenance is 'Whether code of a table, index or view is running that somebody else maintains.';
-
 -- Neither role nor session_user tells the code of a protected table from the worker in whose session it runs. The call
 -- stack does: nobody can take a line out of it, and who adds one only loses rights. (Names are quoted in it, where the
 -- setting quote_all_identifiers is on.)
+-- ANALYZE, REINDEX, REFRESH MATERIALIZED VIEW and autovacuum run what an owner put into his indexes, statistics and views:
+-- as the owner, but in the session of whoever maintains the table. PostgreSQL tells by what it refuses then. UNLISTEN is
+-- one of these statements, and else does nothing to a channel that nobody listens to.
 create or replace function rekey._in_foreign_code() returns boolean
-language plpgsql stable
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1023,22 +1020,24 @@ begin
       hint = 'Set standard_conforming_strings to on.';
   end if;
   get diagnostics v_stack = pg_context;
-  return v_stack ~ '\mrekey"?\."?(_call_(count|scan|read|write|tenant_check)|search_step|_look|_look_ahead|find_envelopes)"?\(' or rekey._in_maintenance();
+  -- Few stacks have one of the names in them: asking for those is quick, the expression is not.
+  if (strpos(v_stack, '_call_') > 0 or strpos(v_stack, '_look') > 0 or strpos(v_stack, 'search_step') > 0 or strpos(v_stack, 'find_envelopes') > 0)
+    and v_stack ~ '\mrekey"?\."?(_call_(count|scan|read|write|tenant_check)|search_step|_look|_look_ahead|find_envelopes)"?\(' then
+    return true;
+  end if;
+  begin
+    unlisten pg_rekey;
+  exception when insufficient_privilege then
+    return true;
+  end;
+  return false;
 end
 $$;
-comment on function rekey._in_foreign_code is 'Whether code of somebody else is running in this session: of a protected table, or tenant_check, called by a dispatcher; or in the maintenance of a table.';
+comment on function rekey._in_foreign_code is 'Whether code of somebody else is running in this session: of a protected table, or tenant_check, called by a dispatcher; or of a table, index or view that is being maintained.';
 
 create or replace function rekey._caller() returns name
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if rekey._in_foreign_code() then
-    return 'rekey_sweeper';
-  end if;
-  return coalesce(nullif(current_setting('role'), 'none'), session_user);
-end
-$$;
+language sql volatile
+return case when rekey._in_foreign_code() then 'rekey_sweeper' else coalesce(nullif(current_setting('role'), 'none'), session_user) end;
 comment on function rekey._caller is 'The role that calls, seen from inside a SECURITY DEFINER function: the one set with SET ROLE, else the one that logged in. rekey_sweeper, which may nothing, in code of somebody else.';
 
 create or replace function rekey._audit_hash(entry rekey.audit_log) returns bytea
@@ -1438,6 +1437,7 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   insert into rekey.settings default values on conflict do nothing;
   insert into rekey._worker default values on conflict do nothing;
+  insert into rekey._session_key (key) values (rekey._random_bytes(64)) on conflict do nothing;  -- a standby makes none
 end;
 comment on function rekey._ensure_rows is 'Makes the rows that there is one of. (The installation makes none: a restored dump brings its own.)';
 
@@ -1533,9 +1533,8 @@ grant select on rekey.setting_status to rekey_admin, rekey_operator, rekey_audit
 -- backend_start would say more than the postmaster's start, but is hidden from a role that may not see other sessions.
 create or replace function rekey._session_aad(scope text) returns bytea
 language sql stable
-return rekey._part('session') || rekey._part(scope) || rekey._part(pg_backend_pid()::text)
-  || rekey._part(extract(epoch from pg_postmaster_start_time())::text) || rekey._part(session_user::text)
-  || case when scope <> 's' then rekey._part(extract(epoch from transaction_timestamp())::text) else ''::bytea end;
+return rekey._part('session') || rekey._part(scope) || int4send(pg_backend_pid()) || timestamptz_send(pg_postmaster_start_time())
+  || rekey._part(session_user::text) || case when scope <> 's' then timestamptz_send(transaction_timestamp()) else ''::bytea end;
 comment on function rekey._session_aad is 'What an unlocked session is bound to: server process, server start, login, and unless scope is s the transaction.';
 
 create or replace function rekey._session_seal() returns bytea
@@ -1940,34 +1939,79 @@ return case
   when kek_state = 'lost' then format('key version %s is wrapped under KEK %s, which is lost', version, kek_id) end;
 comment on function rekey._key_problem is 'Why a key may not be used; NULL: it may. sweeping: one that is scheduled for destruction may.';
 
-create or replace function rekey._dek(keyring_id integer, version integer, out key bytea, out problem text)
+-- What was unwrapped once is carried in the session, as the KEK is, and under the same key: to open it takes a third of the time.
+-- Without a KEK that the session brought, till the end of the statement.
+create or replace function rekey._carried_aad(keyring_id integer, version integer, kek_id integer, unlocked text) returns bytea
+language sql stable
+return 'key'::bytea || int4send(keyring_id) || int4send(version) || int4send(kek_id) || rekey._session_aad(coalesce(nullif(left(unlocked, 1), ''), 't'))
+  || case when unlocked = '' then timestamptz_send(statement_timestamp()) else convert_to(unlocked, 'UTF8') end;
+comment on function rekey._carried_aad is
+  'What a DEK that the session carries is bound to: the KEK that wraps it, and the session as rekey.lock() and rekey.unlock() leave it; without an unlocked one, the statement.';
+
+create or replace function rekey._dek(keyring_id integer, version integer) returns bytea
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_wrapping bytea;
+  v_unlocked text := coalesce(current_setting('rekey.unlocked', true), '');
+  -- A few variables, since old and new versions are read in turns.
+  v_name text := 'rekey.key_' || ((keyring_id # version) & 7);
+  v_carried text := current_setting(v_name, true);
   v_wrapped bytea;
   v_kek_id integer;
+  v_seal bytea;
+  v_wrapping bytea;
   v_aad bytea;
+  v_bytes bytea;
+  v_iv bytea;
+  v_key bytea;
 begin
-  select k.kek into v_wrapping from rekey._kek() k;
-  select k.wrapped_key, k.kek_id, rekey._key_problem(k.version, k.state, k.kek_id, e.state, false) into v_wrapped, v_kek_id, problem
+  select k.wrapped_key, k.kek_id, s.key into v_wrapped, v_kek_id, v_seal
   from rekey.encryption_keys k
   join rekey.keks e on e.id = k.kek_id
-  where k.keyring_id = _dek.keyring_id and k.version = _dek.version;
-  if not found or problem is not null then
-    return;
+  left join rekey._session_key s on true
+  where k.keyring_id = _dek.keyring_id and k.version = _dek.version
+    and rekey._key_problem(k.version, k.state, k.kek_id, e.state, false) is null;
+  if found and length(v_carried) = 256 and v_seal is not null then
+    -- IV, 64 bytes with padding, tag
+    v_bytes := decode(v_carried, 'hex');
+    v_iv := substr(v_bytes, 1, 16);
+    v_bytes := substr(v_bytes, 17);
+    v_aad := rekey._carried_aad(keyring_id, version, v_kek_id, v_unlocked);
+    v_key := rekey._aead_decrypt(v_seal, v_iv, v_bytes, v_aad);
   end if;
-  v_wrapping := rekey._wrapping_key(v_wrapping);
-  v_aad := rekey._wrap_aad(v_kek_id, keyring_id, version);
-  key := rekey._unwrap(v_wrapping, v_wrapped, v_aad);
-  if key is null then
-    problem := format('the wrapped key of version %s is damaged', version);
+  if v_key is null then
+    v_wrapping := (rekey._kek()).kek;
+    v_wrapping := rekey._wrapping_key(v_wrapping);
+    v_aad := rekey._wrap_aad(v_kek_id, keyring_id, version);
+    v_key := rekey._unwrap(v_wrapping, v_wrapped, v_aad);
+    -- Not for a session that only says that it is unlocked: the KEK may be the server's.
+    if v_key is not null and v_seal is not null and (v_unlocked = '' or rekey._session_keks() is not null) then
+      v_iv := rekey._random_bytes(16);
+      v_aad := rekey._carried_aad(keyring_id, version, v_kek_id, v_unlocked);
+      v_bytes := rekey._aead_encrypt(v_seal, v_iv, v_key, v_aad);
+      v_carried := set_config(v_name, encode(v_iv || v_bytes, 'hex'), left(v_unlocked, 1) <> 's');
+    end if;
   end if;
+  return v_key;
 end
 $$;
 comment on function rekey._dek is
-  'Unwraps one key, for a single value; rekey._deks() is for many. key is NULL, and problem says why, where it may not or cannot be used; both are NULL where there is none. RK001, RK002 without the KEK.';
+  'Unwraps one key, for a single value; rekey._deks() is for many. NULL where it may not or cannot be used, and where there is none: rekey._dek_problem(). RK001, RK002 without the KEK.';
+
+create or replace function rekey._dek_problem(keyring_id integer, version integer) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(rekey._key_problem(k.version, k.state, k.kek_id, e.state, false), format('the wrapped key of version %s is damaged', k.version))
+    from rekey.encryption_keys k
+    join rekey.keks e on e.id = k.kek_id
+    where k.keyring_id = _dek_problem.keyring_id and k.version = _dek_problem.version);
+end
+$$;
+comment on function rekey._dek_problem is 'Why rekey._dek() has no key; NULL: there is no such version.';
 
 create or replace function rekey._deks(keyrings integer[], versions integer[], sweeping boolean = false)
 returns table (keyring_id integer, version integer, key bytea, problem text)
@@ -2392,7 +2436,7 @@ begin
   if tenant_id is null or v_caller = 'rekey_sweeper' then
     return false;
   end if;
-  if rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
+  if v_caller = 'service_role' and rekey._is_service_role(v_caller) or pg_has_role(v_caller, 'rekey_admin', 'usage') then
     return true;
   end if;
   select s.tenant_check into v_check from rekey.settings s;
@@ -2414,13 +2458,23 @@ comment on function rekey.can_access_tenant is
   'Whether the caller reaches the secrets of this tenant. rekey_admin and service_role reach all; else the function named by the setting tenant_check decides; else a JWT reaches app_metadata.tenant_id and tenant_ids; else a rekey_app connection reaches the nil tenant.';
 grant execute on function rekey.can_access_tenant to rekey_app;
 
+create or replace function rekey._refuse_tenant() returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception 'no access to this tenant' using errcode = 'insufficient_privilege';
+end
+$$;
+comment on function rekey._refuse_tenant is 'Raises 42501.';
+
 create or replace function rekey._check_tenant(tenant_id uuid) returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   if not rekey.can_access_tenant(tenant_id) then
-    raise exception 'no access to this tenant' using errcode = 'insufficient_privilege';
+    perform rekey._refuse_tenant();
   end if;
 end
 $$;
@@ -2461,16 +2515,26 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_version integer;
+  v_locked integer;
   v_sealing rekey._sealing;
 begin
   if bytes > rekey._max_bytes() then
     raise exception 'a value has at most % bytes, this one has %', rekey._max_bytes(), bytes using errcode = 'invalid_parameter_value';
   end if;
-  v_version := (rekey._lock_active(array[keyring_id]))[1];
-  if v_version is null then
-    raise exception 'the keyring is retired' using errcode = 'RK006';
+  -- Looked at, locked, and looked at again, as rekey._lock_active() does with many keyrings.
+  loop
+    select k.version into v_version from rekey.encryption_keys k where k.keyring_id = _sealing.keyring_id and k.state = 'active';
+    if not found then
+      raise exception 'the keyring is retired' using errcode = 'RK006';
+    end if;
+    exit when v_version = v_locked;
+    perform pg_advisory_xact_lock_shared(keyring_id, v_version);
+    v_locked := v_version;
+  end loop;
+  if current_setting('transaction_isolation') <> 'read committed' then
+    perform rekey._refuse_old_snapshot(array[keyring_id], array[v_version]);
   end if;
-  select d.key into v_sealing.key from rekey._dek(keyring_id, v_version) d;
+  v_sealing.key := rekey._dek(keyring_id, v_version);
   if v_sealing.key is null then
     raise exception 'the active key version % cannot be used', v_version using errcode = 'RK006',
       hint = 'Rotate the keyring: rekey.rotate_keys().', constraint = 'rotate';
@@ -2499,11 +2563,13 @@ begin
   if rekey._is_envelope(envelope) then
     v_keyring := rekey._int4(envelope, 3);
     v_version := rekey._int4(envelope, 7);
-    select d.key, d.problem into v_key, v_problem from rekey._dek(v_keyring, v_version) d;
-    if v_problem is not null then
-      raise exception 'cannot open ciphertext: %', v_problem using errcode = 'RK006';
-    end if;
-    if v_key is not null then
+    v_key := rekey._dek(v_keyring, v_version);
+    if v_key is null then
+      v_problem := rekey._dek_problem(v_keyring, v_version);
+      if v_problem is not null then
+        raise exception 'cannot open ciphertext: %', v_problem using errcode = 'RK006';
+      end if;
+    else
       v_iv := substr(envelope, 12, 16);
       v_sealed := substr(envelope, 28);
       v_aad := substr(envelope, 1, 11) || context;
@@ -2519,41 +2585,52 @@ end
 $$;
 comment on function rekey._open is 'Plaintext of an envelope. RK003: it does not open; RK006: its key may not be used.';
 
-create or replace function rekey._check_context(context text[], keyring_tenant uuid) returns bytea
+create or replace function rekey._check_label(label text) returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_protected record;
   v_shape record;
+begin
+  if label in ('secret', 'dek', 'session') then
+    raise exception 'the context label % is reserved', label using errcode = 'insufficient_privilege',
+      hint = 'Secrets are read with rekey.get_secret().', constraint = 'read_secret';
+  end if;
+  select c.id, c.places[1] as place, c.relation_name, c.column_name, c.owner into v_protected
+  from rekey.protected_columns c where c.label = _check_label.label;
+  if not found then
+    return;
+  end if;
+  v_shape := rekey._column_shape(v_protected.id);
+  if v_shape.relation is null then
+    -- Where its owner dropped the table and made it anew, the new one goes on being read until it is bound.
+    select r.oid::regclass as relation, array_fill(a.attnum, array[v_protected.place]) as attnums into v_shape
+    from pg_class r
+    join pg_attribute a on a.attrelid = r.oid and a.attname = v_protected.column_name and a.attnum > 0 and not a.attisdropped
+    where r.oid = rekey._relation_named(v_protected.relation_name) and pg_get_userbyid(r.relowner) = v_protected.owner;
+  end if;
+  if not coalesce(has_column_privilege(rekey._caller(), v_shape.relation, v_shape.attnums[v_protected.place], 'select'), false) then
+    raise exception 'the context label % belongs to a column that you may not read', label
+      using errcode = 'insufficient_privilege', hint = 'It takes SELECT on that column.';
+  end if;
+end
+$$;
+comment on function rekey._check_label is '42501 where the label of a context is reserved, or belongs to a protected column that the caller may not read.';
+
+create or replace function rekey._check_context(context text[], keyring_tenant uuid) returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
 begin
   if context is null or array_ndims(context) > 1 then
     raise exception 'context is an array of text' using errcode = 'invalid_parameter_value',
       hint = 'An empty array, the default, binds the value to nothing but its keyring.';
   end if;
-  if context[array_lower(context, 1)] in ('secret', 'dek', 'session') then
-    raise exception 'the context label % is reserved', context[array_lower(context, 1)] using errcode = 'insufficient_privilege',
-      hint = 'Secrets are read with rekey.get_secret().', constraint = 'read_secret';
+  perform rekey._check_label(context[array_lower(context, 1)]);
+  if not rekey.can_access_tenant(keyring_tenant) then
+    perform rekey._refuse_tenant();
   end if;
-  perform rekey._check_tenant(keyring_tenant);
-  -- The label of a protected column: who may not read the column may not open its values either.
-  for v_shape in
-    select coalesce(s.relation, n.relation) as relation, coalesce(s.attnums[c.places[1]], n.attnum) as attnum
-    from rekey.protected_columns c
-    cross join lateral rekey._column_shape(c.id) s
-    -- Where its owner dropped the table and made it anew, the new one goes on being read until it is bound.
-    left join lateral (
-      select r.oid::regclass as relation, a.attnum
-      from pg_class r
-      join pg_attribute a on a.attrelid = r.oid and a.attname = c.column_name and a.attnum > 0 and not a.attisdropped
-      -- (Strict: where the table is there, nothing is looked for.)
-      where r.oid = rekey._relation_named(case when s.relation is null then c.relation_name end) and pg_get_userbyid(r.relowner) = c.owner) n on true
-    where c.label = context[array_lower(context, 1)]
-  loop
-    if not coalesce(has_column_privilege(rekey._caller(), v_shape.relation, v_shape.attnum, 'select'), false) then
-      raise exception 'the context label % belongs to a column that you may not read', context[array_lower(context, 1)]
-        using errcode = 'insufficient_privilege', hint = 'It takes SELECT on that column.';
-    end if;
-  end loop;
   return rekey._context(context);
 end
 $$;
@@ -2599,46 +2676,70 @@ return 'rk1:' || replace(encode(rekey.encrypt(convert_to(plaintext, 'UTF8'), key
 comment on function rekey.encrypt_text is 'As rekey.encrypt(text, ...), in the text form of an envelope: rk1: and base64.';
 grant execute on function rekey.encrypt_text to rekey_app;
 
-create or replace function rekey.decrypt(ciphertext bytea, context text[] = '{}') returns bytea
-language plpgsql stable security definer
+create or replace function rekey._decrypt(envelope bytea, context text[], pass bytea) returns bytea
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_place bigint;
+  v_key bytea;
   v_tenant uuid;
-  v_context bytea;
+  v_bytes bytea;
+  v_iv bytea;
+  v_sealed bytea;
   v_plaintext bytea;
 begin
-  if ciphertext is null then
-    return null;
+  -- A pass begins as an envelope does, with the keyring and its newest version.
+  if substr(pass, 1, 7) = substr(envelope, 1, 7) and rekey._is_envelope(pass) and rekey._is_envelope(envelope) then
+    v_place := rekey._int4(pass, 7)::bigint - rekey._int4(envelope, 7);
+    v_key := rekey._passed_key(pass, context[array_lower(context, 1)], v_place);
+    if v_key is not null then
+      v_iv := substr(envelope, 12, 16);
+      v_sealed := substr(envelope, 28);
+      v_bytes := substr(envelope, 1, 11) || rekey._context(context);
+      v_plaintext := rekey._aead_decrypt(v_key, v_iv, v_sealed, v_bytes);
+    end if;
   end if;
-  if rekey._is_envelope(ciphertext) then
-    select k.tenant_id into v_tenant from rekey.keyrings k where k.id = rekey._int4(ciphertext, 3);
+  if v_plaintext is null then
+    if rekey._is_envelope(envelope) then
+      select k.tenant_id into v_tenant from rekey.keyrings k where k.id = rekey._int4(envelope, 3);
+    end if;
+    v_bytes := rekey._check_context(context, coalesce(v_tenant, '00000000-0000-0000-0000-000000000000'));
+    v_plaintext := rekey._open(envelope, v_bytes);
   end if;
-  v_context := rekey._check_context(context, coalesce(v_tenant, '00000000-0000-0000-0000-000000000000'));
-  v_plaintext := rekey._open(ciphertext, v_context);
   return v_plaintext;
 end
 $$;
-comment on function rekey.decrypt(bytea, text[]) is
-  'Opens what rekey.encrypt() made, with the same context. NULL stays NULL. Writes nothing. 42501: reserved context or another tenant''s keyring; RK001, RK002: KEK; RK003: it does not open; RK006: its key is disabled, scheduled for destruction or destroyed.';
-grant execute on function rekey.decrypt(bytea, text[]) to rekey_app;
+comment on function rekey._decrypt is 'What rekey.decrypt() does, of an envelope that is not NULL.';
 
-create or replace function rekey.decrypt(ciphertext text, context text[] = '{}') returns bytea
+create or replace function rekey.decrypt(ciphertext bytea, context text[] = '{}', pass bytea = null) returns bytea
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_plaintext bytea;
 begin
   if ciphertext is null then
     return null;
   end if;
-  v_plaintext := rekey.decrypt(coalesce(rekey._from_text(ciphertext), ''::bytea), context);
-  return v_plaintext;
+  return rekey._decrypt(ciphertext, context, pass);
 end
 $$;
-comment on function rekey.decrypt(text, text[]) is 'As rekey.decrypt(bytea, ...), of the text form of an envelope.';
-grant execute on function rekey.decrypt(text, text[]) to rekey_app;
+comment on function rekey.decrypt(bytea, text[], bytea) is
+  'Opens what rekey.encrypt() made, with the same context. pass: for many rows of a protected column, (select rekey.reading_pass(label)). NULL stays NULL. Writes nothing. 42501: reserved context or another tenant''s keyring; RK001, RK002: KEK; RK003: it does not open; RK006: its key is disabled, scheduled for destruction or destroyed.';
+grant execute on function rekey.decrypt(bytea, text[], bytea) to rekey_app;
+
+create or replace function rekey.decrypt(ciphertext text, context text[] = '{}', pass bytea = null) returns bytea
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if ciphertext is null then
+    return null;
+  end if;
+  return rekey._decrypt(coalesce(rekey._from_text(ciphertext), ''::bytea), context, pass);
+end
+$$;
+comment on function rekey.decrypt(text, text[], bytea) is 'As rekey.decrypt(bytea, ...), of the text form of an envelope.';
+grant execute on function rekey.decrypt(text, text[], bytea) to rekey_app;
 
 create or replace function rekey._as_text(bytes bytea) returns text
 language plpgsql stable
@@ -2669,34 +2770,58 @@ end
 $$;
 comment on function rekey._as_text is 'Text of UTF-8 bytes; NULL where they are none, or the encoding of the database lacks one of the characters.';
 
-create or replace function rekey.decrypt_text(ciphertext bytea, context text[] = '{}') returns text
+create or replace function rekey._refuse_bytes() returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
+    hint = 'rekey.decrypt() returns its bytes.', constraint = 'decrypt_bytes';
+end
+$$;
+comment on function rekey._refuse_bytes is 'Raises 22021.';
+
+create or replace function rekey.decrypt_text(ciphertext bytea, context text[] = '{}', pass bytea = null) returns text
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_plaintext bytea := rekey.decrypt(ciphertext, context);
-  v_text text := rekey._as_text(v_plaintext);
+  v_plaintext bytea;
+  v_text text;
 begin
-  if v_text is null and v_plaintext is not null then
-    raise exception 'the value is no text in the encoding of this database' using errcode = 'character_not_in_repertoire',
-      hint = 'rekey.decrypt() returns its bytes.', constraint = 'decrypt_bytes';
+  if ciphertext is not null then
+    v_plaintext := rekey._decrypt(ciphertext, context, pass);
+    v_text := rekey._as_text(v_plaintext);
+    if v_text is null then
+      perform rekey._refuse_bytes();
+    end if;
   end if;
   return v_text;
 end
 $$;
-comment on function rekey.decrypt_text(bytea, text[]) is 'As rekey.decrypt(), of a value that was text. 22021: it was not.';
-grant execute on function rekey.decrypt_text(bytea, text[]) to rekey_app;
+comment on function rekey.decrypt_text(bytea, text[], bytea) is 'As rekey.decrypt(), of a value that was text. 22021: it was not.';
+grant execute on function rekey.decrypt_text(bytea, text[], bytea) to rekey_app;
 
-create or replace function rekey.decrypt_text(ciphertext text, context text[] = '{}') returns text
+create or replace function rekey.decrypt_text(ciphertext text, context text[] = '{}', pass bytea = null) returns text
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_plaintext bytea;
+  v_text text;
 begin
-  return rekey.decrypt_text(case when ciphertext is not null then coalesce(rekey._from_text(ciphertext), ''::bytea) end, context);
+  if ciphertext is not null then
+    v_plaintext := rekey._decrypt(coalesce(rekey._from_text(ciphertext), ''::bytea), context, pass);
+    v_text := rekey._as_text(v_plaintext);
+    if v_text is null then
+      perform rekey._refuse_bytes();
+    end if;
+  end if;
+  return v_text;
 end
 $$;
-comment on function rekey.decrypt_text(text, text[]) is 'As rekey.decrypt(), of the text form of a value that was text. 22021: it was not.';
-grant execute on function rekey.decrypt_text(text, text[]) to rekey_app;
+comment on function rekey.decrypt_text(text, text[], bytea) is 'As rekey.decrypt(), of the text form of a value that was text. 22021: it was not.';
+grant execute on function rekey.decrypt_text(text, text[], bytea) to rekey_app;
 
 -- sql/code/42_secrets.sql
 -- Secrets: rekey.secrets with a name, for applications that have no table of their own.
@@ -2823,7 +2948,9 @@ declare
   v_context bytea;
   v_bytes bytea;
 begin
-  perform rekey._check_tenant(tenant_id);
+  if not rekey.can_access_tenant(tenant_id) then
+    perform rekey._refuse_tenant();
+  end if;
   select s.id, s.ciphertext into v_id, v_envelope from rekey.secrets s
   where s.tenant_id = get_secret.tenant_id and s.name = get_secret.name;
   if not found then
@@ -2919,6 +3046,198 @@ comment on column rekey.decrypted_secrets.key_version is 'Key version it stands 
 comment on column rekey.decrypted_secrets.created_at is 'When it was made.';
 comment on column rekey.decrypted_secrets.updated_at is 'When its value last changed.';
 grant select on rekey.decrypted_secrets to rekey_app;
+
+-- sql/code/43_many.sql
+-- Many values in one statement: what is the same for all of them is asked, and unwrapped, once.
+
+-- What a statement reads a column with. In an uncorrelated subselect it is made once, and handed to each row. Whoever calls
+-- gets hold of it, so it is sealed, as the KEK is in an unlocked session, and good only for what it was made for.
+create or replace function rekey._pass_aad(label text, caller name) returns bytea
+language sql stable
+return rekey._part('pass') || rekey._part(label) || rekey._part(caller::text) || rekey._session_aad('t') || timestamptz_send(statement_timestamp())
+  || rekey._part(current_setting('rekey.unlocked', true)) || rekey._part(current_setting('request.jwt.claims', true));
+comment on function rekey._pass_aad is
+  'What a pass is bound to: the label, the role that calls, the session, the transaction, the statement that the client sent, and what unlocked the session or says whose tenants are reached.';
+
+create or replace function rekey.reading_pass(label text) returns bytea
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_caller name := rekey._caller();
+  v_seal bytea;
+  v_keyring integer;
+  v_tenant uuid;
+  v_version record;
+  v_next integer;
+  v_wrapping bytea;
+  v_wrapped bytea;
+  v_key bytea;
+  v_keys bytea := ''::bytea;
+  v_header bytea;
+  v_iv bytea;
+  v_aad bytea;
+begin
+  select k.id, k.tenant_id, (select s.key from rekey._session_key s) into v_keyring, v_tenant, v_seal
+  from rekey.protected_columns c
+  join rekey.keyrings k on k.id = c.keyring_id
+  where c.label = reading_pass.label;
+  if v_seal is null or not rekey.can_access_tenant(v_tenant) then
+    return null;
+  end if;
+  perform rekey._check_label(label);
+  v_wrapping := (rekey._kek()).kek;
+  v_wrapping := rekey._wrapping_key(v_wrapping);
+  for v_version in
+    select k.version, k.kek_id, k.wrapped_key
+    from rekey.encryption_keys k
+    join rekey.keks e on e.id = k.kek_id
+    where k.keyring_id = v_keyring and rekey._key_problem(k.version, k.state, k.kek_id, e.state, false) is null
+    order by k.version desc limit 8
+  loop
+    v_header := coalesce(v_header, rekey._header(v_keyring, v_version.version));
+    v_wrapped := v_version.wrapped_key;
+    v_aad := rekey._wrap_aad(v_version.kek_id, v_keyring, v_version.version);
+    v_key := rekey._unwrap(v_wrapping, v_wrapped, v_aad);
+    -- One after the other, so that the place tells the version.
+    exit when v_key is null or v_version.version <> v_next;
+    v_next := v_version.version - 1;
+    v_keys := v_keys || v_key;
+  end loop;
+  if v_keys = ''::bytea then
+    return null;
+  end if;
+  v_iv := rekey._random_bytes(16);
+  v_aad := v_header || rekey._pass_aad(label, v_caller);
+  return v_header || v_iv || rekey._aead_encrypt(v_seal, v_iv, v_keys, v_aad);
+exception when others then
+  return null;  -- whoever has a value to open hears why
+end
+$$;
+comment on function rekey.reading_pass is
+  'With what many values of a protected column are opened in one statement, several times as fast: rekey.decrypt_text(api_key, array[''app.accounts.api_key'', id::text], (select rekey.reading_pass(''app.accounts.api_key''))), the subselect as it stands here, so that it is made once. label: that of the column. Good for this role, session and statement, and of no use to anybody else. Values of the 8 newest versions of the column''s keyring gain by it, all others open as without. NULL where the caller may not read the column, or the KEK is not at hand. Writes nothing. No errors.';
+grant execute on function rekey.reading_pass to rekey_app;
+
+create or replace function rekey._passed_key(pass bytea, label text, place bigint) returns bytea
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_caller name := rekey._caller();
+  v_seal bytea;
+  v_iv bytea := substr(pass, 12, 16);
+  v_sealed bytea := substr(pass, 28);
+  v_aad bytea := substr(pass, 1, 11) || rekey._pass_aad(label, v_caller);
+  v_keys bytea;
+begin
+  select s.key into v_seal from rekey._session_key s;
+  if v_seal is not null then
+    v_keys := rekey._aead_decrypt(v_seal, v_iv, v_sealed, v_aad);
+  end if;
+  return case when place >= 0 and octet_length(v_keys) > place * 64 then substr(v_keys, 1 + 64 * place::integer, 64) end;
+end
+$$;
+comment on function rekey._passed_key is 'The key of the version that is so many before the newest, of a pass that was made for this label and statement; NULL where it was not, or has none.';
+
+create or replace function rekey.decrypt_many(ciphertexts bytea[], contexts text[] = '{}') returns bytea[]
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set work_mem = '2000000kB'  -- values that do not fit go to a temporary file
+set plan_cache_mode = force_generic_plan  -- to plan it takes as long as to open a hundred values
+as $$
+declare
+  v_count integer := coalesce(cardinality(ciphertexts), 0);
+  v_parts integer := array_length(contexts, 2);
+  v_contexts bytea[];
+  v_keyrings integer[];
+  v_versions integer[];
+  v_label text;
+  v_tenant uuid;
+  v_place integer;
+  v_value bytea;
+  v_values bytea[] := array_fill(null::bytea, array[v_count]);
+  v_unreadable integer;
+  v_keyring integer;
+  v_version integer;
+  v_problem text;
+begin
+  if array_ndims(ciphertexts) > 1 or contexts is null
+    or contexts <> '{}' and (array_ndims(contexts) <> 2 or array_length(contexts, 1) <> v_count)
+  then
+    raise exception 'contexts is an array of two dimensions, with a row for each ciphertext' using errcode = 'invalid_parameter_value',
+      hint = 'array_agg(array[''label'', id::text]) makes one. An empty one, the default, binds the values to nothing but their keyring.';
+  end if;
+  if v_count = 0 or array_remove(ciphertexts, null) = '{}' then
+    return ciphertexts;
+  end if;
+  if v_parts > 0 then
+    for v_label in select distinct p.part from unnest(contexts) with ordinality as p(part, place) where (p.place - 1) % v_parts = 0 loop
+      perform rekey._check_label(v_label);
+    end loop;
+    v_contexts := array(
+      select string_agg(rekey._part(p.part), ''::bytea order by p.place)
+      from unnest(contexts) with ordinality as p(part, place) group by (p.place - 1) / v_parts order by (p.place - 1) / v_parts);
+  end if;
+  select array_agg(h.keyring_id), array_agg(h.version) into v_keyrings, v_versions
+  from (select distinct rekey._int4(u.ciphertext, 3) as keyring_id, rekey._int4(u.ciphertext, 7) as version
+        from unnest(ciphertexts) as u(ciphertext) where rekey._is_envelope(u.ciphertext)) h;
+  for v_tenant in
+    select distinct coalesce(k.tenant_id, '00000000-0000-0000-0000-000000000000') from unnest(v_keyrings) as u(id) left join rekey.keyrings k on k.id = u.id
+  loop
+    perform rekey._check_tenant(v_tenant);
+  end loop;
+  -- In no order, as rekey.read_secrets().
+  for v_place, v_value in
+    select w.place, case when w.key is not null then rekey._aead_decrypt(w.key, w.iv, w.sealed, w.aad) end
+    from (
+      select e.place, d.key, substr(e.envelope, 12, 16) as iv, substr(e.envelope, 28) as sealed,
+        substr(e.envelope, 1, 11) || coalesce(e.context, ''::bytea) as aad
+      from (
+        select u.place, u.context, case when rekey._is_envelope(u.ciphertext) then u.ciphertext end as envelope
+        from unnest(ciphertexts, v_contexts) with ordinality as u(ciphertext, context, place)
+        where u.ciphertext is not null
+        offset 0
+      ) e
+      left join (select k.* from rekey._deks(v_keyrings, v_versions) k offset 0) d
+        on d.keyring_id = rekey._int4(e.envelope, 3) and d.version = rekey._int4(e.envelope, 7)
+      offset 0
+    ) w
+  loop
+    if v_value is null then
+      v_unreadable := least(v_unreadable, v_place);
+    end if;
+    v_values[v_place] := v_value;
+  end loop;
+  if v_unreadable is not null then
+    if rekey._is_envelope(ciphertexts[v_unreadable]) then
+      v_keyring := rekey._int4(ciphertexts[v_unreadable], 3);
+      v_version := rekey._int4(ciphertexts[v_unreadable], 7);
+      v_problem := case when rekey._dek(v_keyring, v_version) is null then rekey._dek_problem(v_keyring, v_version) end;
+    end if;
+    raise exception 'cannot open ciphertext no. %', v_unreadable || coalesce(': ' || v_problem, '')
+      using errcode = case when v_problem is null then 'RK003' else 'RK006' end, hint = 'Leave it out to read the others.';
+  end if;
+  return v_values;
+end
+$$;
+comment on function rekey.decrypt_many(bytea[], text[]) is
+  'Opens many values in one call, in their order: keys are unwrapped, and tenants and labels asked for, once. contexts: two dimensions, a row for each ciphertext, all with as many parts; empty: none has a context. NULL stays NULL. Writes nothing. 22023: contexts that do not fit; 42501: reserved context, a column that the caller may not read, or another tenant''s keyring; RK001, RK002: KEK; RK003: one of them does not open, the message says which; RK006: its key is disabled, scheduled for destruction, destroyed or damaged.';
+grant execute on function rekey.decrypt_many(bytea[], text[]) to rekey_app;
+
+create or replace function rekey.decrypt_many(ciphertexts text[], contexts text[] = '{}') returns bytea[]
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ciphertexts bytea[] := array(
+    select case when u.ciphertext is not null then coalesce(rekey._from_text(u.ciphertext), ''::bytea) end
+    from unnest(ciphertexts) with ordinality as u(ciphertext, place) order by u.place);
+begin
+  return rekey.decrypt_many(v_ciphertexts, contexts);
+end
+$$;
+comment on function rekey.decrypt_many(text[], text[]) is 'As rekey.decrypt_many(bytea[], ...), of the text forms of envelopes.';
+grant execute on function rekey.decrypt_many(text[], text[]) to rekey_app;
 
 -- sql/code/50_targets.sql
 -- The tables that a rotation sweeps. Each has functions in schema rekey_targets, owned by the table's owner, that read and
@@ -3829,9 +4148,9 @@ as $$
 begin
   select d.refobjid::regclass, array_agg(d.refobjsubid::smallint order by d.refobjsubid)
   into relation, attnums
-  from pg_proc p
-  join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
-  where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = ('column_' || _column_shape.id || '_guard')::name and p.pronargs = 0
+  from pg_depend d
+  where d.classid = 'pg_proc'::regclass and d.objid = to_regprocedure(format('rekey_targets.column_%s_guard()', id))
+    and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
   group by d.refobjid;
 end
 $$;
@@ -4367,9 +4686,11 @@ declare
   v_iv bytea;
   v_aad bytea;
 begin
-  perform rekey._refuse_other_table(%7$s, tg_relid);
-  perform rekey._refuse_renamed(%7$s, %8$L);
-  perform rekey._refuse_later_trigger(tg_name, tg_relid);
+  if not rekey._is_unchanged(%7$s, %8$L, tg_name, tg_relid) then
+    perform rekey._refuse_other_table(%7$s, tg_relid);
+    perform rekey._refuse_renamed(%7$s, %8$L);
+    perform rekey._refuse_later_trigger(tg_name, tg_relid);
+  end if;
   if new.%1$s is null then
     return new;
   end if;
@@ -4574,6 +4895,37 @@ begin
 end
 $$;
 comment on function rekey._refuse_renamed is 'RK005 where the columns of a protected column are not called so any more, in table order, or have a type of the user''s: another column may have taken the name.';
+
+-- The three together, in one query, since they are asked for each row. What it does not know is for them to decide.
+create or replace function rekey._is_unchanged(id integer, names name[], trigger_name name, relation oid) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off  -- as rekey._column_shape()
+as $$
+declare
+  v_names name[];
+  v_later boolean;
+begin
+  select
+    array(
+      select a.attname
+      from pg_depend d
+      join pg_attribute a on a.attrelid = d.refobjid and a.attnum = d.refobjsubid and a.atttypid < 16384  -- a type of PostgreSQL's own
+      where d.classid = 'pg_proc'::regclass and d.objid = to_regprocedure('rekey_targets.column_' || id || '_guard()')
+        and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0
+        and (d.refobjid = _is_unchanged.relation or exists (select from pg_partition_ancestors(_is_unchanged.relation) p where p.relid = d.refobjid))
+      order by a.attnum),
+    exists (
+      -- As rekey._later_trigger(). What only refuses a row does not change it.
+      select from pg_trigger t
+      where t.tgrelid = _is_unchanged.relation and t.tgname > trigger_name and t.tgtype::integer & 3 = 3 and t.tgtype::integer & 20 <> 0
+        and t.tgenabled <> 'D' and t.tgfoid <> 'rekey._refuse_doomed()'::regprocedure and t.tgname !~ '^zz_pg_rekey_\d+$')
+  into v_names, v_later;
+  return v_names = names and not v_later;
+end
+$$;
+comment on function rekey._is_unchanged is
+  'Whether a row may be sealed by the trigger of this name: neither rekey._refuse_other_table() nor _refuse_renamed() nor _refuse_later_trigger() would raise. false: one of them may.';
 
 -- Inlined: what is written may be plain, and must not become the parameter of a statement.
 create or replace function rekey._envelope_of(value bytea) returns bytea
@@ -5009,7 +5361,7 @@ begin
     statements := array(
       select format(
         'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 5000 for no key update skip locked)
-         update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s]) from due where t.ctid = due.row',
+         update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s], (select rekey.reading_pass(%5$L))) from due where t.ctid = due.row',
         t.relation,
         -- What rekey._refuse_encrypted() counts: a plain value that begins alike is none.
         format(case when v_protected.is_text then $sql$left(t.%s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}'$sql$
@@ -5169,33 +5521,40 @@ comment on column rekey.column_status.search_path is 'The search path that these
 comment on column rekey.column_status.problem is 'Why it is blocked, and what to do; NULL: it is not.';
 grant select on rekey.column_status to rekey_admin, rekey_operator, rekey_auditor;
 
-create or replace function rekey._reveal(value bytea, context text[]) returns bytea
-language plpgsql stable
+create or replace function rekey._reveal(value bytea, context text[], pass bytea) returns bytea
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   if substr(value, 1, 3) = '\x524b01'::bytea then
-    return rekey.decrypt(value, context);
+    return rekey._decrypt(value, context, pass);
   end if;
   return value;
 end
 $$;
-comment on function rekey._reveal(bytea, text[]) is 'Opens an envelope; any other value stays as it is.';
-grant execute on function rekey._reveal(bytea, text[]) to rekey_app;
+comment on function rekey._reveal(bytea, text[], bytea) is 'Opens an envelope, as rekey.decrypt(); any other value stays as it is.';
+grant execute on function rekey._reveal(bytea, text[], bytea) to rekey_app;
 
-create or replace function rekey._reveal(value text, context text[]) returns text
-language plpgsql stable
+create or replace function rekey._reveal(value text, context text[], pass bytea) returns text
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_plaintext bytea;
+  v_text text := value;
 begin
   if left(value, 4) collate "C" = 'rk1:' then
-    return rekey.decrypt_text(value, context);
+    v_plaintext := rekey._decrypt(coalesce(rekey._from_text(value), ''::bytea), context, pass);
+    v_text := rekey._as_text(v_plaintext);
+    if v_text is null then
+      perform rekey._refuse_bytes();
+    end if;
   end if;
-  return value;
+  return v_text;
 end
 $$;
-comment on function rekey._reveal(text, text[]) is 'As for bytea, of the text form.';
-grant execute on function rekey._reveal(text, text[]) to rekey_app;
+comment on function rekey._reveal(text, text[], bytea) is 'As for bytea, of the text form.';
+grant execute on function rekey._reveal(text, text[], bytea) to rekey_app;
 
 create or replace function rekey._view_columns(target regclass) returns text
 language plpgsql stable security definer
@@ -5204,7 +5563,7 @@ as $$
 begin
   return (
     select string_agg(case when c.id is null then format('t.%I', a.attname)
-        else format('rekey._reveal(t.%1$I, array[%2$L%3$s]) as %1$I', a.attname, c.label,
+        else format('rekey._reveal(t.%1$I, array[%2$L%3$s], (select rekey.reading_pass(%2$L))) as %1$I', a.attname, c.label,
           (select string_agg(format(', t.%I::text', b.attname), '' order by p.rank)
            from unnest(c.places) with ordinality as p(place, rank)
            join pg_attribute b on b.attrelid = target and b.attnum = c.attnums[p.place]

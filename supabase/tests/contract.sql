@@ -2,7 +2,7 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(67 + 1);
+select plan(71 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
@@ -20,10 +20,12 @@ insert into contract values
   ('confirm_emptied', 'keyring text', 'bigint'),
   ('create_decrypted_view', 'target regclass', 'text'),
   ('create_keyring', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, rotate_every interval DEFAULT NULL::interval', 'rekey.keyrings'),
-  ('decrypt', 'ciphertext bytea, context text[] DEFAULT ''{}''::text[]', 'bytea'),
-  ('decrypt', 'ciphertext text, context text[] DEFAULT ''{}''::text[]', 'bytea'),
-  ('decrypt_text', 'ciphertext bytea, context text[] DEFAULT ''{}''::text[]', 'text'),
-  ('decrypt_text', 'ciphertext text, context text[] DEFAULT ''{}''::text[]', 'text'),
+  ('decrypt', 'ciphertext bytea, context text[] DEFAULT ''{}''::text[], pass bytea DEFAULT NULL::bytea', 'bytea'),
+  ('decrypt', 'ciphertext text, context text[] DEFAULT ''{}''::text[], pass bytea DEFAULT NULL::bytea', 'bytea'),
+  ('decrypt_many', 'ciphertexts bytea[], contexts text[] DEFAULT ''{}''::text[]', 'bytea[]'),
+  ('decrypt_many', 'ciphertexts text[], contexts text[] DEFAULT ''{}''::text[]', 'bytea[]'),
+  ('decrypt_text', 'ciphertext bytea, context text[] DEFAULT ''{}''::text[], pass bytea DEFAULT NULL::bytea', 'text'),
+  ('decrypt_text', 'ciphertext text, context text[] DEFAULT ''{}''::text[], pass bytea DEFAULT NULL::bytea', 'text'),
   ('delete_secret', 'name text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'boolean'),
   ('disable_key', 'keyring text, version integer, reason text DEFAULT NULL::text', 'void'),
   ('enable_key', 'keyring text, version integer, reason text DEFAULT NULL::text', 'void'),
@@ -42,6 +44,7 @@ insert into contract values
   ('pause_rotation', 'id bigint', 'void'),
   ('protect_column', 'target regclass, column_name name, keyring text DEFAULT ''default''::text, context_columns name[] DEFAULT NULL::name[], encrypt_on_write boolean DEFAULT false, fire_triggers boolean DEFAULT true, search_path text DEFAULT current_setting(''search_path''::text)', 'text'),
   ('prune_audit_log', 'first bigint, last bigint, hash text, file_sha256 text, checkpoint jsonb', 'bigint'),
+  ('reading_pass', 'label text', 'bytea'),
   ('rebind_column', 'target regclass, column_name name, label text DEFAULT NULL::text', 'text'),
   ('protection_findings', '', 'TABLE(label text, kind text, severity text, finding text, advice text)'),
   ('read_secrets', 'names text[] DEFAULT NULL::text[], tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'TABLE(name text, value text)'),
