@@ -1,7 +1,6 @@
 """Several workers of one command: they share a rotation, and one that dies is noticed and comes back."""
 
 import json
-from collections.abc import Iterator
 from typing import Any, LiteralString
 
 import pytest
@@ -36,7 +35,7 @@ def model(ready: Connection) -> dict[str, str]:
 
 
 @pytest.fixture
-def slow(ready: Connection, model: dict[str, str]) -> Iterator[dict[str, str]]:
+def slow(ready: Connection, model: dict[str, str]) -> dict[str, str]:
     """The same, with a throttle that makes a rotation last some seconds."""
     ready.execute("select rekey.set_setting('max_rows_per_second', '1500')")
     return model
