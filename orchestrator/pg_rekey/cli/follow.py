@@ -73,7 +73,8 @@ class Bar:
         if phase == "verifying" and self._blocks:
             total, completed = self._blocks, self._blocks - (state["blocks"] or 0)
         else:
-            total, completed = state["total"], state["done"]
+            # How long others hold it up nobody knows.
+            total, completed = None if phase == "waiting" else state["total"], state["done"]
         name = names(state["ids"] or [])
         self._progress.update(
             self._task,
