@@ -16,7 +16,7 @@ import click
 import psycopg
 from rich.console import Console
 
-from bench import report
+from bench import plot, report
 from bench.against import Contest, against
 from bench.calls import calls
 from bench.estate import Estate
@@ -102,6 +102,7 @@ def main(rows: int, smoke: bool, only: tuple[str, ...], revision: str | None, pa
     path.write_text(json.dumps(results, indent=1) + "\n")
     if docs and not smoke and not only and not revision:
         report.write(made)
+        plot.draw(results["impact"])
 
 
 def measure(

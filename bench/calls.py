@@ -105,6 +105,9 @@ def calls(estate: Estate, loops: int, rounds: int) -> dict[str, Any]:
         empty = seconds.pop("empty")
         return {
             "size": SIZE,
+            "envelope_bytes": value(
+                connection, "select octet_length(rekey.encrypt(bench.value(1, %s)))", SIZE
+            ),
             "calls": [
                 {
                     "name": name,

@@ -1,8 +1,10 @@
 """What readers and writers notice of a rotation: latency at a fixed rate, before, during, afterwards."""
 
 import itertools
+import math
 import multiprocessing
 import random
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,16 +13,18 @@ from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 
 from bench.estate import Estate, fill_secrets, settle, table_bytes, wal_bytes, wal_place
+from bench.figures import p99
 from bench.workers import Workers
 from pg_rekey import worker
 
 SIZE = 256
 KINDS = {"read": (2, 100.0), "write": (2, 25.0)}  # processes, and calls a second of each
+WINDOW = 0.5  # seconds of a point of the plot
 PACED = "paced"  # the keyring that is rotated with max_rows_per_second
 
 
@@ -68,6 +72,17 @@ def impact(estate: Estate, load: Load) -> dict[str, Any]:
                     while time.monotonic() < until:
                         rotated += workers.rotate(connection, "default").rows
                 end = wal_place(connection)
+                connection.execute("select rekey.set_setting('min_pace', '1')")
+                fast = 0
+                with _span(spans, "fast"):
+                    until = time.monotonic() + load.seconds
+                    while time.monotonic() < until:
+                        fast += workers.rotate(connection, "default").rows
+                connection.execute("select rekey.set_setting('min_pace', null)")
+                settle(connection, "rekey.secrets")
+                with Probe() as probe:
+                    workers.rotate(connection, "default")
+                settle(connection, "rekey.secrets")
                 with _span(spans, "after"):
                     time.sleep(load.seconds)
                 connection.execute("select rekey.set_setting('max_rows_per_second', %s)", [str(load.rate)])
@@ -81,6 +96,11 @@ def impact(estate: Estate, load: Load) -> dict[str, Any]:
                     {
                         "spans": spans,
                         "rotated_rows": rotated,
+                        "rows_per_second": {
+                            "rotation": rotated / _seconds(spans["rotation"]),
+                            "fast": fast / _seconds(spans["fast"]),
+                        },
+                        "locked_seconds": probe.seconds,
                         "wal_bytes": wal_bytes(connection, first, end),
                         "throttled_rows_per_second": throttled.rows / throttled.sweep,
                     }
@@ -88,12 +108,14 @@ def impact(estate: Estate, load: Load) -> dict[str, Any]:
             records = clients.stop()
         settle(connection, "rekey.secrets")
         after = table_bytes(connection, "rekey.secrets")
+    timeline = _timeline(records, rounds[-1]["spans"])
     for one in rounds:
         one["calls"] = _latencies(records, one.pop("spans"))
     return {
         "rows": load.rows,
         "rates": {kind: count * rate for kind, (count, rate) in KINDS.items()},
         "throttle": load.rate,
+        "timeline": timeline,
         "rounds": rounds,
         "table_bytes_before": before,
         "table_bytes_after": after,
@@ -140,6 +162,7 @@ def _client(kind: str, rows: int, rate: float, offset: float, stop: Event, pipe:
     record = Record(kind)
     dice = random.Random(offset)
     with worker.connect() as connection:
+        connection.execute("set application_name = 'bench'")  # whom workers give way to
         pipe.send("ready")
         begun = time.monotonic() + offset / rate
         for number in itertools.count():
@@ -159,11 +182,83 @@ def _client(kind: str, rows: int, rate: float, offset: float, stop: Event, pipe:
     pipe.send(record)
 
 
+class Probe(AbstractContextManager["Probe"]):
+    """Updates rows that a sweep is about to lock, one after the other, and times it."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        dice = random.Random(1)
+        with worker.connect() as connection:
+            while not self._stop.is_set():
+                rows = connection.execute(
+                    "select first from rekey._chunks where kind = 'sweep' order by id limit 1"
+                ).fetchall()
+                if rows:
+                    near = connection.execute(
+                        "select id from rekey.secrets where ctid >= %s::tid limit 1000", [rows[0]["first"]]
+                    ).fetchall()
+                    if near:
+                        begun = time.monotonic()
+                        connection.execute(
+                            "update rekey.secrets set description = null where id = %s",
+                            [dice.choice(near)["id"]],
+                        )
+                        self.seconds.append(time.monotonic() - begun)
+
+
+def _seconds(span: tuple[float, float]) -> float:
+    begin, end = span
+    return end - begin
+
+
 @contextmanager
 def _span(spans: dict[str, tuple[float, float]], phase: str) -> Iterator[None]:
     begun = time.monotonic()
     yield
     spans[phase] = (begun, time.monotonic())
+
+
+def _timeline(records: list[Record], spans: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """Return the 99th percentiles before, during and after a rotation, by kind, each of half a second."""
+    begun = spans["idle"][0]
+    phases = ("idle", "rotation", "after")
+    return {
+        kind: [
+            {
+                "phase": phase,
+                "second": place * WINDOW,
+                "p99": p99(calls) if len(calls) > 1 else None,
+            }
+            for phase in phases
+            for place in range(
+                math.ceil((spans[phase][0] - begun) / WINDOW), int((spans[phase][1] - begun) / WINDOW)
+            )
+            for calls in [
+                [
+                    seconds
+                    for record in records
+                    if record.kind == kind
+                    for due, seconds in zip(record.due, record.seconds, strict=True)
+                    if place * WINDOW <= due - begun < (place + 1) * WINDOW
+                ]
+            ]
+        ]
+        for kind in KINDS
+    }
 
 
 def _latencies(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench import openbao
 from bench.competitors import all_of
 from bench.estate import Estate, settle
 from bench.workers import Workers
@@ -21,8 +22,15 @@ class Heat:
 
 def race(estate: Estate, heats: Sequence[Heat], share: float) -> list[dict[str, Any]]:
     """Return for each size and competitor how many rows it rotated, and the seconds of each round."""
-    with estate.database("race") as connection, Workers(1) as one, Workers(2) as two:
+    with (
+        estate.database("race") as connection,
+        Workers(1) as one,
+        Workers(2) as two,
+        openbao.started() as server,
+    ):
         competitors = all_of(one, two, share)
+        if server:
+            competitors.append(openbao.Transit("openbao", openbao.LABEL, "bench.transit", True, server))
         tables = sorted({competitor.table for competitor in competitors})
         results = []
         for heat in heats:

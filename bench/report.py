@@ -18,6 +18,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 PHASES = {
     "idle": "before",
     "rotation": "during rotations, one worker, default settings",
+    "fast": "during rotations that give way to nobody (`min_pace` 1)",
     "after": "after them",
     "throttled": "during one with `max_rows_per_second`",
     "bare": "during bare UPDATEs at that pace",
@@ -57,6 +58,7 @@ def sections(results: dict[str, Any]) -> dict[str, list[Table]]:
     if "against" in results:
         made["against"] = [_against(results["against"])]
     if made.keys() == SECTIONS.keys():
+        made["asked"] = [_asked(results)]
         made["targets"] = [_targets(targets(results))]
     return made
 
@@ -73,6 +75,40 @@ def write(made: dict[str, list[Table]], page: Path = PAGE) -> None:
         between = "\n\n".join(table.markdown() for table in tables)
         text = f"{before}{begin}\n{between}\n\n{end}{after}"
     page.write_text(text)
+
+
+def _asked(results: dict[str, Any]) -> Table:
+    """What a user asks first."""
+    impact, calls, last = results["impact"], results["calls"], results["scale"]["steps"][-1]
+    [heat] = [heat for heat in results["race"] if heat["size"] == calls["size"]]
+    rate = {one["name"]: [one["rows"] / took for took in one["seconds"]] for one in heat["competitors"]}
+    micros = {one["name"]: median(scaled(one["seconds"], 1e6)) for one in calls["calls"]}
+
+    def felt(kind: str) -> str:
+        tails = [
+            median([1000 * p99(one["calls"][phase][kind]) for one in impact["rounds"]])
+            for phase in ("idle", "rotation")
+        ]
+        return f"{tails[1]} ms during a rotation, {tails[0]} ms before"
+
+    beside = [one["rows_per_second"]["rotation"] for one in impact["rounds"]]
+    longest = [1000 * max(one["locked_seconds"], default=0) for one in impact["rounds"]]
+    return Table(
+        f"Values of {calls['size']} bytes, default settings",
+        ("what a user asks", "measured"),
+        [
+            ("rows a second, one worker, two", f"{median(rate['rekey_1'])}, {median(rate['rekey_2'])}"),
+            ("the same beside readers and writers, to whom one worker gives way", median(beside)),
+            ("99th percentile of reads", felt("read")),
+            ("99th percentile of writes", felt("write")),
+            ("longest wait for a row that a batch has locked", f"{median(longest)} ms"),
+            ("an envelope", f"{calls['envelope_bytes']} bytes"),
+            ("WAL of a row that is rotated", spread(scaled(last["wal_bytes"], 1 / last["rows"]), "bytes")),
+            ("a read: `get_secret`, `decrypt`", f"{micros['get_secret']} µs, {micros['decrypt']} µs"),
+            ("a write: `set_secret`, `encrypt`", f"{micros['set_secret']} µs, {micros['encrypt']} µs"),
+        ],
+        numbers=False,
+    )
 
 
 def _about(about: dict[str, Any]) -> list[Table]:
@@ -148,6 +184,17 @@ def _impact(impact: dict[str, Any]) -> list[Table]:
         [
             ("errors", number(impact["errors"])),
             ("WAL for each row that was rotated, that of the writers included", spread(wal, "bytes")),
+            (
+                "rows a second beside them, giving way to them, and to nobody",
+                " and ".join(
+                    spread([one["rows_per_second"][phase] for one in rounds])
+                    for phase in ("rotation", "fast")
+                ),
+            ),
+            (
+                "the longest UPDATE of a row that a sweep is about to lock, in ms",
+                spread([1000 * max(one["locked_seconds"], default=0) for one in rounds]),
+            ),
             ("rows a second, where `max_rows_per_second` was " + number(impact["throttle"]), spread(kept)),
             ("`rekey.secrets` before all this", f"{number(before / 1e6)} MB"),
             ("`rekey.secrets` afterwards, vacuumed", f"{number(after / 1e6)} MB"),

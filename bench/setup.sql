@@ -98,6 +98,8 @@ comment on procedure bench.update_at_pace is 'Writes secrets anew, as they are, 
 
 create table bench.application (id integer primary key, token text not null) with (fillfactor = 50);
 alter table bench.application alter column token set storage external;
+create table bench.transit (id integer primary key, token text not null) with (fillfactor = 50);
+alter table bench.transit alter column token set storage external;
 
 -- A stand-in for the Supabase Vault, whose extension is in C: its table, view and function of version 0.3, with one
 -- AEAD open for each row read and one AEAD seal for each row written. (Vault's update_secret also opens the old value.)

@@ -549,7 +549,7 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts, true) a;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true) a;
   select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
   from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
   left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
@@ -557,9 +557,9 @@ begin
   if rekey._target_state(v_target.function_name) <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_apart.written, v_chunk.target, v_chunk.relation,
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, cardinality(v_apart.written), v_chunk.target, v_chunk.relation,
     v_failed.keys, v_failed.problems, v_failed.codes);
-  perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
+  perform rekey._note_passed(v_chunk, cardinality(v_apart.written), cardinality(v_apart.refused));
   perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
   if v_apart.undone is null then
     perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
@@ -836,8 +836,8 @@ begin
       end if;
     end loop;
     -- (What it does not come to, the next pass does.)
-    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, v_made.ciphertexts, true) a;
-    v_done := v_apart.written;
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true) a;
+    v_done := cardinality(v_apart.written);
     v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
     v_failed_keys := v_failed_keys || array(
       select v_batch.keys[array_position(v_batch.rows, u.row)] from unnest(v_apart.refused) with ordinality as u(row, place) order by u.place);
@@ -886,6 +886,10 @@ CREATE TABLE rekey._chunks (
     next_attempt_at timestamp with time zone,
     last_error text,
     stuck boolean DEFAULT false NOT NULL,
+    pace real DEFAULT 1 NOT NULL,
+    gives_way_to text,
+    looked_at timestamp with time zone,
+    transactions bigint,
     CONSTRAINT _chunks_kind_check CHECK ((kind = ANY (ARRAY['sweep'::text, 'adopt'::text, 'verify'::text, 'doubtful'::text])))
 );
 
@@ -900,25 +904,26 @@ COMMENT ON TABLE rekey._chunks IS 'Block ranges that the rotations of a pass or 
 
 
 --
--- Name: _advance(rekey._chunks, tid, bigint, double precision, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _advance(rekey._chunks, tid, bigint, double precision, double precision, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer DEFAULT 4000) RETURNS void
+CREATE FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision DEFAULT 0, max_rows integer DEFAULT 4000) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  -- The next batch takes about batch_target.
-  v_factor double precision := greatest(0.5, least(2.0,
-    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001)));
+  -- The next batch takes about batch_target, and has its rows locked for 10 ms of it.
+  v_factor double precision := greatest(0.25, least(2.0,
+    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001), 0.01 / greatest(locked, 0.000001)));
 begin
+  chunk.batch_rows := greatest(10, least(max_rows, (chunk.batch_rows * v_factor)::integer));
   if next is null and _advance.until_block >= chunk.until_block then
-    delete from rekey._chunks c where c.id = chunk.id;
+    perform rekey._pass_on(chunk);
     return;
   end if;
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
-      batch_rows = greatest(50, least(max_rows, (c.batch_rows * v_factor)::integer)),
+      batch_rows = chunk.batch_rows, pace = chunk.pace, gives_way_to = chunk.gives_way_to, looked_at = chunk.looked_at, transactions = chunk.transactions,
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
                           when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
@@ -928,13 +933,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision, max_rows integer) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision, max_rows integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer) IS 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took; max_rows: the most that a batch may have.';
+COMMENT ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision, max_rows integer) IS 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took, and for how long its rows were locked; max_rows: the most that a batch may have.';
 
 
 --
@@ -1184,6 +1189,10 @@ begin
     raise exception 'code of a table may not do what is audited' using errcode = 'insufficient_privilege',
       hint = 'The entry would name whoever works on the rotation, or maintains the table.';
   end if;
+  -- A crash may not take back what was told to somebody: the key of an envelope that was handed out, the end of a rotation, a checkpoint.
+  if current_setting('synchronous_commit') in ('off', 'local', 'remote_write') then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
   insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
   select * into strict v_head from rekey._audit_head for update;
   v_entry.actor := session_user;
@@ -1215,7 +1224,7 @@ ALTER FUNCTION rekey._audit_all(events jsonb) OWNER TO rekey_owner;
 -- Name: FUNCTION _audit_all(events jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._audit_all(events jsonb) IS 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details. What is long in them is cut.';
+COMMENT ON FUNCTION rekey._audit_all(events jsonb) IS 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details. What is long in them is cut. The transaction is on disk, and on synchronous standbys, when it ends, whatever synchronous_commit is in the session.';
 
 
 --
@@ -1889,16 +1898,15 @@ COMMENT ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid)
 
 
 --
--- Name: _call_write(name, regclass, tid[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+-- Name: _call_write(name, regclass, tid[], bytea[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
 --
 
-CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
+CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'on'
     AS $_$
 declare
-  v_count bigint;
   v_state text[];
   v_changes text;
 begin
@@ -1909,7 +1917,8 @@ begin
   if function_name operator(pg_catalog.<>) 'secrets' then
     v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
   end if;
-  execute format('select rekey_targets.%I($1, $2, $3)', function_name || '_write') into v_count using relation, rows, ciphertexts;
+  execute format('select w.* from rekey_targets.%I($1, $2, $3, $4) w', function_name || '_write')
+  into locked, written using relation, rows, starts, ciphertexts;
   if v_state is not null then
     v_changes := rekey._changes();
   end if;
@@ -1918,18 +1927,17 @@ begin
     perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
     perform rekey._refuse_changes(v_changes);
   end if;
-  return v_count;
 end
 $_$;
 
 
-ALTER FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) OWNER TO rekey_sweeper;
+ALTER FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) OWNER TO rekey_sweeper;
 
 --
--- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
 --
 
-COMMENT ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) IS 'Calls the write function of a target.';
+COMMENT ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) IS 'Calls the write function of a target.';
 
 
 --
@@ -2793,6 +2801,8 @@ declare
   v_may_be text := $sql$substr(g.start, 1, 3) = '\x524b01'$sql$;
   v_header text := $sql$case when octet_length(g.start) = 11 and substr(g.start, 1, 3) = '\x524b01' then g.start end$sql$;
   v_stored text := 'u.ciphertext';
+  -- Whether a value still has the header and IV that were read.
+  v_begins text := 'pg_catalog.substr(t.%1$s, 1, 27) operator(pg_catalog.=) u.start';
   -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
   -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
   v_kept_role text := case when protected.fire_triggers then '' else '
@@ -2815,6 +2825,7 @@ begin
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
       then decode(right(t.%1$s, -4), 'base64') else coalesce((select $sql$ || v_header || ' from (select ' || v_start || $sql$ as start) g), convert_to(t.%1$s, 'UTF8')) end$sql$;
+    v_begins := $sql$pg_catalog.left(t.%1$s, 40) collate pg_catalog."C" operator(pg_catalog.=) ('rk1:' operator(pg_catalog.||) pg_catalog.encode(u.start, 'base64'))$sql$;
     v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
@@ -2938,29 +2949,36 @@ begin
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
     v_select || '
     where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and h.header <> all ($6)
-    order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' end)
+    order by t.ctid limit $4' || v_page) || ' end)
   into next, rows, ciphertexts, contexts, keys
   using first, until, array(select int4send(k.id) from unnest(keyrings) as k(id)), max_rows, max_bytes,
     array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version));
 end
 '),
-    ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
+    ('write', 'relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint', 'record', 'volatile', '
 declare
+  v_lock text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'with held as materialized (
+      select u.row, t.ctid as now from unnest($1, $2) as u(row, start) join only %2$s t on t.ctid = u.row and ($2 is null or ' || v_begins || ')
+      for no key update of t skip locked
+    )
+    select array_agg(h.row) from held h where h.now = h.row') || ');
   v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     'update only %2$s t set %1$s = ' || v_stored || '
-    from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as u(row, ciphertext) where t.ctid operator(pg_catalog.=) u.row
+    from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) as u(row, start, ciphertext)
+    where t.ctid operator(pg_catalog.=) u.row and u.row operator(pg_catalog.=) any ($4) and ($2 is null or ' || v_begins || ')
     returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end) || ');
-  v_count bigint := 0;
   v_kept boolean;' || v_kept_role || '
 begin
+  execute v_lock into locked using rows, starts;
+  written := 0;
   ' || v_before || '
   -- A trigger may have kept the row, or put another value into it.
-  for v_kept in execute v_update using rows, ciphertexts loop
-    v_count := v_count operator(pg_catalog.+) case when v_kept then 1 else 0 end;
+  for v_kept in execute v_update using rows, starts, ciphertexts, locked loop
+    written := written operator(pg_catalog.+) case when v_kept then 1 else 0 end;
   end loop;
   ' || v_after || '
   set constraints all immediate;
-  return v_count;
 end
 ')
   ) as b(suffix, arguments, result, volatility, body);
@@ -4163,6 +4181,7 @@ CREATE TABLE rekey.settings (
     batch_target interval DEFAULT '00:00:00.2'::interval NOT NULL,
     step_limit interval,
     max_rows_per_second integer,
+    min_pace real DEFAULT 0.25 NOT NULL,
     max_attempts integer DEFAULT 8 NOT NULL,
     apply_plaintext text DEFAULT 'refuse'::text NOT NULL,
     tenant_check text,
@@ -4180,6 +4199,7 @@ CREATE TABLE rekey.settings (
     CONSTRAINT settings_kek_secret_name_check CHECK ((kek_secret_name <> ''::text)),
     CONSTRAINT settings_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 1000))),
     CONSTRAINT settings_max_rows_per_second_check CHECK ((max_rows_per_second > 0)),
+    CONSTRAINT settings_min_pace_check CHECK (((min_pace >= (0.01)::double precision) AND (min_pace <= (1)::double precision))),
     CONSTRAINT settings_postgrest_login_check CHECK ((postgrest_login <> ''::text)),
     CONSTRAINT settings_singleton_check CHECK (singleton),
     CONSTRAINT settings_step_limit_check CHECK (((step_limit >= '00:00:00.1'::interval) AND (step_limit <= '1 day'::interval)))
@@ -4256,6 +4276,13 @@ COMMENT ON COLUMN rekey.settings.step_limit IS 'Time after which a batch is canc
 --
 
 COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
+
+
+--
+-- Name: COLUMN settings.min_pace; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.min_pace IS 'Part of the time, 0.01 to 1, that a worker works at least while others use the server: then it pauses after each batch, as autovacuum does. 1: it gives way to nobody. Alone it works all the time, and so it does where a key is compromised.';
 
 
 --
@@ -5511,6 +5538,31 @@ ALTER FUNCTION rekey._is_extension_table(relation oid) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._is_extension_table(relation oid) IS 'Whether a table belongs to pg_cron or Supabase Vault, which hold no envelopes.';
+
+
+--
+-- Name: _is_in_the_way(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._is_in_the_way() RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return exists (
+    select from pg_locks w join pg_locks h on h.locktype = w.locktype and h.transactionid = w.transactionid
+    where w.locktype = 'transactionid' and not w.granted and h.granted and h.pid = pg_backend_pid());
+end
+$$;
+
+
+ALTER FUNCTION rekey._is_in_the_way() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _is_in_the_way(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._is_in_the_way() IS 'Whether somebody waits for the end of this transaction.';
 
 
 --
@@ -8044,6 +8096,45 @@ COMMENT ON FUNCTION rekey._own_problem() IS 'As rekey._table_problem(), of the f
 
 
 --
+-- Name: _pace(rekey._chunks, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._pace(INOUT chunk rekey._chunks, who_else text) RETURNS rekey._chunks
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_settings rekey.settings := rekey._settings();
+  v_others text := nullif(who_else, '');
+begin
+  if v_settings.min_pace = 1 or v_settings.max_rows_per_second is not null or chunk.urgent or exists (
+       select from rekey.rotations r where chunk.pass_id in (r.pass_id, r.verification_id) and r.state in ('running', 'verifying') and r.trigger = 'compromise') then
+    chunk.pace := 1;
+    chunk.gives_way_to := null;
+    return;
+  end if;
+  if who_else is null then
+    if chunk.looked_at > clock_timestamp() - interval '1 second' then
+      return;  -- too early to say
+    end if;
+    select t.told, t.looked, t.counted into v_others, chunk.looked_at, chunk.transactions from rekey._transactions(chunk.looked_at, chunk.transactions) t;
+  end if;
+  chunk.pace := case when v_others is not null then greatest(chunk.pace / 2, v_settings.min_pace) else least(chunk.pace * 2, 1) end;
+  chunk.gives_way_to := case when chunk.pace < 1 then coalesce(v_others, chunk.gives_way_to) end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._pace(INOUT chunk rekey._chunks, who_else text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _pace(INOUT chunk rekey._chunks, who_else text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._pace(INOUT chunk rekey._chunks, who_else text) IS 'The chunk with the part of the time that its next batch may take (pace): half of what it was, down to min_pace, while others use the server; twice as much, up to all of it, when they do not. Nobody is given way to where a key is compromised, and where max_rows_per_second sets the pace. who_else: what rekey.who_else() said.';
+
+
+--
 -- Name: _parse_kek(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8080,6 +8171,35 @@ ALTER FUNCTION rekey._parts(relation regclass) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._parts(relation regclass) IS 'The partitions of a partitioned table, and theirs; locks nothing.';
+
+
+--
+-- Name: _pass_on(rekey._chunks); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._pass_on(chunk rekey._chunks) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  delete from rekey._chunks c where c.id = chunk.id;
+  update rekey._chunks c
+  set batch_rows = chunk.batch_rows, pace = chunk.pace, gives_way_to = chunk.gives_way_to, looked_at = chunk.looked_at, transactions = chunk.transactions
+  where c.id = (
+    select n.id from rekey._chunks n
+    where n.pass_id = chunk.pass_id and n.kind = chunk.kind and not n.stuck
+    order by n.attempts > 0, n.urgent desc, n.id limit 1 for update skip locked);
+end
+$$;
+
+
+ALTER FUNCTION rekey._pass_on(chunk rekey._chunks) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _pass_on(chunk rekey._chunks); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._pass_on(chunk rekey._chunks) IS 'Deletes a chunk that is done; the one that comes next goes on with its size of batches, and at its pace.';
 
 
 --
@@ -8654,7 +8774,7 @@ COMMENT ON FUNCTION rekey._record_error(rotations bigint[], message text, code t
 -- Name: _reencrypt(tid[], bytea[], bytea, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT made bytea[], OUT failed_places integer[], OUT problems text[]) RETURNS record
+CREATE FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '64MB'
@@ -8676,11 +8796,13 @@ begin
   select string_agg(rekey._random_bytes(1024), ''::bytea) into v_ivs from generate_series(1, (cardinality(ciphertexts) + 63) / 64);
 
   select array_agg(o.row) filter (where o.body is not null),
+    array_agg(o.old_header || o.old_iv) filter (where o.body is not null),
     array_agg(o.header || o.iv || o.body || rekey._mac(o.key, o.aad, o.iv, o.body)) filter (where o.body is not null),
+    array_agg(o.keyring_id) filter (where o.body is not null),
     array_agg(o.place) filter (where o.body is null),
     array_agg(case when o.plaintext is null then coalesce(o.old_problem, 'does not open: damaged, or of another row')
                    else coalesce(o.new_problem, 'the keyring has no active version') end) filter (where o.body is null)
-  into made_rows, made, failed_places, problems
+  into made_rows, starts, made, made_keyrings, failed_places, problems
   from (
     select p.*, case when p.plaintext is not null and p.key is not null then rekey._encipher(p.key, p.iv, p.plaintext) end as body
     from (
@@ -8689,7 +8811,7 @@ begin
           case when rekey._is_authentic(u.old_key, u.old_iv, u.sealed, u.old_header || prefix || u.context)
             then rekey._decipher(u.old_key, u.old_iv, u.sealed) end end as plaintext
       from (
-        select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
+        select c.place::integer as place, c.row, c.context, k.keyring_id, k.old_header, k.old_key, k.header, k.key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
           case when k.old_header is not null then k.old_problem
                when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
@@ -8699,7 +8821,7 @@ begin
           with keys as materialized (
             select * from rekey._deks(v_from_keyrings || v_keyrings, v_from_versions || v_versions, sweeping => true)
           )
-          select rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
+          select d.keyring_id, rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
             rekey._header(a.keyring_id, a.version) as header, a.key, a.problem as new_problem
           from keys d
           left join (unnest(v_keyrings, v_versions) as w(keyring_id, version) join keys a using (keyring_id, version)) on w.keyring_id = d.keyring_id
@@ -8715,13 +8837,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT made bytea[], OUT failed_places integer[], OUT problems text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT made bytea[], OUT failed_places integer[], OUT problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT made bytea[], OUT failed_places integer[], OUT problems text[]) IS 'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
+COMMENT ON FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]) IS 'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows, of made_keyrings; starts: header and IV of the old ones; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
 
 
 --
@@ -11593,10 +11715,10 @@ COMMENT ON FUNCTION rekey._subject() IS 'The subject of the JWT as the audit log
 
 
 --
--- Name: _sweep_batch(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _sweep_batch(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
+CREATE FUNCTION rekey._sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -11621,7 +11743,12 @@ declare
   v_sealing rekey._sealing;
   v_adopted rekey._sealed;
   v_rows tid[];
+  v_starts bytea[];
   v_made bytea[];
+  v_made_keyrings integer[];
+  v_locking timestamptz;
+  v_locked double precision := 0;
+  v_left tid[];
   v_failed_places integer[];
   v_done_keyrings integer[];
   v_done_rows bigint[];
@@ -11661,6 +11788,7 @@ begin
     return;  -- paused or superseded since
   end if;
   v_size := rekey._batch_size(cardinality(v_ids));
+  v_chunk := rekey._pace(v_chunk, who_else);
   perform rekey._take_in_hand(v_chunk.relation);
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
@@ -11698,18 +11826,21 @@ begin
         from unnest(v_adopted.problems) with ordinality as u(problem, place) where u.problem is not null;
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
-        select r.made_rows, r.made, r.failed_places, r.problems into v_rows, v_made, v_failed_places, v_failed_problems
+        select r.made_rows, r.starts, r.made, r.made_keyrings, r.failed_places, r.problems
+        into v_rows, v_starts, v_made, v_made_keyrings, v_failed_places, v_failed_problems
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
-      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_made, v_chunk.kind = 'adopt') a;
-      rows := v_apart.written;
+      v_locking := clock_timestamp();
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt') a;
+      v_locked := extract(epoch from clock_timestamp() - v_locking);
+      rows := cardinality(v_apart.written);
       v_undone := v_apart.undone;
+      v_left := case when rows < cardinality(v_rows) then array(select unnest(v_rows) except select unnest(v_apart.written)) end;
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
-      from (select rekey._int4(h.header, 3) as keyring_id, h.rows
-            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows
-                  from unnest(v_made, v_rows) as u(ciphertext, row)
-                  where u.ciphertext is not null and u.row <> all (v_apart.refused) and (v_undone is null or u.row < v_undone)
-                  group by 1) h) d;
+      from (select coalesce(u.keyring_id, v_keyrings[1]) as keyring_id, count(*) as rows
+            from unnest(v_rows, v_made_keyrings) as u(row, keyring_id)
+            where v_left is null or u.row <> all (v_left)
+            group by 1) d;
       if v_failed_places is not null or v_apart.refused <> '{}' then
         -- (Joined: to look a place up in an array of texts takes as long as the place is far.)
         select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else f.keyring_id end order by f.place),
@@ -11734,14 +11865,20 @@ begin
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems,
         case when v_apart.codes <> '{}' then v_failed_codes end);
-      perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
+      perform rekey._note_passed(v_chunk, rows, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
+    if v_chunk.pace = 1 and rekey._is_in_the_way() then
+      v_chunk.pace := (rekey._settings()).min_pace;
+      v_chunk.gives_way_to := 'sessions that wait for its locks';
+    end if;
     if v_undone is null then
-      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin),
+        case when v_chunk.kind = 'sweep' then v_locked else 0 end, (4000 * v_size)::integer);
     else
       update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
     end if;
+    wait := rekey._wait_out(v_chunk.pace, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -11763,13 +11900,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Sweeps one batch of one chunk, if there is one that no other worker has in hand.';
+COMMENT ON FUNCTION rekey._sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Sweeps one batch of one chunk, if there is one that no other worker has in hand.';
 
 
 --
@@ -12138,6 +12275,34 @@ ALTER FUNCTION rekey._to_text(envelope bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._to_text(envelope bytea) IS 'The text form of an envelope.';
+
+
+--
+-- Name: _transactions(timestamp with time zone, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rate double precision;
+begin
+  select clock_timestamp(), sum(pg_stat_get_db_xact_commit(d.oid) + pg_stat_get_db_xact_rollback(d.oid))::bigint into looked, counted from pg_database d;
+  v_rate := (counted - transactions) / extract(epoch from looked - looked_at);
+  -- Workers, and who watches them, have some themselves.
+  told := case when v_rate > 50 then format('%s transactions a second', round(v_rate::numeric)) end;
+end
+$$;
+
+
+ALTER FUNCTION rekey._transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint) IS 'Whether others use this server: how many transactions it has had in all databases, and in words how many a second, where there are more than 50. looked_at, transactions: when they were counted before, and what was counted then.';
 
 
 --
@@ -12705,10 +12870,10 @@ COMMENT ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, OUT
 
 
 --
--- Name: _verify_batch(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _verify_batch(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
+CREATE FUNCTION rekey._verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -12750,6 +12915,7 @@ begin
   if v_ids is null then
     return;
   end if;
+  v_chunk := rekey._pace(v_chunk, who_else);
   perform rekey._take_in_hand(v_chunk.relation);
   begin
     event := 'checked';
@@ -12779,14 +12945,18 @@ begin
       end if;
       v_chunk.first := coalesce(rekey._next_row(v_found.next), format('(%s,0)', v_until)::tid);
       if rekey._block(v_chunk.first) >= v_chunk.until_block then
-        delete from rekey._chunks c where c.id = v_chunk.id;
+        perform rekey._pass_on(v_chunk);
         exit;
       elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
-        update rekey._chunks c set first = v_chunk.first, attempts = 0, next_attempt_at = null where c.id = v_chunk.id;
+        update rekey._chunks c
+        set first = v_chunk.first, attempts = 0, next_attempt_at = null,
+            pace = v_chunk.pace, gives_way_to = v_chunk.gives_way_to, looked_at = v_chunk.looked_at, transactions = v_chunk.transactions
+        where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
+    wait := rekey._wait_out(v_chunk.pace, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception
@@ -12811,13 +12981,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, the relation is not as the verification found it, or an error comes again, it leaves them to the last step.';
+COMMENT ON FUNCTION rekey._verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, the relation is not as the verification found it, or an error comes again, it leaves them to the last step.';
 
 
 --
@@ -12852,6 +13022,25 @@ ALTER FUNCTION rekey._view_columns(target regclass) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._view_columns(target regclass) IS 'The columns of a table as its decrypted view has them.';
+
+
+--
+-- Name: _wait_out(real, double precision); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._wait_out(pace real, seconds double precision) RETURNS interval
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._wait_out(pace real, seconds double precision) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _wait_out(pace real, seconds double precision); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._wait_out(pace real, seconds double precision) IS 'How long a worker pauses after a batch of so many seconds; NULL: not at all.';
 
 
 --
@@ -12951,10 +13140,10 @@ COMMENT ON FUNCTION rekey._wrapping_key(kek bytea) IS 'The 64-byte AEAD key that
 
 
 --
--- Name: _write_apart(rekey._target, regclass, tid[], bytea[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _write_apart(rekey._target, regclass, tid[], bytea[], bytea[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) RETURNS record
+CREATE FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -12964,18 +13153,27 @@ declare
   v_limit interval := greatest(5 * (rekey._settings()).batch_target, interval '1 second');
   v_tries integer := 0;
   v_rows tid[] := rows;
+  v_starts bytea[] := starts;
   v_ciphertexts bytea[] := ciphertexts;
   -- What is still to be written, the first at the end.
   v_from integer[] := array[1];
-  v_until integer[] := array[coalesce(cardinality(rows), 0)];
+  v_until integer[];
+  v_top integer;
   v_low integer;
   v_high integer;
-  v_top integer := 1;
+  v_ordered bytea[];
+  v_locked tid[];
   v_message text;
   v_code text;
   v_context text;
 begin
-  written := 0;
+  if array_position(ciphertexts, null) is not null then
+    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
+    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+  end if;
+  v_until := array[cardinality(v_rows)];
+  v_top := case when v_rows is null then 0 else 1 end;
+  written := '{}';
   refused := '{}';
   problems := '{}';
   codes := '{}';
@@ -12989,7 +13187,12 @@ begin
     v_tries := v_tries + 1;
     v_top := v_top - 1;
     begin
-      written := written + rekey._write_rows(target, relation, v_rows[v_low:v_high], v_ciphertexts[v_low:v_high]);
+      if v_tries = 1 then
+        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts)).locked;
+      else
+        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high])).locked;
+      end if;
+      written := written || v_locked;
       continue;
     exception when assert_failure or others then
       get stacked diagnostics v_message = message_text, v_code = returned_sqlstate, v_context = pg_exception_context;
@@ -12999,9 +13202,10 @@ begin
       end if;
     end;
     if v_tries = 1 then
-      select array_agg(u.row order by u.row), array_agg(u.ciphertext order by u.row) into v_rows, v_ciphertexts
-      from unnest(v_rows, v_ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
-      v_high := cardinality(v_rows);
+      select array_agg(u.row order by u.row), array_agg(u.start order by u.row), array_agg(u.ciphertext order by u.row)
+      into v_rows, v_ordered, v_ciphertexts
+      from unnest(v_rows, v_starts, v_ciphertexts) as u(row, start, ciphertext);
+      v_starts := case when v_starts is not null then v_ordered end;
     end if;
     if v_low = v_high then
       refused := refused || v_rows[v_low];
@@ -13019,63 +13223,52 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) IS 'Stores as rekey._write_rows(), and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. An error that passes is raised.';
+COMMENT ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) IS 'Stores as rekey._write_rows(), leaving out what is NULL, and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. What is neither is somebody else''s now. An error that passes is raised.';
 
 
 --
--- Name: _write_rows(rekey._target, regclass, tid[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _write_rows(rekey._target, regclass, tid[], bytea[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
+CREATE FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   v_settings text := rekey._guarded_settings();
-  v_rows tid[] := rows;
-  v_ciphertexts bytea[] := ciphertexts;
-  v_count bigint;
 begin
-  if array_position(ciphertexts, null) is not null then
-    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
-    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
-  end if;
-  if v_rows is null then
-    return 0;
-  end if;
   perform set_config('rekey.sweeping', 'on', true);
   insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
-  v_count := rekey._call_write(target.function_name, relation, v_rows, v_ciphertexts);
+  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts) w;
   delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
-  if v_count is distinct from cardinality(v_rows)::bigint then
-    raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(v_rows) - coalesce(v_count, 0),
-      cardinality(v_rows), relation using errcode = 'RK005',
+  if written is distinct from coalesce(cardinality(locked), 0)::bigint then
+    raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(locked) - coalesce(written, 0),
+      cardinality(locked), relation using errcode = 'RK005',
       hint = format('Let the trigger pass by what pg_rekey does: WHEN (NOT rekey.is_sweeping(%L)).', relation);
   end if;
   if rekey._guarded_settings() <> v_settings then
     raise exception 'a trigger of % changed who acts in this session', relation using errcode = 'RK005',
       hint = 'It must leave role, JWT claims and pg_rekey''s own settings as they are.';
   end if;
-  return v_count;
 end
 $$;
 
 
-ALTER FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) IS 'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
+COMMENT ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) IS 'Stores ciphertexts in rows that still begin as they were read (starts; NULL: they are locked since), and that nobody else has: those locked. RK005: the table did not take them, or its triggers did more than they may.';
 
 
 --
@@ -13346,6 +13539,20 @@ COMMENT ON COLUMN rekey.rotation_status.unwrap IS 'What the client takes off ope
 --
 
 COMMENT ON COLUMN rekey.rotation_status.blocks_to_verify IS 'Blocks of large tables that its verification has yet to look at; NULL: none has begun.';
+
+
+--
+-- Name: COLUMN rotation_status.pace; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.pace IS 'Part of the time that its workers work, for the rest they pause: 1 at full speed, at least the setting min_pace. NULL: they do not work on it.';
+
+
+--
+-- Name: COLUMN rotation_status.gives_way_to; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_status.gives_way_to IS 'To whom they give way so; NULL: to nobody.';
 
 
 --
@@ -15424,10 +15631,10 @@ COMMENT ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boole
 
 
 --
--- Name: rotation_step(boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: rotation_step(boolean, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.rotation_step(whole boolean DEFAULT NULL::boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
+CREATE FUNCTION rekey.rotation_step(whole boolean DEFAULT NULL::boolean, who_else text DEFAULT NULL::text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -15484,9 +15691,9 @@ begin
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
     exit when event is not null or whole;
     if v_kind = 'verify' then
-      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
+      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch(who_else) v;
     else
-      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch(who_else) s;
     end if;
   end loop;
   if event is null and v_blocked is not null then
@@ -15520,13 +15727,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
+ALTER FUNCTION rekey.rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+COMMENT ON FUNCTION rekey.rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. who_else: what rekey.who_else() tells the caller; NULL: the step looks for itself. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
 
 
 --
@@ -15546,7 +15753,9 @@ begin
   loop
     commit;
     set transaction isolation level read committed;  -- whatever the default of the role or database
-    select s.event, s.wait into v_step from rekey.rotation_step() s;
+    -- A crash takes back some batches, rows and progress together. What is audited waits for the disk all the same.
+    perform pg_catalog.set_config('synchronous_commit', 'off', true);
+    select s.event, s.wait into v_step from rekey.rotation_step(who_else => rekey.who_else()) s;
     commit;
     exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])
            or pg_catalog.clock_timestamp() operator(pg_catalog.>=) v_until;
@@ -16316,6 +16525,38 @@ COMMENT ON FUNCTION rekey.watch() IS 'Cancels batches that take longer than the 
 
 
 --
+-- Name: who_else(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.who_else() RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_sessions bigint;
+begin
+  if not pg_has_role('pg_read_all_stats', 'usage') then
+    return null;
+  end if;
+  select count(*) into v_sessions
+  from pg_stat_activity a
+  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg_cron')
+    and (a.state = 'active' or a.state_change > clock_timestamp() - interval '1 second');
+  return case when v_sessions > 0 then format('%s active sessions', v_sessions) else '' end;
+end
+$$;
+
+
+ALTER FUNCTION rekey.who_else() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION who_else(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.who_else() IS 'Who else used this server within the last second, in words, for rekey.rotation_step(); empty: nobody; NULL: the caller is no member of pg_read_all_stats, and may not see it.';
+
+
+--
 -- Name: secrets_count(regclass, integer[]); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
 --
 
@@ -16369,7 +16610,6 @@ begin
     where s.ctid >= first and s.ctid < until
     order by s.ctid
     limit max_rows
-    for no key update of s skip locked
   ), total as (
     select sum(octet_length(d.ciphertext)) as bytes from due d
   ), sized as (
@@ -16397,7 +16637,7 @@ ALTER FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until ti
 -- Name: FUNCTION secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Locks and returns the rows of rekey.secrets in a range that stand on another version than the given one of their keyring; as secrets_scan. Rows that others have locked are left out.';
+COMMENT ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Rows of rekey.secrets in a range that stand on another version than the given one of their keyring; as secrets_scan, and without locks.';
 
 
 --
@@ -16453,37 +16693,42 @@ COMMENT ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, unt
 
 
 --
--- Name: secrets_write(regclass, tid[], bytea[]); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
+-- Name: secrets_write(regclass, tid[], bytea[], bytea[]); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) RETURNS bigint
+CREATE FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET plan_cache_mode TO 'force_custom_plan'
     SET row_security TO 'off'
     AS $$
-declare
-  v_count bigint;
 begin
   if relation <> 'rekey.secrets'::regclass then
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
+  with held as materialized (
+    select u.row, s.ctid as now
+    from unnest(rows, starts) as u(row, start)
+    join rekey.secrets s on s.ctid = u.row and substr(s.ciphertext, 1, 27) = u.start
+    for no key update of s skip locked
+  )
+  select array_agg(h.row) into locked from held h where h.now = h.row;
   update rekey.secrets s set ciphertext = u.ciphertext
-  from unnest(rows, ciphertexts) as u(row, ciphertext)
-  where s.ctid = u.row;
-  get diagnostics v_count = row_count;
+  from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext)
+  where s.ctid = u.row and substr(s.ciphertext, 1, 27) = u.start and u.row = any (locked);
+  get diagnostics written = row_count;
   set constraints all immediate;
-  return v_count;
 end
 $$;
 
 
-ALTER FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION secrets_write(relation regclass, rows tid[], ciphertexts bytea[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) IS 'Stores new ciphertexts in rows that secrets_read returned in this transaction, and returns how many.';
+COMMENT ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) IS 'Locks the rows that secrets_read returned in this statement, but those that somebody else has locked or changed, and stores new ciphertexts in them. starts: header and IV (27 bytes) of what was read. locked: the rows that it had; written: how many were changed.';
 
 
 --
@@ -18171,10 +18416,10 @@ GRANT ALL ON FUNCTION rekey._adoption_store(rotation_id bigint, relation regclas
 
 
 --
--- Name: FUNCTION _advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision, max_rows integer); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision, max_rows integer) FROM PUBLIC;
 
 
 --
@@ -18357,11 +18602,11 @@ GRANT ALL ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uui
 
 
 --
--- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey; Owner: rekey_sweeper
 --
 
-REVOKE ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) TO rekey_owner;
+REVOKE ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) TO rekey_owner;
 
 
 --
@@ -18995,6 +19240,13 @@ GRANT ALL ON FUNCTION rekey._is_extension_table(relation oid) TO rekey_auditor;
 
 
 --
+-- Name: FUNCTION _is_in_the_way(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._is_in_the_way() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _is_of_citus(relation regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -19476,6 +19728,13 @@ REVOKE ALL ON FUNCTION rekey._own_problem() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _pace(INOUT chunk rekey._chunks, who_else text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._pace(INOUT chunk rekey._chunks, who_else text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _parse_kek(value text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -19487,6 +19746,13 @@ REVOKE ALL ON FUNCTION rekey._parse_kek(value text) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._parts(relation regclass) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _pass_on(chunk rekey._chunks); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._pass_on(chunk rekey._chunks) FROM PUBLIC;
 
 
 --
@@ -19597,10 +19863,10 @@ REVOKE ALL ON FUNCTION rekey._record_error(rotations bigint[], message text, cod
 
 
 --
--- Name: FUNCTION _reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT made bytea[], OUT failed_places integer[], OUT problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT made bytea[], OUT failed_places integer[], OUT problems text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]) FROM PUBLIC;
 
 
 --
@@ -20088,10 +20354,10 @@ REVOKE ALL ON FUNCTION rekey._subject() FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._sweep_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._sweep_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
 
 
 --
@@ -20164,6 +20430,13 @@ GRANT ALL ON FUNCTION rekey._to_look(search_id bigint) TO rekey_operator;
 --
 
 REVOKE ALL ON FUNCTION rekey._to_text(envelope bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._transactions(looked_at timestamp with time zone, transactions bigint, OUT told text, OUT looked timestamp with time zone, OUT counted bigint) FROM PUBLIC;
 
 
 --
@@ -20252,10 +20525,10 @@ REVOKE ALL ON FUNCTION rekey._verify(OUT event text, OUT keyring_count integer, 
 
 
 --
--- Name: FUNCTION _verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
 
 
 --
@@ -20264,6 +20537,13 @@ REVOKE ALL ON FUNCTION rekey._verify_batch(OUT event text, OUT keyring_count int
 
 REVOKE ALL ON FUNCTION rekey._view_columns(target regclass) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._view_columns(target regclass) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _wait_out(pace real, seconds double precision); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._wait_out(pace real, seconds double precision) FROM PUBLIC;
 
 
 --
@@ -20305,17 +20585,17 @@ REVOKE ALL ON FUNCTION rekey._wrapping_key(kek bytea) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean, OUT written bigint, OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
 
 
 --
@@ -20734,12 +21014,12 @@ GRANT ALL ON FUNCTION rekey.rotate_keys(keyring text, reason text, supersede boo
 
 
 --
--- Name: FUNCTION rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_admin;
-GRANT ALL ON FUNCTION rekey.rotation_step(whole boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_operator;
+REVOKE ALL ON FUNCTION rekey.rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.rotation_step(whole boolean, who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) TO rekey_operator;
 
 
 --
@@ -20898,6 +21178,15 @@ GRANT ALL ON FUNCTION rekey.watch() TO rekey_operator;
 
 
 --
+-- Name: FUNCTION who_else(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.who_else() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.who_else() TO rekey_admin;
+GRANT ALL ON FUNCTION rekey.who_else() TO rekey_operator;
+
+
+--
 -- Name: FUNCTION secrets_count(relation regclass, keyrings integer[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
 --
 
@@ -20922,11 +21211,11 @@ GRANT ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, u
 
 
 --
--- Name: FUNCTION secrets_write(relation regclass, rows tid[], ciphertexts bytea[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) TO rekey_sweeper;
+REVOKE ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) TO rekey_sweeper;
 
 
 --

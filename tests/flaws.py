@@ -140,6 +140,12 @@ FLAWS = [
         SLEEP,
     ),
     Flaw(
+        "rows that somebody else has are waited for",
+        "51_columns.sql",
+        "      for no key update of t skip locked\n    )",
+        "      for no key update of t\n    )",
+    ),
+    Flaw(
         "an adoption in line is never begun",
         "61_engine.sql",
         "perform rekey._next_in_line();",

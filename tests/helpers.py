@@ -49,6 +49,8 @@ def initialize(connection: Connection, kek: bytes) -> None:
     unlock(connection, kek)
     connection.execute("select rekey.register_kek()")
     connection.execute("select rekey.create_keyring('default')")
+    # Other tests have sessions on the same server, which workers would give way to.
+    connection.execute("update rekey.settings set min_pace = 1 where singleton")
 
 
 def install(dsn: str, script: str) -> None:

@@ -57,7 +57,7 @@ def step(whole: bool) -> Call[Step]:
     # A trigger may sleep in a batch; what reads whole tables takes long for good reason.
     limit = "'0'" if whole else f"(select s.milliseconds || ' ms' from ({db.query('step limit')}) s)"
     return Call(
-        "select * from rekey.rotation_step(%s)",
+        "select * from rekey.rotation_step(%s, rekey.who_else())",
         [whole],
         lambda rows: Step.of(rows[0]),
         before=f"select set_config('statement_timeout', {limit}, true)",

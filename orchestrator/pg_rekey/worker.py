@@ -62,11 +62,15 @@ def transaction(connection: db.Connection) -> Iterator[None]:
 class Steps:
     """Steps of the rotations under way, each in a transaction of its own; now and then a vacuum between.
 
-    beside: those of another worker in this process.
+    fast: they give way to nobody but to who waits for their locks. beside: those of another worker in this
+    process, which are as fast.
     """
 
-    def __init__(self, connection: db.Connection, beside: "Steps | None" = None) -> None:
+    def __init__(
+        self, connection: db.Connection, *, fast: bool = False, beside: "Steps | None" = None
+    ) -> None:
         self._connection = connection
+        self._fast: bool = beside._fast if beside else fast
         self._vacuum: Vacuum = Vacuum(connection, beside._vacuum if beside else None)
         self.refresh()
 
@@ -87,9 +91,14 @@ class Steps:
 
     def _take(self, *, whole: bool) -> dict[str, Any]:
         with transaction(self._connection):
+            # A crash takes back some batches, rows and progress together; what is audited waits for the disk.
+            self._connection.execute("set local synchronous_commit = off")
             if not whole:
                 self.limit()
-            [row] = self._connection.execute("select * from rekey.rotation_step(%s)", [whole]).fetchall()
+            [row] = self._connection.execute(
+                "select * from rekey.rotation_step(%s, case when %s then '' else rekey.who_else() end)",
+                [whole, self._fast],
+            ).fetchall()
             return row
 
     def limit(self) -> None:
@@ -226,9 +235,16 @@ class Worker:
     """Does the duties of rekey.tick() in steps that it can end between."""
 
     def __init__(
-        self, *, forever: bool, report: Report, workers: int = 1, health_file: Path | None = None
+        self,
+        *,
+        forever: bool,
+        report: Report,
+        workers: int = 1,
+        fast: bool = False,
+        health_file: Path | None = None,
     ) -> None:
         self._forever = forever
+        self._fast = fast
         self._workers = workers
         self._report = report
         self._health_file = health_file
@@ -263,7 +279,7 @@ class Worker:
             self._report.event("stopped", batches=self._batches)
 
     def _work_with_others(self, connection: db.Connection) -> None:
-        steps = Steps(connection)
+        steps = Steps(connection, fast=self._fast)
         crew = Crew(steps, self._workers, self._report.event)
         try:
             with crew:

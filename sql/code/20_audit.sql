@@ -128,6 +128,10 @@ begin
     raise exception 'code of a table may not do what is audited' using errcode = 'insufficient_privilege',
       hint = 'The entry would name whoever works on the rotation, or maintains the table.';
   end if;
+  -- A crash may not take back what was told to somebody: the key of an envelope that was handed out, the end of a rotation, a checkpoint.
+  if current_setting('synchronous_commit') in ('off', 'local', 'remote_write') then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
   insert into rekey._audit_head (id, hash) values (0, sha256('pg_rekey/v1/audit')) on conflict do nothing;
   select * into strict v_head from rekey._audit_head for update;
   v_entry.actor := session_user;
@@ -151,7 +155,7 @@ begin
   update rekey._audit_head set id = v_entry.id, hash = v_entry.hash where singleton;
 end
 $$;
-comment on function rekey._audit_all is 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details. What is long in them is cut.';
+comment on function rekey._audit_all is 'Adds entries to the audit log: an array of objects with event, keyring, version, rotation_id and details. What is long in them is cut. The transaction is on disk, and on synchronous standbys, when it ends, whatever synchronous_commit is in the session.';
 
 create or replace function rekey._audit(
   event text, keyring text = null, version integer = null, rotation_id bigint = null, details jsonb = '{}'

@@ -3,8 +3,8 @@
 --   <name>_count(relation, keyrings): rows by keyring and version, in the snapshot of the calling statement; no keyrings: only locks
 --     the relation, with its partitions
 --   <name>_scan(relation, first, until, keyrings, since, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
---   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): locks rows that are due, and returns them
---   <name>_write(relation, rows, ciphertexts): stores what the engine made of them
+--   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): rows that are due; what is no envelope, it locks
+--   <name>_write(relation, rows, starts, ciphertexts): locks those of them that still begin so, and stores what the engine made of them
 -- What has more than 64 MiB with its context and key is not read: scan and read return a header and the word "large" in its
 -- place; NULL where it is no envelope.
 -- rekey.secrets is the first target; protected columns are the others (51_columns.sql).
@@ -90,7 +90,6 @@ begin
     where s.ctid >= first and s.ctid < until
     order by s.ctid
     limit max_rows
-    for no key update of s skip locked
   ), total as (
     select sum(octet_length(d.ciphertext)) as bytes from due d
   ), sized as (
@@ -111,27 +110,38 @@ begin
 end
 $$;
 comment on function rekey_targets.secrets_read is
-  'Locks and returns the rows of rekey.secrets in a range that stand on another version than the given one of their keyring; as secrets_scan. Rows that others have locked are left out.';
+  'Rows of rekey.secrets in a range that stand on another version than the given one of their keyring; as secrets_scan, and without locks.';
 
-create or replace function rekey_targets.secrets_write(relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
+-- A row pointer names the same row as long as the statement lasts that calls all this: what its snapshot may see is not removed.
+-- Whether the row is still as it was read tell its pointer, once it is locked, and the header and IV of its envelope. (Before 15.15,
+-- 17.7 and 18.0, a search by pointer did not look at the pointer again where it had waited for another session's UPDATE.)
+create or replace function rekey_targets.secrets_write(
+  relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+)
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan  -- which looks the locked rows up in a hash table
 as $$
-declare
-  v_count bigint;
 begin
   if relation <> 'rekey.secrets'::regclass then
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
+  with held as materialized (
+    select u.row, s.ctid as now
+    from unnest(rows, starts) as u(row, start)
+    join rekey.secrets s on s.ctid = u.row and substr(s.ciphertext, 1, 27) = u.start
+    for no key update of s skip locked
+  )
+  select array_agg(h.row) into locked from held h where h.now = h.row;
   update rekey.secrets s set ciphertext = u.ciphertext
-  from unnest(rows, ciphertexts) as u(row, ciphertext)
-  where s.ctid = u.row;
-  get diagnostics v_count = row_count;
+  from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext)
+  where s.ctid = u.row and substr(s.ciphertext, 1, 27) = u.start and u.row = any (locked);
+  get diagnostics written = row_count;
   set constraints all immediate;
-  return v_count;
 end
 $$;
-comment on function rekey_targets.secrets_write is 'Stores new ciphertexts in rows that secrets_read returned in this transaction, and returns how many.';
+comment on function rekey_targets.secrets_write is
+  'Locks the rows that secrets_read returned in this statement, but those that somebody else has locked or changed, and stores new ciphertexts in them. starts: header and IV (27 bytes) of what was read. locked: the rows that it had; written: how many were changed.';
 
 -- What the code of a table may leave behind in the session of the worker, there to act with the worker's rights: a search
 -- path, which reaches even the functions that called it, or another setting; a cursor that is opened at COMMIT; a prepared
@@ -383,12 +393,13 @@ end
 $$;
 comment on function rekey._call_read is 'Calls the read function of a target.';
 
-create or replace function rekey._call_write(function_name name, relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
+create or replace function rekey._call_write(
+  function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+)
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_count bigint;
   v_state text[];
   v_changes text;
 begin
@@ -399,7 +410,8 @@ begin
   if function_name operator(pg_catalog.<>) 'secrets' then
     v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
   end if;
-  execute format('select rekey_targets.%I($1, $2, $3)', function_name || '_write') into v_count using relation, rows, ciphertexts;
+  execute format('select w.* from rekey_targets.%I($1, $2, $3, $4) w', function_name || '_write')
+  into locked, written using relation, rows, starts, ciphertexts;
   if v_state is not null then
     v_changes := rekey._changes();
   end if;
@@ -408,7 +420,6 @@ begin
     perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
     perform rekey._refuse_changes(v_changes);
   end if;
-  return v_count;
 end
 $$;
 comment on function rekey._call_write is 'Calls the write function of a target.';
@@ -429,7 +440,7 @@ comment on function rekey._shape_problem is 'What is wrong with what is no envel
 
 create or replace function rekey._reencrypt(
   rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[],
-  out made_rows tid[], out made bytea[], out failed_places integer[], out problems text[]
+  out made_rows tid[], out starts bytea[], out made bytea[], out made_keyrings integer[], out failed_places integer[], out problems text[]
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -452,11 +463,13 @@ begin
   select string_agg(rekey._random_bytes(1024), ''::bytea) into v_ivs from generate_series(1, (cardinality(ciphertexts) + 63) / 64);
 
   select array_agg(o.row) filter (where o.body is not null),
+    array_agg(o.old_header || o.old_iv) filter (where o.body is not null),
     array_agg(o.header || o.iv || o.body || rekey._mac(o.key, o.aad, o.iv, o.body)) filter (where o.body is not null),
+    array_agg(o.keyring_id) filter (where o.body is not null),
     array_agg(o.place) filter (where o.body is null),
     array_agg(case when o.plaintext is null then coalesce(o.old_problem, 'does not open: damaged, or of another row')
                    else coalesce(o.new_problem, 'the keyring has no active version') end) filter (where o.body is null)
-  into made_rows, made, failed_places, problems
+  into made_rows, starts, made, made_keyrings, failed_places, problems
   from (
     select p.*, case when p.plaintext is not null and p.key is not null then rekey._encipher(p.key, p.iv, p.plaintext) end as body
     from (
@@ -465,7 +478,7 @@ begin
           case when rekey._is_authentic(u.old_key, u.old_iv, u.sealed, u.old_header || prefix || u.context)
             then rekey._decipher(u.old_key, u.old_iv, u.sealed) end end as plaintext
       from (
-        select c.place::integer as place, c.row, c.context, k.old_header, k.old_key, k.header, k.key, k.new_problem,
+        select c.place::integer as place, c.row, c.context, k.keyring_id, k.old_header, k.old_key, k.header, k.key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
           case when k.old_header is not null then k.old_problem
                when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
@@ -475,7 +488,7 @@ begin
           with keys as materialized (
             select * from rekey._deks(v_from_keyrings || v_keyrings, v_from_versions || v_versions, sweeping => true)
           )
-          select rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
+          select d.keyring_id, rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
             rekey._header(a.keyring_id, a.version) as header, a.key, a.problem as new_problem
           from keys d
           left join (unnest(v_keyrings, v_versions) as w(keyring_id, version) join keys a using (keyring_id, version)) on w.keyring_id = d.keyring_id
@@ -490,7 +503,7 @@ begin
 end
 $$;
 comment on function rekey._reencrypt is
-  'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
+  'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows, of made_keyrings; starts: header and IV of the old ones; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
 
 create or replace function rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[])
 returns table (header bytea, failed_places integer[], problems text[])

@@ -15,6 +15,8 @@ declare
   v_may_be text := $sql$substr(g.start, 1, 3) = '\x524b01'$sql$;
   v_header text := $sql$case when octet_length(g.start) = 11 and substr(g.start, 1, 3) = '\x524b01' then g.start end$sql$;
   v_stored text := 'u.ciphertext';
+  -- Whether a value still has the header and IV that were read.
+  v_begins text := 'pg_catalog.substr(t.%1$s, 1, 27) operator(pg_catalog.=) u.start';
   -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
   -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
   v_kept_role text := case when protected.fire_triggers then '' else '
@@ -37,6 +39,7 @@ begin
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
       then decode(right(t.%1$s, -4), 'base64') else coalesce((select $sql$ || v_header || ' from (select ' || v_start || $sql$ as start) g), convert_to(t.%1$s, 'UTF8')) end$sql$;
+    v_begins := $sql$pg_catalog.left(t.%1$s, 40) collate pg_catalog."C" operator(pg_catalog.=) ('rk1:' operator(pg_catalog.||) pg_catalog.encode(u.start, 'base64'))$sql$;
     v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
@@ -160,29 +163,36 @@ begin
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
     v_select || '
     where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and h.header <> all ($6)
-    order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' end)
+    order by t.ctid limit $4' || v_page) || ' end)
   into next, rows, ciphertexts, contexts, keys
   using first, until, array(select int4send(k.id) from unnest(keyrings) as k(id)), max_rows, max_bytes,
     array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version));
 end
 '),
-    ('write', 'relation regclass, rows tid[], ciphertexts bytea[]', 'bigint', 'volatile', '
+    ('write', 'relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint', 'record', 'volatile', '
 declare
+  v_lock text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
+    'with held as materialized (
+      select u.row, t.ctid as now from unnest($1, $2) as u(row, start) join only %2$s t on t.ctid = u.row and ($2 is null or ' || v_begins || ')
+      for no key update of t skip locked
+    )
+    select array_agg(h.row) from held h where h.now = h.row') || ');
   v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     'update only %2$s t set %1$s = ' || v_stored || '
-    from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as u(row, ciphertext) where t.ctid operator(pg_catalog.=) u.row
+    from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) as u(row, start, ciphertext)
+    where t.ctid operator(pg_catalog.=) u.row and u.row operator(pg_catalog.=) any ($4) and ($2 is null or ' || v_begins || ')
     returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end) || ');
-  v_count bigint := 0;
   v_kept boolean;' || v_kept_role || '
 begin
+  execute v_lock into locked using rows, starts;
+  written := 0;
   ' || v_before || '
   -- A trigger may have kept the row, or put another value into it.
-  for v_kept in execute v_update using rows, ciphertexts loop
-    v_count := v_count operator(pg_catalog.+) case when v_kept then 1 else 0 end;
+  for v_kept in execute v_update using rows, starts, ciphertexts, locked loop
+    written := written operator(pg_catalog.+) case when v_kept then 1 else 0 end;
   end loop;
   ' || v_after || '
   set constraints all immediate;
-  return v_count;
 end
 ')
   ) as b(suffix, arguments, result, volatility, body);

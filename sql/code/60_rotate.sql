@@ -55,10 +55,14 @@ select r.id, k.name as keyring, k.tenant_id, r.state, r.trigger, r.from_versions
   p.label as adopts, r.formats, r.forced, r.unwrap,
   case when r.state = 'verifying' and r.verification_id is not null then (
     select coalesce(sum(c.until_block - split_part(trim(c.first::text, '()'), ',', 1)::bigint), 0)::bigint from rekey._chunks c where c.pass_id = r.verification_id and c.kind = 'verify')
-  end as blocks_to_verify
+  end as blocks_to_verify,
+  w.pace, w.gives_way_to
 from rekey.rotations r
 join rekey.keyrings k on k.id = r.keyring_id
 left join rekey.protected_columns p on p.id = r.column_id
+left join lateral (
+  select c.pace, c.gives_way_to from rekey._chunks c where c.pass_id in (r.pass_id, r.verification_id) order by c.pace, c.id limit 1
+) w on r.state in ('running', 'verifying')
 left join (
   select u.id, jsonb_agg(distinct jsonb_build_object('pid', s.pid, 'target', d.target, 'relation', d.relation::text,
     'age_seconds', extract(epoch from clock_timestamp() - s.since)::bigint)) as steps
@@ -92,6 +96,8 @@ comment on column rekey.rotation_status.formats is 'As what its values may be ta
 comment on column rekey.rotation_status.forced is 'Whether values that look like another format are taken for plaintext.';
 comment on column rekey.rotation_status.unwrap is 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
 comment on column rekey.rotation_status.blocks_to_verify is 'Blocks of large tables that its verification has yet to look at; NULL: none has begun.';
+comment on column rekey.rotation_status.pace is 'Part of the time that its workers work, for the rest they pause: 1 at full speed, at least the setting min_pace. NULL: they do not work on it.';
+comment on column rekey.rotation_status.gives_way_to is 'To whom they give way so; NULL: to nobody.';
 grant select on rekey.rotation_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._is_under_way(state text) returns boolean

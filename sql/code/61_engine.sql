@@ -432,49 +432,40 @@ end
 $$;
 comment on function rekey._guarded_settings is 'Settings of the session that say who acts, and with which KEK.';
 
-create or replace function rekey._write_rows(target rekey._target, relation regclass, rows tid[], ciphertexts bytea[]) returns bigint
+create or replace function rekey._write_rows(
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings text := rekey._guarded_settings();
-  v_rows tid[] := rows;
-  v_ciphertexts bytea[] := ciphertexts;
-  v_count bigint;
 begin
-  if array_position(ciphertexts, null) is not null then
-    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
-    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
-  end if;
-  if v_rows is null then
-    return 0;
-  end if;
   perform set_config('rekey.sweeping', 'on', true);
   insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
-  v_count := rekey._call_write(target.function_name, relation, v_rows, v_ciphertexts);
+  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts) w;
   delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
-  if v_count is distinct from cardinality(v_rows)::bigint then
-    raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(v_rows) - coalesce(v_count, 0),
-      cardinality(v_rows), relation using errcode = 'RK005',
+  if written is distinct from coalesce(cardinality(locked), 0)::bigint then
+    raise exception '% of % rows of % were not changed: a trigger of the table, or a rule, keeps them', cardinality(locked) - coalesce(written, 0),
+      cardinality(locked), relation using errcode = 'RK005',
       hint = format('Let the trigger pass by what pg_rekey does: WHEN (NOT rekey.is_sweeping(%L)).', relation);
   end if;
   if rekey._guarded_settings() <> v_settings then
     raise exception 'a trigger of % changed who acts in this session', relation using errcode = 'RK005',
       hint = 'It must leave role, JWT claims and pg_rekey''s own settings as they are.';
   end if;
-  return v_count;
 end
 $$;
 comment on function rekey._write_rows is
-  'Stores ciphertexts in locked rows, leaving out those that are NULL; returns how many. RK005: the table did not take them, or its triggers did more than they may.';
+  'Stores ciphertexts in rows that still begin as they were read (starts; NULL: they are locked since), and that nobody else has: those locked. RK005: the table did not take them, or its triggers did more than they may.';
 
 -- At most 60 subtransactions: 64 is as many as a session keeps count of in shared memory. A batch of 4,000 rows with one
 -- that raises takes 25.
 create or replace function rekey._write_apart(
-  target rekey._target, relation regclass, rows tid[], ciphertexts bytea[], plain boolean,
-  out written bigint, out undone tid, out refused tid[], out problems text[], out codes text[]
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean,
+  out written tid[], out undone tid, out refused tid[], out problems text[], out codes text[]
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -485,18 +476,27 @@ declare
   v_limit interval := greatest(5 * (rekey._settings()).batch_target, interval '1 second');
   v_tries integer := 0;
   v_rows tid[] := rows;
+  v_starts bytea[] := starts;
   v_ciphertexts bytea[] := ciphertexts;
   -- What is still to be written, the first at the end.
   v_from integer[] := array[1];
-  v_until integer[] := array[coalesce(cardinality(rows), 0)];
+  v_until integer[];
+  v_top integer;
   v_low integer;
   v_high integer;
-  v_top integer := 1;
+  v_ordered bytea[];
+  v_locked tid[];
   v_message text;
   v_code text;
   v_context text;
 begin
-  written := 0;
+  if array_position(ciphertexts, null) is not null then
+    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
+    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+  end if;
+  v_until := array[cardinality(v_rows)];
+  v_top := case when v_rows is null then 0 else 1 end;
+  written := '{}';
   refused := '{}';
   problems := '{}';
   codes := '{}';
@@ -510,7 +510,12 @@ begin
     v_tries := v_tries + 1;
     v_top := v_top - 1;
     begin
-      written := written + rekey._write_rows(target, relation, v_rows[v_low:v_high], v_ciphertexts[v_low:v_high]);
+      if v_tries = 1 then
+        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts)).locked;
+      else
+        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high])).locked;
+      end if;
+      written := written || v_locked;
       continue;
     exception when assert_failure or others then
       get stacked diagnostics v_message = message_text, v_code = returned_sqlstate, v_context = pg_exception_context;
@@ -520,9 +525,10 @@ begin
       end if;
     end;
     if v_tries = 1 then
-      select array_agg(u.row order by u.row), array_agg(u.ciphertext order by u.row) into v_rows, v_ciphertexts
-      from unnest(v_rows, v_ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
-      v_high := cardinality(v_rows);
+      select array_agg(u.row order by u.row), array_agg(u.start order by u.row), array_agg(u.ciphertext order by u.row)
+      into v_rows, v_ordered, v_ciphertexts
+      from unnest(v_rows, v_starts, v_ciphertexts) as u(row, start, ciphertext);
+      v_starts := case when v_starts is not null then v_ordered end;
     end if;
     if v_low = v_high then
       refused := refused || v_rows[v_low];
@@ -539,7 +545,7 @@ begin
 end
 $$;
 comment on function rekey._write_apart is
-  'Stores as rekey._write_rows(), and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. An error that passes is raised.';
+  'Stores as rekey._write_rows(), leaving out what is NULL, and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. What is neither is somebody else''s now. An error that passes is raised.';
 
 create or replace function rekey._batch_size(keyrings integer) returns double precision
 language sql immutable parallel safe
@@ -547,22 +553,41 @@ return 1 + least(keyrings - 1, 1000) / 1000.0;
 comment on function rekey._batch_size is
   'By how much a batch is larger than one of a single keyring: each key is unwrapped once a batch.';
 
-create or replace function rekey._advance(chunk rekey._chunks, next tid, until_block bigint, seconds double precision, max_rows integer = 4000) returns void
+create or replace function rekey._pass_on(chunk rekey._chunks) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from rekey._chunks c where c.id = chunk.id;
+  update rekey._chunks c
+  set batch_rows = chunk.batch_rows, pace = chunk.pace, gives_way_to = chunk.gives_way_to, looked_at = chunk.looked_at, transactions = chunk.transactions
+  where c.id = (
+    select n.id from rekey._chunks n
+    where n.pass_id = chunk.pass_id and n.kind = chunk.kind and not n.stuck
+    order by n.attempts > 0, n.urgent desc, n.id limit 1 for update skip locked);
+end
+$$;
+comment on function rekey._pass_on is 'Deletes a chunk that is done; the one that comes next goes on with its size of batches, and at its pace.';
+
+create or replace function rekey._advance(
+  chunk rekey._chunks, next tid, until_block bigint, seconds double precision, locked double precision = 0, max_rows integer = 4000
+) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- The next batch takes about batch_target.
-  v_factor double precision := greatest(0.5, least(2.0,
-    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001)));
+  -- The next batch takes about batch_target, and has its rows locked for 10 ms of it.
+  v_factor double precision := greatest(0.25, least(2.0,
+    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001), 0.01 / greatest(locked, 0.000001)));
 begin
+  chunk.batch_rows := greatest(10, least(max_rows, (chunk.batch_rows * v_factor)::integer));
   if next is null and _advance.until_block >= chunk.until_block then
-    delete from rekey._chunks c where c.id = chunk.id;
+    perform rekey._pass_on(chunk);
     return;
   end if;
   update rekey._chunks c
   set first = coalesce(rekey._next_row(_advance.next), format('(%s,0)', _advance.until_block)::tid), swept_from = c.first,
-      batch_rows = greatest(50, least(max_rows, (c.batch_rows * v_factor)::integer)),
+      batch_rows = chunk.batch_rows, pace = chunk.pace, gives_way_to = chunk.gives_way_to, looked_at = chunk.looked_at, transactions = chunk.transactions,
       -- No more than twice the blocks that this batch had its rows from: all are read, whatever becomes of it.
       batch_blocks = case when c.batch_blocks > 1024 then c.batch_blocks
                           when _advance.next is not null then greatest(4, least(c.batch_blocks, 2 * (rekey._block(_advance.next) - rekey._block(chunk.first) + 1)))
@@ -570,7 +595,7 @@ begin
   where c.id = chunk.id;
 end
 $$;
-comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took; max_rows: the most that a batch may have.';
+comment on function rekey._advance is 'Moves the start of a chunk behind what was swept of it, and notes where that began; deletes it at its end. seconds: how long it took, and for how long its rows were locked; max_rows: the most that a batch may have.';
 
 create or replace function rekey._note_batch(
   rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass,
@@ -638,6 +663,88 @@ end
 $$;
 comment on function rekey._note_pace is 'Tells rekey._throttle() how many rows a batch had that began then.';
 
+create or replace function rekey.who_else() returns text
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_sessions bigint;
+begin
+  if not pg_has_role('pg_read_all_stats', 'usage') then
+    return null;
+  end if;
+  select count(*) into v_sessions
+  from pg_stat_activity a
+  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg_cron')
+    and (a.state = 'active' or a.state_change > clock_timestamp() - interval '1 second');
+  return case when v_sessions > 0 then format('%s active sessions', v_sessions) else '' end;
+end
+$$;
+comment on function rekey.who_else is
+  'Who else used this server within the last second, in words, for rekey.rotation_step(); empty: nobody; NULL: the caller is no member of pg_read_all_stats, and may not see it.';
+grant execute on function rekey.who_else to rekey_admin, rekey_operator;
+
+-- What all may see: how many transactions there were, which sessions tell once a second.
+create or replace function rekey._transactions(looked_at timestamptz, transactions bigint, out told text, out looked timestamptz, out counted bigint)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rate double precision;
+begin
+  select clock_timestamp(), sum(pg_stat_get_db_xact_commit(d.oid) + pg_stat_get_db_xact_rollback(d.oid))::bigint into looked, counted from pg_database d;
+  v_rate := (counted - transactions) / extract(epoch from looked - looked_at);
+  -- Workers, and who watches them, have some themselves.
+  told := case when v_rate > 50 then format('%s transactions a second', round(v_rate::numeric)) end;
+end
+$$;
+comment on function rekey._transactions is
+  'Whether others use this server: how many transactions it has had in all databases, and in words how many a second, where there are more than 50. looked_at, transactions: when they were counted before, and what was counted then.';
+
+create or replace function rekey._pace(inout chunk rekey._chunks, who_else text)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings rekey.settings := rekey._settings();
+  v_others text := nullif(who_else, '');
+begin
+  if v_settings.min_pace = 1 or v_settings.max_rows_per_second is not null or chunk.urgent or exists (
+       select from rekey.rotations r where chunk.pass_id in (r.pass_id, r.verification_id) and r.state in ('running', 'verifying') and r.trigger = 'compromise') then
+    chunk.pace := 1;
+    chunk.gives_way_to := null;
+    return;
+  end if;
+  if who_else is null then
+    if chunk.looked_at > clock_timestamp() - interval '1 second' then
+      return;  -- too early to say
+    end if;
+    select t.told, t.looked, t.counted into v_others, chunk.looked_at, chunk.transactions from rekey._transactions(chunk.looked_at, chunk.transactions) t;
+  end if;
+  chunk.pace := case when v_others is not null then greatest(chunk.pace / 2, v_settings.min_pace) else least(chunk.pace * 2, 1) end;
+  chunk.gives_way_to := case when chunk.pace < 1 then coalesce(v_others, chunk.gives_way_to) end;
+end
+$$;
+comment on function rekey._pace is
+  'The chunk with the part of the time that its next batch may take (pace): half of what it was, down to min_pace, while others use the server; twice as much, up to all of it, when they do not. Nobody is given way to where a key is compromised, and where max_rows_per_second sets the pace. who_else: what rekey.who_else() said.';
+
+create or replace function rekey._is_in_the_way() returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (
+    select from pg_locks w join pg_locks h on h.locktype = w.locktype and h.transactionid = w.transactionid
+    where w.locktype = 'transactionid' and not w.granted and h.granted and h.pid = pg_backend_pid());
+end
+$$;
+comment on function rekey._is_in_the_way is 'Whether somebody waits for the end of this transaction.';
+
+create or replace function rekey._wait_out(pace real, seconds double precision) returns interval
+language sql immutable parallel safe
+return case when pace < 1 then least(seconds * (1 / pace - 1), 10) * interval '1 second' end;
+comment on function rekey._wait_out is 'How long a worker pauses after a batch of so many seconds; NULL: not at all.';
+
 create or replace function rekey._note_passed(chunk rekey._chunks, written bigint, refused integer) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -670,7 +777,7 @@ end
 $$;
 comment on function rekey._note_passed is 'Notes that rows of a chunk went through, or that all were refused: RK005 where more than 10,000 were, and none went through.';
 
-create or replace function rekey._sweep_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
+create or replace function rekey._sweep_batch(who_else text, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -695,7 +802,12 @@ declare
   v_sealing rekey._sealing;
   v_adopted rekey._sealed;
   v_rows tid[];
+  v_starts bytea[];
   v_made bytea[];
+  v_made_keyrings integer[];
+  v_locking timestamptz;
+  v_locked double precision := 0;
+  v_left tid[];
   v_failed_places integer[];
   v_done_keyrings integer[];
   v_done_rows bigint[];
@@ -735,6 +847,7 @@ begin
     return;  -- paused or superseded since
   end if;
   v_size := rekey._batch_size(cardinality(v_ids));
+  v_chunk := rekey._pace(v_chunk, who_else);
   perform rekey._take_in_hand(v_chunk.relation);
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
@@ -772,18 +885,21 @@ begin
         from unnest(v_adopted.problems) with ordinality as u(problem, place) where u.problem is not null;
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
-        select r.made_rows, r.made, r.failed_places, r.problems into v_rows, v_made, v_failed_places, v_failed_problems
+        select r.made_rows, r.starts, r.made, r.made_keyrings, r.failed_places, r.problems
+        into v_rows, v_starts, v_made, v_made_keyrings, v_failed_places, v_failed_problems
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
-      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_made, v_chunk.kind = 'adopt') a;
-      rows := v_apart.written;
+      v_locking := clock_timestamp();
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt') a;
+      v_locked := extract(epoch from clock_timestamp() - v_locking);
+      rows := cardinality(v_apart.written);
       v_undone := v_apart.undone;
+      v_left := case when rows < cardinality(v_rows) then array(select unnest(v_rows) except select unnest(v_apart.written)) end;
       select array_agg(d.keyring_id), array_agg(d.rows) into v_done_keyrings, v_done_rows
-      from (select rekey._int4(h.header, 3) as keyring_id, h.rows
-            from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows
-                  from unnest(v_made, v_rows) as u(ciphertext, row)
-                  where u.ciphertext is not null and u.row <> all (v_apart.refused) and (v_undone is null or u.row < v_undone)
-                  group by 1) h) d;
+      from (select coalesce(u.keyring_id, v_keyrings[1]) as keyring_id, count(*) as rows
+            from unnest(v_rows, v_made_keyrings) as u(row, keyring_id)
+            where v_left is null or u.row <> all (v_left)
+            group by 1) d;
       if v_failed_places is not null or v_apart.refused <> '{}' then
         -- (Joined: to look a place up in an array of texts takes as long as the place is far.)
         select array_agg(case when v_chunk.kind = 'adopt' then v_keyrings[1] else f.keyring_id end order by f.place),
@@ -808,14 +924,20 @@ begin
       perform rekey._note_batch(v_ids, v_done_keyrings, v_done_rows, v_chunk.target, v_chunk.relation,
         v_failed_keyrings, v_failed_versions, v_failed_keys, v_failed_problems,
         case when v_apart.codes <> '{}' then v_failed_codes end);
-      perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
+      perform rekey._note_passed(v_chunk, rows, cardinality(v_apart.refused));
     end if;
     perform rekey._note_pace(v_begin, rows);
+    if v_chunk.pace = 1 and rekey._is_in_the_way() then
+      v_chunk.pace := (rekey._settings()).min_pace;
+      v_chunk.gives_way_to := 'sessions that wait for its locks';
+    end if;
     if v_undone is null then
-      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin), (4000 * v_size)::integer);
+      perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin),
+        case when v_chunk.kind = 'sweep' then v_locked else 0 end, (4000 * v_size)::integer);
     else
       update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
     end if;
+    wait := rekey._wait_out(v_chunk.pace, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('pass', v_chunk.pass_id, 'target', v_chunk.target, 'relation', v_chunk.relation::oid::bigint, 'rotations', v_ids[1:20],
       'failed', coalesce(cardinality(v_failed_keys), 0),
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
@@ -958,7 +1080,7 @@ $$;
 comment on function rekey._next_in_line is 'Lets the first adoption in line begin whose keyring has nothing else under way, with the version that is active now.';
 
 create or replace function rekey.rotation_step(
-  whole boolean = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
+  whole boolean = null, who_else text = null, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -1015,9 +1137,9 @@ begin
   foreach v_kind in array case when exists (select from rekey._chunks c where c.urgent) then '{sweep,verify}'::text[] else '{verify,sweep}' end loop
     exit when event is not null or whole;
     if v_kind = 'verify' then
-      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch() v;
+      select v.event, v.keyring_count, v.rows, v.wait, v.detail into event, keyring_count, rows, wait, detail from rekey._verify_batch(who_else) v;
     else
-      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch() s;
+      select s.event, s.keyring_count, s.rows, s.wait, s.detail into event, keyring_count, rows, wait, detail from rekey._sweep_batch(who_else) s;
     end if;
   end loop;
   if event is null and v_blocked is not null then
@@ -1050,7 +1172,7 @@ when deadlock_detected or serialization_failure or lock_not_available or query_c
 end
 $$;
 comment on function rekey.rotation_step is
-  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
+  'One step of the rotations under way, to be committed at once; any number of sessions may step. event: planned, batch, swept, checked, verified, completed, blocked (waits for writers), waiting, locked (no KEK), error, canceled, idle. whole: true, only what reads whole tables, and so may take long; false, only what does not, and the event whole where that is due; NULL, the default: either. who_else: what rekey.who_else() tells the caller; NULL: the step looks for itself. wait: how long the caller may sleep before the next one; NULL: not at all. 25001: not in READ COMMITTED.';
 grant execute on function rekey.rotation_step to rekey_admin, rekey_operator;
 
 create or replace procedure rekey.run_rotations(max_duration interval = '50 s')
@@ -1066,7 +1188,9 @@ begin
   loop
     commit;
     set transaction isolation level read committed;  -- whatever the default of the role or database
-    select s.event, s.wait into v_step from rekey.rotation_step() s;
+    -- A crash takes back some batches, rows and progress together. What is audited waits for the disk all the same.
+    perform pg_catalog.set_config('synchronous_commit', 'off', true);
+    select s.event, s.wait into v_step from rekey.rotation_step(who_else => rekey.who_else()) s;
     commit;
     exit when v_step.event operator(pg_catalog.=) any (array['idle', 'locked', 'canceled'])
            or pg_catalog.clock_timestamp() operator(pg_catalog.>=) v_until;

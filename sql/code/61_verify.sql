@@ -362,7 +362,7 @@ end
 $$;
 comment on function rekey._begin_verification is 'Begins a verification of these rotations and their keyrings: splits what is large of these targets, which the caller has locked, into chunks. Returns its number.';
 
-create or replace function rekey._verify_batch(out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
+create or replace function rekey._verify_batch(who_else text, out event text, out keyring_count integer, out rows bigint, out wait interval, out detail jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -404,6 +404,7 @@ begin
   if v_ids is null then
     return;
   end if;
+  v_chunk := rekey._pace(v_chunk, who_else);
   perform rekey._take_in_hand(v_chunk.relation);
   begin
     event := 'checked';
@@ -433,14 +434,18 @@ begin
       end if;
       v_chunk.first := coalesce(rekey._next_row(v_found.next), format('(%s,0)', v_until)::tid);
       if rekey._block(v_chunk.first) >= v_chunk.until_block then
-        delete from rekey._chunks c where c.id = v_chunk.id;
+        perform rekey._pass_on(v_chunk);
         exit;
       elsif v_settings.max_rows_per_second is not null or clock_timestamp() - v_begin >= v_settings.batch_target then
-        update rekey._chunks c set first = v_chunk.first, attempts = 0, next_attempt_at = null where c.id = v_chunk.id;
+        update rekey._chunks c
+        set first = v_chunk.first, attempts = 0, next_attempt_at = null,
+            pace = v_chunk.pace, gives_way_to = v_chunk.gives_way_to, looked_at = v_chunk.looked_at, transactions = v_chunk.transactions
+        where c.id = v_chunk.id;
         exit;
       end if;
     end loop;
     perform rekey._note_pace(v_begin, rows / 4);
+    wait := rekey._wait_out(v_chunk.pace, extract(epoch from clock_timestamp() - v_begin));
     detail := jsonb_build_object('verification', v_chunk.pass_id, 'target', v_chunk.target, 'rotations', v_ids[1:20],
       'seconds', round(extract(epoch from clock_timestamp() - v_begin), 4));
   exception

@@ -336,7 +336,7 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, v_adoption.ciphertexts, true) a;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true) a;
   select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
   from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
   left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
@@ -344,9 +344,9 @@ begin
   if rekey._target_state(v_target.function_name) <> v_state then
     raise exception 'the protected column % was changed while its rows were adopted', v_chunk.target using errcode = 'RK005', hint = 'Try again.';
   end if;
-  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, v_apart.written, v_chunk.target, v_chunk.relation,
+  perform rekey._note_adopted(v_rotation.id, v_rotation.keyring_id, cardinality(v_apart.written), v_chunk.target, v_chunk.relation,
     v_failed.keys, v_failed.problems, v_failed.codes);
-  perform rekey._note_passed(v_chunk, v_apart.written, cardinality(v_apart.refused));
+  perform rekey._note_passed(v_chunk, cardinality(v_apart.written), cardinality(v_apart.refused));
   perform rekey._note_pace(v_begin, coalesce(cardinality(v_adoption.rows), 0));
   if v_apart.undone is null then
     perform rekey._advance(v_chunk, v_adoption.next, v_until_block, extract(epoch from clock_timestamp() - v_begin));
@@ -430,8 +430,8 @@ begin
       end if;
     end loop;
     -- (What it does not come to, the next pass does.)
-    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, v_made.ciphertexts, true) a;
-    v_done := v_apart.written;
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true) a;
+    v_done := cardinality(v_apart.written);
     v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
     v_failed_keys := v_failed_keys || array(
       select v_batch.keys[array_position(v_batch.rows, u.row)] from unnest(v_apart.refused) with ordinality as u(row, place) order by u.place);

@@ -17,6 +17,8 @@ create table rekey.settings (
     constraint settings_step_limit_check check (step_limit between '100 ms' and '1 day'),
   max_rows_per_second integer
     constraint settings_max_rows_per_second_check check (max_rows_per_second > 0),
+  min_pace real not null default 0.25
+    constraint settings_min_pace_check check (min_pace between 0.01 and 1),
   max_attempts integer not null default 8
     constraint settings_max_attempts_check check (max_attempts between 1 and 1000),
   apply_plaintext text not null default 'refuse'
@@ -39,6 +41,7 @@ comment on column rekey.settings.destroy_search is 'Where a key version is looke
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
 comment on column rekey.settings.step_limit is 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. NULL: 100 times batch_target. Under pg_cron, rekey.watch() looks for it.';
 comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
+comment on column rekey.settings.min_pace is 'Part of the time, 0.01 to 1, that a worker works at least while others use the server: then it pauses after each batch, as autovacuum does. 1: it gives way to nobody. Alone it works all the time, and so it does where a key is compromised.';
 comment on column rekey.settings.max_attempts is 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
 comment on column rekey.settings.apply_plaintext is 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
 comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';

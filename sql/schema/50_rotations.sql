@@ -94,7 +94,11 @@ create table rekey._chunks (
   attempts integer not null default 0,
   next_attempt_at timestamptz,
   last_error text,
-  stuck boolean not null default false
+  stuck boolean not null default false,
+  pace real not null default 1,  -- and what it goes by: rekey._pace()
+  gives_way_to text,
+  looked_at timestamptz,
+  transactions bigint
 );
 create index _chunks_pass_id on rekey._chunks (pass_id);
 comment on table rekey._chunks is 'Block ranges that the rotations of a pass or of a verification have yet to work on.';

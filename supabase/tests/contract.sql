@@ -54,7 +54,7 @@ insert into contract values
   ('rollback_rotation', 'id bigint, reason text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
   ('rotate_kek', '', 'integer'),
   ('rotate_keys', 'keyring text DEFAULT NULL::text, reason text DEFAULT NULL::text, supersede boolean DEFAULT false', 'SETOF rekey.rotation_status'),
-  ('rotation_step', 'whole boolean DEFAULT NULL::boolean, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb', 'record'),
+  ('rotation_step', 'whole boolean DEFAULT NULL::boolean, who_else text DEFAULT NULL::text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb', 'record'),
   ('run_rotations', 'IN max_duration interval DEFAULT ''00:00:50''::interval', 'procedure'),
   ('schedule_key_destruction', 'keyring text, version integer, wait interval DEFAULT NULL::interval', 'timestamp with time zone'),
   ('schedule_worker', 'schedule text DEFAULT NULL::text, workers integer DEFAULT NULL::integer', 'bigint'),
@@ -72,7 +72,8 @@ insert into contract values
   ('verify_audit_log', 'anchor jsonb DEFAULT NULL::jsonb, OUT valid boolean, OUT entries bigint, OUT first_bad bigint, OUT reason text', 'record'),
   ('verify_ciphertexts', 'keyring text DEFAULT NULL::text', 'SETOF rekey.verified_rows'),
   ('version', '', 'text'),
-  ('watch', '', 'integer');
+  ('watch', '', 'integer'),
+  ('who_else', '', 'text');
 
 select is(
   array(select pg_get_function_result(p.oid) from pg_proc p

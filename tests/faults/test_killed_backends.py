@@ -141,6 +141,7 @@ def test_killed_in_the_middle_of(dsn: str, kek: bytes, name: str, signal_: signa
         gate.execute("select pg_advisory_lock(4711)")
         running = pool.submit(victim.execute, point.call)
         waits(gate, victim.info.backend_pid)
+        gate.execute("create table flushed ()")  # what was committed before it is on disk, too
         before = gate.execute(STATE).fetchone()
         os.kill(victim.info.backend_pid, signal_)
         with pytest.raises(psycopg.OperationalError):

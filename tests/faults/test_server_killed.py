@@ -15,7 +15,7 @@ import pytest
 
 from driving import in_background, on_versions, rotate, rotation, run, states, step_until, waits
 from estate import ROUNDS, Estate
-from helpers import Connection, unlock, value
+from helpers import Connection, connect, unlock, value
 from pg_rekey import local
 
 numbers = itertools.count(1)
@@ -193,4 +193,99 @@ def test_the_server_is_lost_at_any_moment(server: local.Server, estate: Estate) 
         last = value(connection, "select max(id) from rekey.rotations")
         assert rotation(connection, last, "state", "rows_failed", "last_error") == ("completed", 0, None)
         assert set(on_versions(connection)) == {max(states(connection))}
+        estate.check(connection)
+
+
+@contextlib.contextmanager
+def forgetful(server: local.Server, estate: Estate) -> Iterator[None]:
+    """Lose the server at the end; meanwhile, what does not wait for the disk does not get there."""
+    with connect(server.dsn()) as connection:
+        connection.execute(f"alter database {estate.name} set synchronous_commit = off".encode())
+        walwriter = value(connection, "select pid from pg_stat_activity where backend_type = 'walwriter'")
+        connection.execute("checkpoint")
+    server._signal("STOP", walwriter)
+    yield
+    kill(server)
+
+
+def envelope(connection: Connection, keyring: str = "default") -> bytes:
+    """What an application is given, and stores elsewhere."""
+    return bytes(value(connection, "select rekey.encrypt('handed out', %s)", keyring))
+
+
+def opens(connection: Connection, handed_out: object) -> bool:
+    return bool(
+        value(connection, "select convert_from(rekey.decrypt(%s), 'UTF8')", handed_out) == "handed out"
+    )
+
+
+def of_a_rotation(connection: Connection, _: Estate) -> bytes:
+    rotate(connection)
+    return envelope(connection)
+
+
+def of_a_new_keyring(connection: Connection, _: Estate) -> bytes:
+    connection.execute("select rekey.create_keyring('new')")
+    return envelope(connection, "new")
+
+
+def of_a_compromise(connection: Connection, _: Estate) -> bytes:
+    connection.execute("select rekey.mark_key_compromised('default', 1)")
+    return envelope(connection)
+
+
+def of_a_rollback(connection: Connection, _: Estate) -> bytes:
+    connection.execute("select rekey.rollback_rotation(%s)", [rotate(connection)])
+    return envelope(connection)
+
+
+def under_the_next_kek(connection: Connection, estate: Estate) -> bytes:
+    to_the_next_kek(connection, estate)
+    connection.execute("select rekey.rotate_kek()")
+    estate.kek = NEXT_KEK  # the operator forgets the other one
+    unlock(connection, NEXT_KEK)
+    return envelope(connection)
+
+
+@pytest.mark.parametrize(
+    "make", [of_a_rotation, of_a_new_keyring, of_a_compromise, of_a_rollback, under_the_next_kek]
+)
+def test_the_key_of_what_was_handed_out_is_on_disk(
+    server: local.Server, estate: Estate, make: Callable[[Connection, Estate], bytes]
+) -> None:
+    with forgetful(server, estate), estate.connect() as connection:
+        handed_out = make(connection, estate)
+        connection.execute("select rekey.set_secret('too late', 'lost')")
+    with estate.connect() as connection:
+        too_late = value(connection, "select count(*) from rekey.secrets where name = 'too late'")
+        assert too_late == 0, "nothing is ever lost here"
+        assert opens(connection, handed_out)
+        estate.check(connection)
+
+
+def test_an_end_that_was_told_is_on_disk(server: local.Server, estate: Estate) -> None:
+    with estate.connect() as connection:
+        to_a_destruction(connection, estate)
+    with forgetful(server, estate), estate.connect() as connection:
+        connection.execute("call rekey.tick()")
+        number = rotate(connection)
+        run(connection)
+        assert rotation(connection, number, "state") == "completed"
+    with estate.connect() as connection:
+        assert states(connection) == {1: "destroyed", 2: "decrypt_only", 3: "active"}
+        assert rotation(connection, number, "state", "rows_done") == ("completed", estate.rows)
+        estate.check(connection)
+
+
+def test_batches_that_are_lost_are_done_again(server: local.Server, estate: Estate) -> None:
+    with estate.connect() as connection:
+        number = rotate(connection)
+        step_until(connection, "planned")
+    with forgetful(server, estate), estate.connect() as connection:
+        step_until(connection, "batch")
+        assert rotation(connection, number, "rows_done") > 0
+    with estate.connect() as connection:
+        assert rotation(connection, number, "state", "rows_done") == ("running", 0)
+        run(connection)
+        assert rotation(connection, number, "state", "rows_done") == ("completed", estate.rows)
         estate.check(connection)

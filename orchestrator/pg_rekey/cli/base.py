@@ -223,5 +223,8 @@ workers_option = click.option(
     metavar="N",
     help="Share the work among N connections.",
 )
+fast_option = click.option(
+    "--fast", is_flag=True, help="Give way to nobody but to who waits for locks: see the setting min_pace."
+)
 FilePath = click.Path(dir_okay=False, path_type=Path)
 InputPath = click.Path(exists=True, dir_okay=False, path_type=Path)

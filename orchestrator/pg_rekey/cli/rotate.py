@@ -9,7 +9,7 @@ import click
 import psycopg
 
 from pg_rekey import db, worker
-from pg_rekey.cli.base import Output, fetch, output, reason_option, scalar, workers_option
+from pg_rekey.cli.base import Output, fast_option, fetch, output, reason_option, scalar, workers_option
 from pg_rekey.cli.commands import Command
 from pg_rekey.cli.follow import follow, tell_error
 from pg_rekey.cli.parameters import KEYRING
@@ -28,6 +28,7 @@ WORK_PER_OPENING = 3.0
 @click.option("--all", "everything", is_flag=True, help="Rotate every keyring.")
 @click.option("--wait", is_flag=True, help="Re-encrypt here and now, and wait until every row is verified.")
 @workers_option
+@fast_option
 @click.option(
     "--dry-run", is_flag=True, help="Open every row, change nothing, tell what a rotation would be."
 )
@@ -40,6 +41,7 @@ def rotate(
     everything: bool,
     wait: bool,
     workers: int,
+    fast: bool,
     dry_run: bool,
     supersede: bool,
     reason: str | None,
@@ -57,8 +59,8 @@ def rotate(
         raise click.UsageError("--keyring and --all exclude each other")
     if dry_run and (wait or supersede):
         raise click.UsageError("--dry-run changes nothing: neither --wait nor --supersede go with it")
-    if workers > 1 and not wait:
-        raise click.UsageError("--workers is for --wait: without it, others do the work")
+    if (workers > 1 or fast) and not wait:
+        raise click.UsageError("--workers and --fast are for --wait: without it, others do the work")
     with worker.connect() if wait else db.connect() as connection:
         if not wait and db.in_environment():
             db.unlock(connection)
@@ -72,7 +74,7 @@ def rotate(
             rotations = _begin(connection, keyring, reason, supersede, offer=wait)
         passed_by = {row["id"]: row["passed_by"] for row in rotations}
         if wait:
-            steps = worker.Steps(connection)
+            steps = worker.Steps(connection, fast=fast)
             with worker.Crew(steps, workers, _tell):
                 rotations = follow(connection, list(passed_by), lambda: _work(steps))
             rotations = [{**row, "passed_by": passed_by[row["id"]]} for row in rotations]

@@ -10,7 +10,7 @@ import click
 
 from pg_rekey import db
 from pg_rekey.cli import follow
-from pg_rekey.cli.base import FilePath, Output, fetch_one, output, workers_option
+from pg_rekey.cli.base import FilePath, Output, fast_option, fetch_one, output, workers_option
 from pg_rekey.cli.commands import Command
 from pg_rekey.cli.rotate import held_up
 from pg_rekey.errors import UNFINISHED
@@ -51,6 +51,7 @@ class Screen(Report):
 @click.command(cls=Command, example="pg-rekey work --forever --workers 2")
 @click.option("--forever", is_flag=True, help="Go on when everything is done, as a service does.")
 @workers_option
+@fast_option
 @click.option(
     "--health-file", type=FilePath, help="Touched at every step; one that opens every row can take minutes."
 )
@@ -60,7 +61,9 @@ class Screen(Report):
     help="What it prints: on a terminal a bar by default, elsewhere JSON lines.",
 )
 @output
-def work(out: Output, forever: bool, workers: int, health_file: Path | None, log: str | None) -> None:
+def work(
+    out: Output, forever: bool, workers: int, fast: bool, health_file: Path | None, log: str | None
+) -> None:
     """Do what is due: scheduled rotations, re-encryption, retries, destructions.
 
     For servers without pg_cron, and for KEKs that the server must not have. SIGTERM and Ctrl-C end it after
@@ -73,7 +76,7 @@ def work(out: Output, forever: bool, workers: int, health_file: Path | None, log
     in_json = out.json or log == "json" or (log is None and not sys.stdout.isatty())
     with nullcontext() if in_json else follow.Bar() as bar:
         report = Report() if bar is None else Screen(bar)
-        worker = Worker(forever=forever, report=report, workers=workers, health_file=health_file)
+        worker = Worker(forever=forever, report=report, workers=workers, fast=fast, health_file=health_file)
         worker.run()
     if worker.held_up:
         raise click.exceptions.Exit(UNFINISHED)
