@@ -73,8 +73,7 @@ class Bar:
         if phase == "verifying" and self._blocks:
             total, completed = self._blocks, self._blocks - (state["blocks"] or 0)
         else:
-            # How long others hold it up nobody knows.
-            total, completed = None if phase == "waiting" else state["total"], state["done"]
+            total, completed = state["total"], state["done"]
         name = names(state["ids"] or [])
         self._progress.update(
             self._task,
@@ -83,6 +82,7 @@ class Bar:
             completed=completed,
             done=state["done"],
             rows=state["total"],
+            waits=phase == "waiting",
             visible=bool(state["unfinished"]),
         )
         if not self._terminal and time.monotonic() >= self._next:
@@ -207,7 +207,7 @@ def _progress() -> Progress:
         BarColumn(bar_width=None),
         _Rows(_column()),
         _Pace(_column()),
-        TimeRemainingColumn(table_column=_column()),
+        _TimeLeft(table_column=_column()),
         console=console,
         disable=not console.is_terminal,
         expand=True,
@@ -225,6 +225,14 @@ class _Rows(ProgressColumn):
         """Show them with separators."""
         rows = task.fields["rows"]
         return Text("" if rows is None else f"{task.fields['done']:,}/{rows:,}", "progress.download")
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left; nothing while others hold it up, since nobody knows how long."""
+
+    def render(self, task: Task) -> Text:
+        """Show it."""
+        return Text("") if task.fields.get("waits") else super().render(task)
 
 
 class _Pace(ProgressColumn):
