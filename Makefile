@@ -22,7 +22,8 @@ demo: $(STAMP) ## rotate the keys of real secrets in a real server, live (ARGS="
 
 test: $(STAMP) ## run the whole suite, on a local server or TARGET=docker; prints coverage and SQL functions never called
 	@PG_REKEY_TEST_TARGET=$(TARGET) $(BIN)/pytest $(if $(ARGS),$(ARGS),-n 3 --dist worksteal --cov --cov-report=term) || \
-		{ code=$$?; test $$code != 5 || echo 'ARGS selects no test: $(ARGS)' >&2; exit $$code; }
+		{ code=$$?; test $$code != 5 || echo 'ARGS selects no test: $(ARGS)' >&2; \
+		test $$code != 4 || echo 'several words are quoted: make test ARGS="$(strip $(ARGS) $(filter-out test,$(MAKECMDGOALS)))"' >&2; exit $$code; }
 
 test-matrix: $(STAMP) ## the suite on every supported PostgreSQL and Python that can be had here, and which those are
 	@PYTHONPATH=tests $(BIN)/python -m matrix $(ARGS)

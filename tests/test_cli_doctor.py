@@ -256,7 +256,7 @@ def test_how_many_workers_suit_the_server(
     cores: int, said: str, advice: str, cli_ready: Cli, ready: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    [found] = doctor._workers(ready)  # reads only where it is connected to
+    [found] = doctor._workers(ready)  # it reads only where it is connected to
     assert found.severity == "info"
     assert said in found.finding
     assert advice in found.advice

@@ -76,6 +76,7 @@ def test_a_bar_that_waits(
         said, *_, bar = (line for line in shown.lines if line)
         assert said.startswith(f"waits for the transaction of pid {writer.info.backend_pid}, ")
         assert "1,500/1,500" in bar
+        assert "0:00" not in bar
         writer.commit()
         assert shown.code() == 0
         assert shown.screen.count("waits for the transaction") == 1

@@ -107,6 +107,19 @@ def test_states_have_their_colour_and_their_word(used: Cli) -> None:
     assert b"completed_with_failures" in plain.raw
 
 
+def test_a_finding_stands_beside_its_severity(used: Cli) -> None:
+    heading, *rows = see("doctor", code=5)
+    assert heading.split() == ["severity", "finding"]
+    assert any(row.startswith("warning   there has never been a tick") for row in rows)
+
+
+def test_a_notice_breaks_no_word(used: Cli, ready: Connection) -> None:
+    rows = see("rotate", "--all", code=4)
+    assert rows[0] == "WARNING: no new version, as a rotation is under way: 'tenant-a' (rotation 2)"
+    assert all(row.startswith("  ") for row in rows[1:3])
+    assert "rows along: --supersede." in rows[2]
+
+
 def test_without_a_terminal(used: Cli) -> None:
     """Everything in one line, and no blanks at the ends of lines."""
     lines = used("audit", "list").splitlines()

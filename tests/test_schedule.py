@@ -11,10 +11,12 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row
 
 from driving import check, events, fill, on_versions, refused, rotate, rotation, states
 from helpers import Connection, belong, connect, initialize, install, unlock, value
-from pg_rekey import release
+from pg_rekey import doctor, release
+from pg_rekey.cli import status
 
 DUE: LiteralString = "select rekey.set_schedule(%s, %s, now() - interval '1 minute')"
 TICK: LiteralString = "call rekey.tick()"
@@ -412,6 +414,12 @@ def test_pg_cron_alone(cron: Connection, server: str, kek: bytes, kek_file: str)
     assert value(conn, "select count(distinct schedule) from cron.job where jobname <> 'pg_rekey_watch'") == 1
     conn.execute("select rekey.schedule_worker(workers => 2)")
     assert jobs(conn) == [TICK_JOB, WATCH_JOB, helper(2)]
+    with psycopg.connect(conn.info.dsn, row_factory=dict_row) as rows:
+        assert status._workers(rows) == 2
+        assert not [one.finding for one in doctor._cron(rows) if one.severity != "info"]
+        conn.execute("select rekey.schedule_worker(workers => 64)")
+        assert "pg_cron has 64 workers" in str(list(doctor._cron(rows)))
+        conn.execute("select rekey.schedule_worker(workers => 2)")
     conn.execute(DUE, ("default", "1 day"))
     until = time.monotonic() + 180
     while rotations(conn) != [("default", "schedule", "completed")]:

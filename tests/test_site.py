@@ -1,14 +1,17 @@
 """The documentation as a site: `make site` builds it, and it needs no network."""
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from mkdocs.config import load_config
 
 from pg_rekey import release
 
@@ -52,6 +55,38 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
         loaded.feed(page.read_text())
         assert loaded.found
         assert not [name for name in loaded.found if re.match(r"(https?:)?//", name)], page
+
+
+@pytest.mark.npm
+def test_diagrams_are_drawn_by_what_the_site_has(site: Path) -> None:
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    assert (site / "assets" / "mermaid.min.js").stat().st_size > 1_000_000
+    for name, count, script in (
+        ("index.html", 1, "assets/mermaid.min.js"),
+        ("docs/design.html", 2, "../assets/mermaid.min.js"),
+        ("docs/api.html", 0, None),
+    ):
+        page = (site / name).read_text()
+        assert page.count('<pre class="mermaid">') == count
+        loaded = Loaded()
+        loaded.feed(page)
+        found = [one for one in loaded.found if "mermaid" in one]
+        assert found == ([script] if script else [])
+        assert "```mermaid" not in page
+
+
+def test_without_npm_diagrams_stay_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The theme would else load what draws them from a CDN."""
+    spec = importlib.util.spec_from_file_location("hook", release.ROOT / "docs" / "site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    monkeypatch.setattr(hook, "KEPT", tmp_path / "none.js")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    config = load_config(str(release.ROOT / "mkdocs.yml"))
+    assert "custom_fences" not in hook.on_config(config).mdx_configs.get("pymdownx.superfences", {})
 
 
 def test_what_is_searched_for_is_in_the_index(site: Path) -> None:

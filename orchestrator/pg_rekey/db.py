@@ -20,7 +20,7 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from pg_rekey import hints
 from pg_rekey import kek as keks
-from pg_rekey.errors import LOCKED, USAGE, Problem, from_database
+from pg_rekey.errors import LOCKED, USAGE, Problem, from_database, wrapped
 
 Connection = psycopg.Connection[DictRow]
 Pool = ConnectionPool[Connection]
@@ -457,9 +457,10 @@ def _bytes(kek: bytes | str) -> bytes:
 
 def _show_notice(notice: psycopg.errors.Diagnostic) -> None:
     advice = hints.hint(notice, hints.Road.COMMAND)
-    hint = f"\n  {advice}" if advice else ""
+    said = wrapped(f"{notice.severity}: ", notice.message_primary or "")
+    hint = f"\n{wrapped('  ', advice)}" if advice else ""
     # Not by click, which passes by the bar that may stand there.
-    print(f"{notice.severity}: {notice.message_primary}{hint}", file=sys.stderr, flush=True)
+    print(f"{said}{hint}", file=sys.stderr, flush=True)
 
 
 def _check(variable: str, value: str) -> None:

@@ -59,12 +59,12 @@ class Problem(click.ClickException):
             click.echo(json.dumps(document, ensure_ascii=False), err=True, file=file)
             return
         code = f" [{self.code}]" if self.code else ""
-        click.echo(_wrapped("Error: ", f"{self.message}{code}"), err=True, file=file)
+        click.echo(wrapped("Error: ", f"{self.message}{code}"), err=True, file=file)
         if self.hint:
-            click.echo(_wrapped("Hint: ", self.hint), err=True, file=file)
+            click.echo(wrapped("Hint: ", self.hint), err=True, file=file)
 
 
-def _wrapped(label: str, text: str) -> str:
+def wrapped(label: str, text: str) -> str:
     """Return a text that a terminal does not break within a word; elsewhere one line."""
     if not sys.stderr.isatty():
         return label + text

@@ -82,6 +82,7 @@ class Bar:
             completed=completed,
             done=state["done"],
             rows=state["total"],
+            waits=phase == "waiting",
             visible=bool(state["unfinished"]),
         )
         if not self._terminal and time.monotonic() >= self._next:
@@ -206,7 +207,7 @@ def _progress() -> Progress:
         BarColumn(bar_width=None),
         _Rows(_column()),
         _Pace(_column()),
-        TimeRemainingColumn(table_column=_column()),
+        _TimeLeft(table_column=_column()),
         console=console,
         disable=not console.is_terminal,
         expand=True,
@@ -224,6 +225,14 @@ class _Rows(ProgressColumn):
         """Show them with separators."""
         rows = task.fields["rows"]
         return Text("" if rows is None else f"{task.fields['done']:,}/{rows:,}", "progress.download")
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left; nothing while others hold it up, since nobody knows how long."""
+
+    def render(self, task: Task) -> Text:
+        """Show it."""
+        return Text("") if task.fields.get("waits") else super().render(task)
 
 
 class _Pace(ProgressColumn):

@@ -41,7 +41,7 @@ _STYLES = {
     "dim": ("decrypt_only", "destroyed", "retired", "superseded", "rolled_back", "info"),
 }
 STYLES = {word: style for style, words in _STYLES.items() for word in words}
-_STATES = ("state", "severity", "schedule")
+_SAYING = ("state", "severity", "schedule", "finding")
 
 
 def heading(column: str) -> str:
@@ -139,9 +139,9 @@ def _length(text: str) -> int:
 
 
 def _movable(widths: Mapping[str, int]) -> list[str]:
-    """Return the columns that a row is understood without: neither its name nor its state."""
+    """Return the columns that a row is understood without: neither its name nor what it says of that."""
     names = list(widths)[1:]
-    return [name for name in names if name not in _STATES] or names
+    return [name for name in names if name not in _SAYING] or names
 
 
 def _table(

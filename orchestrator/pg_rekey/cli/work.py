@@ -39,7 +39,7 @@ class Screen(Report):
                 follow.tell_error(fields)
             case "stopped":
                 self._bar.hide()
-                follow.say(f"stopped after {fields['batches']} batches")
+                follow.say(f"stopped after {fields['batches']} batch{'' if fields['batches'] == 1 else 'es'}")
 
     def look(self, connection: db.Connection) -> None:
         """Show how far it is, a few times a second."""
