@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from column_fixtures import protect
-from driving import check, rotate, rotation, run, waits
+from driving import check, rotate, rotation, run, step_until, waits
 from helpers import Connection, value
 
 # Every way in which the server may look rows up by their pointers.
@@ -189,6 +189,7 @@ def test_who_has_a_row_is_not_waited_for(
 ) -> None:
     worker, other, writer = session(), session(), session()
     number = rotate(ready)
+    step_until(ready, "planned")
     with writer.transaction():
         writer.execute("update public.t set n = 1 where id = 1")
         with between(worker, other, "0.1 s"):
