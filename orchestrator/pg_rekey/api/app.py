@@ -5,6 +5,7 @@ from fastapi_offline import FastAPIOffline
 
 from pg_rekey import db, release
 from pg_rekey.api import refusals, routes
+from pg_rekey.api.feed import Feed
 from pg_rekey.api.middleware import Requests
 from pg_rekey.api.tokens import Tokens
 
@@ -26,6 +27,7 @@ def create_app(pool: db.Pool, tokens: Tokens) -> FastAPI:
     )
     app.state.pool = pool
     app.state.tokens = tokens
+    app.state.feed = Feed(pool)
     for router in (routes.api, routes.metrics, routes.health):
         app.include_router(router)
     refusals.install(app)
