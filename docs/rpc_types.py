@@ -15,6 +15,7 @@ HEADER = """\
 //
 //   const { data, error } = await supabase.rpc("rotate_keys", { reason: "quarterly" }).returns<RotateKeys>();
 //   const { data, error } = await supabase.rpc("key_rotation_status").returns<KeyRotationStatus>();
+//   const { data, error } = await supabase.rpc("pause_rotation", { id: 7 }).returns<Changed>();
 //
 // Times are ISO 8601, intervals as PostgreSQL writes them, UUIDs text.
 """
@@ -47,9 +48,13 @@ class LastRotation(BaseModel):
     rows_total: int | None
     rows_done: int
     rows_failed: int
+    percent: float | None
+    rows_per_second: float | None
+    seconds_left: float | None
     blocked_by: list[dict[str, Any]] | None
     last_error: str | None
     created_at: datetime
+    started_at: datetime | None
     finished_at: datetime | None
 
 
@@ -83,8 +88,35 @@ class RotateKeysArguments(BaseModel):
     supersede: bool = False
 
 
+class RotationArguments(BaseModel):
+    """What pause_rotation() and retry_rotation() take."""
+
+    id: int
+
+
+class RollbackRotationArguments(BaseModel):
+    """What rollback_rotation() takes; the reason may be left out."""
+
+    id: int
+    reason: str | None = None
+
+
+class MarkKeyCompromisedArguments(BaseModel):
+    """What mark_key_compromised() takes; the reason may be left out."""
+
+    keyring: str
+    version: int
+    reason: str | None = None
+
+
+class Changed(BaseModel):
+    """What pause_rotation(), retry_rotation(), rollback_rotation() and mark_key_compromised() answer."""
+
+    rotations: list[Rotation]
+
+
 class RpcError(BaseModel):
-    """What both answer where they refuse, with an HTTP status; supabase-js has it as `error`."""
+    """What all answer where they refuse, with an HTTP status; supabase-js has it as `error`."""
 
     code: str
     message: str
@@ -96,6 +128,10 @@ MODELS: dict[str, type[BaseModel]] = {
     "Rotation": Rotation,
     "RotateKeysArguments": RotateKeysArguments,
     "RotateKeys": Begun,
+    "RotationArguments": RotationArguments,
+    "RollbackRotationArguments": RollbackRotationArguments,
+    "MarkKeyCompromisedArguments": MarkKeyCompromisedArguments,
+    "Changed": Changed,
     "Kek": Kek,
     "Worker": Worker,
     "LastRotation": LastRotation,

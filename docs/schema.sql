@@ -272,9 +272,15 @@ begin
       join rekey.schedule_status s on s.keyring = k.name
       left join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
       left join lateral (
-        select t.id, t.state, t.trigger, t.to_version, t.rows_total, t.rows_done, t.rows_failed, t.blocked_by, t.last_error,
-          t.created_at, t.finished_at
-        from rekey.rotations t where t.keyring_id = k.id order by t.id desc limit 1) r on true))
+        select t.id, t.state, t.trigger, t.to_version, t.rows_total, t.rows_done, t.rows_failed,
+          round(100.0 * least(t.rows_done, t.rows_total) / nullif(t.rows_total, 0), 1) as percent,
+          case when t.state = 'running' then p.rate end as rows_per_second,
+          case when t.state = 'running' then ceil((t.rows_total - t.rows_done) / p.rate) end as seconds_left,
+          t.blocked_by, t.last_error, t.created_at, t.started_at, t.finished_at
+        from rekey.rotations t
+        cross join lateral (
+          select nullif(round(t.rows_done / nullif(extract(epoch from clock_timestamp() - t.started_at), 0)), 0) as rate) p
+        where t.keyring_id = k.id order by t.id desc limit 1) r on true))
   into v_status;
   return v_status;
 end
@@ -307,34 +313,52 @@ ALTER FUNCTION public.key_rotation_status() OWNER TO postgres;
 -- Name: FUNCTION key_rotation_status(); Type: COMMENT; Schema: public; Owner: postgres
 --
 
-COMMENT ON FUNCTION public.key_rotation_status() IS 'How rotation stands, for PostgREST and supabase-js: version, kek (number and provider), worker (rekey.worker_status), and keyrings, each with its active version, its schedule and its last rotation. For whom and with which errors: as public.rotate_keys().';
+COMMENT ON FUNCTION public.key_rotation_status() IS 'How rotation stands, for PostgREST and supabase-js: version, kek (number and provider), worker (rekey.worker_status), and keyrings, each with its active version, its schedule and its last rotation: with percent, and while it re-encrypts, rows_per_second since it began and seconds_left. For whom and with which errors: as public.rotate_keys().';
 
 
 --
--- Name: _rpc_rotate_keys(text, text, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _rpc_change(text, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) RETURNS jsonb
+CREATE FUNCTION rekey._rpc_change(name text, arguments jsonb) RETURNS jsonb
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
     AS $$
 declare
-  v_answer jsonb;
+  v_rotations jsonb;
+  v_passed_by jsonb;
   v_hint text;
   v_action text;
 begin
   if not rekey._may_administer() then
     if rekey._is_postgrest() then
-      perform rekey._note_denied('{"function": "rotate_keys"}');
+      perform rekey._note_denied(jsonb_build_object('function', name));
     end if;
     return rekey._rpc_refusal();
   end if;
-  select jsonb_build_object(
-    'rotations', coalesce(jsonb_agg(to_jsonb(r) order by r.id), '[]'),
-    'passed_by', coalesce(jsonb_agg(r.keyring order by r.id) filter (where r.created_at <> now()), '[]'))
-  into v_answer from rekey.rotate_keys(keyring, reason, supersede) r;
-  return v_answer;
+  case name
+    when 'rotate_keys' then
+      select coalesce(jsonb_agg(to_jsonb(r) order by r.id), '[]'),
+        coalesce(jsonb_agg(r.keyring order by r.id) filter (where r.created_at <> now()), '[]')
+      into v_rotations, v_passed_by
+      from rekey.rotate_keys(arguments ->> 'keyring', arguments ->> 'reason', (arguments ->> 'supersede')::boolean) r;
+      return jsonb_build_object('rotations', v_rotations, 'passed_by', v_passed_by);
+    when 'pause_rotation' then
+      perform rekey.pause_rotation((arguments ->> 'id')::bigint);
+    when 'retry_rotation' then
+      perform rekey.retry_rotation((arguments ->> 'id')::bigint);
+    when 'rollback_rotation' then
+      select jsonb_agg(to_jsonb(r)) into v_rotations
+      from rekey.rollback_rotation((arguments ->> 'id')::bigint, arguments ->> 'reason') r;
+    when 'mark_key_compromised' then
+      select coalesce(jsonb_agg(to_jsonb(r)), '[]') into v_rotations
+      from rekey.mark_key_compromised(arguments ->> 'keyring', (arguments ->> 'version')::integer, arguments ->> 'reason') r;
+  end case;
+  if v_rotations is null then
+    select jsonb_agg(to_jsonb(r)) into v_rotations from rekey.rotation_status r where r.id = (arguments ->> 'id')::bigint;
+  end if;
+  return jsonb_build_object('rotations', v_rotations);
 exception when others then
   if not rekey._through_postgrest() or rekey._http_status(sqlstate) is null then
     raise;
@@ -345,13 +369,93 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._rpc_change(name text, arguments jsonb) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _rpc_rotate_keys(keyring text, reason text, supersede boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _rpc_change(name text, arguments jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) IS 'What public.rotate_keys() does with the rights of rekey_owner.';
+COMMENT ON FUNCTION rekey._rpc_change(name text, arguments jsonb) IS 'What the functions of schema public that change something do with the rights of rekey_owner. name: which of them; arguments: by name.';
+
+
+--
+-- Name: mark_key_compromised(text, integer, text); Type: FUNCTION; Schema: public; Owner: postgres
+--
+
+CREATE FUNCTION public.mark_key_compromised(keyring text, version integer, reason text DEFAULT NULL::text) RETURNS jsonb
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION public.mark_key_compromised(keyring text, version integer, reason text) OWNER TO postgres;
+
+--
+-- Name: FUNCTION mark_key_compromised(keyring text, version integer, reason text); Type: COMMENT; Schema: public; Owner: postgres
+--
+
+COMMENT ON FUNCTION public.mark_key_compromised(keyring text, version integer, reason text) IS 'As rekey.mark_key_compromised(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation that takes the rows off the version, as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
+
+
+--
+-- Name: pause_rotation(bigint); Type: FUNCTION; Schema: public; Owner: postgres
+--
+
+CREATE FUNCTION public.pause_rotation(id bigint) RETURNS jsonb
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION public.pause_rotation(id bigint) OWNER TO postgres;
+
+--
+-- Name: FUNCTION pause_rotation(id bigint); Type: COMMENT; Schema: public; Owner: postgres
+--
+
+COMMENT ON FUNCTION public.pause_rotation(id bigint) IS 'As rekey.pause_rotation(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
+
+
+--
+-- Name: retry_rotation(bigint); Type: FUNCTION; Schema: public; Owner: postgres
+--
+
+CREATE FUNCTION public.retry_rotation(id bigint) RETURNS jsonb
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION public.retry_rotation(id bigint) OWNER TO postgres;
+
+--
+-- Name: FUNCTION retry_rotation(id bigint); Type: COMMENT; Schema: public; Owner: postgres
+--
+
+COMMENT ON FUNCTION public.retry_rotation(id bigint) IS 'As rekey.retry_rotation(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
+
+
+--
+-- Name: rollback_rotation(bigint, text); Type: FUNCTION; Schema: public; Owner: postgres
+--
+
+CREATE FUNCTION public.rollback_rotation(id bigint, reason text DEFAULT NULL::text) RETURNS jsonb
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION public.rollback_rotation(id bigint, reason text) OWNER TO postgres;
+
+--
+-- Name: FUNCTION rollback_rotation(id bigint, reason text); Type: COMMENT; Schema: public; Owner: postgres
+--
+
+COMMENT ON FUNCTION public.rollback_rotation(id bigint, reason text) IS 'As rekey.rollback_rotation(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation that goes back, as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
 
 
 --
@@ -6832,7 +6936,7 @@ ALTER FUNCTION rekey._may_administer() OWNER TO rekey_owner;
 -- Name: FUNCTION _may_administer(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._may_administer() IS 'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
+COMMENT ON FUNCTION rekey._may_administer() IS 'Whether the caller may rotate, and the like, by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
 
 
 --
@@ -8946,7 +9050,7 @@ begin
   select a.keyring_id,
     array(select k.version from rekey.encryption_keys k
           where k.keyring_id = a.keyring_id and k.version <> a.version and k.state <> 'destroyed' order by k.version),
-    a.version, _queue_sweep.previous_version, _queue_sweep.trigger, _queue_sweep.reason, rekey._caller()
+    a.version, _queue_sweep.previous_version, _queue_sweep.trigger, _queue_sweep.reason, rekey._requester()
   from rekey.encryption_keys a
   where a.keyring_id = _queue_sweep.keyring_id and a.state = 'active'
   returning id into v_id;
@@ -10782,6 +10886,46 @@ COMMENT ON FUNCTION rekey._replace_lost_keys(kek_id integer) IS 'Gives every key
 
 
 --
+-- Name: _subject(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._subject() RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._subject() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _subject(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._subject() IS 'The subject of the JWT as the audit log has it.';
+
+
+--
+-- Name: _requester(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._requester() RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._requester() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _requester(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._requester() IS 'Who asks for a rotation: the role that calls; before it the subject of the JWT, where there is one.';
+
+
+--
 -- Name: _reveal(bytea, text[], bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -10919,7 +11063,7 @@ begin
     select d.keyring_id,
       array(select k.version from rekey.encryption_keys k
             where k.keyring_id = d.keyring_id and k.version <> d.to_version and k.state <> 'destroyed' order by k.version),
-      d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._caller()
+      d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._requester()
     from unnest(v_due, v_from, v_to) as d(keyring_id, from_version, to_version)
     returning id, keyring_id
   )
@@ -12006,26 +12150,6 @@ ALTER FUNCTION rekey._store_setting(name text, value text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._store_setting(name text, value text) IS 'What rekey.set_setting() does with the rights of rekey_owner.';
-
-
---
--- Name: _subject(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._subject() RETURNS text
-    LANGUAGE sql STABLE
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    -- in sql/code
-;
-
-
-ALTER FUNCTION rekey._subject() OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _subject(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._subject() IS 'The subject of the JWT as the audit log has it.';
 
 
 --
@@ -13798,7 +13922,7 @@ COMMENT ON COLUMN rekey.rotation_status.reason IS 'What whoever asked for it sai
 -- Name: COLUMN rotation_status.requested_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_status.requested_by IS 'Who asked for it.';
+COMMENT ON COLUMN rekey.rotation_status.requested_by IS 'Who asked for it: a role; before it, through PostgREST or the HTTP API, the subject of the JWT or the name of the token.';
 
 
 --
@@ -13909,7 +14033,7 @@ begin
     raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
   insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, unwrap, in_line)
-  select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
+  select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._requester(), v_column.id,
     array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false), adopt_column.unwrap,
     exists (select from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))
   from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
@@ -15789,7 +15913,7 @@ begin
     v_rotation := rekey._rotation(v_failure.rotation_id);
   end if;
   update rekey.rotation_failures f
-  set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
+  set resolved_at = now(), resolution = action, resolved_by = rekey._requester(), resolve_reason = resolve_failure.reason
   where f.id = resolve_failure.id and f.resolved_at is null;
   if not found then
     raise exception 'failure % is resolved already', id using errcode = 'RK006';
@@ -15950,7 +16074,7 @@ begin
   end if;
   perform rekey._refuse_over(v_rotation);
   update rekey.rotation_failures f
-  set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
+  set resolved_at = now(), resolution = 'retry', resolved_by = rekey._requester()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
   update rekey.rotations r
   set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
@@ -17055,7 +17179,7 @@ begin
   end if;
   select count(*) into v_sessions
   from pg_stat_activity a
-  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg_cron')
+  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg-rekey serve', 'pg_cron')
     and (a.state = 'active' or a.state_change > clock_timestamp() - interval '1 second');
   return case when v_sessions > 0 then format('%s active sessions', v_sessions) else '' end;
 end
@@ -18835,11 +18959,43 @@ GRANT ALL ON FUNCTION public.key_rotation_status() TO rekey_admin;
 
 
 --
--- Name: FUNCTION _rpc_rotate_keys(keyring text, reason text, supersede boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _rpc_change(name text, arguments jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) TO rekey_admin;
+REVOKE ALL ON FUNCTION rekey._rpc_change(name text, arguments jsonb) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._rpc_change(name text, arguments jsonb) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION mark_key_compromised(keyring text, version integer, reason text); Type: ACL; Schema: public; Owner: postgres
+--
+
+REVOKE ALL ON FUNCTION public.mark_key_compromised(keyring text, version integer, reason text) FROM PUBLIC;
+GRANT ALL ON FUNCTION public.mark_key_compromised(keyring text, version integer, reason text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION pause_rotation(id bigint); Type: ACL; Schema: public; Owner: postgres
+--
+
+REVOKE ALL ON FUNCTION public.pause_rotation(id bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION public.pause_rotation(id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION retry_rotation(id bigint); Type: ACL; Schema: public; Owner: postgres
+--
+
+REVOKE ALL ON FUNCTION public.retry_rotation(id bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION public.retry_rotation(id bigint) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION rollback_rotation(id bigint, reason text); Type: ACL; Schema: public; Owner: postgres
+--
+
+REVOKE ALL ON FUNCTION public.rollback_rotation(id bigint, reason text) FROM PUBLIC;
+GRANT ALL ON FUNCTION public.rollback_rotation(id bigint, reason text) TO rekey_admin;
 
 
 --
@@ -20659,6 +20815,20 @@ REVOKE ALL ON FUNCTION rekey._replace_lost_keys(kek_id integer) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _subject(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._subject() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _requester(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._requester() FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _reveal(value bytea, context text[], pass bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -20894,13 +21064,6 @@ REVOKE ALL ON FUNCTION rekey._storage_problem(relation regclass) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION rekey._store_setting(name text, value text) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._store_setting(name text, value text) TO rekey_admin;
-
-
---
--- Name: FUNCTION _subject(); Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey._subject() FROM PUBLIC;
 
 
 --

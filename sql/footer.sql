@@ -2,7 +2,8 @@
 -- (In rekey_targets are functions of others too, of which whoever updates may not revoke anything.)
 revoke all on all routines in schema rekey from public;
 revoke all on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write from public;
-revoke all on function public.rotate_keys, public.key_rotation_status from public;
+revoke all on function public.rotate_keys, public.key_rotation_status, public.pause_rotation, public.retry_rotation, public.rollback_rotation,
+  public.mark_key_compromised from public;
 
 do $$
 declare
@@ -15,11 +16,13 @@ begin
     execute format('revoke all on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write from %I', v_role);
     execute format('revoke all on all tables in schema rekey from %I', v_role);
     execute format('revoke all on all sequences in schema rekey from %I', v_role);
-    execute format('revoke all on function public.rotate_keys, public.key_rotation_status from %I', v_role);
+    execute format('revoke all on function public.rotate_keys, public.key_rotation_status, public.pause_rotation, public.retry_rotation, public.rollback_rotation,
+  public.mark_key_compromised from %I', v_role);
     -- After that, since it would take these too: what the RPC of 90_rpc.sql takes.
     if v_role <> 'anon' then
-      execute format('grant execute on function public.rotate_keys, public.key_rotation_status to %I', v_role);
-      execute format('grant execute on function rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status to %I', v_role);
+      execute format('grant execute on function public.rotate_keys, public.key_rotation_status, public.pause_rotation, public.retry_rotation, public.rollback_rotation,
+  public.mark_key_compromised to %I', v_role);
+      execute format('grant execute on function rekey._rpc_change, rekey._rpc_key_rotation_status to %I', v_role);
     end if;
   end loop;
 
@@ -73,6 +76,7 @@ grant execute on function rekey._session_state, rekey._refuse_traces, rekey._pre
 grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey._may_be_doomed(), rekey._is_scheduled(bytea), rekey.is_sweeping(regclass),
   rekey._refuse_doomed() to public;
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
-grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
+grant execute on function public.rotate_keys, public.key_rotation_status, public.pause_rotation, public.retry_rotation, public.rollback_rotation,
+  public.mark_key_compromised, rekey._rpc_change, rekey._rpc_key_rotation_status
   to rekey_admin;
 do $$ begin perform rekey._remake_columns(); end $$;

@@ -2,6 +2,7 @@
 //
 //   const { data, error } = await supabase.rpc("rotate_keys", { reason: "quarterly" }).returns<RotateKeys>();
 //   const { data, error } = await supabase.rpc("key_rotation_status").returns<KeyRotationStatus>();
+//   const { data, error } = await supabase.rpc("pause_rotation", { id: 7 }).returns<Changed>();
 //
 // Times are ISO 8601, intervals as PostgreSQL writes them, UUIDs text.
 
@@ -31,6 +32,8 @@ export interface Rotation {
   forced: boolean;
   unwrap: string | null;
   blocks_to_verify: number | null;
+  pace: number | null;
+  gives_way_to: string | null;
 }
 
 /** What rotate_keys() takes; each may be left out. */
@@ -44,6 +47,29 @@ export interface RotateKeysArguments {
 export interface RotateKeys {
   rotations: Rotation[];
   passed_by: string[];
+}
+
+/** What pause_rotation() and retry_rotation() take. */
+export interface RotationArguments {
+  id: number;
+}
+
+/** What rollback_rotation() takes; the reason may be left out. */
+export interface RollbackRotationArguments {
+  id: number;
+  reason?: string | null;
+}
+
+/** What mark_key_compromised() takes; the reason may be left out. */
+export interface MarkKeyCompromisedArguments {
+  keyring: string;
+  version: number;
+  reason?: string | null;
+}
+
+/** What pause_rotation(), retry_rotation(), rollback_rotation() and mark_key_compromised() answer. */
+export interface Changed {
+  rotations: Rotation[];
 }
 
 /** The key-encryption key: its number, and where the server finds it. */
@@ -70,9 +96,13 @@ export interface LastRotation {
   rows_total: number | null;
   rows_done: number;
   rows_failed: number;
+  percent: number | null;
+  rows_per_second: number | null;
+  seconds_left: number | null;
   blocked_by: Record<string, unknown>[] | null;
   last_error: string | null;
   created_at: string;
+  started_at: string | null;
   finished_at: string | null;
 }
 
@@ -96,7 +126,7 @@ export interface KeyRotationStatus {
   keyrings: Keyring[];
 }
 
-/** What both answer where they refuse, with an HTTP status; supabase-js has it as `error`. */
+/** What all answer where they refuse, with an HTTP status; supabase-js has it as `error`. */
 export interface RpcError {
   code: string;
   message: string;

@@ -16,11 +16,19 @@ from psycopg.conninfo import make_conninfo
 from helpers import Connection, connect
 from pg_rekey import db as database
 from pg_rekey.api.app import create_app
-from pg_rekey.api.tokens import Token, Tokens
+from pg_rekey.api.tokens import Role, Token, Tokens
 
 pytest_plugins = ["cli_fixtures"]
 
 ALICE, BOB, PROMETHEUS = "canary-alice-token", "canary-bob-token", "canary-prometheus-token"
+ROSA, OLAF = "canary-rosa-token", "canary-olaf-token"
+TOKENS: tuple[tuple[str, str, Role], ...] = (
+    ("alice", ALICE, "admin"),
+    ("bob", BOB, "admin"),
+    ("olaf", OLAF, "operate"),
+    ("rosa", ROSA, "read"),
+    ("prom", PROMETHEUS, "metrics"),
+)
 
 
 def digest(token: str) -> str:
@@ -82,10 +90,7 @@ def api_env(environment: None, db: str, api_role: str, kek: bytes, monkeypatch: 
 @pytest.fixture
 def new_api(api_env: str) -> Iterator[Api]:
     """The API on a database without a KEK and a keyring."""
-    tokens = Tokens(
-        Token(name, bytes.fromhex(digest(token)), admin)
-        for name, token, admin in (("alice", ALICE, True), ("bob", BOB, True), ("prom", PROMETHEUS, False))
-    )
+    tokens = Tokens(Token(name, bytes.fromhex(digest(token)), role) for name, token, role in TOKENS)
     with ExitStack() as stack:
         pool = stack.enter_context(database.pool())
         yield Api(create_app(pool, tokens), stack)

@@ -8,6 +8,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 Connection = psycopg.Connection[Any]
+# What pg_rekey has in schema public.
+RPC = """in ('rotate_keys', 'key_rotation_status', 'pause_rotation', 'retry_rotation', 'rollback_rotation',
+  'mark_key_compromised')"""
 
 
 def connect(dsn: str, **parameters: Any) -> Connection:

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from starlette.testclient import TestClient
 
-from api_fixtures import ALICE, BOB, PROMETHEUS, Api, digest
+from api_fixtures import ALICE, BOB, OLAF, PROMETHEUS, Api, digest
 from helpers import Connection, connect, value
 from pg_rekey import db as database
 from pg_rekey import errors
@@ -31,6 +31,20 @@ ROUTES = [
     ("GET", "/api/rotations/1", 200),
     ("GET", "/api/audit", 200),
     ("GET", "/metrics", 200),
+]
+# Those of test_api_control.py and test_api_events.py.
+CONTROL: list[tuple[str, str]] = [
+    *(("POST", f"/api/keys/{verb}") for verb in ("disable", "enable", "compromise")),
+    *(("POST", f"/api/keys/{verb}") for verb in ("schedule-destruction", "cancel-destruction")),
+    *(("POST", f"/api/rotations/1/{verb}") for verb in ("pause", "resume", "retry", "rollback")),
+    *(("POST", f"/api/keyrings/{verb}") for verb in ("create", "retire")),
+    *(("POST", f"/api/schedule/{verb}") for verb in ("set", "clear")),
+    ("POST", "/api/rotations/resolve"),
+    ("POST", "/api/work"),
+    *(("GET", f"/api/{name}") for name in ("keyrings", "keys/usage", "verify", "rotations/failures")),
+    *(("GET", f"/api/{name}") for name in ("columns", "columns/find", "settings", "doctor")),
+    *(("GET", f"/api/{name}") for name in ("audit/verify", "audit/checkpoint")),
+    *(("GET", f"/api/{name}") for name in ("events", "rotations/1/events")),
 ]
 
 
@@ -92,15 +106,20 @@ def test_tokens_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: An
     made, entry = tokens.make("alice")
     assert entry == f"alice:{digest(made)}"
     assert len(made) >= 43
-    monkeypatch.setenv(tokens.ADMIN, f" {entry},bob:{digest(BOB).upper()}\n")
+    monkeypatch.setenv(tokens.ADMIN, f" {entry},bob:{digest(BOB).upper()} olaf:{digest(OLAF)}:operate\n")
     path = tmp_path / "metrics"
     path.write_text(f"# who collects\nprom:{digest(PROMETHEUS)}  # since May\n\n")
     monkeypatch.setenv(f"{tokens.METRICS}_FILE", str(path))
     known = tokens.Tokens.from_environment()
-    for token, name, admin in ((made, "alice", True), (BOB, "bob", True), (PROMETHEUS, "prom", False)):
+    for token, name, role in (
+        (made, "alice", "admin"),
+        (BOB, "bob", "admin"),
+        (OLAF, "olaf", "operate"),
+        (PROMETHEUS, "prom", "metrics"),
+    ):
         found = known.find(token)
         assert found is not None
-        assert (found.name, found.admin) == (name, admin)
+        assert (found.name, found.role) == (name, role)
     assert known.find("canary") is None
     assert known.find("\xff") is None
 
@@ -115,6 +134,9 @@ def test_tokens_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: An
         ({f"{tokens.ADMIN}_FILE": "/nowhere/canary"}, "cannot be read: No such file"),
         ({f"{tokens.ADMIN}_FILE": "/dev/null"}, "no administrator token"),
         ({tokens.ADMIN: f"a:{digest('a')} b:canary"}, f"entry 2 of {tokens.ADMIN} is not name:hash"),
+        ({tokens.ADMIN: f"a:{digest('a')} b:{digest('b')}:canary"}, f"entry 2 of {tokens.ADMIN} is not"),
+        ({tokens.ADMIN: f"a:{digest('a')}:read"}, "no administrator token"),
+        ({tokens.METRICS: f"a:{digest('a')}:read"}, f"entry 1 of {tokens.METRICS} is not name:hash,"),
         ({tokens.ADMIN: f"a b:{digest('a')}"}, "entry 1 of"),
         ({tokens.ADMIN: f"{'a' * 64}:{digest('a')}"}, "entry 1 of"),
         ({tokens.ADMIN: f"a:{digest('a')} a:{digest('b')}"}, "two tokens have the name a"),
@@ -157,10 +179,13 @@ def test_rotate_every_keyring(api: Api, ready: Connection) -> None:
     assert response.json()["passed_by"] == []
     assert api.rotate() == {"rotations": found, "passed_by": [row["keyring"] for row in found]}
     assert api.rotate(json={"supersede": True})["passed_by"] == []
-    subjects = "select distinct jwt_subject, actor from rekey.audit_log where event = 'rotation.requested'"
-    [(subject, actor)] = ready.execute(subjects).fetchall()
-    assert subject == "alice"
+    subjects = (
+        "select distinct jwt_subject, actor, role from rekey.audit_log where event = 'rotation.requested'"
+    )
+    [(subject, actor, role)] = ready.execute(subjects).fetchall()
+    assert (subject, role) == ("alice", "rekey_admin")
     assert actor.startswith("rekey_api_")
+    assert {row["requested_by"] for row in found} == {"alice as rekey_admin"}
 
 
 def test_rotate_one_keyring(api: Api, ready: Connection) -> None:
@@ -248,7 +273,8 @@ def test_docs_load_nothing_from_elsewhere(new_api: Api) -> None:
 
 def test_openapi_describes_everything(new_api: Api) -> None:
     document = new_api.get("/openapi.json", token=None)
-    assert set(document["paths"]) == {*(re.sub(r"\d", "{id}", path) for _, path, _ in ROUTES), "/healthz"}
+    paths = {path for _, path, _ in ROUTES} | {path for _, path in CONTROL}
+    assert set(document["paths"]) == {*(re.sub(r"\d", "{id}", path) for path in paths), "/healthz"}
     error = {"$ref": "#/components/schemas/Error"}
     for path, methods in document["paths"].items():
         for operation in methods.values():
@@ -443,12 +469,13 @@ def test_what_the_framework_refuses(
         ("GET", "/api/audit?limit=1e3", None),
         ("GET", "/api/keys?keyring=", None),
         ("GET", "/api/keys?keyring=a&keyring=canary", None),
-        ("GET", "/api/keys?canary=1", None),
+        ("GET", "/api/keys?canary-1=1", None),
         ("GET", "/metrics?keyring=canary", None),
         ("POST", "/api/keys/rotate?keyring=canary", None),
         ("GET", "/api/keys?keyring=canary%00", None),
         ("GET", f"/api/keys?keyring={'canary' * 11}", None),
-        ("POST", "/api/keys/rotate", '{"canary": 1}'),
+        ("POST", "/api/keys/rotate", '{"canary-1": 1}'),
+        ("POST", "/api/keys/rotate", f'{{"{"canary" * 7}": 1}}'),
         ("POST", "/api/keys/rotate", '{"keyring": ["canary"]}'),
         ("POST", "/api/keys/rotate", '{"keyring": "canary\\u0000"}'),
         ("POST", "/api/keys/rotate", '{"keyring": "canary\\ud800"}'),
@@ -466,6 +493,18 @@ def test_validation_repeats_nothing(
     document = assert_error(response, 422, "invalid_request")
     assert document["message"]
     assert "canary" not in response.text + capsys.readouterr().out
+
+
+def test_an_unknown_field_is_named(api: Api) -> None:
+    said = assert_error(
+        api("POST", "/api/keys/rotate", json={"kering": "a", "now": 1}), 422, "invalid_request"
+    )
+    assert said["message"] == (
+        "body: there is no field 'kering'. Did you mean 'keyring'?; "
+        "body: there is no field 'now'. There are: keyring, reason, supersede."
+    )
+    said = assert_error(api("GET", "/api/rotations?stat=failed"), 422, "invalid_request")
+    assert "a query parameter 'stat' is unknown" in said["message"]
 
 
 @pytest.mark.parametrize("body", ["null", "{}", ""])

@@ -24,7 +24,7 @@ from helpers import Connection, connect, create_database, initialize, install
 from pg_rekey import local, release
 from pg_rekey.api import server as serving
 from pg_rekey.api import tokens
-from pg_rekey.errors import LOCKED, USAGE
+from pg_rekey.errors import FINDINGS, LOCKED, USAGE
 
 pytest_plugins = ["api_fixtures"]
 
@@ -110,6 +110,42 @@ def test_from_start_to_end(number: int, serve: Callable[[], Serving], ready: Con
     assert {line["client"] for line in lines[1:-1]} == {"127.0.0.1"}
     for secret in (ALICE, BOB, PROMETHEUS, digest(ALICE), kek.hex(), "canary"):
         assert secret not in "".join(api.lines)
+
+
+def test_a_login_that_is_a_superuser_is_warned_of(
+    serve: Callable[[], Serving], cli: Cli, ready: Connection, db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warned(api: Serving) -> list[dict[str, Any]]:
+        api.stop()
+        return [line for line in map(json.loads, api.lines) if line["event"] == "superuser"]
+
+    def findings() -> list[str]:
+        found = [one["finding"] for one in cli.json("doctor", code=FINDINGS)]
+        return [one for one in found if "pg-rekey serve" in one]
+
+    api = serve()
+    assert api.request("GET", "/healthz")[0] == 200
+    assert findings() == []
+    assert warned(api) == []
+    monkeypatch.setenv("PG_REKEY_DSN", db)
+    api = serve()
+    assert api.request("GET", "/healthz")[0] == 200
+    assert findings() == ["pg-rekey serve is connected as the superuser postgres"]
+    [line] = warned(api)
+    assert "create role rekey_api" in line["warning"]
+
+
+def test_a_stop_ends_streams(serve: Callable[[], Serving], ready: Connection) -> None:
+    api = serve()
+    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", "/api/events", headers={"Authorization": f"Bearer {ALICE}"})
+        response = connection.getresponse()
+        assert response.status == 200
+        # uvicorn would say that it cut them off.
+        assert api.stop() == ""
+        assert response.read() == b""
+    assert {json.loads(line)["event"] for line in api.lines} == {"listening", "request", "stopped"}
 
 
 def listens(api: Serving) -> bool:

@@ -254,7 +254,7 @@ def test_a_login_with_sql_neither_writes_nor_holds_the_log(ready: Connection, db
     ready.execute("select rekey.set_setting('jwt_admin_claim', 'key_admin')")
     before = events(ready)
     with connect(db) as session, session.transaction(force_rollback=True):
-        session.execute("grant execute on function public.rotate_keys, rekey._rpc_rotate_keys to rekey_app")
+        session.execute("grant execute on function public.rotate_keys, rekey._rpc_change to rekey_app")
         session.execute("set local role rekey_app")
         session.execute("set local request.method = 'POST'")
         for n in range(3):

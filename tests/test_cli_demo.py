@@ -1,14 +1,16 @@
 """The demo, with small numbers: what it promises is checked in its own figures."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -100,6 +102,29 @@ def test_interrupted_it_leaves_nothing_behind(number: int, superuser: str) -> No
     assert "Traceback" not in err
 
 
+def test_it_ends_with_the_console(superuser: str) -> None:
+    environment = os.environ | {"PG_REKEY_DSN": superuser}
+    arguments = [COMMAND, "demo", *SMALL, "--console"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, env=environment, stdout=pipe, stderr=pipe, text=True) as running:
+        assert running.stdout
+        lines = iter(running.stdout.readline, "")
+        [address] = itertools.islice((line for line in lines if line.startswith("http://")), 1)
+        token = next(lines).removeprefix("token: ").strip()
+        headers = {"Authorization": f"Bearer {token}"}
+        request = urllib.request.Request(f"{address.strip()}api/keyrings", headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            names = [one["name"] for one in json.load(answer)["keyrings"]]
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert names == ["default", "tenant-1", "tenant-2"]
+    assert running.returncode == 0
+    assert "Traceback" not in err
+    assert out == "Nothing is left running.\n"
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(address, timeout=60)
+
+
 def test_it_finds_what_is_wrong(
     ready: Connection, db: str, kek: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +142,14 @@ def test_it_finds_what_is_wrong(
 
 def test_the_exit_code_says_that_something_was_wrong(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     result = {"wrong": ["a"], "failed": 0, "errors": [], "phases": [], "reads": 0, "writes": 0}
-    monkeypatch.setattr(Demo, "run", lambda _: result | {"secrets": 1, "seconds": 1.0})
+    result |= {"secrets": 1, "seconds": 1.0}
+
+    def run(_: Demo, tell: Callable[[dict[str, Any]], None], *, console: bool) -> dict[str, Any]:
+        assert not console
+        tell(result)
+        return result
+
+    monkeypatch.setattr(Demo, "run", run)
     cli("demo", code=1)
     assert "the demo found errors" in cli.err
     assert json.loads(cli("demo", "--json", code=1))["wrong"] == ["a"]

@@ -105,22 +105,20 @@ def test_over_http(api: Api) -> None:
     assert "=>" not in hint
     assert "--supersede" not in hint
     hint = api.rotate(404, json={"keyring": "nope"})["hint"]
-    assert hint.startswith("GET /api/keys ")
+    assert hint.startswith("GET /api/keyrings ")
     hint = api.rotate(404, json={"keyring": "defualt"})["hint"]
-    assert hint.startswith("Did you mean 'default'? GET /api/keys ")
+    assert hint.startswith("Did you mean 'default'? GET /api/keyrings ")
     message = api.rotate(422, json={"keyrng": "default"})["message"]
-    assert message == (
-        "body: there is a field that is not one of keyring, reason, supersede. Did you mean 'keyring'?"
-    )
+    assert message == "body: there is no field 'keyrng'. Did you mean 'keyring'?"
     message = api.rotate(422, json={"zzz": "default"})["message"]
-    assert message == "body: there is a field that is not one of keyring, reason, supersede"
+    assert message == "body: there is no field 'zzz'. There are: keyring, reason, supersede."
 
 
 @pytest.mark.parametrize("path", ["keys", "rotations", "audit"])
 def test_over_http_a_filter_that_names_no_keyring_is_an_error(path: str, api: Api, ready: Connection) -> None:
     found = api.get(f"/api/{path}?keyring=nope", 404)
     assert (found["code"], found["message"]) == ("RK007", "no such keyring: 'nope'")
-    assert found["hint"].startswith("GET /api/keys ")
+    assert found["hint"].startswith("GET /api/keyrings ")
     assert api.get(f"/api/{path}?keyring=defualt", 404)["hint"].startswith("Did you mean 'default'? ")
     assert api.get(f"/api/{path}?keyrng=default", 422)["hint"] == "Did you mean 'keyring'? See /docs."
     assert api.get(f"/api/{path}?keyring=default&keyring=default", 422)["hint"] == "See /docs."

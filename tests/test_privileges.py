@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import errors, sql
 
-from helpers import Connection, connect, install, unlock, value
+from helpers import RPC, Connection, connect, install, unlock, value
 from hosted import Hosted
 from pg_rekey import release
 
@@ -85,7 +85,7 @@ def test_functions_are_executed_by_whom_the_table_says(installed: Installed) -> 
                   || case when a.is_grantable then ' with grant option' else '' end
                 from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
                 left join pg_roles g on g.oid = a.grantee where a.grantee <> p.proowner)
-        from pg_proc p where p.pronamespace {OURS} or p.proname in ('rotate_keys', 'key_rotation_status')""",
+        from pg_proc p where p.pronamespace {OURS} or p.proname {RPC}""",
     )
     assert {name: set(roles) for name, roles in found.items()} == executors(installed.supabase)
 
@@ -120,7 +120,7 @@ def test_what_roles_may_in_effect(installed: Installed) -> None:
         for role, groups in roles.items():
             query = f"""
                 select p.oid::regprocedure::text from pg_proc p
-                where (p.pronamespace {OURS} or p.proname in ('rotate_keys', 'key_rotation_status'))
+                where (p.pronamespace {OURS} or p.proname {RPC})
                   and has_function_privilege('{role}', p.oid, 'execute')"""
             assert {name for (name,) in installed.connection.execute(query.encode())} == {
                 signature
@@ -163,7 +163,7 @@ def test_what_the_installer_keeps(installed: Installed) -> None:
     owned = f"""
         select p.oid::regprocedure::text from pg_proc p
         where p.proowner = '{installed.installer}'::regrole
-          and (p.pronamespace {OURS} or p.proname in ('rotate_keys', 'key_rotation_status'))
+          and (p.pronamespace {OURS} or p.proname {RPC})
         union select c.oid::regclass::text from pg_class c
         where c.relowner = '{installed.installer}'::regrole and c.relnamespace {OURS}
         union select n.nspname from pg_namespace n
@@ -171,6 +171,10 @@ def test_what_the_installer_keeps(installed: Installed) -> None:
     assert {name for (name,) in installed.connection.execute(owned.encode())} == {
         "rotate_keys(text,text,boolean)",
         "key_rotation_status()",
+        "mark_key_compromised(text,integer,text)",
+        "pause_rotation(bigint)",
+        "retry_rotation(bigint)",
+        "rollback_rotation(bigint,text)",
     }
     for owner in ("rekey_owner", "rekey_sweeper"):
         member = f"""
@@ -273,7 +277,7 @@ def test_everything_is_tried_by_everybody(installed: Installed) -> None:
           select string_agg(case p.prokind when 'p' then format('null::%s', t.type::regtype)
             else format('(select null::%s)', t.type::regtype) end, ', ' order by t.place)
           from unnest(p.proargtypes::oid[]) with ordinality t(type, place)))]
-        from pg_proc p where p.pronamespace {OURS} or p.proname in ('rotate_keys', 'key_rotation_status')""",
+        from pg_proc p where p.pronamespace {OURS} or p.proname {RPC}""",
     )
     logins = {
         role: f"try_{role}_{os.getpid()}" for role in installed.roles if not role.startswith("rekey_owner")

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from helpers import Connection, connect, initialize, install, unlock, value
+from helpers import RPC, Connection, connect, initialize, install, unlock, value
 from hosted import Hosted
 from pg_rekey import release
 from pg_rekey.release import Road
@@ -45,7 +45,7 @@ CATALOG = {
           array(select replace(x, '{{installer}}', 'INSTALLER')
                 from unnest({acl("p.proacl", "'f'", "p.proowner")}) x order by 1),
           obj_description(p.oid, 'pg_proc')
-        from pg_proc p where p.proname in ('rotate_keys', 'key_rotation_status')
+        from pg_proc p where p.proname {RPC}
           and p.pronamespace = 'public'::regnamespace""",
     "relations": f"""
         select c.oid::regclass::text, c.relkind::text, c.relowner::regrole::text, c.reloptions,

@@ -78,6 +78,71 @@ def test_service_role_rotates_and_follows(api: PostgREST, owner: Connection) -> 
     assert owner.execute(entry).fetchall() == [("authenticator", "service_role", "by RPC")]
 
 
+INCIDENT: list[tuple[str, dict[str, Any]]] = [
+    ("pause_rotation", {"id": 1}),
+    ("retry_rotation", {"id": 1}),
+    ("rollback_rotation", {"id": 1}),
+    ("mark_key_compromised", {"keyring": "default", "version": 1}),
+]
+
+
+def test_an_incident_by_rpc(api: PostgREST, owner: Connection) -> None:
+    """Pause, find the row that failed, retry, go back, and give a version up."""
+
+    def call(name: str, **arguments: Any) -> Any:
+        answer = api.rpc(name, arguments, role="service_role", claims=ANNE)
+        assert answer.status == 200, answer.body
+        [rotation] = answer.body["rotations"]
+        return rotation
+
+    owner.execute("select rekey.set_secret('a', 'value')")
+    rotate(api, keyring="default")
+    assert call("pause_rotation", id=1)["state"] == "paused"
+    again = api.rpc("pause_rotation", {"id": 1}, role="service_role")
+    assert (again.status, again.body["code"]) == (409, "RK006")
+    assert api.rpc("retry_rotation", {"id": 99}, role="service_role").status == 404
+    owner.execute("select rekey.resume_rotation(1)")
+    damage = "update rekey.secrets set ciphertext = set_byte(ciphertext, 40, get_byte(ciphertext, 40) # 1)"
+    with connect(owner.info.dsn, user="supabase_admin") as admin:
+        admin.execute(damage)
+        owner.execute("call rekey.run_rotations()")
+        admin.execute(damage)
+    assert call("retry_rotation", id=1)["state"] in ("queued", "running")
+    owner.execute("call rekey.run_rotations()")
+    back = call("rollback_rotation", id=1, reason="a client")
+    assert (back["trigger"], back["to_version"], back["reason"]) == ("rollback", 1, "a client")
+    assert back["requested_by"] == f"{ANNE['sub']} as service_role"
+    moved = call("mark_key_compromised", keyring="default", version=2, reason="a leak")
+    assert moved["trigger"] == "compromise"
+    [keyring] = api.rpc("key_rotation_status", role="service_role").body["keyrings"]
+    assert {"percent", "rows_per_second", "seconds_left", "started_at"} <= keyring["rotation"].keys()
+
+
+@pytest.mark.parametrize(("name", "arguments"), INCIDENT)
+def test_an_incident_is_for_administrators(
+    name: str, arguments: dict[str, Any], api: PostgREST, owner: Connection
+) -> None:
+    assert api.rpc(name, arguments, role="anon").status == 401
+    answer = api.rpc(name, arguments, role="authenticated", claims=ANNE)
+    assert (answer.status, answer.body["code"]) == (403, "42501")
+    assert owner.execute(DENIED).fetchall() == [("authenticated", ANNE["sub"], {"function": name})]
+
+
+def test_progress_in_the_status(ready: Connection) -> None:
+    ready.execute("select rekey.set_secret(n::text, 'value') from generate_series(1, 10) n")
+    ready.execute("select rekey.rotate_keys()")
+    look = "select key_rotation_status() -> 'keyrings' -> 0 -> 'rotation'"
+    queued: Any = value(ready, look)
+    assert (queued["percent"], queued["rows_per_second"], queued["seconds_left"]) == (None, None, None)
+    ready.execute("""
+        update rekey.rotations set state = 'running', rows_total = 100, rows_done = 25,
+          started_at = clock_timestamp() - interval '5 seconds'""")
+    running: Any = value(ready, look)
+    assert running["percent"] == 25.0
+    assert 0 < running["rows_per_second"] <= 5
+    assert running["seconds_left"] >= 15
+
+
 def test_a_member_of_rekey_admin_rotates_in_sql(owner: Connection) -> None:
     assert value(owner, "select rotate_keys('default') -> 'rotations' -> 0 ->> 'state'") == "queued"
     with pytest.raises(errors.DatabaseError) as raised:
@@ -196,7 +261,7 @@ def test_forged_claims_and_methods_without_the_role_gain_nothing(project: str, o
             with pytest.raises(errors.InsufficientPrivilege):
                 stranger.execute("select public.rotate_keys()")
             with pytest.raises(errors.InsufficientPrivilege):
-                stranger.execute("select rekey._rpc_rotate_keys(null, null, false)")
+                stranger.execute("select rekey._rpc_change('rotate_keys', '{}')")
     finally:
         owner.execute("drop role rekey_stranger")
 
@@ -245,9 +310,9 @@ def test_doctor_takes_only_what_the_rpc_needs(project: str, owner: Connection) -
     grants = query("doctor: grants")
     assert owner.execute(grants).fetchall() == []
     owner.execute("grant execute on function rekey.version to authenticated")
-    owner.execute("grant execute on function rekey._rpc_rotate_keys to anon")
+    owner.execute("grant execute on function rekey._rpc_change to anon")
     found = {row[1] for row in owner.execute(grants)}
-    assert found == {"authenticated may use rekey.version()", "anon may use rekey._rpc_rotate_keys()"}
+    assert found == {"authenticated may use rekey.version()", "anon may use rekey._rpc_change()"}
 
 
 def test_hints_are_in_the_words_of_its_clients(hosted: Hosted, owner: Connection) -> None:
@@ -280,7 +345,7 @@ def test_status_before_anything_is_set_up(hosted: Hosted) -> None:
     assert PostgREST(dsn).rpc("rotate_keys", role="service_role").body == {"rotations": [], "passed_by": []}
 
 
-@pytest.mark.parametrize("name", ["rotate_keys", "key_rotation_status"])
+@pytest.mark.parametrize("name", ["rotate_keys", "key_rotation_status", "mark_key_compromised"])
 def test_the_users_own_function_of_that_name_is_not_replaced(hosted: Hosted, name: str) -> None:
     dsn = hosted.make_database()
     with connect(dsn) as connection:
@@ -312,7 +377,7 @@ def test_errors_on_a_server_that_is_not_supabases(ready: Connection) -> None:
 
 def test_whoever_was_granted_the_rpc_without_being_an_administrator(ready: Connection) -> None:
     with ready.transaction(force_rollback=True):
-        ready.execute("grant execute on function public.rotate_keys, rekey._rpc_rotate_keys to rekey_app")
+        ready.execute("grant execute on function public.rotate_keys, rekey._rpc_change to rekey_app")
         ready.execute("select rekey.set_setting('postgrest_login', session_user::text)")
         ready.execute("set local request.method = 'POST'")
         ready.execute("set local role rekey_app")

@@ -129,8 +129,10 @@ def _refuse_impostor(connection: Connection) -> str | None:
     return row["version"] if row else None
 
 
-def pool(conninfo: str | None = None) -> Pool:
+def pool(conninfo: str | None = None, application: str = "pg-rekey") -> Pool:
     """Return a pool for a database, that of the environment by default, not opened yet; notices go nowhere.
+
+    application: what pg_stat_activity shows of its connections.
 
     The database may be gone, at the start too: whoever asks then waits POOL_TIMEOUT for a connection, and the
     pool comes back with the database.
@@ -138,7 +140,7 @@ def pool(conninfo: str | None = None) -> Pool:
     return ConnectionPool(
         conninfo or _conninfo(),
         connection_class=psycopg.Connection[DictRow],
-        kwargs={"row_factory": dict_row, **_PARAMETERS},
+        kwargs={"row_factory": dict_row, **_PARAMETERS, "application_name": application},
         configure=_configure,
         check=ConnectionPool.check_connection,
         min_size=1,

@@ -1,12 +1,16 @@
 """The demo: rotations of real secrets in a real server while readers and writers go on."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,6 +28,7 @@ from psycopg.conninfo import make_conninfo
 
 from pg_rekey import db, envfile, local, worker
 from pg_rekey import kek as keks
+from pg_rekey.api import tokens
 from pg_rekey.errors import Problem
 
 Shell = Callable[..., int]
@@ -151,6 +156,20 @@ class Clients:
             pipe.close()
 
 
+@contextmanager
+def _command(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """Run pg-rekey beside this process, which alone has Ctrl-C."""
+    command = [sys.executable, "-c", "from pg_rekey.cli import main; main()", *arguments]
+    output = subprocess.PIPE if "serve" in arguments else subprocess.DEVNULL
+    with subprocess.Popen(
+        command, env=os.environ | environment, stdout=output, text=True, process_group=0
+    ) as running:
+        try:
+            yield running
+        finally:
+            running.terminate()
+
+
 def _receive(pipe: Pipe) -> Any:
     try:
         return pipe.recv()
@@ -167,8 +186,8 @@ class Demo:
         self._say = say
         self._phases: dict[str, list[tuple[float, float]]] = {"before": [], "during": [], "after": []}
 
-    def run(self) -> dict[str, Any]:
-        """Run it all and return the figures."""
+    def run(self, tell: Callable[[dict[str, Any]], None], *, console: bool = False) -> dict[str, Any]:
+        """Run it all, and tell and return the figures. console: then serve it until Ctrl-C."""
         begun = time.monotonic()
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgrk-demo-")))
@@ -194,7 +213,28 @@ class Demo:
             self._shell("audit", "verify")
             self._shell("verify")
             wrong = self._compare(records)
-            return self._report(records, wrong, time.monotonic() - begun)
+            report = self._report(records, wrong, time.monotonic() - begun)
+            tell(report)
+            if console:
+                self._serve_console(unattended)
+            return report
+
+    def _serve_console(self, unattended: bool) -> None:
+        """Serve the console, and let a worker do what is asked for there, until Ctrl-C."""
+        token, entry = tokens.make("demo")
+        with ExitStack() as stack:
+            if not unattended:
+                stack.enter_context(_command("work", "--forever"))
+            server = stack.enter_context(_command("serve", "--port", "0", **{tokens.ADMIN: entry}))
+            assert server.stdout is not None
+            told = json.loads(server.stdout.readline() or "{}")
+            if told.get("event") != "listening":
+                raise Problem("the console did not start", "Install pg-rekey[api].")
+            threading.Thread(target=server.stdout.read, daemon=True).start()
+            self._title("The console, until Ctrl-C")
+            self._say(f"http://127.0.0.1:{told['port']}/\ntoken: {token}")
+            with suppress(KeyboardInterrupt):
+                server.wait()
 
     def _prepare(self, stack: ExitStack, folder: Path) -> bool:
         """Start a server or use the given one, and install; tell whether pg_cron will do the work there."""

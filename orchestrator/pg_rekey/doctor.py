@@ -24,6 +24,7 @@ CHECKS = (
     "KEK",
     "worker",
     "schedules",
+    "HTTP API",
     "rotations",
 )
 

@@ -47,9 +47,13 @@ ACTIONS = {
     ),
     "cancel_destruction": Words(
         "Encrypt it anew. Who needs the old key cancels its destruction: `pg-rekey keys cancel-destruction "
-        "KEYRING VERSION`."
+        "KEYRING VERSION`.",
+        "Who needs the old key cancels its destruction: POST /api/keys/cancel-destruction.",
     ),
-    "columns": Words("`pg-rekey columns list` shows the protected columns, and what blocks them."),
+    "columns": Words(
+        "`pg-rekey columns list` shows the protected columns, and what blocks them.",
+        "GET /api/columns shows the protected columns, and what blocks them.",
+    ),
     "context": Words("Name in --context what its rows are told apart by: columns that do not change."),
     "context_of_conflict": Words(
         "INSERT ... ON CONFLICT (other key) DO UPDATE would store a value that is bound to a row that "
@@ -61,8 +65,7 @@ ACTIONS = {
     ),
     "create_keyring": Words(
         "`pg-rekey keyrings list` shows those that there are; `pg-rekey keyrings create NAME` makes one.",
-        "GET /api/keys shows those that there are; on the command line, `pg-rekey keyrings create NAME` "
-        "makes one.",
+        "GET /api/keyrings shows those that there are; POST /api/keyrings/create makes one.",
         "See status().keyrings for those that there are; `pg-rekey keyrings create NAME` makes one.",
     ),
     "decrypt_bytes": Words("`pg-rekey secrets get NAME` prints text only: read its bytes in SQL."),
@@ -76,7 +79,7 @@ ACTIONS = {
         "trigger that encrypts."
     ),
     "export": Words("`pg-rekey audit export FILE` writes what `pg-rekey audit prune FILE` then removes."),
-    "failures": Words("`pg-rekey rotations failures` lists them."),
+    "failures": Words("`pg-rekey rotations failures` lists them.", "GET /api/rotations/failures lists them."),
     "fire_triggers": Words("`pg-rekey columns protect TABLE COLUMN --no-fire-triggers` keeps them from it."),
     "keep_context": Words(
         "`pg-rekey columns list` shows how. Keyring and context columns, and their order, stay: the "
@@ -110,7 +113,9 @@ ACTIONS = {
     ),
     "rotate_and_resolve": Words(
         "`pg-rekey rotate --keyring NAME --wait` brings its rows to a new version; `pg-rekey rotations "
-        "failures` and `pg-rekey rotations resolve` are for those in quarantine."
+        "failures` and `pg-rekey rotations resolve` are for those in quarantine.",
+        "POST /api/keys/rotate brings its rows to a new version; GET /api/rotations/failures and POST "
+        "/api/rotations/resolve are for those in quarantine.",
     ),
     "rotations": Words("`pg-rekey rotations list` shows them.", "GET /api/rotations shows them."),
     "own_tables": Words("What is hidden would count as absent: nothing goes on until that is done."),
@@ -122,7 +127,10 @@ ACTIONS = {
         "`pg-rekey secrets list` shows the names that there are.",
         python="See secrets.list() for the names that there are.",
     ),
-    "schedule_destruction": Words("`pg-rekey keys schedule-destruction KEYRING VERSION` schedules one."),
+    "schedule_destruction": Words(
+        "`pg-rekey keys schedule-destruction KEYRING VERSION` schedules one.",
+        "POST /api/keys/schedule-destruction schedules one.",
+    ),
     "search_now": Words("`pg-rekey keys search` looks now."),
     "schedule_worker": Words(
         "`pg-rekey work --forever` does without pg_cron; `pg-rekey init` prints the statement for the "
@@ -155,7 +163,10 @@ ACTIONS = {
         "If they are plain tokens or keys: --values-are-tokens. If another tool encrypted them: name its "
         "format with --from."
     ),
-    "verify": Words("`pg-rekey audit verify` says what is wrong with the log."),
+    "verify": Words(
+        "`pg-rekey audit verify` says what is wrong with the log.",
+        "GET /api/audit/verify says what is wrong with the log.",
+    ),
     "wait": Words(
         "Wait until it has ended: `pg-rekey status` shows how far it is.",
         "Wait until it has ended: GET /api/rotations shows how far it is.",

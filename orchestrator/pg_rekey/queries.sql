@@ -413,7 +413,7 @@ where case
   when a.grantee = 0 then o.name not in ('_is_doomed()', '_may_be_doomed()', '_is_scheduled()', '_refuse_doomed()', 'is_sweeping()')
   when r.rolname = 'anon' then true
   -- What the RPC calls, which decides itself who may.
-  when r.rolname = 'authenticated' then o.name not in ('_rpc_rotate_keys()', '_rpc_key_rotation_status()')
+  when r.rolname = 'authenticated' then o.name not in ('_rpc_change()', '_rpc_key_rotation_status()')
 end
 
 -- name: doctor: server version
@@ -465,6 +465,14 @@ union all
 select 'warning', format('keyring %s has no schedule', s.keyring),
   format('pg-rekey schedule set %s ''90 days''', s.keyring)
 from rekey.schedule_status s where s.rotate_every is null
+
+-- name: doctor: HTTP API
+-- description: Whether the HTTP API has more rights than it needs.
+select distinct 'warning' as severity, format('pg-rekey serve is connected as the superuser %I', a.usename) as finding,
+  'Give it a role of its own: CREATE ROLE rekey_api LOGIN IN ROLE rekey_admin.' as advice
+from pg_stat_activity a
+join pg_roles r on r.oid = a.usesysid and r.rolsuper
+where a.datname = current_database() and a.application_name = 'pg-rekey serve'
 
 -- name: doctor: rotations
 -- description: Rotations that ended badly.
@@ -538,8 +546,8 @@ where o.tenant_id = s.tenant_id and o.id = s.id and s.name = %s
 returning o.ciphertext, s.id
 
 -- name: api transaction
--- description: What every transaction of the HTTP API begins with: a time limit, and who asks, for the audit log.
-select set_config('statement_timeout', %s, true), set_config('request.jwt.claims', %s, true)
+-- description: What every transaction of the HTTP API begins with: a time limit, who asks, for the audit log, and the role that his token has.
+select set_config('statement_timeout', %s, true), set_config('request.jwt.claims', %s, true), set_config('role', %s, true)
 
 -- name: api rotations
 -- description: A page of rotations, newest first.
@@ -550,13 +558,123 @@ where (%(keyring)s::text is null or keyring = %(keyring)s)
 order by id desc
 limit %(limit)s
 
+-- name: api keyring
+-- description: Keyrings with their active versions and schedules.
+select k.name, k.tenant_id, v.version as active_version, v.activated_at as active_since, s.rotate_every::text as rotate_every,
+  s.next_rotation_at, coalesce(s.overdue, false) as overdue, k.created_at, k.retired_at
+from rekey.keyrings k
+left join rekey.schedule_status s on s.keyring = k.name
+left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
+
+-- name: api keyrings
+-- description: A page of keyrings, by name.
+select k.name, k.tenant_id, v.version as active_version, v.activated_at as active_since, s.rotate_every::text as rotate_every,
+  s.next_rotation_at, coalesce(s.overdue, false) as overdue, k.created_at, k.retired_at
+from rekey.keyrings k
+left join rekey.schedule_status s on s.keyring = k.name
+left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
+where (%(after)s::text is null or k.name > %(after)s)
+order by k.name
+limit %(limit)s
+
+-- name: api schedule
+-- description: When a keyring is rotated next.
+select keyring, tenant_id, rotate_every::text as rotate_every, next_rotation_at, overdue from rekey.schedule_status where keyring = %s
+
+-- name: api failures
+-- description: A page of the quarantine, newest first.
+select * from rekey.failure_status
+where (%(rotation)s::bigint is null or rotation_id = %(rotation)s)
+  and (%(all)s or resolved_at is null)
+  and (%(before)s::bigint is null or id < %(before)s)
+order by id desc
+limit %(limit)s
+
+-- name: api columns
+-- description: Protected columns, and whether each can be swept.
+select s.label, s.relation::text as relation, s.column_name::text as column_name, s.keyring, s.context_columns::text[] as context_columns,
+  s.encrypt_on_write, s.fire_triggers, s.search_path, s.problem,
+  array(select format('%%s (%%s)', f.finding, f.advice) from rekey.protection_findings() f where f.label = s.label and f.kind <> 'blocked') as findings
+from rekey.column_status s
+order by s.label
+
+-- name: api unprotected
+-- description: Columns that were forgotten.
+select relation::text as relation, column_name::text as column_name, finding, rows, advice from rekey.find_unprotected() order by 1, 2
+
+-- name: api settings
+-- description: The settings.
+select name, value, description from rekey.setting_status order by name
+
 -- name: api audit log
 -- description: A page of the audit log, newest first.
 select * from rekey.audit_log
 where (%(keyring)s::text is null or keyring = %(keyring)s)
+  and (%(event)s::text is null or event = %(event)s)
+  and (%(actor)s::text is null or %(actor)s in (actor, jwt_subject))
+  and (%(since)s::timestamptz is null or at >= %(since)s)
+  and (%(until)s::timestamptz is null or at < %(until)s)
   and (%(before)s::bigint is null or id < %(before)s)
 order by id desc
 limit %(limit)s
+
+-- name: api progress
+-- description: Rotations that are under way, and those that somebody follows.
+select * from rekey.rotation_status
+where state in ('queued', 'running', 'paused', 'verifying', 'failed') or id = any (%(ids)s)
+order by id
+limit %(limit)s
+
+-- name: console keyrings
+-- description: A page of keyrings, each with its active version, the rows that its last rotation found, and what is under way.
+with listed as (
+  select k.id, k.name, k.retired_at, v.version, v.activated_at, s.rotate_every, s.next_rotation_at, coalesce(s.overdue, false) as overdue,
+    count(*) over () as total
+  from rekey.keyrings k
+  left join rekey.schedule_status s on s.keyring = k.name
+  left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
+  where %(search)s::text is null or position(lower(%(search)s) in lower(k.name)) > 0
+  order by case when %(sort)s = 'next' then s.next_rotation_at when %(sort)s = 'age' then v.activated_at end, k.name
+  limit %(limit)s offset %(offset)s
+)
+select l.*, (extract(epoch from clock_timestamp() - l.activated_at) / extract(epoch from l.rotate_every))::double precision as age,
+  clock_timestamp() - l.activated_at as since, r.id as rotation, r.state, r.rows_total as rows
+from listed l
+left join lateral (
+  select r.id, r.state, r.rows_total from rekey.rotation_status r where r.keyring = l.name order by r.id desc limit 1) r on true
+order by case when %(sort)s = 'next' then l.next_rotation_at when %(sort)s = 'age' then l.activated_at end, l.name
+
+-- name: console light
+-- description: What the traffic light looks at: the worker, the KEK, what is overdue, what is held up.
+select w.last_tick_at, w.last_error, w.locked_since,
+  coalesce(w.last_tick_at > clock_timestamp() - interval '5 minutes', false) as ticking,
+  exists (select from rekey.keks e where e.state = 'active') as kek,
+  (select count(*) from rekey.schedule_status s where s.overdue) as overdue,
+  (select count(*) from rekey.rotation_status r where r.state in ('failed') or r.state in ('running', 'verifying') and r.blocked_by is not null) as blocked,
+  (select count(*) from rekey.column_status c where c.problem is not null) as columns,
+  (select count(*) from rekey.failure_status f where f.resolved_at is null) as failures
+from (select) as one
+left join rekey.worker_status w on true
+
+-- name: console history
+-- description: The last rotations that ended, newest first.
+select r.*, r.finished_at - r.started_at as took, extract(epoch from r.finished_at - r.started_at)::double precision as seconds,
+  (r.rows_done / nullif(extract(epoch from r.finished_at - r.started_at), 0))::double precision as rows_per_second
+from rekey.rotation_status r
+where (%(before)s::bigint is null or r.id < %(before)s)
+order by r.id desc
+limit %(limit)s
+
+-- name: console latest
+-- description: The last rotation of a keyring.
+select max(r.id) as id from rekey.rotation_status r where r.keyring = %s
+
+-- name: console events
+-- description: The kinds of entries that the audit log may have, for a choice.
+select m[1] as event
+from pg_constraint c, regexp_matches(pg_get_constraintdef(c.oid), '''([a-z_.]+)''', 'g') m
+where c.conrelid = 'rekey.audit_log'::regclass and c.conname = 'audit_log_event_check'
+order by 1
 
 -- name: adoption under way
 -- description: The adoption of a column that has not ended.
@@ -715,7 +833,9 @@ with ours (classid, objid) as (
   union all
   select 'pg_proc'::regclass, p.oid from pg_proc p
   where p.pronamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace)
-    or p.oid in (to_regprocedure('public.rotate_keys(text,text,boolean)'), to_regprocedure('public.key_rotation_status()'))
+    or p.oid in (to_regprocedure('public.rotate_keys(text,text,boolean)'), to_regprocedure('public.key_rotation_status()'),
+      to_regprocedure('public.pause_rotation(bigint)'), to_regprocedure('public.retry_rotation(bigint)'),
+      to_regprocedure('public.rollback_rotation(bigint,text)'), to_regprocedure('public.mark_key_compromised(text,integer,text)'))
 ), parts (classid, objid) as (
   select * from ours
   union all select 'pg_attrdef'::regclass, a.oid from pg_attrdef a join ours o on o.objid = a.adrelid and o.classid = 'pg_class'::regclass
@@ -742,7 +862,8 @@ from pg_proc p
 join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.refclassid = 'pg_proc'::regclass
 join pg_proc r on r.oid = d.refobjid and r.pronamespace = 'rekey'::regnamespace
 where p.pronamespace = 'public'::regnamespace and (p.proname, r.proname) in (
-  ('rotate_keys', '_rpc_rotate_keys'), ('key_rotation_status', '_rpc_key_rotation_status'))
+  ('rotate_keys', '_rpc_change'), ('key_rotation_status', '_rpc_key_rotation_status'), ('pause_rotation', '_rpc_change'),
+  ('retry_rotation', '_rpc_change'), ('rollback_rotation', '_rpc_change'), ('mark_key_compromised', '_rpc_change'))
 
 -- name: uninstall locks
 -- description: What locks the views and tables of pg_rekey, in the order in which whoever reads them locks them. LOCK TABLE of a view would lock what it reads, system catalogs too.

@@ -99,6 +99,12 @@ set search_path = pg_catalog, pg_temp
 return rekey._cut(rekey._claims() ->> 'sub', 255);
 comment on function rekey._subject is 'The subject of the JWT as the audit log has it.';
 
+create or replace function rekey._requester() returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+return concat(rekey._subject() || ' as ', rekey._caller());
+comment on function rekey._requester is 'Who asks for a rotation: the role that calls; before it the subject of the JWT, where there is one.';
+
 create or replace function rekey._audit_all(events jsonb) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp

@@ -87,7 +87,7 @@ comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
 comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds: since they began; not there where who reads this may not see it in pg_stat_activity), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
-comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
+comment on column rekey.rotation_status.requested_by is 'Who asked for it: a role; before it, through PostgREST or the HTTP API, the subject of the JWT or the name of the token.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
 comment on column rekey.rotation_status.started_at is 'When the first row was looked at.';
 comment on column rekey.rotation_status.finished_at is 'When it ended.';
@@ -116,7 +116,7 @@ begin
   select a.keyring_id,
     array(select k.version from rekey.encryption_keys k
           where k.keyring_id = a.keyring_id and k.version <> a.version and k.state <> 'destroyed' order by k.version),
-    a.version, _queue_sweep.previous_version, _queue_sweep.trigger, _queue_sweep.reason, rekey._caller()
+    a.version, _queue_sweep.previous_version, _queue_sweep.trigger, _queue_sweep.reason, rekey._requester()
   from rekey.encryption_keys a
   where a.keyring_id = _queue_sweep.keyring_id and a.state = 'active'
   returning id into v_id;
@@ -167,7 +167,7 @@ begin
     select d.keyring_id,
       array(select k.version from rekey.encryption_keys k
             where k.keyring_id = d.keyring_id and k.version <> d.to_version and k.state <> 'destroyed' order by k.version),
-      d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._caller()
+      d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._requester()
     from unnest(v_due, v_from, v_to) as d(keyring_id, from_version, to_version)
     returning id, keyring_id
   )
@@ -352,7 +352,7 @@ begin
   end if;
   perform rekey._refuse_over(v_rotation);
   update rekey.rotation_failures f
-  set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
+  set resolved_at = now(), resolution = 'retry', resolved_by = rekey._requester()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
   update rekey.rotations r
   set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
@@ -519,7 +519,7 @@ begin
     v_rotation := rekey._rotation(v_failure.rotation_id);
   end if;
   update rekey.rotation_failures f
-  set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
+  set resolved_at = now(), resolution = action, resolved_by = rekey._requester(), resolve_reason = resolve_failure.reason
   where f.id = resolve_failure.id and f.resolved_at is null;
   if not found then
     raise exception 'failure % is resolved already', id using errcode = 'RK006';

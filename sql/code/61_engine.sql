@@ -675,7 +675,7 @@ begin
   end if;
   select count(*) into v_sessions
   from pg_stat_activity a
-  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg_cron')
+  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg-rekey serve', 'pg_cron')
     and (a.state = 'active' or a.state_change > clock_timestamp() - interval '1 second');
   return case when v_sessions > 0 then format('%s active sessions', v_sessions) else '' end;
 end

@@ -1,5 +1,5 @@
--- What PostgREST offers: /rpc/rotate_keys and /rpc/key_rotation_status. The two functions in schema public have no rights
--- of their own; being bound early, they need none on schema rekey. What they call decides who may, and answers.
+-- What PostgREST offers: /rpc/rotate_keys, key_rotation_status, and what an incident needs. The functions in schema public have
+-- no rights of their own; being bound early, they need none on schema rekey. What they call decides who may, and answers.
 
 -- PostgREST's login alone is proof: the settings request.*, which tell of a request, are anybody's who can run SQL.
 create or replace function rekey._is_postgrest() returns boolean
@@ -28,7 +28,7 @@ begin
 end
 $$;
 comment on function rekey._may_administer is
-  'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
+  'Whether the caller may rotate, and the like, by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
 
 -- Executable by administrators because pg-rekey serve refuses callers of its own, who have no role here.
 create or replace function rekey._note_denied(details jsonb) returns void
@@ -120,26 +120,44 @@ end
 $$;
 comment on function rekey._rpc_refusal is 'The answer to whoever may not: 403 by PostgREST, 42501 else.';
 
-create or replace function rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) returns jsonb
+create or replace function rekey._rpc_change(name text, arguments jsonb) returns jsonb
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_answer jsonb;
+  v_rotations jsonb;
+  v_passed_by jsonb;
   v_hint text;
   v_action text;
 begin
   if not rekey._may_administer() then
     if rekey._is_postgrest() then
-      perform rekey._note_denied('{"function": "rotate_keys"}');
+      perform rekey._note_denied(jsonb_build_object('function', name));
     end if;
     return rekey._rpc_refusal();
   end if;
-  select jsonb_build_object(
-    'rotations', coalesce(jsonb_agg(to_jsonb(r) order by r.id), '[]'),
-    'passed_by', coalesce(jsonb_agg(r.keyring order by r.id) filter (where r.created_at <> now()), '[]'))
-  into v_answer from rekey.rotate_keys(keyring, reason, supersede) r;
-  return v_answer;
+  case name
+    when 'rotate_keys' then
+      select coalesce(jsonb_agg(to_jsonb(r) order by r.id), '[]'),
+        coalesce(jsonb_agg(r.keyring order by r.id) filter (where r.created_at <> now()), '[]')
+      into v_rotations, v_passed_by
+      from rekey.rotate_keys(arguments ->> 'keyring', arguments ->> 'reason', (arguments ->> 'supersede')::boolean) r;
+      return jsonb_build_object('rotations', v_rotations, 'passed_by', v_passed_by);
+    when 'pause_rotation' then
+      perform rekey.pause_rotation((arguments ->> 'id')::bigint);
+    when 'retry_rotation' then
+      perform rekey.retry_rotation((arguments ->> 'id')::bigint);
+    when 'rollback_rotation' then
+      select jsonb_agg(to_jsonb(r)) into v_rotations
+      from rekey.rollback_rotation((arguments ->> 'id')::bigint, arguments ->> 'reason') r;
+    when 'mark_key_compromised' then
+      select coalesce(jsonb_agg(to_jsonb(r)), '[]') into v_rotations
+      from rekey.mark_key_compromised(arguments ->> 'keyring', (arguments ->> 'version')::integer, arguments ->> 'reason') r;
+  end case;
+  if v_rotations is null then
+    select jsonb_agg(to_jsonb(r)) into v_rotations from rekey.rotation_status r where r.id = (arguments ->> 'id')::bigint;
+  end if;
+  return jsonb_build_object('rotations', v_rotations);
 exception when others then
   if not rekey._through_postgrest() or rekey._http_status(sqlstate) is null then
     raise;
@@ -148,16 +166,53 @@ exception when others then
   return rekey._rpc_problem(sqlstate, sqlerrm, rekey._rpc_hint(v_action, v_hint));
 end
 $$;
-comment on function rekey._rpc_rotate_keys is 'What public.rotate_keys() does with the rights of rekey_owner.';
+comment on function rekey._rpc_change is
+  'What the functions of schema public that change something do with the rights of rekey_owner. name: which of them; arguments: by name.';
 
 create or replace function public.rotate_keys(keyring text = null, reason text = null, supersede boolean = false) returns jsonb
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select rekey._rpc_rotate_keys(keyring, reason, supersede);
+  select rekey._rpc_change('rotate_keys', jsonb_build_object('keyring', keyring, 'reason', reason, 'supersede', supersede));
 end;
 comment on function public.rotate_keys is
   'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...], "passed_by": [...]} with rows of rekey.rotation_status, and the names of keyrings that got no new version, as a rotation is under way. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
+
+create or replace function public.pause_rotation(id bigint) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select rekey._rpc_change('pause_rotation', jsonb_build_object('id', id));
+end;
+comment on function public.pause_rotation is
+  'As rekey.pause_rotation(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
+
+create or replace function public.retry_rotation(id bigint) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select rekey._rpc_change('retry_rotation', jsonb_build_object('id', id));
+end;
+comment on function public.retry_rotation is
+  'As rekey.retry_rotation(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
+
+create or replace function public.rollback_rotation(id bigint, reason text = null) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select rekey._rpc_change('rollback_rotation', jsonb_build_object('id', id, 'reason', reason));
+end;
+comment on function public.rollback_rotation is
+  'As rekey.rollback_rotation(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation that goes back, as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
+
+create or replace function public.mark_key_compromised(keyring text, version integer, reason text = null) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select rekey._rpc_change('mark_key_compromised', jsonb_build_object('keyring', keyring, 'version', version, 'reason', reason));
+end;
+comment on function public.mark_key_compromised is
+  'As rekey.mark_key_compromised(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation that takes the rows off the version, as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
 
 create or replace function rekey._rpc_key_rotation_status() returns jsonb
 language plpgsql stable security definer
@@ -182,9 +237,15 @@ begin
       join rekey.schedule_status s on s.keyring = k.name
       left join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
       left join lateral (
-        select t.id, t.state, t.trigger, t.to_version, t.rows_total, t.rows_done, t.rows_failed, t.blocked_by, t.last_error,
-          t.created_at, t.finished_at
-        from rekey.rotations t where t.keyring_id = k.id order by t.id desc limit 1) r on true))
+        select t.id, t.state, t.trigger, t.to_version, t.rows_total, t.rows_done, t.rows_failed,
+          round(100.0 * least(t.rows_done, t.rows_total) / nullif(t.rows_total, 0), 1) as percent,
+          case when t.state = 'running' then p.rate end as rows_per_second,
+          case when t.state = 'running' then ceil((t.rows_total - t.rows_done) / p.rate) end as seconds_left,
+          t.blocked_by, t.last_error, t.created_at, t.started_at, t.finished_at
+        from rekey.rotations t
+        cross join lateral (
+          select nullif(round(t.rows_done / nullif(extract(epoch from clock_timestamp() - t.started_at), 0)), 0) as rate) p
+        where t.keyring_id = k.id order by t.id desc limit 1) r on true))
   into v_status;
   return v_status;
 end
@@ -198,4 +259,4 @@ begin atomic
   select rekey._rpc_key_rotation_status();
 end;
 comment on function public.key_rotation_status is
-  'How rotation stands, for PostgREST and supabase-js: version, kek (number and provider), worker (rekey.worker_status), and keyrings, each with its active version, its schedule and its last rotation. For whom and with which errors: as public.rotate_keys().';
+  'How rotation stands, for PostgREST and supabase-js: version, kek (number and provider), worker (rekey.worker_status), and keyrings, each with its active version, its schedule and its last rotation: with percent, and while it re-encrypts, rows_per_second since it began and seconds_left. For whom and with which errors: as public.rotate_keys().';

@@ -671,13 +671,19 @@ comment on type rekey._adoption is 'A batch of values that are no envelopes: by 
 -- sql/schema/80_public.sql
 -- The RPC stands in schema public (sql/code/90_rpc.sql), where others have things too.
 do $$
+declare
+  v_name name;
 begin
   if to_regnamespace('public') is null then
     raise exception 'there is no schema public' using errcode = 'invalid_schema_name',
-      hint = 'pg_rekey puts rotate_keys() and key_rotation_status() there: create schema public.';
+      hint = 'pg_rekey puts rotate_keys() and others there: create schema public.';
   end if;
-  if exists (select from pg_proc p where p.pronamespace = 'public'::regnamespace and p.proname in ('rotate_keys', 'key_rotation_status')) then
-    raise exception 'schema public has a function rotate_keys or key_rotation_status already' using errcode = 'duplicate_function',
+  select p.proname into v_name from pg_proc p
+  where p.pronamespace = 'public'::regnamespace and p.proname in (
+    'rotate_keys', 'key_rotation_status', 'pause_rotation', 'retry_rotation', 'rollback_rotation', 'mark_key_compromised')
+  limit 1;
+  if found then
+    raise exception 'schema public has a function % already', v_name using errcode = 'duplicate_function',
       hint = 'pg_rekey does not replace it: rename or drop it first.';
   end if;
 end
@@ -1083,6 +1089,12 @@ language sql stable
 set search_path = pg_catalog, pg_temp
 return rekey._cut(rekey._claims() ->> 'sub', 255);
 comment on function rekey._subject is 'The subject of the JWT as the audit log has it.';
+
+create or replace function rekey._requester() returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+return concat(rekey._subject() || ' as ', rekey._caller());
+comment on function rekey._requester is 'Who asks for a rotation: the role that calls; before it the subject of the JWT, where there is one.';
 
 create or replace function rekey._audit_all(events jsonb) returns void
 language plpgsql
@@ -6576,7 +6588,7 @@ comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
 comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds: since they began; not there where who reads this may not see it in pg_stat_activity), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
-comment on column rekey.rotation_status.requested_by is 'Who asked for it.';
+comment on column rekey.rotation_status.requested_by is 'Who asked for it: a role; before it, through PostgREST or the HTTP API, the subject of the JWT or the name of the token.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
 comment on column rekey.rotation_status.started_at is 'When the first row was looked at.';
 comment on column rekey.rotation_status.finished_at is 'When it ended.';
@@ -6605,7 +6617,7 @@ begin
   select a.keyring_id,
     array(select k.version from rekey.encryption_keys k
           where k.keyring_id = a.keyring_id and k.version <> a.version and k.state <> 'destroyed' order by k.version),
-    a.version, _queue_sweep.previous_version, _queue_sweep.trigger, _queue_sweep.reason, rekey._caller()
+    a.version, _queue_sweep.previous_version, _queue_sweep.trigger, _queue_sweep.reason, rekey._requester()
   from rekey.encryption_keys a
   where a.keyring_id = _queue_sweep.keyring_id and a.state = 'active'
   returning id into v_id;
@@ -6656,7 +6668,7 @@ begin
     select d.keyring_id,
       array(select k.version from rekey.encryption_keys k
             where k.keyring_id = d.keyring_id and k.version <> d.to_version and k.state <> 'destroyed' order by k.version),
-      d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._caller()
+      d.to_version, d.from_version, _rotate.trigger, _rotate.reason, rekey._requester()
     from unnest(v_due, v_from, v_to) as d(keyring_id, from_version, to_version)
     returning id, keyring_id
   )
@@ -6841,7 +6853,7 @@ begin
   end if;
   perform rekey._refuse_over(v_rotation);
   update rekey.rotation_failures f
-  set resolved_at = now(), resolution = 'retry', resolved_by = rekey._caller()
+  set resolved_at = now(), resolution = 'retry', resolved_by = rekey._requester()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
   update rekey.rotations r
   set state = 'queued', attempts = 0, rows_failed = 0, next_attempt_at = null, finished_at = null, barrier_at = null, in_line = r.trigger = 'adoption'
@@ -7008,7 +7020,7 @@ begin
     v_rotation := rekey._rotation(v_failure.rotation_id);
   end if;
   update rekey.rotation_failures f
-  set resolved_at = now(), resolution = action, resolved_by = rekey._caller(), resolve_reason = resolve_failure.reason
+  set resolved_at = now(), resolution = action, resolved_by = rekey._requester(), resolve_reason = resolve_failure.reason
   where f.id = resolve_failure.id and f.resolved_at is null;
   if not found then
     raise exception 'failure % is resolved already', id using errcode = 'RK006';
@@ -7707,7 +7719,7 @@ begin
   end if;
   select count(*) into v_sessions
   from pg_stat_activity a
-  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg_cron')
+  where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() and a.application_name not in ('pg-rekey', 'pg-rekey serve', 'pg_cron')
     and (a.state = 'active' or a.state_change > clock_timestamp() - interval '1 second');
   return case when v_sessions > 0 then format('%s active sessions', v_sessions) else '' end;
 end
@@ -10503,7 +10515,7 @@ begin
     raise exception '% is being adopted, by rotation %', v_column.label, v_rotation using errcode = 'RK004', hint = 'Wait for it.', constraint = 'wait';
   end if;
   insert into rekey.rotations (keyring_id, from_versions, to_version, trigger, reason, requested_by, column_id, formats, forced, unwrap, in_line)
-  select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._caller(), v_column.id,
+  select v_keyring.id, '{}', k.version, 'adoption', adopt_column.reason, rekey._requester(), v_column.id,
     array(select distinct f from unnest(adopt_column.formats) f order by 1), coalesce(force, false), adopt_column.unwrap,
     exists (select from rekey.rotations r where r.keyring_id = v_keyring.id and rekey._is_under_way(r.state))
   from rekey.encryption_keys k where k.keyring_id = v_keyring.id and k.state = 'active'
@@ -12020,8 +12032,8 @@ comment on function rekey.metrics is 'Figures for monitoring (docs/operations.md
 grant execute on function rekey.metrics to rekey_admin, rekey_operator, rekey_auditor;
 
 -- sql/code/90_rpc.sql
--- What PostgREST offers: /rpc/rotate_keys and /rpc/key_rotation_status. The two functions in schema public have no rights
--- of their own; being bound early, they need none on schema rekey. What they call decides who may, and answers.
+-- What PostgREST offers: /rpc/rotate_keys, key_rotation_status, and what an incident needs. The functions in schema public have
+-- no rights of their own; being bound early, they need none on schema rekey. What they call decides who may, and answers.
 
 -- PostgREST's login alone is proof: the settings request.*, which tell of a request, are anybody's who can run SQL.
 create or replace function rekey._is_postgrest() returns boolean
@@ -12050,7 +12062,7 @@ begin
 end
 $$;
 comment on function rekey._may_administer is
-  'Whether the caller may rotate by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
+  'Whether the caller may rotate, and the like, by RPC: service_role, members of rekey_admin, and, in a session of PostgREST, a logged-in user whose app_metadata has the claim that the setting jwt_admin_claim names, with the value true.';
 
 -- Executable by administrators because pg-rekey serve refuses callers of its own, who have no role here.
 create or replace function rekey._note_denied(details jsonb) returns void
@@ -12142,26 +12154,44 @@ end
 $$;
 comment on function rekey._rpc_refusal is 'The answer to whoever may not: 403 by PostgREST, 42501 else.';
 
-create or replace function rekey._rpc_rotate_keys(keyring text, reason text, supersede boolean) returns jsonb
+create or replace function rekey._rpc_change(name text, arguments jsonb) returns jsonb
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_answer jsonb;
+  v_rotations jsonb;
+  v_passed_by jsonb;
   v_hint text;
   v_action text;
 begin
   if not rekey._may_administer() then
     if rekey._is_postgrest() then
-      perform rekey._note_denied('{"function": "rotate_keys"}');
+      perform rekey._note_denied(jsonb_build_object('function', name));
     end if;
     return rekey._rpc_refusal();
   end if;
-  select jsonb_build_object(
-    'rotations', coalesce(jsonb_agg(to_jsonb(r) order by r.id), '[]'),
-    'passed_by', coalesce(jsonb_agg(r.keyring order by r.id) filter (where r.created_at <> now()), '[]'))
-  into v_answer from rekey.rotate_keys(keyring, reason, supersede) r;
-  return v_answer;
+  case name
+    when 'rotate_keys' then
+      select coalesce(jsonb_agg(to_jsonb(r) order by r.id), '[]'),
+        coalesce(jsonb_agg(r.keyring order by r.id) filter (where r.created_at <> now()), '[]')
+      into v_rotations, v_passed_by
+      from rekey.rotate_keys(arguments ->> 'keyring', arguments ->> 'reason', (arguments ->> 'supersede')::boolean) r;
+      return jsonb_build_object('rotations', v_rotations, 'passed_by', v_passed_by);
+    when 'pause_rotation' then
+      perform rekey.pause_rotation((arguments ->> 'id')::bigint);
+    when 'retry_rotation' then
+      perform rekey.retry_rotation((arguments ->> 'id')::bigint);
+    when 'rollback_rotation' then
+      select jsonb_agg(to_jsonb(r)) into v_rotations
+      from rekey.rollback_rotation((arguments ->> 'id')::bigint, arguments ->> 'reason') r;
+    when 'mark_key_compromised' then
+      select coalesce(jsonb_agg(to_jsonb(r)), '[]') into v_rotations
+      from rekey.mark_key_compromised(arguments ->> 'keyring', (arguments ->> 'version')::integer, arguments ->> 'reason') r;
+  end case;
+  if v_rotations is null then
+    select jsonb_agg(to_jsonb(r)) into v_rotations from rekey.rotation_status r where r.id = (arguments ->> 'id')::bigint;
+  end if;
+  return jsonb_build_object('rotations', v_rotations);
 exception when others then
   if not rekey._through_postgrest() or rekey._http_status(sqlstate) is null then
     raise;
@@ -12170,16 +12200,53 @@ exception when others then
   return rekey._rpc_problem(sqlstate, sqlerrm, rekey._rpc_hint(v_action, v_hint));
 end
 $$;
-comment on function rekey._rpc_rotate_keys is 'What public.rotate_keys() does with the rights of rekey_owner.';
+comment on function rekey._rpc_change is
+  'What the functions of schema public that change something do with the rights of rekey_owner. name: which of them; arguments: by name.';
 
 create or replace function public.rotate_keys(keyring text = null, reason text = null, supersede boolean = false) returns jsonb
 language sql volatile
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select rekey._rpc_rotate_keys(keyring, reason, supersede);
+  select rekey._rpc_change('rotate_keys', jsonb_build_object('keyring', keyring, 'reason', reason, 'supersede', supersede));
 end;
 comment on function public.rotate_keys is
   'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...], "passed_by": [...]} with rows of rekey.rotation_status, and the names of keyrings that got no new version, as a rotation is under way. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
+
+create or replace function public.pause_rotation(id bigint) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select rekey._rpc_change('pause_rotation', jsonb_build_object('id', id));
+end;
+comment on function public.pause_rotation is
+  'As rekey.pause_rotation(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
+
+create or replace function public.retry_rotation(id bigint) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select rekey._rpc_change('retry_rotation', jsonb_build_object('id', id));
+end;
+comment on function public.retry_rotation is
+  'As rekey.retry_rotation(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
+
+create or replace function public.rollback_rotation(id bigint, reason text = null) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select rekey._rpc_change('rollback_rotation', jsonb_build_object('id', id, 'reason', reason));
+end;
+comment on function public.rollback_rotation is
+  'As rekey.rollback_rotation(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation that goes back, as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
+
+create or replace function public.mark_key_compromised(keyring text, version integer, reason text = null) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select rekey._rpc_change('mark_key_compromised', jsonb_build_object('keyring', keyring, 'version', version, 'reason', reason));
+end;
+comment on function public.mark_key_compromised is
+  'As rekey.mark_key_compromised(), for PostgREST and supabase-js: {"rotations": [...]} with the rotation that takes the rows off the version, as a row of rekey.rotation_status. For whom and with which errors: as public.rotate_keys().';
 
 create or replace function rekey._rpc_key_rotation_status() returns jsonb
 language plpgsql stable security definer
@@ -12204,9 +12271,15 @@ begin
       join rekey.schedule_status s on s.keyring = k.name
       left join rekey.encryption_keys a on a.keyring_id = k.id and a.state = 'active'
       left join lateral (
-        select t.id, t.state, t.trigger, t.to_version, t.rows_total, t.rows_done, t.rows_failed, t.blocked_by, t.last_error,
-          t.created_at, t.finished_at
-        from rekey.rotations t where t.keyring_id = k.id order by t.id desc limit 1) r on true))
+        select t.id, t.state, t.trigger, t.to_version, t.rows_total, t.rows_done, t.rows_failed,
+          round(100.0 * least(t.rows_done, t.rows_total) / nullif(t.rows_total, 0), 1) as percent,
+          case when t.state = 'running' then p.rate end as rows_per_second,
+          case when t.state = 'running' then ceil((t.rows_total - t.rows_done) / p.rate) end as seconds_left,
+          t.blocked_by, t.last_error, t.created_at, t.started_at, t.finished_at
+        from rekey.rotations t
+        cross join lateral (
+          select nullif(round(t.rows_done / nullif(extract(epoch from clock_timestamp() - t.started_at), 0)), 0) as rate) p
+        where t.keyring_id = k.id order by t.id desc limit 1) r on true))
   into v_status;
   return v_status;
 end
@@ -12220,14 +12293,15 @@ begin atomic
   select rekey._rpc_key_rotation_status();
 end;
 comment on function public.key_rotation_status is
-  'How rotation stands, for PostgREST and supabase-js: version, kek (number and provider), worker (rekey.worker_status), and keyrings, each with its active version, its schedule and its last rotation. For whom and with which errors: as public.rotate_keys().';
+  'How rotation stands, for PostgREST and supabase-js: version, kek (number and provider), worker (rekey.worker_status), and keyrings, each with its active version, its schedule and its last rotation: with percent, and while it re-encrypts, rows_per_second since it began and seconds_left. For whom and with which errors: as public.rotate_keys().';
 
 -- sql/footer.sql
 -- Who owns what, and who may do nothing. Safe to repeat.
 -- (In rekey_targets are functions of others too, of which whoever updates may not revoke anything.)
 revoke all on all routines in schema rekey from public;
 revoke all on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write from public;
-revoke all on function public.rotate_keys, public.key_rotation_status from public;
+revoke all on function public.rotate_keys, public.key_rotation_status, public.pause_rotation, public.retry_rotation, public.rollback_rotation,
+  public.mark_key_compromised from public;
 
 do $$
 declare
@@ -12240,11 +12314,13 @@ begin
     execute format('revoke all on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write from %I', v_role);
     execute format('revoke all on all tables in schema rekey from %I', v_role);
     execute format('revoke all on all sequences in schema rekey from %I', v_role);
-    execute format('revoke all on function public.rotate_keys, public.key_rotation_status from %I', v_role);
+    execute format('revoke all on function public.rotate_keys, public.key_rotation_status, public.pause_rotation, public.retry_rotation, public.rollback_rotation,
+  public.mark_key_compromised from %I', v_role);
     -- After that, since it would take these too: what the RPC of 90_rpc.sql takes.
     if v_role <> 'anon' then
-      execute format('grant execute on function public.rotate_keys, public.key_rotation_status to %I', v_role);
-      execute format('grant execute on function rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status to %I', v_role);
+      execute format('grant execute on function public.rotate_keys, public.key_rotation_status, public.pause_rotation, public.retry_rotation, public.rollback_rotation,
+  public.mark_key_compromised to %I', v_role);
+      execute format('grant execute on function rekey._rpc_change, rekey._rpc_key_rotation_status to %I', v_role);
     end if;
   end loop;
 
@@ -12298,7 +12374,8 @@ grant execute on function rekey._session_state, rekey._refuse_traces, rekey._pre
 grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey._may_be_doomed(), rekey._is_scheduled(bytea), rekey.is_sweeping(regclass),
   rekey._refuse_doomed() to public;
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
-grant execute on function public.rotate_keys, public.key_rotation_status, rekey._rpc_rotate_keys, rekey._rpc_key_rotation_status
+grant execute on function public.rotate_keys, public.key_rotation_status, public.pause_rotation, public.retry_rotation, public.rollback_rotation,
+  public.mark_key_compromised, rekey._rpc_change, rekey._rpc_key_rotation_status
   to rekey_admin;
 do $$ begin perform rekey._remake_columns(); end $$;
 

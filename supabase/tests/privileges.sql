@@ -1,16 +1,28 @@
 -- What the roles of the API may do: two functions, and nothing else.
 begin;
 create extension if not exists pgtap;
-select plan(9);
+select plan(21);
 
 select is(has_function_privilege(role, function, 'execute'), allowed, format('%s, %s: %s', role, function, allowed))
 from (values
   ('anon', 'public.rotate_keys(text, text, boolean)', false),
   ('anon', 'public.key_rotation_status()', false),
+  ('anon', 'public.mark_key_compromised(text, integer, text)', false),
+  ('anon', 'public.pause_rotation(bigint)', false),
+  ('anon', 'public.retry_rotation(bigint)', false),
+  ('anon', 'public.rollback_rotation(bigint, text)', false),
   ('authenticated', 'public.rotate_keys(text, text, boolean)', true),
   ('authenticated', 'public.key_rotation_status()', true),
+  ('authenticated', 'public.mark_key_compromised(text, integer, text)', true),
+  ('authenticated', 'public.pause_rotation(bigint)', true),
+  ('authenticated', 'public.retry_rotation(bigint)', true),
+  ('authenticated', 'public.rollback_rotation(bigint, text)', true),
   ('service_role', 'public.rotate_keys(text, text, boolean)', true),
-  ('service_role', 'public.key_rotation_status()', true)
+  ('service_role', 'public.key_rotation_status()', true),
+  ('service_role', 'public.mark_key_compromised(text, integer, text)', true),
+  ('service_role', 'public.pause_rotation(bigint)', true),
+  ('service_role', 'public.retry_rotation(bigint)', true),
+  ('service_role', 'public.rollback_rotation(bigint, text)', true)
 ) as expected (role, function, allowed);
 
 select is_empty(
@@ -18,7 +30,7 @@ select is_empty(
      where p.pronamespace in ('rekey'::regnamespace, 'rekey_targets'::regnamespace)
        and r.rolname in ('anon', 'authenticated', 'service_role')
        and has_function_privilege(r.oid, p.oid, 'execute')
-       and not (r.rolname <> 'anon' and p.proname in ('_rpc_rotate_keys', '_rpc_key_rotation_status'))
+       and not (r.rolname <> 'anon' and p.proname in ('_rpc_change', '_rpc_key_rotation_status'))
        and p.proname not in ('_is_doomed', '_may_be_doomed', '_is_scheduled', '_refuse_doomed', 'is_sweeping') $$,
   'they execute no function of schema rekey but the two behind the RPC, and what triggers ask');
 

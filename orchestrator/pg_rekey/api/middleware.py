@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pg_rekey.api.refusals import BODY_LIMIT, internal, too_large
+from pg_rekey.hints import Road
 from pg_rekey.worker import log
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -34,6 +35,8 @@ class Requests:
         state.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         state.client = request.client.host if request.client else None
         state.token = state.sqlstate = status = None
+        state.fields = ()
+        state.road = Road.HTTP
         read = 0
 
         async def limited() -> Message:
@@ -49,7 +52,9 @@ class Requests:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers.update({"X-Request-ID": state.request_id, **_HEADERS})
+                headers["X-Request-ID"] = state.request_id
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:
@@ -70,6 +75,6 @@ class Requests:
                 status=status,
                 milliseconds=round((time.monotonic() - begun) * 1000),
                 client=state.client,
-                token=state.token,
+                token=state.token and state.token.name,
                 sqlstate=state.sqlstate,
             )

@@ -1,7 +1,8 @@
 """Every answer that is not a success: one JSON shape, and an audit entry where somebody was refused."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import psycopg
@@ -11,11 +12,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from pg_rekey import hints, names
-from pg_rekey.api.database import transaction
+from pg_rekey.api.database import OWN_ROLE, transaction
 from pg_rekey.api.logs import where
-from pg_rekey.api.models import Error, RotateRequest
+from pg_rekey.api.models import Error
 from pg_rekey.errors import Problem, explain, http_status
-from pg_rekey.hints import Road
 from pg_rekey.worker import log
 
 BODY_LIMIT = 16 * 1024
@@ -49,7 +49,7 @@ class Refusal(Exception):
 
 def no_keyring(request: Request, keyring: str) -> Refusal:
     """Return the error that there is no such keyring, where the database returned no row."""
-    hint = _joined(_meant(request, "keyring"), hints.ACTIONS["create_keyring"].on(Road.HTTP))
+    hint = _joined(_meant(request, "keyring"), hints.ACTIONS["create_keyring"].on(request.state.road))
     return Refusal(404, "RK007", f"no such keyring: {keyring!r}", hint)
 
 
@@ -85,11 +85,16 @@ def too_large(request: Request) -> JSONResponse:
 def install(app: FastAPI) -> None:
     """Let the app answer exceptions as this module says."""
     # Handlers that are no coroutines run in a thread, and so may wait for the database.
-    app.add_exception_handler(Refusal, _refusal)
-    app.add_exception_handler(psycopg.Error, _database)
-    app.add_exception_handler(Problem, _problem)
-    app.add_exception_handler(RequestValidationError, _validation)
-    app.add_exception_handler(HTTPException, _http)
+    for kind, handler in _HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+
+
+def refused(request: Request, error: Exception) -> JSONResponse:
+    """Answer an exception as the API does."""
+    for kind, handler in _HANDLERS.items():
+        if isinstance(error, kind):
+            return handler(request, error)
+    return internal(request, error)
 
 
 def _refusal(request: Request, refusal: Exception) -> JSONResponse:
@@ -111,7 +116,7 @@ def _database(request: Request, error: Exception) -> JSONResponse:
         return answer(request, status, "unavailable", "the database is not available", "Try again.")
     if error.sqlstate == "42501":
         _note_denied(request)
-    message, hint = explain(error, Road.HTTP)
+    message, hint = explain(error, request.state.road)
     question = _meant(request, names.kind(error.diag.constraint_name, error.sqlstate))
     return answer(request, status, error.sqlstate, message, _joined(question, hint))
 
@@ -144,20 +149,25 @@ def _problem(request: Request, problem: Exception) -> JSONResponse:
 
 
 def _validation(request: Request, error: Exception) -> JSONResponse:
-    """Say what is wrong with a request, without repeating what was in it."""
+    """Say what is wrong with a request, without repeating what was in it, but for names of fields."""
     assert isinstance(error, RequestValidationError)
-    return answer(request, 422, "invalid_request", "; ".join(map(_finding, error.errors())), "See /docs.")
+    fields = request.state.fields
+    message = "; ".join(_finding(one, fields) for one in error.errors())
+    return answer(request, 422, "invalid_request", message, "See /docs.")
 
 
-def _finding(error: Mapping[str, Any]) -> str:
+def _finding(error: Mapping[str, Any], fields: Collection[str]) -> str:
     if error["type"] == "extra_forbidden":
-        # The name of a field that nobody knows is the client's text too: only the one that was meant is told.
-        fields = list(RotateRequest.model_fields)
-        question = names.meant(str(error["loc"][-1]), fields)
-        return ". ".join(
-            filter(None, (f"body: there is a field that is not one of {', '.join(fields)}", question))
-        )
+        given = str(error["loc"][-1])
+        known = names.meant(given, list(fields)) or f"There are: {', '.join(fields) or 'none'}."
+        return f"body: there is no field {shown(given)}. {known}"
     return f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
+
+
+def shown(name: object) -> str:
+    """Return the name of an unknown field or parameter, unless it is none: it may be a token then."""
+    given = str(name)
+    return f"'{given}'" if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,39}", given) else "of that name"
 
 
 def _http(request: Request, error: Exception) -> JSONResponse:
@@ -178,7 +188,16 @@ def _note_denied(request: Request) -> None:
         "request_id": request.state.request_id,
     }
     try:
-        with transaction(request) as connection:
+        with transaction(request, role=OWN_ROLE) as connection:
             connection.execute("select rekey._note_denied(%s::jsonb)", [json.dumps(details)])
     except psycopg.Error as error:
         log("refusal not audited", sqlstate=error.sqlstate, **details)
+
+
+_HANDLERS: dict[type[Exception], Callable[[Request, Exception], JSONResponse]] = {
+    Refusal: _refusal,
+    psycopg.Error: _database,
+    Problem: _problem,
+    RequestValidationError: _validation,
+    HTTPException: _http,
+}

@@ -4,12 +4,14 @@ import ipaddress
 import logging
 import signal
 import socket
+import threading
 
 import click
 import uvicorn
 
 from pg_rekey import db, release
 from pg_rekey.api.app import create_app
+from pg_rekey.api.database import APPLICATION, warn_of_superuser
 from pg_rekey.api.logs import JsonHandler
 from pg_rekey.api.protocol import KEEP_ALIVE_SECONDS, REQUESTS, Protocol, connections
 from pg_rekey.api.tokens import Tokens
@@ -26,7 +28,7 @@ def run(host: str, port: int) -> None:
     if db.in_environment():
         # A KEK that cannot be one is found now, not by the first rotation.
         db.from_environment()
-    pool = db.pool()
+    pool = db.pool(application=APPLICATION)
     with _listen(host, port) as listener:
         _warn_if_reachable(listener.getsockname()[0])
         _serve(listener, pool, tokens)
@@ -42,10 +44,13 @@ def _serve(listener: socket.socket, pool: db.Pool, tokens: Tokens) -> None:
     # uvicorn has handlers of its own, and raises the signal again when it has ended: that is no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    stop_looking = threading.Event()
     with pool:
+        threading.Thread(target=warn_of_superuser, args=[pool, stop_looking], daemon=True).start()
         host, port = listener.getsockname()[:2]
         log("listening", host=host, port=port, version=release.version())
         server.run(sockets=[listener])
+        stop_looking.set()
     log("stopped")
 
 
@@ -55,6 +60,11 @@ class _Server(uvicorn.Server):
         for listener in sockets or ():
             # Longer than what is accepted at once: who finds the queue full tries again after a second only.
             listener.listen(QUEUE)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Streams would go on until their time is over.
+        self.config.app.state.feed.close()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
 
 
 def _config(pool: db.Pool, tokens: Tokens) -> uvicorn.Config:

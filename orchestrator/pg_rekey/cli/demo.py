@@ -5,6 +5,7 @@ import io
 import shlex
 import signal
 import sys
+from typing import Any
 
 import click
 
@@ -20,8 +21,11 @@ from pg_rekey.errors import Problem
 @click.option("--readers", type=click.IntRange(0), default=2, show_default=True, help="Processes that read.")
 @click.option("--writers", type=click.IntRange(0), default=2, show_default=True, help="Processes that write.")
 @click.option("--seconds", default=5.0, show_default=True, help="Time to measure before and after, each.")
+@click.option("--console", is_flag=True, help="Serve the console at the end, until Ctrl-C.")
 @output
-def demo(out: Output, secrets: int, tenants: int, readers: int, writers: int, seconds: float) -> None:
+def demo(
+    out: Output, secrets: int, tenants: int, readers: int, writers: int, seconds: float, console: bool
+) -> None:
     """Rotate the keys of real secrets in a real server, live, while readers and writers go on.
 
     The server is a throwaway one, or, with PG_REKEY_DSN, that one: there it makes a database of its own and
@@ -37,21 +41,24 @@ def demo(out: Output, secrets: int, tenants: int, readers: int, writers: int, se
         with contextlib.redirect_stdout(io.StringIO()) if out.json else contextlib.nullcontext():
             return int(root.main(list(arguments), prog_name="pg-rekey", standalone_mode=False) or 0)
 
-    try:
-        result = Demo(
-            Sizes(max(secrets, tenants, writers), tenants, readers, writers, seconds), shell, out.say
-        ).run()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if out.json:
-        out.document(result)
-    else:
+    def tell(result: dict[str, Any]) -> None:
+        if out.json:
+            out.document(result)
+            return
         out.say("\n== What was measured")
         out.table(result["phases"])
         calls = f"{result['reads']:,} reads and {result['writes']:,} writes"
         out.say(f"\n{calls} went on meanwhile, {result['failed']} failed.")
         compared = f"All {result['secrets']:,} secrets compared with what was last stored"
         out.say(f"{compared}: {len(result['wrong'])} differ.")
-        out.say(f"{result['seconds']:.0f} s in all. Nothing is left running.")
+        out.say(f"{result['seconds']:.0f} s in all.")
+
+    sizes = Sizes(max(secrets, tenants, writers), tenants, readers, writers, seconds)
+    try:
+        result = Demo(sizes, shell, out.say).run(tell, console=console)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not out.json:
+        out.say("Nothing is left running.")
     if result["wrong"] or result["failed"]:
         raise Problem("the demo found errors", "; ".join([*result["errors"], *result["wrong"][:5]]))

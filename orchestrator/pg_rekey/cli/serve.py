@@ -1,4 +1,4 @@
-"""`pg-rekey serve`: the HTTP API."""
+"""`pg-rekey serve`: the HTTP API and the console."""
 
 import click
 
@@ -16,19 +16,27 @@ from pg_rekey.errors import Problem
 @click.option(
     "--new-token", metavar="NAME", help="Make a token of this name, print it and its entry, and end."
 )
+@click.option(
+    "--role",
+    type=click.Choice(["read", "operate", "admin"]),
+    default="admin",
+    show_default=True,
+    help="What the new token may: look; also work, pause, resume, retry, count and verify; everything.",
+)
 @output
-def serve(out: Output, host: str, port: int, new_token: str | None) -> None:
-    """Serve the HTTP API: rotation, status, audit log, metrics. OpenAPI at /docs.
+def serve(out: Output, host: str, port: int, new_token: str | None, role: tokens.Role) -> None:
+    """Serve the console at / and the HTTP API: control, progress, audit log, metrics. OpenAPI at /docs.
 
-    Tokens are configured by their SHA-256: PG_REKEY_API_TOKENS holds NAME:HASH of each administrator,
-    separated by commas or white space, or PG_REKEY_API_TOKENS_FILE names a file with one a line.
-    PG_REKEY_METRICS_TOKENS and PG_REKEY_METRICS_TOKENS_FILE have those that may only read /metrics.
+    Tokens are configured by their SHA-256: PG_REKEY_API_TOKENS holds NAME:HASH of each administrator and
+    NAME:HASH:ROLE of others, separated by commas or white space, or PG_REKEY_API_TOKENS_FILE names a file
+    with one a line, which is read again when it changes. PG_REKEY_METRICS_TOKENS and
+    PG_REKEY_METRICS_TOKENS_FILE have those that may only read /metrics.
 
     It speaks plain HTTP: put TLS in front of it. SIGTERM and Ctrl-C end it after the requests in hand. It
     prints JSON log lines, with or without --json.
     """
     if new_token is not None:
-        token, entry = tokens.make(new_token)
+        token, entry = tokens.make(new_token, role)
         click.echo("The token, which is not shown again, and its entry for the configuration:", err=True)
         out.done(f"{token}\n{entry}", token=token, entry=entry)
         return
