@@ -3925,7 +3925,7 @@ COMMENT ON FUNCTION rekey._decrypt(envelope bytea, context text[], pass bytea) I
 CREATE FUNCTION rekey._dek(keyring_id integer, version integer) RETURNS bytea
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
+    AS $_$
 declare
   v_unlocked text := coalesce(current_setting('rekey.unlocked', true), '');
   -- A few variables, since old and new versions are read in turns.
@@ -3946,7 +3946,8 @@ begin
   left join rekey._session_key s on true
   where k.keyring_id = _dek.keyring_id and k.version = _dek.version
     and rekey._key_problem(k.version, k.state, k.kek_id, e.state, false) is null;
-  if found and length(v_carried) = 256 and v_seal is not null then
+  -- (It is anybody's to set.)
+  if found and length(v_carried) = 256 and v_carried ~ '^[0-9a-f]+$' and v_seal is not null then
     -- IV, 64 bytes with padding, tag
     v_bytes := decode(v_carried, 'hex');
     v_iv := substr(v_bytes, 1, 16);
@@ -3969,7 +3970,7 @@ begin
   end if;
   return v_key;
 end
-$$;
+$_$;
 
 
 ALTER FUNCTION rekey._dek(keyring_id integer, version integer) OWNER TO rekey_owner;

@@ -603,7 +603,7 @@ def test_what_a_session_only_says(stored: Connection, kek: bytes) -> None:
 
 def test_what_stands_in_a_carried_key_is_not_believed(stored: Connection) -> None:
     names = [f"rekey.key_{n}" for n in range(8)]
-    for setting in ("", "x", "00" * 128, "ff" * 128, "0" * 255):
+    for setting in ("", "x", "00" * 128, "ff" * 128, "0" * 255, "x" * 256, "0" * 255 + "\n"):
         carry(stored, dict.fromkeys(names, setting))
         assert value(stored, GET) == "value"
 

@@ -1985,7 +1985,8 @@ begin
   left join rekey._session_key s on true
   where k.keyring_id = _dek.keyring_id and k.version = _dek.version
     and rekey._key_problem(k.version, k.state, k.kek_id, e.state, false) is null;
-  if found and length(v_carried) = 256 and v_seal is not null then
+  -- (It is anybody's to set.)
+  if found and length(v_carried) = 256 and v_carried ~ '^[0-9a-f]+$' and v_seal is not null then
     -- IV, 64 bytes with padding, tag
     v_bytes := decode(v_carried, 'hex');
     v_iv := substr(v_bytes, 1, 16);
