@@ -170,7 +170,8 @@ def test_every_command_notices_another_version(
     for command in ("status", "rotate", "work", "secrets list", "keys list"):
         cli_ready(*command.split())
         assert f"Warning: pg_rekey in this database is {version}, this is " in cli_ready.err
-        assert "Run `pg-rekey upgrade`" in cli_ready.err
+        hint = f"Hint: Use pg-rekey {version}; where that is the older one, run `pg-rekey upgrade`."
+        assert hint in cli_ready.err
     assert cli_ready.json("status")["rotations"] == []
     cli_ready("doctor", code=5)
     with connect(db) as connection:
