@@ -97,7 +97,8 @@ def create_database(server: str, name: str, template: str | None = None, owner: 
     """Create a database on the server of a DSN, and return the new one's DSN."""
     statement = sql.SQL("create database {}").format(sql.Identifier(name))
     if template:
-        statement += sql.SQL(" template {}").format(sql.Identifier(template))
+        # Files are copied three times as fast as they are logged; the checkpoints cost nothing without fsync.
+        statement += sql.SQL(" template {} strategy file_copy").format(sql.Identifier(template))
     if owner:
         statement += sql.SQL(" owner {}").format(sql.Identifier(owner))
     with connect(server) as connection:

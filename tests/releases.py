@@ -21,7 +21,10 @@ COLUMN = """
 alter table rekey.secrets add column owner text;
 comment on column rekey.secrets.owner is 'Who answers for the secret, not encrypted.';
 """
-OLD_SIGNATURE = "drop function rekey.set_secret(text, text, uuid, text, text);\n"
+OLD_SIGNATURE = (
+    "drop function rekey.set_secret(text, text, uuid, text, text);\n"
+    "drop function rekey.set_secrets(text[], text[], uuid, text, text[]);\n"
+)
 # In the third, there is a new table with its sequence.
 TABLE = """
 create table rekey.notes (
@@ -108,21 +111,23 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
         begin(root, SECOND, COLUMN + OLD_SIGNATURE)
         edit(secrets, "  constraint secrets_pkey", "  owner text,\n  constraint secrets_pkey")
         secrets.write_text(secrets.read_text() + COLUMN.split("\n", 2)[2])
-        edit(
-            code / "42_secrets.sql",
-            "description text = null\n",
-            "description text = null, owner text = null\n",
-        )
-        edit(
-            code / "42_secrets.sql",
-            "description = coalesce(",
-            "owner = set_secret.owner, description = coalesce(",
-        )
-        edit(code / "42_secrets.sql", "ciphertext, description)", "ciphertext, owner, description)")
-        edit(code / "42_secrets.sql", "v_envelope, set_", "v_envelope, set_secret.owner, set_")
+        code_of_secrets = code / "42_secrets.sql"
+        for old, new in (
+            ("descriptions text[] = null\n", "descriptions text[] = null, owners text[] = null\n"),
+            ("description = coalesce(", "owner = owners[v_place], description = coalesce("),
+            ("ciphertext, description)", "ciphertext, owner, description)"),
+            ("n.envelope, n.description", "n.envelope, n.owner, n.description"),
+            (
+                "v_envelopes, descriptions) as n(id, name, envelope, description)",
+                "v_envelopes, descriptions, owners) as n(id, name, envelope, description, owner)",
+            ),
+            ("description text = null\n", "description text = null, owner text = null\n"),
+            ("array[description])", "array[description], array[owner])"),
+        ):
+            edit(code_of_secrets, old, new)
         # And a function of every protected column has another body, as has the trigger that encrypts.
         columns, protection = code / "51_columns.sql", code / "52_protect.sql"
-        edit(columns, "  v_count bigint := 0;\n  v_kept", "  v_count bigint := /* rows */ 0;\n  v_kept")
+        edit(columns, "  written := 0;\n", "  written := /* rows */ 0;\n")
         edit(protection, "  v_length := octet_length(", "  v_length := /* bytes */ octet_length(")
         finish(root, SECOND)
 

@@ -275,17 +275,18 @@ def test_nobody_gains_the_right(ready: Connection, app: Connection, owner: str) 
         select body from rekey.protected_columns c, rekey._column_bodies(c) b where b.name ~ '_write$'"""
     statement = (
         f"create or replace function rekey_targets.column_{number}_write"
-        f"(relation regclass, rows tid[], ciphertexts bytea[]) returns bigint"
+        f"(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[],"
+        f" out locked tid[], out written bigint)"
         f" language plpgsql security definer set search_path = pg_catalog, pg_temp"
         f" as $body${value(ready, body)}$body$"
     )
     ready.execute(statement.encode())
     ready.execute(f"grant execute on function rekey_targets.column_{number}_write to {owner}".encode())
     with refused("42501"):
-        app.execute(f"select rekey_targets.column_{number}_write('app.t', '{{}}', '{{}}')".encode())
+        app.execute(f"select rekey_targets.column_{number}_write('app.t', '{{}}', '{{}}', '{{}}')".encode())
     # For whoever may call it as a superuser, too.
     with refused("42501"):
-        ready.execute(f"select rekey_targets.column_{number}_write('app.t', '{{}}', '{{}}')".encode())
+        ready.execute(f"select rekey_targets.column_{number}_write('app.t', '{{}}', '{{}}', '{{}}')".encode())
 
 
 def test_it_is_kept(ready: Connection, app: Connection, granted: str) -> None:

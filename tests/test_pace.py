@@ -113,7 +113,7 @@ def busy(session: Callable[[], Connection]) -> Callable[[threading.Event], None]
 
     def task(stop: threading.Event) -> None:
         while not stop.wait(0.001):
-            connection.execute("table pg_am")  # (what reads no table is not counted)
+            connection.execute("table pg_am")
             connection.execute("select pg_stat_force_next_flush()")
 
     return task

@@ -8,12 +8,13 @@ import pytest
 from psycopg import sql
 from psycopg.rows import dict_row
 
+from cli_fixtures import eventually
 from column_fixtures import protect
 from driving import fill, opened, rotate, rotation, step, step_until
 from helpers import Connection, connect, create_database, initialize, install, unlock, value
 from pg_rekey import local, release, worker
 
-pytest_plugins = ["column_fixtures"]
+pytest_plugins = ["cli_fixtures", "column_fixtures"]
 
 ROWS = 6000
 SIZE: LiteralString = "select pg_relation_size('app.notes')"
@@ -25,7 +26,8 @@ def notes(ready: Connection, app: Connection) -> dict[str, str]:
     """A protected table that leaves no space free; returns what it holds."""
     # However fast the machine, no batch holds so many of its rows that a vacuum behind it comes too late.
     ready.execute("select rekey.set_setting('batch_target', '10 ms')")
-    app.execute("create table notes (id int primary key, v text)")
+    # (Where autovacuum has the table in hand, a vacuum passes it by.)
+    app.execute("create table notes (id int primary key, v text) with (autovacuum_enabled = off)")
     protect(app, "notes", encrypt_on_write=True)
     app.execute(
         "insert into notes select g, 'x' || g || repeat('.', 300) from generate_series(1, %s) g", [ROWS]
@@ -65,8 +67,7 @@ def test_a_table_without_free_space_stays_small(
     work(ready.info.user)
     assert rotation(ready, number, "state", "rows_done") == ("completed", ROWS)
     assert value(ready, SIZE) < 1.5 * before
-    ready.execute("select pg_stat_force_next_flush()")
-    assert value(ready, VACUUMS, "notes") >= 3
+    eventually(lambda: value(ready, VACUUMS, "notes") >= 3)  # its session tells when it ends
     assert opened(ready, "app.notes") == notes
 
 

@@ -161,7 +161,7 @@ def fill_segments(connection: Connection, disk: Disk) -> None:
         ).fetchone() or ("", 0)
         last = max(path.name for path in (disk.path / "pg_wal").iterdir() if len(path.name) == 24)
         space = size - offset if name == last else size
-        if space < MB:
+        if space < MB // 2:
             return
         emit: LiteralString = "select pg_logical_emit_message(false, 'fill', repeat('x', %s))"
-        connection.execute(emit, [min(space - MB // 2, 4 * MB)])
+        connection.execute(emit, [min(space - MB // 4, 4 * MB)])

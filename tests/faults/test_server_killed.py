@@ -202,10 +202,15 @@ def forgetful(server: local.Server, estate: Estate) -> Iterator[None]:
     with connect(server.dsn()) as connection:
         connection.execute(f"alter database {estate.name} set synchronous_commit = off".encode())
         walwriter = value(connection, "select pid from pg_stat_activity where backend_type = 'walwriter'")
+        # Nor do others bring it there.
+        connection.execute("alter system set autovacuum = off")
+        connection.execute("select pg_reload_conf()")
         connection.execute("checkpoint")
     server._signal("STOP", walwriter)
-    yield
-    kill(server)
+    try:
+        yield
+    finally:
+        kill(server)
 
 
 def envelope(connection: Connection, keyring: str = "default") -> bytes:
