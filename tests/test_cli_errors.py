@@ -10,7 +10,7 @@ from cli_fixtures import Cli
 from helpers import Connection, connect
 from pg_rekey.cli import main
 from pg_rekey.cli.roles import NEEDS
-from terminal import see
+from terminal import see, terminal
 from test_cli_help import ALL
 
 pytest_plugins = ["cli_fixtures"]
@@ -61,6 +61,7 @@ def test_exit_codes_tell_what_is_wrong(cli_ready: Cli, monkeypatch: pytest.Monke
     monkeypatch.setenv("PGPORT", "1")
     cli_ready("status", code=9)
     assert "Set PG_REKEY_DSN to postgresql://" in cli_ready.err
+    assert ". Is the server running" in cli_ready.err
 
 
 def test_what_is_in_use(cli_ready: Cli, ready: Connection) -> None:
@@ -91,8 +92,20 @@ def test_wrong_usage_in_json(cli_ready: Cli) -> None:
 def test_an_error_is_not_broken_within_a_word(cli_ready: Cli) -> None:
     lines = see("rotate", "--keyring", "nope", code=6)
     assert max(map(len, lines)) <= 80
+    lines_of_usage = see("init", "--provider", "foo", code=2)
+    assert lines_of_usage[-1].split()[0] == "'file'."
     said = " ".join(" ".join(lines).split())
     assert "shows those that there are; `pg-rekey keyrings create NAME` makes one." in said
+
+
+def test_an_error_does_not_stand_beside_a_question(cli_ready: Cli) -> None:
+    with terminal("keys", "compromise", "default", "1") as shown:
+        shown.read(until=lambda screen: "[y/N]" in screen)
+        shown.interrupt()
+        assert shown.code() == 130
+        assert shown.lines[-1] == "Error: interrupted"
+    cli_ready("keys", "compromise", "default", "1", code=1, stdin="")
+    assert "\nError: nobody answers" in cli_ready.err
 
 
 @pytest.fixture
@@ -157,7 +170,8 @@ def test_every_command_notices_another_version(
     for command in ("status", "rotate", "work", "secrets list", "keys list"):
         cli_ready(*command.split())
         assert f"Warning: pg_rekey in this database is {version}, this is " in cli_ready.err
-        assert "Run `pg-rekey upgrade`" in cli_ready.err
+        hint = f"Hint: Use pg-rekey {version}; where that is the older one, run `pg-rekey upgrade`."
+        assert hint in cli_ready.err
     assert cli_ready.json("status")["rotations"] == []
     cli_ready("doctor", code=5)
     with connect(db) as connection:

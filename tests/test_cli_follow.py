@@ -154,6 +154,11 @@ def test_watching_one_that_others_work_on(slow: Cli, ready: Connection) -> None:
         eventually(lambda: value(ready, "select rows_done > 0 from rekey.rotations"))
         shown.read(until=lambda screen: "re-encrypting" in screen)
         assert "nobody works on it" not in shown.screen
+        with terminal("rotations", "watch") as other:
+            other.read(until=lambda screen: "re-encrypting" in screen)
+            other.interrupt()
+            assert other.code() == INTERRUPTED
+            assert "Hint: It goes on as before; `pg-rekey rotations watch` shows it again." in other.screen
         go(ready)
         assert shown.code() == 0
         assert re.search(r"1  default  completed", shown.screen)
@@ -171,6 +176,11 @@ def test_watching_one_that_nobody_works_on(slow: Cli, ready: Connection) -> None
 
 def test_work_shows_a_bar_on_a_terminal(slow: Cli, ready: Connection) -> None:
     slow("rotate")
+    with terminal("work", lines=20) as shown:
+        shown.read(until=lambda screen: "rotation 1 re-encrypting" in screen)
+        shown.interrupt()
+        assert shown.code() == 0
+        assert shown.lines[-1].endswith(": what is under way `pg-rekey work` goes on with")
     with terminal("work", lines=20) as shown:
         shown.read(until=lambda screen: "rotation 1 re-encrypting" in screen)
         assert '{"at"' not in shown.screen

@@ -184,7 +184,8 @@ def test_times() -> None:
 
 def test_values_obey_nobody() -> None:
     assert shown("a", "\x1b[31mred\n") == "\\x1b[31mred\\n"
-    given = [None, True, False, b"\x01", 1234567, ["a", "b"], {"rows": 1234, "key_id": 1234}]
+    details = {"rows": 1234, "key_id": 1234, "rotate_every": None, "tenant_id": str(UUID(int=0))}
+    given = [None, True, False, b"\x01", 1234567, ["a", "b"], details]
     assert [shown("a", one) for one in given] == [
         "",
         "yes",
@@ -203,6 +204,8 @@ def test_what_a_rotation_waits_for() -> None:
     assert blockers([{"pid": 7, "role": "app", "age_seconds": 3}, {"rows": 2, "why": "locked or moved"}]) == (
         "the transaction of pid 7, app, open for 3 s; 2 rows that are locked or moved"
     )
+    assert blockers([{"rows": 1, "why": "locked"}]) == "1 row that is locked"
+    assert blockers([{"rows": 1234, "why": "locked"}]) == "1,234 rows that are locked"
     assert blockers([{"pid": 7, "role": "app"}]) == (
         "the transaction of pid 7, app, open, this role may not see since when"
     )

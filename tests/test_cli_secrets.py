@@ -245,8 +245,10 @@ def test_run_with_secrets_in_the_environment(
         running.communicate(timeout=60)
     assert running.returncode == 42
     with process("secrets", "run", "no-such-program") as running:
-        assert "No such file" in running.communicate(timeout=60)[1]
-    assert running.returncode == 1
+        assert running.communicate(timeout=60)[1] == (
+            "Error: no-such-program cannot be run: No such file or directory\n"
+        )
+    assert running.returncode == 127
     cli_ready("secrets", "set", "not a name", stdin="x")
     cli_ready("secrets", "run", "env", code=USAGE)
     assert "secret 'not a name' cannot be a variable of the environment" in cli_ready.err

@@ -84,6 +84,8 @@ def test_a_name_that_needs_quotes(app: Connection, cli_ready: Cli, given: str) -
     assert """There is app."Credential": give its double quotes too""" in cli_ready.err
     cli_ready("columns", "protect", 'app."Credential"', "encryptedkey", code=1)
     assert 'There is "encryptedKey". A column is named as it is, without quotes.' in cli_ready.err
+    cli_ready("columns", "protect", 'app."Credential"', "encryptdKey", code=1)
+    assert "Did you mean 'encryptedKey'? A column is named as it is, with its capitals" in cli_ready.err
     cli_ready("columns", "protect", 'app."Credential"', "encryptedKey")
     cli_ready("columns", "protect", "app.nothing", "v", code=1)
     assert "double quotes" not in cli_ready.err

@@ -100,7 +100,10 @@ def _warn_of_version(there: str) -> None:
 
     if there != (here := release.version()):
         print(f"Warning: pg_rekey in this database is {there}, this is {here}", file=sys.stderr)
-        print(f"Hint: Run `pg-rekey upgrade`, or install pg-rekey {there}.", file=sys.stderr)
+        print(
+            f"Hint: Use pg-rekey {there}; where that is the older one, run `pg-rekey upgrade`.",
+            file=sys.stderr,
+        )
 
 
 def _refuse_single_user(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:

@@ -1,6 +1,7 @@
 """What goes wrong, as a person wants to read it: message, hint, exit code."""
 
 import json
+import re
 import shutil
 import sys
 from typing import IO, Any
@@ -15,6 +16,7 @@ from pg_rekey.hints import Road
 FAILED, USAGE, LOCKED, UNFINISHED, FINDINGS = 1, 2, 3, 4, 5
 NOT_FOUND, UNDER_WAY, IN_USE, UNREACHABLE, INTERRUPTED = 6, 7, 8, 9, 130
 
+LABEL = "Error: "
 _EXIT_CODES = {
     "RK001": LOCKED,
     "RK002": LOCKED,
@@ -59,7 +61,7 @@ class Problem(click.ClickException):
             click.echo(json.dumps(document, ensure_ascii=False), err=True, file=file)
             return
         code = f" [{self.code}]" if self.code else ""
-        click.echo(wrapped("Error: ", f"{self.message}{code}"), err=True, file=file)
+        click.echo(wrapped(LABEL, f"{self.message}{code}"), err=True, file=file)
         if self.hint:
             click.echo(wrapped("Hint: ", self.hint), err=True, file=file)
 
@@ -118,7 +120,7 @@ def from_database(error: psycopg.Error) -> Problem:
 
 def explain(error: psycopg.Error, road: Road = Road.COMMAND) -> tuple[str, str | None]:
     """Return message and hint of a database error, the hint in the words of a road."""
-    message = error.diag.message_primary or " ".join(str(error).split()) or type(error).__name__
+    message = error.diag.message_primary or _one_line(str(error)) or type(error).__name__
     if _is_lost(error):
         return message, hints.LOST.on(road)
     if _is_missing(error):
@@ -126,6 +128,11 @@ def explain(error: psycopg.Error, road: Road = Road.COMMAND) -> tuple[str, str |
     if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
         return message, hints.unreachable().on(road)
     return message, hints.hint(error.diag, road) or hints.of_state(error.sqlstate, road)
+
+
+def _one_line(message: str) -> str:
+    """Return what libpq says as one line, with the full stops that its line breaks stand for."""
+    return " ".join(re.sub(r"(?<=\w)\s*\n\s*(?=[A-Z])", ". ", message.strip()).split())
 
 
 def http_status(error: psycopg.Error) -> int | None:

@@ -496,7 +496,8 @@ begin
       hint = coalesce((
         select format('There is %s. A column is named as it is, without quotes.', string_agg(quote_ident(a.attname), ', ' order by a.attnum))
         from pg_attribute a
-        where a.attrelid = target and a.attnum > 0 and not a.attisdropped and lower(a.attname) = lower(replace(column_name, '"', ''))),
+        where a.attrelid = target and a.attnum > 0 and not a.attisdropped and lower(a.attname) = lower(replace(column_name, '"', ''))
+        having count(*) > 0),
         'A column is named as it is, with its capitals, and without quotes.');
   elsif v_attribute.attgenerated <> '' then
     raise exception 'column %.% is generated', target, quote_ident(column_name) using errcode = 'invalid_parameter_value',

@@ -157,6 +157,7 @@ def confirm(connection: db.Connection, question: str, yes: bool) -> None:
     except click.Abort as error:
         if not isinstance(error.__context__, EOFError):
             raise
+        click.echo(err=True)
         raise Problem("nobody answers: nothing was changed", "Say --yes.") from None
     if not agreed:
         raise Problem("nothing was changed")

@@ -163,7 +163,7 @@ def watch(connection: db.Connection, ids: list[int]) -> list[Row]:
             asked = math.inf if warn_idle(connection) else time.monotonic() + LIFE_SIGN
         time.sleep(GLANCE)
 
-    return follow(connection, ids, glance, "It goes on as before.")
+    return follow(connection, ids, glance, "It goes on as before; `pg-rekey rotations watch` shows it again.")
 
 
 def warn_idle(connection: db.Connection) -> bool:

@@ -9,7 +9,7 @@ import psycopg
 from pg_rekey import db, names
 from pg_rekey.cli import roles
 from pg_rekey.cli.commands import COMMAND, TYPED, Group
-from pg_rekey.errors import INTERRUPTED, Problem, from_database
+from pg_rekey.errors import INTERRUPTED, LABEL, Problem, from_database, wrapped
 
 AS_JSON = "pg_rekey.json"
 
@@ -45,6 +45,9 @@ class Root(Group):
         if isinstance(problem, Problem):
             problem.as_json = ctx.meta[AS_JSON]
             _advise(problem, ctx.meta.get(COMMAND, ""), ctx.meta.get(TYPED, {}))
+        elif isinstance(problem, click.UsageError):
+            said = wrapped(LABEL, problem.format_message()).removeprefix(LABEL)
+            raise click.UsageError(said, problem.ctx)
         raise problem
 
 
@@ -54,6 +57,8 @@ def _problem(error: BaseException) -> click.ClickException:
             return _pointed_to_keyring(error)
         case click.ClickException():
             return error
+        case click.Abort():
+            click.echo(err=True)  # what stands there is a question
         case psycopg.Error():
             return from_database(error)
         case UnicodeEncodeError():

@@ -35,6 +35,8 @@ from pg_rekey.errors import FINDINGS, USAGE, Problem, missing
 
 # Rows that a list takes from the server at a time.
 BATCH = 1000
+# The exit code of shells where there is no such command.
+NOT_RUN = 127
 READ = "select name, value from rekey.read_secrets(%s::text[], %s)"
 keyring_option = click.option(
     "--keyring", type=KEYRING, metavar="NAME", default="default", help="Keyring to encrypt with."
@@ -105,7 +107,7 @@ def run(command: tuple[str, ...], tenant: UUID) -> None:
     """Run a command with all secrets of a tenant in its environment, and nowhere else.
 
     They go before variables of the same name. Variables of pg-rekey, such as the KEK, do not get there. The
-    exit code is that of the command.
+    exit code is that of the command, or 127 where it cannot be run.
     """
     with db.connect() as connection:
         if db.in_environment():
@@ -120,7 +122,10 @@ def run(command: tuple[str, ...], tenant: UUID) -> None:
                 USAGE,
             )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG_REKEY_")}
-    os.execvpe(command[0], command, environment | values)
+    try:
+        os.execvpe(command[0], command, environment | values)
+    except OSError as error:
+        raise Problem(f"{command[0]} cannot be run: {error.strerror}", None, NOT_RUN) from None
 
 
 @secrets.command(example="pg-rekey secrets rm STRIPE_KEY")

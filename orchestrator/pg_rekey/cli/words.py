@@ -5,6 +5,8 @@ from typing import Any
 
 # Numbers that are names: they are typed again, and so have no separators.
 _NAMES = ("id", "version", "versions", "kek", "pid", "first_bad", "rotation", "rotations")
+# The tenant that is none, as it stands in JSON.
+_NIL = "00000000-0000-0000-0000-000000000000"
 _UNITS = (("day", 86_400), ("hour", 3_600), ("minute", 60), ("second", 1))
 _DAY = timedelta(days=1)
 
@@ -34,7 +36,8 @@ def shown(name: str, value: Any, *, now: datetime | None = None) -> str:
         case list() | tuple():
             text = ", ".join(shown(name, one) for one in value)
         case dict():
-            text = ", ".join(f"{key} {shown(key, one)}" for key, one in value.items())
+            said = {key: shown(key, one) for key, one in value.items() if one not in (None, _NIL)}
+            text = ", ".join(f"{key} {one}" for key, one in said.items())
         case _:
             text = str(value)
     if text.isprintable():
@@ -74,7 +77,7 @@ def _blocker(one: dict[str, Any]) -> str:
         what = f"adopts {one['adopts']}, and is" if "adopts" in one else "is"
         return f"rotation {one['rotation']} of its keyring, which {what} {one['state']}"
     if "rows" in one:
-        return f"{one['rows']} rows that are {one['why']}"
+        return f"{one['rows']:,} row{' that is' if one['rows'] == 1 else 's that are'} {one['why']}"
     if "error" in one:
         return f"another attempt: {one['error']}"
     if "relation" in one:

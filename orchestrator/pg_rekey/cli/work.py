@@ -23,9 +23,12 @@ class Screen(Report):
     def __init__(self, bar: follow.Bar) -> None:
         self._bar = bar
         self._next = 0.0
+        self._under_way = False
 
     def event(self, event: str, **fields: Any) -> None:
         """Say it in a sentence, where the bar does not show it."""
+        if event in ("completed", "held up", "paused"):
+            self._under_way = False
         match event:
             case "connected" if "worker" not in fields:
                 follow.say(f"connected to database {fields['database']}")
@@ -39,13 +42,17 @@ class Screen(Report):
                 follow.tell_error(fields)
             case "stopped":
                 self._bar.hide()
-                follow.say(f"stopped after {fields['batches']} batch{'' if fields['batches'] == 1 else 'es'}")
+                rest = ": what is under way `pg-rekey work` goes on with" if self._under_way else ""
+                batches = "batch" if fields["batches"] == 1 else "batches"
+                follow.say(f"stopped after {fields['batches']} {batches}{rest}")
 
     def look(self, connection: db.Connection) -> None:
         """Show how far it is, a few times a second."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + follow.GLANCE
-            self._bar.show(fetch_one(connection, db.query("progress"), None, None))
+            state = fetch_one(connection, db.query("progress"), None, None)
+            self._under_way = bool(state["unfinished"])
+            self._bar.show(state)
 
 
 @click.command(cls=Command, example="pg-rekey work --forever --workers 2")
