@@ -30,7 +30,9 @@ def race(estate: Estate, heats: Sequence[Heat], share: float) -> list[dict[str, 
     ):
         competitors = all_of(one, two, share)
         if server:
-            competitors.append(openbao.Transit("openbao", openbao.LABEL, "bench.transit", True, server))
+            competitors.append(
+                openbao.Transit("openbao", openbao.LABEL, "bench.transit", True, server, share=4 * share)
+            )
         tables = sorted({competitor.table for competitor in competitors})
         results = []
         for heat in heats:

@@ -7432,7 +7432,7 @@ begin
       select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
         case when s.few then s.blocks else least(f.first + s.chunk, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
-        case when s.few then s.blocks else (512 * v_size)::integer end, (2000 * v_size)::integer
+        case when s.few then s.blocks else (512 * v_size)::integer end, (500 * v_size)::integer
       from sizes s
       cross join lateral generate_series(0, case when s.few then 0 else s.blocks - 1 end, s.chunk) as f(first)
     )
