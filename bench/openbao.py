@@ -97,9 +97,10 @@ class Transit(Competitor):
     share: float
 
     def fill(self, connection: db.Connection, rows: int, size: int) -> None:
+        self.rows = max(1, int(rows * self.share))
         connection.execute(
             "insert into bench.transit select n, bench.value(n, %s) from generate_series(1, %s) n",
-            [size, rows],
+            [size, self.rows],
         )
         for batch in self._batches(connection):
             plain = [base64.b64encode(row["token"].encode()).decode() for row in batch]
