@@ -47,7 +47,7 @@ def main() -> None:
 
     Exit codes: 0 fine, 1 failed, 2 wrong usage, 3 KEK missing or wrong, 4 a rotation failed or has failures,
     5 findings, 6 no such thing (RK007), 7 a rotation is under way (RK004), 8 in use or blocked (RK005),
-    9 no connection to the database, 130 interrupted.
+    9 no connection to the database, 127 a command that cannot be run (secrets run), 130 interrupted.
 
     Documentation: README.md and docs/ of the source, docs/operations.md first.
     """
