@@ -817,6 +817,7 @@ def test_no_key_and_no_value_is_left_anywhere(tmp_path: Path, monkeypatch: pytes
     if "pgaudit" in libraries:
         settings |= PGAUDIT
     settings["shared_preload_libraries"] = ",".join([*libraries, "auto_explain"])
+    settings["wal_keep_size"] = "4GB"  # all of it is looked at, whenever a checkpoint comes
     with local.Server(settings=settings, cron_database="app") as server:
         scenario = Scenario(server, tmp_path)
         for database in ("app", "one", "two", "gone"):
