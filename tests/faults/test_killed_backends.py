@@ -130,6 +130,14 @@ def reconnect(dsn: str, kek: bytes) -> Connection:
             time.sleep(0.05)
 
 
+def is_lost(connection: Connection) -> bool:
+    try:
+        connection.execute("select 1")
+    except psycopg.OperationalError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM], ids=lambda it: it.name)
 @pytest.mark.parametrize("name", POINTS)
 def test_killed_in_the_middle_of(dsn: str, kek: bytes, name: str, signal_: signal.Signals) -> None:
@@ -146,6 +154,11 @@ def test_killed_in_the_middle_of(dsn: str, kek: bytes, name: str, signal_: signa
         os.kill(victim.info.backend_pid, signal_)
         with pytest.raises(psycopg.OperationalError):
             running.result(60)
+    if signal_ == signal.SIGKILL:  # the server ends all other sessions, and may take its time
+        until = time.monotonic() + 60
+        while not is_lost(gate):
+            assert time.monotonic() < until
+            time.sleep(0.01)
     gate.close()
     with reconnect(dsn, kek) as connection:
         assert connection.execute(STATE).fetchone() == before
