@@ -185,3 +185,12 @@ def test_who_waits_for_its_locks_is_given_way_to(
     assert event == "batch"
     assert wait is not None
     assert pace(ready, number) == (0.25, "sessions that wait for its locks")
+
+
+def test_a_clock_that_was_wrong_sets_no_pace(worker: Connection, ready: Connection, secrets: int) -> None:
+    batch(worker, "3 active sessions")
+    ready.execute(
+        "update rekey._chunks set looked_at = now() + interval '1 day', transactions = 0 where pace < 1"
+    )
+    batch(worker, None)
+    assert pace(ready, secrets) == (1, None)

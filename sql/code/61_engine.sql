@@ -716,7 +716,8 @@ begin
     return;
   end if;
   if who_else is null then
-    if chunk.looked_at > clock_timestamp() - interval '1 second' then
+    -- (A later time was noted by a clock that was wrong.)
+    if chunk.looked_at between clock_timestamp() - interval '1 second' and clock_timestamp() then
       return;  -- too early to say
     end if;
     select t.told, t.looked, t.counted into v_others, chunk.looked_at, chunk.transactions from rekey._transactions(chunk.looked_at, chunk.transactions) t;
