@@ -214,3 +214,32 @@ def test_a_writer_waits_for_no_cipher(
         with pytest.raises(psycopg.errors.LockNotAvailable):  # but the table stays what it is
             ready.execute("alter table public.t add column m int")
     assert value(ready, "select count(*) from public.t") == ROWS
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_batch_reads_no_values_but_its_own(ready: Connection, plan: str) -> None:
+    """Values that are stored out of line are many blocks: those of other rows are left alone."""
+    blocks: dict[int, int] = {}
+    for number, rows in enumerate((600, 3000)):
+        name = f"public.t{number}"
+        ready.execute(f"create table {name} (id int primary key, v bytea)".encode())
+        ready.execute(f"alter table {name} alter v set storage external".encode())
+        protect(ready, name)
+        ready.execute(
+            f"insert into {name} select g, rekey.encrypt(repeat(md5(g::text), 100), context =>"
+            f" array['{name}.v', g::text]) from generate_series(1, {rows}) g".encode()
+        )
+        ready.execute(f"vacuum analyze {name}".encode())
+        rotate(ready)
+        step_until(ready, "planned")
+        for setting in PLANS[plan]:
+            ready.execute("select set_config(%s, 'off', false)", [setting])
+        row = ready.execute(
+            "explain (analyze, buffers, format json) select event from rekey.rotation_step()"
+        ).fetchone()
+        assert row
+        blocks[rows] = row[0][0]["Plan"]["Shared Hit Blocks"]
+        for setting in PLANS[plan]:
+            ready.execute("select set_config(%s, 'on', false)", [setting])
+        run(ready)
+    assert blocks[3000] < 1.5 * blocks[600], blocks

@@ -129,13 +129,14 @@ begin
   with held as materialized (
     select u.row, s.ctid as now
     from unnest(rows, starts) as u(row, start)
-    join rekey.secrets s on s.ctid = u.row and substr(s.ciphertext, 1, 27) = u.start
+    -- (IS TRUE keeps it from being the key of a hash or merge join, for which every value would be read.)
+    join rekey.secrets s on s.ctid = u.row and (substr(s.ciphertext, 1, 27) = u.start) is true
     for no key update of s skip locked
   )
   select array_agg(h.row) into locked from held h where h.now = h.row;
   update rekey.secrets s set ciphertext = u.ciphertext
   from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext)
-  where s.ctid = u.row and substr(s.ciphertext, 1, 27) = u.start and u.row = any (locked);
+  where s.ctid = u.row and (substr(s.ciphertext, 1, 27) = u.start) is true and u.row = any (locked);
   get diagnostics written = row_count;
   set constraints all immediate;
 end

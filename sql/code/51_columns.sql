@@ -15,8 +15,9 @@ declare
   v_may_be text := $sql$substr(g.start, 1, 3) = '\x524b01'$sql$;
   v_header text := $sql$case when octet_length(g.start) = 11 and substr(g.start, 1, 3) = '\x524b01' then g.start end$sql$;
   v_stored text := 'u.ciphertext';
-  -- Whether a value still has the header and IV that were read.
-  v_begins text := 'pg_catalog.substr(t.%1$s, 1, 27) operator(pg_catalog.=) u.start';
+  -- Whether a value still has the header and IV that were read. (IS TRUE keeps it from being the key of a hash or merge join: the
+  -- values of the whole relation would be read, wherever they are stored.)
+  v_begins text := '(pg_catalog.substr(t.%1$s, 1, 27) operator(pg_catalog.=) u.start) is true';
   -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
   -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
   v_kept_role text := case when protected.fire_triggers then '' else '
@@ -39,7 +40,7 @@ begin
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
       then decode(right(t.%1$s, -4), 'base64') else coalesce((select $sql$ || v_header || ' from (select ' || v_start || $sql$ as start) g), convert_to(t.%1$s, 'UTF8')) end$sql$;
-    v_begins := $sql$pg_catalog.left(t.%1$s, 40) collate pg_catalog."C" operator(pg_catalog.=) ('rk1:' operator(pg_catalog.||) pg_catalog.encode(u.start, 'base64'))$sql$;
+    v_begins := $sql$(pg_catalog.left(t.%1$s, 40) collate pg_catalog."C" operator(pg_catalog.=) ('rk1:' operator(pg_catalog.||) pg_catalog.encode(u.start, 'base64'))) is true$sql$;
     v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t

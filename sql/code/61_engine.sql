@@ -576,9 +576,10 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- The next batch takes about batch_target, and has its rows locked for 10 ms of it.
+  -- The next batch takes about batch_target, and has its rows locked for 10 ms of it; where nobody else is seen, for 20.
   v_factor double precision := greatest(0.25, least(2.0,
-    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001), 0.01 / greatest(locked, 0.000001)));
+    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001),
+    case when chunk.pace < 1 then 0.01 else 0.02 end / greatest(locked, 0.000001)));
 begin
   chunk.batch_rows := greatest(10, least(max_rows, (chunk.batch_rows * v_factor)::integer));
   if next is null and _advance.until_block >= chunk.until_block then
@@ -794,6 +795,7 @@ declare
   v_target rekey._target;
   v_state text;
   v_size double precision;
+  v_pace real;
   v_first_block bigint;
   v_until_block bigint;
   v_max_rows integer;
@@ -849,7 +851,13 @@ begin
     return;  -- paused or superseded since
   end if;
   v_size := rekey._batch_size(cardinality(v_ids));
+  v_pace := v_chunk.pace;
   v_chunk := rekey._pace(v_chunk, who_else);
+  if v_chunk.pace < 1 and v_pace = 1 then
+    -- Its size is one for when nobody was seen.
+    v_max_rows := greatest(v_max_rows / 2, 1);
+    v_chunk.batch_rows := greatest(v_chunk.batch_rows / 2, 1);
+  end if;
   perform rekey._take_in_hand(v_chunk.relation);
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);

@@ -3385,13 +3385,14 @@ begin
   with held as materialized (
     select u.row, s.ctid as now
     from unnest(rows, starts) as u(row, start)
-    join rekey.secrets s on s.ctid = u.row and substr(s.ciphertext, 1, 27) = u.start
+    -- (IS TRUE keeps it from being the key of a hash or merge join, for which every value would be read.)
+    join rekey.secrets s on s.ctid = u.row and (substr(s.ciphertext, 1, 27) = u.start) is true
     for no key update of s skip locked
   )
   select array_agg(h.row) into locked from held h where h.now = h.row;
   update rekey.secrets s set ciphertext = u.ciphertext
   from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext)
-  where s.ctid = u.row and substr(s.ciphertext, 1, 27) = u.start and u.row = any (locked);
+  where s.ctid = u.row and (substr(s.ciphertext, 1, 27) = u.start) is true and u.row = any (locked);
   get diagnostics written = row_count;
   set constraints all immediate;
 end
@@ -3967,8 +3968,9 @@ declare
   v_may_be text := $sql$substr(g.start, 1, 3) = '\x524b01'$sql$;
   v_header text := $sql$case when octet_length(g.start) = 11 and substr(g.start, 1, 3) = '\x524b01' then g.start end$sql$;
   v_stored text := 'u.ciphertext';
-  -- Whether a value still has the header and IV that were read.
-  v_begins text := 'pg_catalog.substr(t.%1$s, 1, 27) operator(pg_catalog.=) u.start';
+  -- Whether a value still has the header and IV that were read. (IS TRUE keeps it from being the key of a hash or merge join: the
+  -- values of the whole relation would be read, wherever they are stored.)
+  v_begins text := '(pg_catalog.substr(t.%1$s, 1, 27) operator(pg_catalog.=) u.start) is true';
   -- What holds for the UPDATE of a rotation. The path, in which names could be anybody's, ends with the function: to set it back
   -- would hide that a trigger has set it for the session. The other is set back for the session, for the same reason.
   v_kept_role text := case when protected.fire_triggers then '' else '
@@ -3991,7 +3993,7 @@ begin
     v_bytes := $sql$case
       when t.%1$s collate "C" ~ '^rk1:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$'
       then decode(right(t.%1$s, -4), 'base64') else coalesce((select $sql$ || v_header || ' from (select ' || v_start || $sql$ as start) g), convert_to(t.%1$s, 'UTF8')) end$sql$;
-    v_begins := $sql$pg_catalog.left(t.%1$s, 40) collate pg_catalog."C" operator(pg_catalog.=) ('rk1:' operator(pg_catalog.||) pg_catalog.encode(u.start, 'base64'))$sql$;
+    v_begins := $sql$(pg_catalog.left(t.%1$s, 40) collate pg_catalog."C" operator(pg_catalog.=) ('rk1:' operator(pg_catalog.||) pg_catalog.encode(u.start, 'base64'))) is true$sql$;
     v_stored := $sql$'rk1:' operator(pg_catalog.||) pg_catalog.replace(pg_catalog.encode(u.ciphertext, 'base64'), E'\n', '')$sql$;
   end if;
   v_from := ' from only %2$s t
@@ -7623,9 +7625,10 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- The next batch takes about batch_target, and has its rows locked for 10 ms of it.
+  -- The next batch takes about batch_target, and has its rows locked for 10 ms of it; where nobody else is seen, for 20.
   v_factor double precision := greatest(0.25, least(2.0,
-    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001), 0.01 / greatest(locked, 0.000001)));
+    extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001),
+    case when chunk.pace < 1 then 0.01 else 0.02 end / greatest(locked, 0.000001)));
 begin
   chunk.batch_rows := greatest(10, least(max_rows, (chunk.batch_rows * v_factor)::integer));
   if next is null and _advance.until_block >= chunk.until_block then
@@ -7841,6 +7844,7 @@ declare
   v_target rekey._target;
   v_state text;
   v_size double precision;
+  v_pace real;
   v_first_block bigint;
   v_until_block bigint;
   v_max_rows integer;
@@ -7896,7 +7900,13 @@ begin
     return;  -- paused or superseded since
   end if;
   v_size := rekey._batch_size(cardinality(v_ids));
+  v_pace := v_chunk.pace;
   v_chunk := rekey._pace(v_chunk, who_else);
+  if v_chunk.pace < 1 and v_pace = 1 then
+    -- Its size is one for when nobody was seen.
+    v_max_rows := greatest(v_max_rows / 2, 1);
+    v_chunk.batch_rows := greatest(v_chunk.batch_rows / 2, 1);
+  end if;
   perform rekey._take_in_hand(v_chunk.relation);
   v_first_block := rekey._block(v_chunk.first);
   v_until_block := least(v_first_block + v_chunk.batch_blocks, v_chunk.until_block);
