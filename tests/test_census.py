@@ -337,3 +337,25 @@ def test_who_may_see_findings(ready: Connection) -> None:
     for query in queries:
         with refused("42501"):
             ready.execute(query)
+
+
+def test_a_large_table_is_read_once(ready: Connection) -> None:
+    """Part by part: not what is left of it, each time."""
+    blocks: dict[int, int] = {}
+    for number, rows in enumerate((8_000, 40_000)):
+        name = f"public.t{number}"
+        ready.execute(f"create table {name} (id int primary key, v bytea) with (fillfactor = 10)".encode())
+        protect(ready, name)
+        ready.execute(
+            f"with one as (select rekey.encrypt('x'::text, context => array['{name}.v', '7']) v)"
+            f" insert into {name} select g, one.v from one, generate_series(1, {rows}) g".encode()
+        )
+        ready.execute(f"vacuum {name}".encode())
+        found: LiteralString = "select (sum(rows), sum(failed))::text from rekey._open_target(%s)"
+        assert value(ready, found, f"{name}.v") == f"({rows},{rows - 1})"
+        row = ready.execute(
+            b"explain (analyze, buffers, format json) " + found.encode(), [f"{name}.v"]
+        ).fetchone()
+        assert row
+        blocks[rows] = row[0][0]["Plan"]["Shared Hit Blocks"]
+    assert blocks[40_000] < 7 * blocks[8_000], blocks

@@ -559,6 +559,36 @@ language sql immutable parallel safe
 return case when pointer is not null then format('(%s,%s)', rekey._block(pointer), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid end;
 comment on function rekey._next_row is 'The row pointer after this one.';
 
+-- A part at a time: who asks for the first rows of all that is left has all of it read, each time. (Rows found by their pointers come in no
+-- order that the server knows of.)
+create or replace function rekey._scan_on(
+  target rekey._target, keyrings integer[], first tid, step bigint = null, until bigint = 4294967294,
+  out next_first tid, out next_step bigint, out ciphertexts bytea[], out contexts bytea[], out keys text[]
+)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_end bigint := least(until, pg_relation_size(target.relation) / current_setting('block_size')::integer);
+  v_until bigint;
+  v_found record;
+begin
+  -- 256 blocks hold no more than 2 MB of what is not stored out of line.
+  next_step := coalesce(step, 256);
+  v_until := least(rekey._block(first) + next_step, v_end);
+  select s.* into v_found from rekey._call_scan(
+    target.function_name, target.relation, first, format('(%s,0)', v_until)::tid, keyrings, null, 4000, 2097152) s;
+  ciphertexts := v_found.ciphertexts;
+  contexts := v_found.contexts;
+  keys := v_found.keys;
+  next_first := case when v_found.next is not null then rekey._next_row(v_found.next) when v_until < v_end then format('(%s,0)', v_until)::tid end;
+  next_step := case when v_found.next is not null then greatest(next_step / 2, 256)
+                    when coalesce(cardinality(v_found.rows), 0) < 1000 then least(next_step * 2, 1048576) else next_step end;
+end
+$$;
+comment on function rekey._scan_on is
+  'Some rows of a target from a row pointer on, as its scan function finds them, and where the next call goes on; next_first NULL: no more before block until. step: how many blocks to read, as the last call said; NULL at first.';
+
 create or replace function rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean = false, whole boolean = false)
 returns setof rekey._counted
 language sql stable

@@ -194,20 +194,22 @@ as $$
 declare
   v_target rekey._target;
   v_from tid;
+  v_step bigint;
   v_found record;
 begin
   for v_target in select t.* from rekey._targets(label) t loop
     perform rekey._refuse_problem(label, v_target.problem);
     v_from := '(0,0)';
     while v_from is not null loop
-      select s.* into v_found from rekey._call_scan(v_target.function_name, v_target.relation, v_from, '(4294967294,0)', null, null, 4000, 2097152) s;
-      if v_found.rows is not null then
+      select s.* into v_found from rekey._scan_on(v_target, null, v_from, v_step) s;
+      v_step := v_found.next_step;
+      if v_found.ciphertexts is not null then
         return query
           select rekey._int4(h.header, 3), rekey._int4(h.header, 7), h.rows, coalesce(cardinality(c.failed_places), 0)::bigint
           from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_found.ciphertexts) as u(ciphertext) group by 1) h
           left join rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c on c.header = h.header;
       end if;
-      v_from := rekey._next_row(v_found.next);
+      v_from := v_found.next_first;
     end loop;
   end loop;
 end

@@ -198,8 +198,8 @@ begin
       -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
       v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
       for v_range in select r.* from rekey._ranges(verification_id, v_target) r loop
-        -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows[v_place] < least(v_blocks, 5000) then 4294967294 else 512 end;
+        -- 2 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows[v_place] < least(v_blocks, 5000) then 4294967294 else 256 end;
         v_first := v_range.first;
         v_from := format('(%s,0)', v_first)::tid;
         while v_first < least(v_range.until, v_blocks) loop
@@ -350,7 +350,7 @@ begin
     returning target, relation
   )
   insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
-  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), (512 * rekey._batch_size(cardinality(rotations)))::integer
+  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), (256 * rekey._batch_size(cardinality(rotations)))::integer
   from large l
   cross join lateral (
     select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks, rekey._chunk_blocks(l.relation) as chunk) s
@@ -543,17 +543,19 @@ as $$
 declare
   v_target rekey._target;
   v_from tid;
+  v_step bigint;
   v_found record;
 begin
   for v_target in select t.* from rekey._targets(label) t loop
     v_from := '(0,0)';
     while v_from is not null loop
-      select s.* into v_found from rekey._call_scan(v_target.function_name, v_target.relation, v_from, '(4294967294,0)', array[keyring_id], null, 1000, 2097152) s;
-      if v_found.rows is not null and cardinality(v_found.rows) > (
+      select s.* into v_found from rekey._scan_on(v_target, array[keyring_id], v_from, v_step) s;
+      v_step := v_found.next_step;
+      if cardinality(v_found.ciphertexts) > (
            select coalesce(sum(cardinality(c.failed_places)), 0) from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c) then
         return true;
       end if;
-      v_from := rekey._next_row(v_found.next);
+      v_from := v_found.next_first;
     end loop;
   end loop;
   return false;

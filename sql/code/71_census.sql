@@ -29,6 +29,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_from tid := format('(%s,0)', first)::tid;
+  v_step bigint;
   v_found record;
   v_batch record;
   v_still bigint[] := '{}'::bigint[];
@@ -36,8 +37,9 @@ declare
   v_counted jsonb := '[]'::jsonb;
 begin
   while v_from is not null loop
-    select s.* into v_found from rekey._call_scan(target.function_name, target.relation, v_from, format('(%s,0)', until)::tid, keyrings, null, 4000, 2097152) s;
-    if v_found.rows is not null then
+    select s.* into v_found from rekey._scan_on(target, keyrings, v_from, v_step, until) s;
+    v_step := v_found.next_step;
+    if v_found.ciphertexts is not null then
       with rows as materialized (
         select u.place::integer as place, rekey._int4(u.header, 3) as keyring_id, rekey._int4(u.header, 7) as version, u.header = any (active) as active, u.row_key
         from (select o.place, substr(o.ciphertext, 1, 11) as header, o.row_key
@@ -92,7 +94,7 @@ begin
           group by a.keyring_id, a.version) n);
       v_counted := v_counted || coalesce(v_batch.counted, '[]');
     end if;
-    v_from := case when clock_timestamp() < deadline then rekey._next_row(v_found.next) end;
+    v_from := case when clock_timestamp() < deadline then v_found.next_first end;
   end loop;
   update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
   where deadline = 'infinity' and q.rotation_id is null and q.resolved_at is null and q.target = _census_target.target.target

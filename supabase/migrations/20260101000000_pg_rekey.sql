@@ -3814,6 +3814,36 @@ language sql immutable parallel safe
 return case when pointer is not null then format('(%s,%s)', rekey._block(pointer), split_part(trim(pointer::text, '()'), ',', 2)::integer + 1)::tid end;
 comment on function rekey._next_row is 'The row pointer after this one.';
 
+-- A part at a time: who asks for the first rows of all that is left has all of it read, each time. (Rows found by their pointers come in no
+-- order that the server knows of.)
+create or replace function rekey._scan_on(
+  target rekey._target, keyrings integer[], first tid, step bigint = null, until bigint = 4294967294,
+  out next_first tid, out next_step bigint, out ciphertexts bytea[], out contexts bytea[], out keys text[]
+)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_end bigint := least(until, pg_relation_size(target.relation) / current_setting('block_size')::integer);
+  v_until bigint;
+  v_found record;
+begin
+  -- 256 blocks hold no more than 2 MB of what is not stored out of line.
+  next_step := coalesce(step, 256);
+  v_until := least(rekey._block(first) + next_step, v_end);
+  select s.* into v_found from rekey._call_scan(
+    target.function_name, target.relation, first, format('(%s,0)', v_until)::tid, keyrings, null, 4000, 2097152) s;
+  ciphertexts := v_found.ciphertexts;
+  contexts := v_found.contexts;
+  keys := v_found.keys;
+  next_first := case when v_found.next is not null then rekey._next_row(v_found.next) when v_until < v_end then format('(%s,0)', v_until)::tid end;
+  next_step := case when v_found.next is not null then greatest(next_step / 2, 256)
+                    when coalesce(cardinality(v_found.rows), 0) < 1000 then least(next_step * 2, 1048576) else next_step end;
+end
+$$;
+comment on function rekey._scan_on is
+  'Some rows of a target from a row pointer on, as its scan function finds them, and where the next call goes on; next_first NULL: no more before block until. step: how many blocks to read, as the last call said; NULL at first.';
+
 create or replace function rekey._count_rows(targets rekey._target[], keyrings integer[], apart boolean = false, whole boolean = false)
 returns setof rekey._counted
 language sql stable
@@ -5811,20 +5841,22 @@ as $$
 declare
   v_target rekey._target;
   v_from tid;
+  v_step bigint;
   v_found record;
 begin
   for v_target in select t.* from rekey._targets(label) t loop
     perform rekey._refuse_problem(label, v_target.problem);
     v_from := '(0,0)';
     while v_from is not null loop
-      select s.* into v_found from rekey._call_scan(v_target.function_name, v_target.relation, v_from, '(4294967294,0)', null, null, 4000, 2097152) s;
-      if v_found.rows is not null then
+      select s.* into v_found from rekey._scan_on(v_target, null, v_from, v_step) s;
+      v_step := v_found.next_step;
+      if v_found.ciphertexts is not null then
         return query
           select rekey._int4(h.header, 3), rekey._int4(h.header, 7), h.rows, coalesce(cardinality(c.failed_places), 0)::bigint
           from (select substr(u.ciphertext, 1, 11) as header, count(*) as rows from unnest(v_found.ciphertexts) as u(ciphertext) group by 1) h
           left join rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c on c.header = h.header;
       end if;
-      v_from := rekey._next_row(v_found.next);
+      v_from := v_found.next_first;
     end loop;
   end loop;
 end
@@ -8463,8 +8495,8 @@ begin
       -- No less than the snapshot sees: the caller holds a lock that keeps the table from being rewritten.
       v_blocks := pg_relation_size(relation) / current_setting('block_size')::integer;
       for v_range in select r.* from rekey._ranges(verification_id, v_target) r loop
-        -- 4 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
-        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows[v_place] < least(v_blocks, 5000) then 4294967294 else 512 end;
+        -- 2 MB at a time, 32 of which little is wanted; but the few rows of small keyrings are found by an index, all at once.
+        v_step := case when v_range.since is not null then 4096 when v_target.indexed and v_rows[v_place] < least(v_blocks, 5000) then 4294967294 else 256 end;
         v_first := v_range.first;
         v_from := format('(%s,0)', v_first)::tid;
         while v_first < least(v_range.until, v_blocks) loop
@@ -8615,7 +8647,7 @@ begin
     returning target, relation
   )
   insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
-  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), (512 * rekey._batch_size(cardinality(rotations)))::integer
+  select v_id, false, 'verify', l.target, l.relation, format('(%s,0)', f.first)::tid, least(f.first + s.chunk, s.blocks), (256 * rekey._batch_size(cardinality(rotations)))::integer
   from large l
   cross join lateral (
     select pg_relation_size(l.relation) / current_setting('block_size')::integer as blocks, rekey._chunk_blocks(l.relation) as chunk) s
@@ -8808,17 +8840,19 @@ as $$
 declare
   v_target rekey._target;
   v_from tid;
+  v_step bigint;
   v_found record;
 begin
   for v_target in select t.* from rekey._targets(label) t loop
     v_from := '(0,0)';
     while v_from is not null loop
-      select s.* into v_found from rekey._call_scan(v_target.function_name, v_target.relation, v_from, '(4294967294,0)', array[keyring_id], null, 1000, 2097152) s;
-      if v_found.rows is not null and cardinality(v_found.rows) > (
+      select s.* into v_found from rekey._scan_on(v_target, array[keyring_id], v_from, v_step) s;
+      v_step := v_found.next_step;
+      if cardinality(v_found.ciphertexts) > (
            select coalesce(sum(cardinality(c.failed_places)), 0) from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c) then
         return true;
       end if;
-      v_from := rekey._next_row(v_found.next);
+      v_from := v_found.next_first;
     end loop;
   end loop;
   return false;
@@ -11737,6 +11771,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_from tid := format('(%s,0)', first)::tid;
+  v_step bigint;
   v_found record;
   v_batch record;
   v_still bigint[] := '{}'::bigint[];
@@ -11744,8 +11779,9 @@ declare
   v_counted jsonb := '[]'::jsonb;
 begin
   while v_from is not null loop
-    select s.* into v_found from rekey._call_scan(target.function_name, target.relation, v_from, format('(%s,0)', until)::tid, keyrings, null, 4000, 2097152) s;
-    if v_found.rows is not null then
+    select s.* into v_found from rekey._scan_on(target, keyrings, v_from, v_step, until) s;
+    v_step := v_found.next_step;
+    if v_found.ciphertexts is not null then
       with rows as materialized (
         select u.place::integer as place, rekey._int4(u.header, 3) as keyring_id, rekey._int4(u.header, 7) as version, u.header = any (active) as active, u.row_key
         from (select o.place, substr(o.ciphertext, 1, 11) as header, o.row_key
@@ -11800,7 +11836,7 @@ begin
           group by a.keyring_id, a.version) n);
       v_counted := v_counted || coalesce(v_batch.counted, '[]');
     end if;
-    v_from := case when clock_timestamp() < deadline then rekey._next_row(v_found.next) end;
+    v_from := case when clock_timestamp() < deadline then v_found.next_first end;
   end loop;
   update rekey.rotation_failures q set resolved_at = now(), resolution = 'cleared'
   where deadline = 'infinity' and q.rotation_id is null and q.resolved_at is null and q.target = _census_target.target.target
