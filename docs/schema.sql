@@ -653,7 +653,7 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true) a;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true, null) a;
   select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
   from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
   left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
@@ -940,7 +940,7 @@ begin
       end if;
     end loop;
     -- (What it does not come to, the next pass does.)
-    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true) a;
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true, v_batch.state) a;
     v_done := cardinality(v_apart.written);
     v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
     v_failed_keys := v_failed_keys || array(
@@ -1887,16 +1887,15 @@ COMMENT ON FUNCTION rekey._call_count(function_names name[], relations regclass[
 
 
 --
--- Name: _call_read(name, regclass, tid, tid, integer[], integer[], integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+-- Name: _call_read(name, regclass, tid, tid, integer[], integer[], integer, bigint, tid); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
 --
 
-CREATE FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
+CREATE FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid DEFAULT NULL::tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'on'
     AS $_$
 declare
-  v_state text[];
   v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
@@ -1904,27 +1903,31 @@ begin
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
   if function_name operator(pg_catalog.<>) 'secrets' then
-    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    state := rekey._session_state(pg_catalog.current_setting('search_path'));
     v_changes := rekey._changes();
+  end if;
+  if touch_from is not null then
+    execute format('select from rekey_targets.%I($1, $2, $3, null, $4, 1, 1)', function_name || '_scan')
+    using relation, touch_from, first, pg_catalog.pg_current_xact_id()::xid;
   end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_read')
   into next, rows, ciphertexts, contexts, keys
   using relation, first, until, keyrings, versions, max_rows, max_bytes;
-  if v_state is not null then
-    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+  if state is not null then
+    perform rekey._refuse_traces(state, pg_catalog.current_setting('search_path'));
     perform rekey._refuse_changes(v_changes);
   end if;
 end
 $_$;
 
 
-ALTER FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_sweeper;
+ALTER FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]) OWNER TO rekey_sweeper;
 
 --
--- Name: FUNCTION _call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
 --
 
-COMMENT ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Calls the read function of a target.';
+COMMENT ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]) IS 'Calls the read function of a target. touch_from: its scan function before, for nothing, from there up to first. state: of the session, before and after.';
 
 
 --
@@ -2005,10 +2008,10 @@ COMMENT ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid)
 
 
 --
--- Name: _call_write(name, regclass, tid[], bytea[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+-- Name: _call_write(name, regclass, tid[], bytea[], bytea[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
 --
 
-CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) RETURNS record
+CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'on'
@@ -2022,7 +2025,7 @@ begin
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
   if function_name operator(pg_catalog.<>) 'secrets' then
-    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_state := coalesce(state, rekey._session_state(pg_catalog.current_setting('search_path')));
   end if;
   execute format('select w.* from rekey_targets.%I($1, $2, $3, $4) w', function_name || '_write')
   into locked, written using relation, rows, starts, ciphertexts;
@@ -2038,13 +2041,13 @@ end
 $_$;
 
 
-ALTER FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) OWNER TO rekey_sweeper;
+ALTER FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) OWNER TO rekey_sweeper;
 
 --
--- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
 --
 
-COMMENT ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) IS 'Calls the write function of a target.';
+COMMENT ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) IS 'Calls the write function of a target. state: of the session, as rekey._call_read() left it; NULL: as it is now.';
 
 
 --
@@ -12298,15 +12301,11 @@ begin
       detail := jsonb_build_object('target', v_chunk.target, 'blocked', v_target.problem);
       return;
     end if;
-    if v_chunk.swept_from is not null then
-      -- Whoever reads a page first removes what an update left in it, and notes which transactions have ended. Here that goes
-      -- into the log without an image of the page; after the next checkpoint, the verification would write one more.
-      perform from rekey._call_scan(
-        v_target.function_name, v_chunk.relation, v_chunk.swept_from, v_chunk.first, null, pg_current_xact_id()::xid, 1, 1);
-    end if;
+    -- Whoever reads a page first removes what an update left in it, and notes which transactions have ended. Here (swept_from) that goes
+    -- into the log without an image of the page; after the next checkpoint, the verification would write one more.
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint) b;
+      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint, v_chunk.swept_from) b;
     if v_batch.rows is not null then
       if v_chunk.kind = 'adopt' then
         v_contexts := array(
@@ -12324,7 +12323,7 @@ begin
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
       v_locking := clock_timestamp();
-      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt') a;
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt', v_batch.state) a;
       v_locked := extract(epoch from clock_timestamp() - v_locking);
       rows := cardinality(v_apart.written);
       v_undone := v_apart.undone;
@@ -13633,10 +13632,10 @@ COMMENT ON FUNCTION rekey._wrapping_key(kek bytea) IS 'The 64-byte AEAD key that
 
 
 --
--- Name: _write_apart(rekey._target, regclass, tid[], bytea[], bytea[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _write_apart(rekey._target, regclass, tid[], bytea[], bytea[], boolean, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) RETURNS record
+CREATE FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -13681,9 +13680,9 @@ begin
     v_top := v_top - 1;
     begin
       if v_tries = 1 then
-        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts)).locked;
+        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts, state)).locked;
       else
-        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high])).locked;
+        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high], state)).locked;
       end if;
       written := written || v_locked;
       continue;
@@ -13716,20 +13715,20 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) IS 'Stores as rekey._write_rows(), leaving out what is NULL, and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. What is neither is somebody else''s now. An error that passes is raised.';
+COMMENT ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) IS 'Stores as rekey._write_rows(), leaving out what is NULL, and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. What is neither is somebody else''s now. An error that passes is raised.';
 
 
 --
--- Name: _write_rows(rekey._target, regclass, tid[], bytea[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _write_rows(rekey._target, regclass, tid[], bytea[], bytea[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) RETURNS record
+CREATE FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -13738,7 +13737,7 @@ declare
 begin
   perform set_config('rekey.sweeping', 'on', true);
   insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
-  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts) w;
+  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts, state) w;
   delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
@@ -13755,13 +13754,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) IS 'Stores ciphertexts in rows that still begin as they were read (starts; NULL: they are locked since), and that nobody else has: those locked. RK005: the table did not take them, or its triggers did more than they may.';
+COMMENT ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) IS 'Stores ciphertexts in rows that still begin as they were read (starts; NULL: they are locked since), and that nobody else has: those locked. RK005: the table did not take them, or its triggers did more than they may.';
 
 
 --
@@ -19284,11 +19283,11 @@ GRANT ALL ON FUNCTION rekey._call_count(function_names name[], relations regclas
 
 
 --
--- Name: FUNCTION _call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
 --
 
-REVOKE ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_owner;
+REVOKE ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]) TO rekey_owner;
 
 
 --
@@ -19308,11 +19307,11 @@ GRANT ALL ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uui
 
 
 --
--- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey; Owner: rekey_sweeper
 --
 
-REVOKE ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) TO rekey_owner;
+REVOKE ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) TO rekey_owner;
 
 
 --
@@ -21361,17 +21360,17 @@ REVOKE ALL ON FUNCTION rekey._wrapping_key(kek bytea) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
 
 
 --

@@ -438,7 +438,7 @@ def test_an_application_calls_only_its_own_functions(
         "select rekey._reencrypt('{}', '{}', '', '{}')",
         "select rekey._check('{}', '', '{}')",
         "select rekey._call_read('secrets', 'rekey.secrets', '(0,0)', '(9,0)', '{}', '{}', 1, 1)",
-        "select rekey._call_write('secrets', 'rekey.secrets', '{}', '{}', '{}')",
+        "select rekey._call_write('secrets', 'rekey.secrets', '{}', '{}', '{}', null)",
         "select rekey._adopt('{}', '{}', null, '{plaintext}', false)",
         "select rekey._aead_decrypt('', '', '', '')",
         "select rekey._wrapping_key('')",
@@ -584,8 +584,8 @@ DISPATCHERS: dict[str, LiteralString] = {
     "rekey._call_scan(name, regclass, tid, tid, integer[], xid, integer, bigint)": (
         "select rekey.verify_ciphertexts()"
     ),
-    "rekey._call_read(name, regclass, tid, tid, integer[], integer[], integer, bigint)": "",
-    "rekey._call_write(name, regclass, tid[], bytea[], bytea[])": "",
+    "rekey._call_read(name, regclass, tid, tid, integer[], integer[], integer, bigint, tid)": "",
+    "rekey._call_write(name, regclass, tid[], bytea[], bytea[], text[])": "",
 }
 
 

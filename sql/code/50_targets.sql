@@ -366,13 +366,12 @@ comment on function rekey._call_scan is 'Calls the scan function of a target.';
 
 create or replace function rekey._call_read(
   function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
-  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
+  touch_from tid = null, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out state text[]
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_state text[];
   v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
@@ -380,22 +379,27 @@ begin
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
   if function_name operator(pg_catalog.<>) 'secrets' then
-    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    state := rekey._session_state(pg_catalog.current_setting('search_path'));
     v_changes := rekey._changes();
+  end if;
+  if touch_from is not null then
+    execute format('select from rekey_targets.%I($1, $2, $3, null, $4, 1, 1)', function_name || '_scan')
+    using relation, touch_from, first, pg_catalog.pg_current_xact_id()::xid;
   end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_read')
   into next, rows, ciphertexts, contexts, keys
   using relation, first, until, keyrings, versions, max_rows, max_bytes;
-  if v_state is not null then
-    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+  if state is not null then
+    perform rekey._refuse_traces(state, pg_catalog.current_setting('search_path'));
     perform rekey._refuse_changes(v_changes);
   end if;
 end
 $$;
-comment on function rekey._call_read is 'Calls the read function of a target.';
+comment on function rekey._call_read is
+  'Calls the read function of a target. touch_from: its scan function before, for nothing, from there up to first. state: of the session, before and after.';
 
 create or replace function rekey._call_write(
-  function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+  function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], out locked tid[], out written bigint
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -409,7 +413,7 @@ begin
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
   if function_name operator(pg_catalog.<>) 'secrets' then
-    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_state := coalesce(state, rekey._session_state(pg_catalog.current_setting('search_path')));
   end if;
   execute format('select w.* from rekey_targets.%I($1, $2, $3, $4) w', function_name || '_write')
   into locked, written using relation, rows, starts, ciphertexts;
@@ -423,7 +427,7 @@ begin
   end if;
 end
 $$;
-comment on function rekey._call_write is 'Calls the write function of a target.';
+comment on function rekey._call_write is 'Calls the write function of a target. state: of the session, as rekey._call_read() left it; NULL: as it is now.';
 
 create or replace function rekey._headers(ciphertexts bytea[]) returns bytea[]
 language sql immutable parallel safe

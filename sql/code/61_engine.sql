@@ -433,7 +433,7 @@ $$;
 comment on function rekey._guarded_settings is 'Settings of the session that say who acts, and with which KEK.';
 
 create or replace function rekey._write_rows(
-  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], out locked tid[], out written bigint
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -443,7 +443,7 @@ declare
 begin
   perform set_config('rekey.sweeping', 'on', true);
   insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
-  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts) w;
+  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts, state) w;
   delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
@@ -464,7 +464,7 @@ comment on function rekey._write_rows is
 -- At most 60 subtransactions: 64 is as many as a session keeps count of in shared memory. A batch of 4,000 rows with one
 -- that raises takes 25.
 create or replace function rekey._write_apart(
-  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean,
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[],
   out written tid[], out undone tid, out refused tid[], out problems text[], out codes text[]
 )
 language plpgsql volatile
@@ -511,9 +511,9 @@ begin
     v_top := v_top - 1;
     begin
       if v_tries = 1 then
-        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts)).locked;
+        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts, state)).locked;
       else
-        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high])).locked;
+        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high], state)).locked;
       end if;
       written := written || v_locked;
       continue;
@@ -874,15 +874,11 @@ begin
       detail := jsonb_build_object('target', v_chunk.target, 'blocked', v_target.problem);
       return;
     end if;
-    if v_chunk.swept_from is not null then
-      -- Whoever reads a page first removes what an update left in it, and notes which transactions have ended. Here that goes
-      -- into the log without an image of the page; after the next checkpoint, the verification would write one more.
-      perform from rekey._call_scan(
-        v_target.function_name, v_chunk.relation, v_chunk.swept_from, v_chunk.first, null, pg_current_xact_id()::xid, 1, 1);
-    end if;
+    -- Whoever reads a page first removes what an update left in it, and notes which transactions have ended. Here (swept_from) that goes
+    -- into the log without an image of the page; after the next checkpoint, the verification would write one more.
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint) b;
+      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint, v_chunk.swept_from) b;
     if v_batch.rows is not null then
       if v_chunk.kind = 'adopt' then
         v_contexts := array(
@@ -900,7 +896,7 @@ begin
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
       v_locking := clock_timestamp();
-      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt') a;
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt', v_batch.state) a;
       v_locked := extract(epoch from clock_timestamp() - v_locking);
       rows := cardinality(v_apart.written);
       v_undone := v_apart.undone;

@@ -3621,13 +3621,12 @@ comment on function rekey._call_scan is 'Calls the scan function of a target.';
 
 create or replace function rekey._call_read(
   function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
-  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
+  touch_from tid = null, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out state text[]
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_state text[];
   v_changes text;
 begin
   if current_user operator(pg_catalog.<>) 'rekey_sweeper' then
@@ -3635,22 +3634,27 @@ begin
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
   if function_name operator(pg_catalog.<>) 'secrets' then
-    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    state := rekey._session_state(pg_catalog.current_setting('search_path'));
     v_changes := rekey._changes();
+  end if;
+  if touch_from is not null then
+    execute format('select from rekey_targets.%I($1, $2, $3, null, $4, 1, 1)', function_name || '_scan')
+    using relation, touch_from, first, pg_catalog.pg_current_xact_id()::xid;
   end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_read')
   into next, rows, ciphertexts, contexts, keys
   using relation, first, until, keyrings, versions, max_rows, max_bytes;
-  if v_state is not null then
-    perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
+  if state is not null then
+    perform rekey._refuse_traces(state, pg_catalog.current_setting('search_path'));
     perform rekey._refuse_changes(v_changes);
   end if;
 end
 $$;
-comment on function rekey._call_read is 'Calls the read function of a target.';
+comment on function rekey._call_read is
+  'Calls the read function of a target. touch_from: its scan function before, for nothing, from there up to first. state: of the session, before and after.';
 
 create or replace function rekey._call_write(
-  function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+  function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], out locked tid[], out written bigint
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -3664,7 +3668,7 @@ begin
       hint = 'It was altered, or restored by a role that is no superuser: make it SECURITY DEFINER and owned by rekey_sweeper again.';
   end if;
   if function_name operator(pg_catalog.<>) 'secrets' then
-    v_state := rekey._session_state(pg_catalog.current_setting('search_path'));
+    v_state := coalesce(state, rekey._session_state(pg_catalog.current_setting('search_path')));
   end if;
   execute format('select w.* from rekey_targets.%I($1, $2, $3, $4) w', function_name || '_write')
   into locked, written using relation, rows, starts, ciphertexts;
@@ -3678,7 +3682,7 @@ begin
   end if;
 end
 $$;
-comment on function rekey._call_write is 'Calls the write function of a target.';
+comment on function rekey._call_write is 'Calls the write function of a target. state: of the session, as rekey._call_read() left it; NULL: as it is now.';
 
 create or replace function rekey._headers(ciphertexts bytea[]) returns bytea[]
 language sql immutable parallel safe
@@ -7513,7 +7517,7 @@ $$;
 comment on function rekey._guarded_settings is 'Settings of the session that say who acts, and with which KEK.';
 
 create or replace function rekey._write_rows(
-  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], out locked tid[], out written bigint
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -7523,7 +7527,7 @@ declare
 begin
   perform set_config('rekey.sweeping', 'on', true);
   insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
-  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts) w;
+  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts, state) w;
   delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
@@ -7544,7 +7548,7 @@ comment on function rekey._write_rows is
 -- At most 60 subtransactions: 64 is as many as a session keeps count of in shared memory. A batch of 4,000 rows with one
 -- that raises takes 25.
 create or replace function rekey._write_apart(
-  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean,
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[],
   out written tid[], out undone tid, out refused tid[], out problems text[], out codes text[]
 )
 language plpgsql volatile
@@ -7591,9 +7595,9 @@ begin
     v_top := v_top - 1;
     begin
       if v_tries = 1 then
-        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts)).locked;
+        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts, state)).locked;
       else
-        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high])).locked;
+        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high], state)).locked;
       end if;
       written := written || v_locked;
       continue;
@@ -7954,15 +7958,11 @@ begin
       detail := jsonb_build_object('target', v_chunk.target, 'blocked', v_target.problem);
       return;
     end if;
-    if v_chunk.swept_from is not null then
-      -- Whoever reads a page first removes what an update left in it, and notes which transactions have ended. Here that goes
-      -- into the log without an image of the page; after the next checkpoint, the verification would write one more.
-      perform from rekey._call_scan(
-        v_target.function_name, v_chunk.relation, v_chunk.swept_from, v_chunk.first, null, pg_current_xact_id()::xid, 1, 1);
-    end if;
+    -- Whoever reads a page first removes what an update left in it, and notes which transactions have ended. Here (swept_from) that goes
+    -- into the log without an image of the page; after the next checkpoint, the verification would write one more.
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint) b;
+      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint, v_chunk.swept_from) b;
     if v_batch.rows is not null then
       if v_chunk.kind = 'adopt' then
         v_contexts := array(
@@ -7980,7 +7980,7 @@ begin
         from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
       end if;
       v_locking := clock_timestamp();
-      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt') a;
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt', v_batch.state) a;
       v_locked := extract(epoch from clock_timestamp() - v_locking);
       rows := cardinality(v_apart.written);
       v_undone := v_apart.undone;
@@ -10664,7 +10664,7 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true) a;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true, null) a;
   select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
   from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
   left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
@@ -10758,7 +10758,7 @@ begin
       end if;
     end loop;
     -- (What it does not come to, the next pass does.)
-    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true) a;
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true, v_batch.state) a;
     v_done := cardinality(v_apart.written);
     v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
     v_failed_keys := v_failed_keys || array(
