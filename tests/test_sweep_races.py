@@ -243,3 +243,27 @@ def test_a_batch_reads_no_values_but_its_own(ready: Connection, plan: str) -> No
             ready.execute("select set_config(%s, 'on', false)", [setting])
         run(ready)
     assert blocks[3000] < 1.5 * blocks[600], blocks
+
+
+def test_a_batch_follows_its_pointers(ready: Connection) -> None:
+    """A table of some thousand blocks is not read once more for each batch, to lock and to write its rows."""
+    rows = 20_000
+    ready.execute("create table public.t (id int primary key, v bytea)")
+    protect(ready, "public.t")
+    ready.execute(
+        "insert into public.t select g, rekey.encrypt(repeat('x', 256), context =>"
+        " array['public.t.v', g::text])"
+        " from generate_series(1, %s) g",
+        [rows],
+    )
+    ready.execute("vacuum analyze public.t")
+    rotate(ready)
+    step_until(ready, "planned")
+    read: LiteralString = (
+        "select coalesce(sum(seq_tup_read), 0) from pg_stat_xact_user_tables where relname = 't'"
+    )
+    with ready.transaction():
+        before = value(ready, read)  # what was not reported yet
+        assert value(ready, "select event from rekey.rotation_step()") == "batch"
+        assert 0 < value(ready, read) - before <= rows
+    run(ready)

@@ -120,23 +120,27 @@ create or replace function rekey_targets.secrets_write(
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_custom_plan  -- which looks the locked rows up in a hash table
 as $$
 begin
   if relation <> 'rekey.secrets'::regclass then
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
+  -- (A subselect hides from the planner how many rows there are: it would rather read the whole table than follow so many pointers.
+  -- IS TRUE keeps what a value begins with from being the key of a join, for which every value would be read.)
   with held as materialized (
     select u.row, s.ctid as now
-    from unnest(rows, starts) as u(row, start)
-    -- (IS TRUE keeps it from being the key of a hash or merge join, for which every value would be read.)
+    from unnest((select secrets_write.rows), (select secrets_write.starts)) as u(row, start)
     join rekey.secrets s on s.ctid = u.row and (substr(s.ciphertext, 1, 27) = u.start) is true
     for no key update of s skip locked
   )
   select array_agg(h.row) into locked from held h where h.now = h.row;
+  if cardinality(locked) < cardinality(rows) then
+    select array_agg(u.row), array_agg(u.start), array_agg(u.ciphertext) into rows, starts, ciphertexts
+    from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext) where u.row = any (locked);
+  end if;
   update rekey.secrets s set ciphertext = u.ciphertext
-  from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext)
-  where s.ctid = u.row and (substr(s.ciphertext, 1, 27) = u.start) is true and u.row = any (locked);
+  from rows from (unnest((select secrets_write.rows)), unnest((select secrets_write.starts)), unnest((select ciphertexts))) as u(row, start, ciphertext)
+  where locked is not null and s.ctid = u.row and (substr(s.ciphertext, 1, 27) = u.start) is true;
   get diagnostics written = row_count;
   set constraints all immediate;
 end

@@ -3375,23 +3375,27 @@ create or replace function rekey_targets.secrets_write(
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_custom_plan  -- which looks the locked rows up in a hash table
 as $$
 begin
   if relation <> 'rekey.secrets'::regclass then
     raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
   end if;
+  -- (A subselect hides from the planner how many rows there are: it would rather read the whole table than follow so many pointers.
+  -- IS TRUE keeps what a value begins with from being the key of a join, for which every value would be read.)
   with held as materialized (
     select u.row, s.ctid as now
-    from unnest(rows, starts) as u(row, start)
-    -- (IS TRUE keeps it from being the key of a hash or merge join, for which every value would be read.)
+    from unnest((select secrets_write.rows), (select secrets_write.starts)) as u(row, start)
     join rekey.secrets s on s.ctid = u.row and (substr(s.ciphertext, 1, 27) = u.start) is true
     for no key update of s skip locked
   )
   select array_agg(h.row) into locked from held h where h.now = h.row;
+  if cardinality(locked) < cardinality(rows) then
+    select array_agg(u.row), array_agg(u.start), array_agg(u.ciphertext) into rows, starts, ciphertexts
+    from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext) where u.row = any (locked);
+  end if;
   update rekey.secrets s set ciphertext = u.ciphertext
-  from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext)
-  where s.ctid = u.row and (substr(s.ciphertext, 1, 27) = u.start) is true and u.row = any (locked);
+  from rows from (unnest((select secrets_write.rows)), unnest((select secrets_write.starts)), unnest((select ciphertexts))) as u(row, start, ciphertext)
+  where locked is not null and s.ctid = u.row and (substr(s.ciphertext, 1, 27) = u.start) is true;
   get diagnostics written = row_count;
   set constraints all immediate;
 end
@@ -4158,24 +4162,32 @@ end
 '),
     ('write', 'relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint', 'record', 'volatile', '
 declare
+  -- (A subselect hides from the planner how many rows there are: for some hundreds it would rather read a whole table of some
+  -- thousand blocks, batch after batch, than follow their pointers.)
   v_lock text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     'with held as materialized (
-      select u.row, t.ctid as now from unnest($1, $2) as u(row, start) join only %2$s t on t.ctid = u.row and ($2 is null or ' || v_begins || ')
+      select u.row, t.ctid as now from unnest((select $1), (select $2)) as u(row, start) join only %2$s t on t.ctid = u.row and ($2 is null or ' || v_begins || ')
       for no key update of t skip locked
     )
     select array_agg(h.row) from held h where h.now = h.row') || ');
   v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     'update only %2$s t set %1$s = ' || v_stored || '
-    from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) as u(row, start, ciphertext)
-    where t.ctid operator(pg_catalog.=) u.row and u.row operator(pg_catalog.=) any ($4) and ($2 is null or ' || v_begins || ')
+    from rows from (pg_catalog.unnest((select $1)), pg_catalog.unnest((select $2)), pg_catalog.unnest((select $3))) as u(row, start, ciphertext)
+    where t.ctid operator(pg_catalog.=) u.row and ($2 is null or ' || v_begins || ')
     returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end) || ');
   v_kept boolean;' || v_kept_role || '
 begin
   execute v_lock into locked using rows, starts;
   written := 0;
+  if locked is null then
+    return;
+  elsif cardinality(locked) < cardinality(rows) then
+    select array_agg(u.row), case when starts is not null then array_agg(u.start) end, array_agg(u.ciphertext) into rows, starts, ciphertexts
+    from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext) where u.row = any (locked);
+  end if;
   ' || v_before || '
   -- A trigger may have kept the row, or put another value into it.
-  for v_kept in execute v_update using rows, starts, ciphertexts, locked loop
+  for v_kept in execute v_update using rows, starts, ciphertexts loop
     written := written operator(pg_catalog.+) case when v_kept then 1 else 0 end;
   end loop;
   ' || v_after || '
