@@ -6091,6 +6091,34 @@ COMMENT ON FUNCTION rekey._is_under_way(state text) IS 'Whether a rotation in th
 
 
 --
+-- Name: _keep_pace(timestamp with time zone, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._keep_pace(begun timestamp with time zone, rows bigint) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_rate double precision := (rekey._settings()).max_rows_per_second;
+  v_ahead double precision := rows / (4 * v_rate) - extract(epoch from clock_timestamp() - begun);
+begin
+  if v_ahead > 0 and clock_timestamp() < begun + interval '1 minute' then
+    perform pg_sleep(least(v_ahead, 60));
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._keep_pace(begun timestamp with time zone, rows bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _keep_pace(begun timestamp with time zone, rows bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._keep_pace(begun timestamp with time zone, rows bigint) IS 'Sleeps where rows were opened faster since then than four times max_rows_per_second, which is the pace of a verification: within one transaction, whose snapshot holds up every VACUUM, and so no longer than a minute or two.';
+
+
+--
 -- Name: _keep_passphrases(bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8187,6 +8215,8 @@ declare
   v_refused boolean;
   v_context text;
   v_place integer := 0;
+  v_begin timestamptz := clock_timestamp();
+  v_opened bigint := 0;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
   -- What is small is counted by opening it, 4 MB of it at a time.
@@ -8199,6 +8229,10 @@ begin
     v_whole := array(select c from rekey._count_rows(v_group.targets, keyrings, apart, whole => true) c);
     return query select o.* from rekey._open_found(v_group.targets, array(select f from unnest(v_whole) f where f.next is null)) o;
     v_large := v_large || array(select v_group.targets[f.place] from unnest(v_whole) f where f.next is not null);
+    v_opened := v_opened + coalesce((select sum(f.rows) from unnest(v_whole) f), 0);
+    if verification_id is not null then
+      perform rekey._keep_pace(v_begin, v_opened);
+    end if;
   end loop;
   for v_count in select c.* from rekey._count_rows(v_large, keyrings, apart) c loop
     target := v_large[v_count.place].target;
@@ -8265,6 +8299,10 @@ begin
             end if;
             refused := 0;
             failed_keys := null;
+            v_opened := v_opened + cardinality(v_found.ciphertexts);
+            if verification_id is not null then
+              perform rekey._keep_pace(v_begin, v_opened);
+            end if;
           end if;
           if v_found.next is not null then
             v_from := rekey._next_row(v_found.next);
@@ -20054,6 +20092,13 @@ REVOKE ALL ON FUNCTION rekey._is_unchanged(id integer, names name[], trigger_nam
 --
 
 REVOKE ALL ON FUNCTION rekey._is_under_way(state text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _keep_pace(begun timestamp with time zone, rows bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._keep_pace(begun timestamp with time zone, rows bigint) FROM PUBLIC;
 
 
 --

@@ -438,3 +438,29 @@ def test_what_the_caller_sees(ready: Connection, model: dict[str, str]) -> None:
     assert 0 < rows <= ROWS
     shown: dict[str, Any] = {name: type(it) for name, it in detail.items()}
     assert shown == {"verification": int, "target": str, "rotations": list, "seconds": float}
+
+
+def test_the_last_step_keeps_the_pace_that_was_set(
+    ready: Connection, session: Callable[[], Connection]
+) -> None:
+    model = fill(ready, 500)
+    number = rotate(ready)
+    step_until(ready, "swept")
+    step_until(ready, "swept")  # nobody writes with an older version
+    ready.execute("select rekey.set_setting('max_rows_per_second', '5')")
+    worker = session()
+    pid = worker.info.backend_pid
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(step, worker)
+        until = time.monotonic() + 20
+        asleep: LiteralString = "select wait_event from pg_stat_activity where pid = %s"
+        while value(ready, asleep, pid) != "PgSleep":
+            assert not last.done(), "it has not slept"
+            assert time.monotonic() < until, "it does not sleep"
+            time.sleep(0.01)
+        assert value(ready, "select pg_cancel_backend(%s)", pid)
+        assert last.result(20)[0] == "canceled"
+    ready.execute("select rekey.set_setting('max_rows_per_second', null)")
+    run(ready)
+    assert rotation(ready, number, "state") == "completed"
+    check(ready, model)

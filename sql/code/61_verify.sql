@@ -152,6 +152,8 @@ declare
   v_refused boolean;
   v_context text;
   v_place integer := 0;
+  v_begin timestamptz := clock_timestamp();
+  v_opened bigint := 0;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
   -- What is small is counted by opening it, 4 MB of it at a time.
@@ -164,6 +166,10 @@ begin
     v_whole := array(select c from rekey._count_rows(v_group.targets, keyrings, apart, whole => true) c);
     return query select o.* from rekey._open_found(v_group.targets, array(select f from unnest(v_whole) f where f.next is null)) o;
     v_large := v_large || array(select v_group.targets[f.place] from unnest(v_whole) f where f.next is not null);
+    v_opened := v_opened + coalesce((select sum(f.rows) from unnest(v_whole) f), 0);
+    if verification_id is not null then
+      perform rekey._keep_pace(v_begin, v_opened);
+    end if;
   end loop;
   for v_count in select c.* from rekey._count_rows(v_large, keyrings, apart) c loop
     target := v_large[v_count.place].target;
@@ -230,6 +236,10 @@ begin
             end if;
             refused := 0;
             failed_keys := null;
+            v_opened := v_opened + cardinality(v_found.ciphertexts);
+            if verification_id is not null then
+              perform rekey._keep_pace(v_begin, v_opened);
+            end if;
           end if;
           if v_found.next is not null then
             v_from := rekey._next_row(v_found.next);

@@ -7761,6 +7761,22 @@ end
 $$;
 comment on function rekey._note_pace is 'Tells rekey._throttle() how many rows a batch had that began then.';
 
+create or replace function rekey._keep_pace(begun timestamptz, rows bigint) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rate double precision := (rekey._settings()).max_rows_per_second;
+  v_ahead double precision := rows / (4 * v_rate) - extract(epoch from clock_timestamp() - begun);
+begin
+  if v_ahead > 0 and clock_timestamp() < begun + interval '1 minute' then
+    perform pg_sleep(least(v_ahead, 60));
+  end if;
+end
+$$;
+comment on function rekey._keep_pace is
+  'Sleeps where rows were opened faster since then than four times max_rows_per_second, which is the pace of a verification: within one transaction, whose snapshot holds up every VACUUM, and so no longer than a minute or two.';
+
 create or replace function rekey.who_else() returns text
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -8462,6 +8478,8 @@ declare
   v_refused boolean;
   v_context text;
   v_place integer := 0;
+  v_begin timestamptz := clock_timestamp();
+  v_opened bigint := 0;
 begin
   -- STABLE: every statement in here sees the snapshot of the calling one.
   -- What is small is counted by opening it, 4 MB of it at a time.
@@ -8474,6 +8492,10 @@ begin
     v_whole := array(select c from rekey._count_rows(v_group.targets, keyrings, apart, whole => true) c);
     return query select o.* from rekey._open_found(v_group.targets, array(select f from unnest(v_whole) f where f.next is null)) o;
     v_large := v_large || array(select v_group.targets[f.place] from unnest(v_whole) f where f.next is not null);
+    v_opened := v_opened + coalesce((select sum(f.rows) from unnest(v_whole) f), 0);
+    if verification_id is not null then
+      perform rekey._keep_pace(v_begin, v_opened);
+    end if;
   end loop;
   for v_count in select c.* from rekey._count_rows(v_large, keyrings, apart) c loop
     target := v_large[v_count.place].target;
@@ -8540,6 +8562,10 @@ begin
             end if;
             refused := 0;
             failed_keys := null;
+            v_opened := v_opened + cardinality(v_found.ciphertexts);
+            if verification_id is not null then
+              perform rekey._keep_pace(v_begin, v_opened);
+            end if;
           end if;
           if v_found.next is not null then
             v_from := rekey._next_row(v_found.next);
