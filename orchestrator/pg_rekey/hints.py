@@ -9,6 +9,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 import psycopg
+from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
 
 class Road(Enum):
@@ -203,14 +204,28 @@ LOST = Words(
     "What was under way may have been committed: `pg-rekey status` shows it. Repeating the command does "
     "no harm.",
     "What was under way may have been committed: GET /api/rotations shows it.",
+    "What was under way may have been committed: status() shows rotations.",
 )
 UNREACHABLE = Words(
     "Is the server there, and does it let this account in? The connection is that of {}.",
     "The server cannot reach its database: is it there, and does it let the server in?",
+    "Is the server there, and the connection open?",
 )
 NOWHERE = Words(
     "Set PG_REKEY_DSN to postgresql://USER:PASSWORD@HOST/DATABASE, or DATABASE_URL, or PGHOST and so on.",
     UNREACHABLE.http,
+    UNREACHABLE.python,
+)
+NO_POOL = Words(
+    UNREACHABLE.command,
+    UNREACHABLE.http,
+    "Use the client in a `with` statement, and a pool of your own once it is open.",
+)
+NONE_FREE = Words(
+    UNREACHABLE.command,
+    UNREACHABLE.http,
+    "Is the server there, and does it let this account in? The logger psycopg.pool says what it answers. "
+    "If it does, more ask at a time than the pool has connections.",
 )
 MISSING = Words(
     "pg_rekey is not installed in this database (run `pg-rekey init`), or in another version (run "
@@ -227,11 +242,15 @@ def hint(diagnostics: psycopg.errors.Diagnostic, road: Road) -> str | None:
     return words.on(road) if words else diagnostics.message_hint
 
 
-def unreachable() -> Words:
+def unreachable(error: psycopg.OperationalError) -> Words:
     """Return what to do where there is no connection: it depends on what was set."""
+    if isinstance(error, PoolClosed):
+        return NO_POOL
+    if isinstance(error, PoolTimeout | TooManyRequests):
+        return NONE_FREE
     for variable in ("PG_REKEY_DSN", "DATABASE_URL", "PGSERVICE", "PGHOST", "PGHOSTADDR"):
         if os.environ.get(variable):
-            return Words(UNREACHABLE.command.format(variable), UNREACHABLE.http)
+            return UNREACHABLE._replace(command=UNREACHABLE.command.format(variable))
     return NOWHERE
 
 
