@@ -346,7 +346,9 @@ where n.nspname operator(pg_catalog.=) 'rekey'
 
 -- name: doctor: findings
 -- description: Tables, columns, sequences and rows that are not as they should be.
-select f.severity, f.finding, f.advice from rekey.findings() f
+select f.severity, f.finding, f.advice, f.action, s.relation::text as relation, s.column_name::text as column_name
+from rekey.findings() f
+left join rekey.column_status s on s.label = f.target
 
 -- name: doctor: row security
 -- description: Tables whose policies do not apply.
@@ -590,17 +592,9 @@ where (%(rotation)s::bigint is null or rotation_id = %(rotation)s)
 order by id desc
 limit %(limit)s
 
--- name: api columns
--- description: Protected columns, and whether each can be swept.
-select s.label, s.relation::text as relation, s.column_name::text as column_name, s.keyring, s.context_columns::text[] as context_columns,
-  s.encrypt_on_write, s.fire_triggers, s.search_path, s.problem,
-  array(select format('%%s (%%s)', f.finding, f.advice) from rekey.protection_findings() f where f.label = s.label and f.kind <> 'blocked') as findings
-from rekey.column_status s
-order by s.label
-
--- name: api unprotected
+-- name: unprotected
 -- description: Columns that were forgotten.
-select relation::text as relation, column_name::text as column_name, finding, rows, advice from rekey.find_unprotected() order by 1, 2
+select relation::text as relation, column_name::text as column_name, finding, rows, advice, action from rekey.find_unprotected() order by 1, 2
 
 -- name: api settings
 -- description: The settings.
@@ -703,8 +697,16 @@ from rekey.adoption_preview(%s::regclass, %s, %s, %s, %s::oid::regclass, %s::tid
 
 -- name: columns
 -- description: Protected columns, and whether each can be swept.
-select s.*, array(select format('%s (%s)', f.finding, f.advice) from rekey.protection_findings() f where f.label = s.label and f.kind <> 'blocked') as findings
-from rekey.column_status s order by s.label
+select s.label, s.relation::text as relation, s.column_name::text as column_name, s.keyring, s.context_columns::text[] as context_columns,
+  s.encrypt_on_write, s.fire_triggers, s.search_path, s.problem
+from rekey.column_status s
+order by s.label
+
+-- name: column findings
+-- description: What rotations of protected columns break or set off.
+select f.label, f.finding, f.advice, f.action, s.relation::text as relation, s.column_name::text as column_name
+from rekey.protection_findings() f join rekey.column_status s on s.label = f.label
+where f.kind <> 'blocked'
 
 -- name: protect column
 -- description: Put a column under rotation; its triggers run with the given path, else with that of the login.
