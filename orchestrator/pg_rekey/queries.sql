@@ -594,7 +594,7 @@ limit %(limit)s
 
 -- name: unprotected
 -- description: Columns that were forgotten.
-select relation::text as relation, column_name::text as column_name, finding, rows, advice, action from rekey.find_unprotected() order by 1, 2
+select relation::text as relation, column_name::text as column_name, finding, rows, advice, action from rekey.find_unprotected()
 
 -- name: api settings
 -- description: The settings.
