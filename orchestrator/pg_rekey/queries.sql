@@ -280,6 +280,14 @@ select name from rekey.keyrings where retired_at is null order by name
 -- description: The newest rotations.
 select id::text as name from rekey.rotation_status order by id desc limit 100
 
+-- name: names: version
+-- description: The versions of a keyring that are not destroyed, newest first.
+select version::text as name from rekey.key_status where keyring = %(keyring)s and state <> 'destroyed' order by version desc
+
+-- name: names: failure
+-- description: The newest rows in quarantine.
+select id::text as name from rekey.failure_status where resolved_at is null order by id desc limit 100
+
 -- name: names: secret
 -- description: Secrets of a tenant, or of no tenant.
 select name from rekey.secrets

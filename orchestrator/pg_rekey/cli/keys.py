@@ -20,7 +20,7 @@ from pg_rekey.cli.base import (
     yes_option,
 )
 from pg_rekey.cli.commands import Group
-from pg_rekey.cli.parameters import KEYRING
+from pg_rekey.cli.parameters import KEYRING, VERSION
 from pg_rekey.cli.words import blockers
 from pg_rekey.errors import FINDINGS
 
@@ -50,7 +50,7 @@ def usage(connection: db.Connection, out: Output, keyring: str | None) -> None:
 
 @keys.command(example="pg-rekey keys disable default 1 --reason 'under suspicion'")
 @click.argument("keyring", type=KEYRING)
-@click.argument("version", type=int)
+@click.argument("version", type=VERSION)
 @reason_option
 @database()
 def disable(connection: db.Connection, out: Output, keyring: str, version: int, reason: str | None) -> None:
@@ -61,7 +61,7 @@ def disable(connection: db.Connection, out: Output, keyring: str, version: int, 
 
 @keys.command(example="pg-rekey keys enable default 1")
 @click.argument("keyring", type=KEYRING)
-@click.argument("version", type=int)
+@click.argument("version", type=VERSION)
 @reason_option
 @database()
 def enable(connection: db.Connection, out: Output, keyring: str, version: int, reason: str | None) -> None:
@@ -72,7 +72,7 @@ def enable(connection: db.Connection, out: Output, keyring: str, version: int, r
 
 @keys.command(example="pg-rekey keys compromise default 1 --reason 'laptop stolen'")
 @click.argument("keyring", type=KEYRING)
-@click.argument("version", type=int)
+@click.argument("version", type=VERSION)
 @reason_option
 @yes_option
 @database(unlocked=True)
@@ -90,7 +90,7 @@ def compromise(
 
 @keys.command(example="pg-rekey keys schedule-destruction default 1")
 @click.argument("keyring", type=KEYRING)
-@click.argument("version", type=int)
+@click.argument("version", type=VERSION)
 @click.option("--wait", metavar="INTERVAL", help="Time until then; by default the setting destroy_wait.")
 @yes_option
 @database(unlocked=True)
@@ -150,7 +150,7 @@ def search(out: Output) -> None:
 
 @keys.command(example="pg-rekey keys cancel-destruction default 1")
 @click.argument("keyring", type=KEYRING)
-@click.argument("version", type=int)
+@click.argument("version", type=VERSION)
 @database()
 def cancel_destruction(connection: db.Connection, out: Output, keyring: str, version: int) -> None:
     """Cancel a destruction that has not happened yet."""
