@@ -4617,14 +4617,14 @@ COMMENT ON COLUMN rekey.settings.batch_target IS 'Time that one batch of re-encr
 -- Name: COLUMN settings.step_limit; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.step_limit IS 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. NULL: 100 times batch_target. Under pg_cron, rekey.watch() looks for it.';
+COMMENT ON COLUMN rekey.settings.step_limit IS 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. Without one: 100 times batch_target. Under pg_cron a job of its own looks for it.';
 
 
 --
 -- Name: COLUMN settings.max_rows_per_second; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
+COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encryption over all workers, in rows a second. Without one: as fast as it goes.';
 
 
 --
@@ -4652,14 +4652,14 @@ COMMENT ON COLUMN rekey.settings.apply_plaintext IS 'What becomes of a plain val
 -- Name: COLUMN settings.tenant_check; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.tenant_check IS 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
+COMMENT ON COLUMN rekey.settings.tenant_check IS 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default: can_access_tenant() has it.';
 
 
 --
 -- Name: COLUMN settings.jwt_admin_claim; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.jwt_admin_claim IS 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
+COMMENT ON COLUMN rekey.settings.jwt_admin_claim IS 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation. Without one: nobody is.';
 
 
 --
@@ -4673,7 +4673,7 @@ COMMENT ON COLUMN rekey.settings.postgrest_login IS 'Role that PostgREST logs in
 -- Name: COLUMN settings.audit_keep; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.audit_keep IS 'How long entries of the audit log stay at least before rekey.prune_audit_log() may remove them, 1 to 100 years.';
+COMMENT ON COLUMN rekey.settings.audit_keep IS 'How long entries of the audit log stay at least before they may be removed, 1 to 100 years.';
 
 
 --

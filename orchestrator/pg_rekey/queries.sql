@@ -93,14 +93,15 @@ where not exists (
   select from rekey.keyrings k where k.name = given.keyring and k.rotate_every = given.rotate_every)
 
 -- name: status keyrings
--- description: Every keyring with its active version, the rows that its last rotation found, how long that took, and whether the next is on time.
-select k.name as keyring, v.version, l.rows_total as rows, v.activated_at as since, l.finished_at - l.started_at as took, s.rotate_every, s.next_rotation_at,
+-- description: Every keyring with its active version, its last rotation, the rows that it counted and when, how long it took, and whether the next is on time.
+select k.name as keyring, v.version, v.activated_at as since, l.id as last_rotation, l.rows_total as rows, l.finished_at as counted_at,
+  l.finished_at - l.started_at as took, s.rotate_every, s.next_rotation_at,
   case when s.overdue then 'overdue' when s.rotate_every is null then 'none' else 'on time' end as schedule
 from rekey.keyrings k
 join rekey.schedule_status s on s.keyring = k.name
 left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
 left join (
-  select distinct on (r.keyring) r.keyring, r.rows_total, r.started_at, r.finished_at from rekey.rotation_status r
+  select distinct on (r.keyring) r.keyring, r.id, r.rows_total, r.started_at, r.finished_at from rekey.rotation_status r
   where r.state in ('completed', 'completed_with_failures') and r.trigger <> 'adoption'
   order by r.keyring, r.id desc) l on l.keyring = k.name
 order by k.name

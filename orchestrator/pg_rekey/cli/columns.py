@@ -8,6 +8,7 @@ import psycopg
 
 from pg_rekey import adoption, db, doctor, worker
 from pg_rekey.adoption import ATTEMPTS, PASSING, SHOWN_KEYS
+from pg_rekey.cli import words
 from pg_rekey.cli.base import Output, confirm, database, fetch, output, reason_option, scalar, yes_option
 from pg_rekey.cli.commands import Group
 from pg_rekey.cli.follow import follow
@@ -194,7 +195,7 @@ def unprotect(out: Output, table: str, column: str, decrypt: bool, yes: bool) ->
         table = db.named(connection, table)
         for count in release(connection, table, column, decrypt):
             total += count
-            click.echo(f"{total} rows decrypted", err=True)
+            click.echo(f"{words.count(total, 'row')} decrypted", err=True)
     out.done(f"{table}.{column} is not protected any more", table=table, column=column)
 
 

@@ -3,8 +3,6 @@
 import time
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
 from pg_rekey import db, worker
 from pg_rekey.cli.base import (
@@ -20,6 +18,7 @@ from pg_rekey.cli.base import (
     yes_option,
 )
 from pg_rekey.cli.commands import Group
+from pg_rekey.cli.follow import Line
 from pg_rekey.cli.parameters import KEYRING, VERSION
 from pg_rekey.cli.words import blockers
 from pg_rekey.errors import FINDINGS
@@ -117,25 +116,18 @@ def search(out: Output) -> None:
     The worker does the same once a destruction is due, with its own rights. What neither may read keeps the
     versions; what one of them has read, the other need not.
     """
-    console = Console(stderr=True, highlight=False)
-    with (
-        worker.connect() as connection,
-        Progress(console=console, disable=not console.is_terminal, transient=True) as progress,
-    ):
+    with worker.connect() as connection, Line() as progress:
         with worker.transaction(connection):
             connection.execute("select rekey.begin_search()")
-        shown = progress.add_task("searching", total=None)
+        shown = progress.add_task("searching", total=None, done=0, rows=None, things="bytes")
         while (step := worker.search(connection))["event"] not in ("complete", "incomplete", "idle"):
             status = fetch_one(connection, "select * from rekey.search_status")
-            waiting = status["blocked_by"] and f"waiting for {blockers(status['blocked_by'])}"
-            progress.update(
-                shown,
-                total=status["bytes"],
-                completed=status["bytes_read"],
-                description=waiting or "searching",
-            )
+            progress.line = blockers(status["blocked_by"])
+            progress.update(shown, total=status["bytes"], completed=status["bytes_read"])
             if step["wait"]:
                 time.sleep(step["wait"].total_seconds())
+        progress.line = ""
+        progress.update(shown, visible=False)
         status = fetch_one(connection, "select * from rekey.search_status")
         findings = fetch(connection, "select * from rekey.search_findings order by relation, column_name")
     if out.json:
