@@ -28,7 +28,7 @@ from typing import Self
 import click
 import psycopg
 
-from pg_rekey import release
+from pg_rekey import places, release
 
 OLDEST = 15
 COMPANIONS = {"pg_cron": "cron", "pgtap": "pgtap", "plpgsql_check": "plpgsql-check", "pgaudit": "pgaudit"}
@@ -438,9 +438,8 @@ def _load(connection: psycopg.Connection[tuple[object, ...]], path: Path, text: 
     try:
         connection.execute(text.encode())
     except psycopg.Error as error:
-        position = error.diag.statement_position
-        line = f":{text[: int(position) - 1].count(chr(10)) + 1}" if position else ""
-        place = f"{path.relative_to(release.ROOT)}{line}"
+        line = places.line(text, error.diag)
+        place = f"{path.relative_to(release.ROOT)}{f':{line}' if line else ''}"
         raise click.ClickException(f"{place}: {error.diag.message_primary}") from error
 
 
