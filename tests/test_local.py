@@ -237,7 +237,7 @@ def test_an_error_is_said_with_its_file_and_line(
 def test_an_error_in_a_body_is_said_with_its_own_line(
     lines: str, line: int, end: str, conn: Connection
 ) -> None:
-    """PL/pgSQL says at the end of a function what is left open in it, and of some errors only nearly where."""
+    """PL/pgSQL says at the end of a function what is left open in it, of others nearly where they are."""
     head = (
         "select 1;\n\ncreate function public.f() returns int language plpgsql as $$\ndeclare v int;\nbegin\n"
     )
