@@ -158,6 +158,17 @@ def test_nothing_stays_when_the_owner_dies(end: signal.Signals) -> None:
     assert int(pid) not in {running for running, _ in local._processes()}
 
 
+def test_what_need_not_be_durable_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "MEMORY", str(tmp_path))
+    monkeypatch.setattr(local, "ROOM", 1)
+    assert local._parent(durable=False) == str(tmp_path)
+    assert local._parent(durable=True) == "/tmp"
+    monkeypatch.setattr(local, "ROOM", 2**60)
+    assert local._parent(durable=False) == "/tmp"
+    monkeypatch.setattr(local, "MEMORY", str(tmp_path / "none"))
+    assert local._parent(durable=False) == "/tmp"
+
+
 @pytest.mark.usefixtures("installation")
 def test_run_passes_dsn_and_exit_code() -> None:
     script = "import os, psycopg, sys; psycopg.connect(os.environ['PG_REKEY_DSN']).close(); sys.exit(7)"
