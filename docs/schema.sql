@@ -3322,7 +3322,7 @@ COMMENT ON FUNCTION rekey._update_triggers(relation regclass, attnum smallint) I
 -- Name: _column_findings(regclass, smallint, boolean, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text) RETURNS TABLE(kind text, fatal boolean, finding text, advice text)
+CREATE FUNCTION rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text) RETURNS TABLE(kind text, fatal boolean, finding text, advice text, action text)
     LANGUAGE sql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     -- in sql/code
@@ -3335,7 +3335,7 @@ ALTER FUNCTION rekey._column_findings(relation regclass, attnum smallint, fire_t
 -- Name: FUNCTION _column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text) IS 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected.';
+COMMENT ON FUNCTION rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text) IS 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected; action: as in rekey.find_unprotected().';
 
 
 --
@@ -3403,7 +3403,7 @@ declare
   v_looked_at oid[];
   v_other text;
   v_part record;
-  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
+  v_again text := format('repeat rekey.protect_column(%s), or pg-rekey columns protect, as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
   if current_setting('standard_conforming_strings') = 'off' then
@@ -3420,12 +3420,12 @@ begin
   v_looked_at := array(select v_shape.relation::oid union select l from unnest(v_leaves) l where part is null or l = part);
   v_other := rekey._lost_part(protected, v_leaves);
   if v_other is not null then
-    return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L)',
+    return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L), or pg-rekey columns rebind',
       v_other, v_shape.relation, v_shape.relation, protected.column_name);
   end if;
   v_other := rekey._rival(protected, v_shape.relation, v_looked_at);
   if v_other is not null then
-    return format('its rows are those of %s too, by a partition: detach the partition, or rekey.unprotect_column() one of the two', v_other);
+    return format('its rows are those of %s too, by a partition: detach the partition, or let go of one of the two, by rekey.unprotect_column() or pg-rekey columns unprotect', v_other);
   end if;
   if exists (select from pg_namespace n, aclexplode(n.nspacl) a
              where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
@@ -4634,14 +4634,14 @@ COMMENT ON COLUMN rekey.settings.batch_target IS 'Time that one batch of re-encr
 -- Name: COLUMN settings.step_limit; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.step_limit IS 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. NULL: 100 times batch_target. Under pg_cron, rekey.watch() looks for it.';
+COMMENT ON COLUMN rekey.settings.step_limit IS 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. Without one: 100 times batch_target. Under pg_cron a job of its own looks for it.';
 
 
 --
 -- Name: COLUMN settings.max_rows_per_second; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
+COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encryption over all workers, in rows a second. Without one: as fast as it goes.';
 
 
 --
@@ -4669,14 +4669,14 @@ COMMENT ON COLUMN rekey.settings.apply_plaintext IS 'What becomes of a plain val
 -- Name: COLUMN settings.tenant_check; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.tenant_check IS 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
+COMMENT ON COLUMN rekey.settings.tenant_check IS 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default: can_access_tenant() has it.';
 
 
 --
 -- Name: COLUMN settings.jwt_admin_claim; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.jwt_admin_claim IS 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
+COMMENT ON COLUMN rekey.settings.jwt_admin_claim IS 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation. Without one: nobody is.';
 
 
 --
@@ -4690,7 +4690,7 @@ COMMENT ON COLUMN rekey.settings.postgrest_login IS 'Role that PostgREST logs in
 -- Name: COLUMN settings.audit_keep; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.audit_keep IS 'How long entries of the audit log stay at least before rekey.prune_audit_log() may remove them, 1 to 100 years.';
+COMMENT ON COLUMN rekey.settings.audit_keep IS 'How long entries of the audit log stay at least before they may be removed, 1 to 100 years.';
 
 
 --
@@ -4865,7 +4865,7 @@ begin
          when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
     || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
     || case when code in ('42P01', '42883', '42704', '3F000') then
-      format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column() the path that it needs',
+      format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column(), or pg-rekey columns protect, the path that it needs',
         coalesce(v_path, 'pg_catalog, pg_temp'),
         coalesce('ALTER FUNCTION ' || rekey._cut(v_functions[1], 200) || ' SET search_path = ...', 'give what the table calls a search path of its own')) else '' end;
 end
@@ -10708,7 +10708,7 @@ begin
     if v_found.fatal then
       raise exception 'column %.% cannot be protected: %', target, column_name, v_found.finding using errcode = 'invalid_parameter_value', hint = v_found.advice;
     end if;
-    raise warning '%', v_found.finding using hint = v_found.advice;
+    raise warning '%', v_found.finding using hint = v_found.advice, constraint = coalesce(v_found.action, '');
   end loop;
 
   if encrypt_on_write then
@@ -15155,13 +15155,13 @@ COMMENT ON FUNCTION rekey.find_envelopes() IS 'Counts, in every column that has 
 -- Name: find_unprotected(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.find_unprotected() RETURNS TABLE(relation regclass, column_name name, finding text, rows bigint, advice text)
+CREATE FUNCTION rekey.find_unprotected() RETURNS TABLE(relation regclass, column_name name, finding text, rows bigint, advice text, action text)
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
   return query
-    select f.relation, f.column_name, w.finding, w.rows, w.advice
+    select f.relation, f.column_name, w.finding, w.rows, w.advice, w.action
     from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, encrypted, secret_keys, place)
     left join rekey.column_status s on s.relation = f.relation and s.column_name = f.column_name
     cross join lateral (
@@ -15171,23 +15171,25 @@ begin
         exists (select from pg_attribute a where a.attrelid = f.relation and a.attname = f.column_name
                 and a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype)) as fit) n
     cross join lateral (values
-      (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.'),
+      (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.', null),
       (f.envelopes > 0 and s.label is null, 'holds envelopes, and is not protected', f.envelopes,
-        format('select rekey.protect_column(%s): without it no rotation takes these rows along.', n.names)),
+        format('select rekey.protect_column(%s): without it no rotation takes these rows along.', n.names), 'protect_found'),
       (f.embedded > 0, 'holds envelopes within other values', f.embedded,
-        'No rotation takes them along, and a key that only they stand on counts as unused. Give them a column of their own, and protect it.'),
+        'No rotation takes them along, and a key that only they stand on counts as unused. Give them a column of their own, and protect it.', null),
       (f.others > 0 and s.label is not null, 'is protected, and holds values that are not encrypted', f.others,
-        format('select rekey.adopt_column(%s)', n.names)),
+        format('select rekey.adopt_column(%s)', n.names), 'adopt_plaintext'),
       (f.encrypted > 0 and s.label is null and n.ours, 'holds values that another tool encrypted', f.encrypted,
         case when n.fit then format('select rekey.protect_column(%s), then pg-rekey columns adopt --from what that tool writes', n.names)
-          else 'Give them a column of type text or bytea, and protect it.' end),
+          else 'Give them a column of type text or bytea, and protect it.' end,
+        case when n.fit then 'adopt_encrypted' end),
       (f.others > coalesce(f.encrypted, 0) and s.label is null and n.ours and rekey._sounds_secret(f.column_name::text), 'sounds like a secret, and is not encrypted',
         f.others - coalesce(f.encrypted, 0),
         case when n.fit then format('select rekey.protect_column(%s), then rekey.adopt_column()', n.names)
-          else 'Give the values a column of type text or bytea, and protect it.' end),
+          else 'Give the values a column of type text or bytea, and protect it.' end,
+        case when n.fit then 'protect_and_adopt' end),
       (f.secret_keys > 0 and n.ours and not rekey._sounds_secret(f.column_name::text), 'has JSON keys that sound like secrets, and are not encrypted', f.secret_keys,
-        'Give their values a column of type text or bytea, and protect it.')
-    ) as w (so, finding, rows, advice)
+        'Give their values a column of type text or bytea, and protect it.', null)
+    ) as w (so, finding, rows, advice, action)
     -- A materialized view is a copy, made anew by REFRESH.
     where w.so and (select c.relkind from pg_class c where c.oid = f.relation) <> 'm'
     order by f.place;
@@ -15201,41 +15203,41 @@ ALTER FUNCTION rekey.find_unprotected() OWNER TO rekey_owner;
 -- Name: FUNCTION find_unprotected(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.find_unprotected() IS 'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; those that hold what another tool encrypted; and those whose name, or a key of whose JSON, sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
+COMMENT ON FUNCTION rekey.find_unprotected() IS 'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; those that hold what another tool encrypted; and those whose name, or a key of whose JSON, sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. action: what is advised, for whoever says it in other words than those of SQL; NULL: the words are the same everywhere. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
 
 
 --
 -- Name: findings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.findings() RETURNS TABLE(kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text)
+CREATE FUNCTION rekey.findings() RETURNS TABLE(kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text, action text)
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
     AS $$
 begin
   return query
-    select 'own tables', 'critical', 'rekey', null::text, null::integer, null::bigint, o.problem, 'Nothing completes and no key is destroyed until that is done.'
+    select 'own tables', 'critical', 'rekey', null::text, null::integer, null::bigint, o.problem, 'Nothing completes and no key is destroyed until that is done.', null::text
     from rekey._own_problem() as o(problem) where o.problem is not null
     union all
     -- 1: for each row, 2: before. Whoever made it may want it; it could also keep rows as they are, and say nothing.
     select 'own tables', 'warning', t.tgrelid::regclass::text, null, null, null,
-      format('trigger %I of %s may change what pg_rekey writes', t.tgname, t.tgrelid::regclass), format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass)
+      format('trigger %I of %s may change what pg_rekey writes', t.tgname, t.tgrelid::regclass), format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass), null
     from pg_depend d
     join pg_trigger t on d.classid = 'pg_class'::regclass and t.tgrelid = d.objid and not t.tgisinternal and t.tgtype::integer & 3 = 3
     join pg_proc p on p.oid = t.tgfoid and p.pronamespace <> 'rekey'::regnamespace
     where d.refclassid = 'pg_namespace'::regclass and d.refobjid = 'rekey'::regnamespace
     union all
-    select c.kind, c.severity, c.label, null, null, null, format('%s: %s', c.label, c.finding), c.advice from rekey.protection_findings() c
+    select c.kind, c.severity, c.label, null, null, null, format('%s: %s', c.label, c.finding), c.advice, c.action from rekey.protection_findings() c
     union all
     select 'sequence', 'critical', s.sequence::text, null, null, null,
       format('the sequence %s is at %s, and its table at %s: rotations will fail with 23505', s.sequence, s.at, s.needed),
-      format('select rekey.resync_sequences(), or: select setval(%L, %s)', s.sequence::text, s.needed)
+      format('select rekey.resync_sequences(), or: select setval(%L, %s)', s.sequence::text, s.needed), null
     from rekey._sequences_behind() s
     union all
     select 'name', 'warning', n.nspname::text, null, null, null,
       format('schema %I belongs to %s, and not to the extension %s', n.nspname, pg_get_userbyid(n.nspowner), s.extension),
-      'pg_rekey passes it by. Whoever reads or calls what is in it runs the code of that role: DROP SCHEMA, or REVOKE CREATE ON DATABASE.'
+      'pg_rekey passes it by. Whoever reads or calls what is in it runs the code of that role: DROP SCHEMA, or REVOKE CREATE ON DATABASE.', null
     from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
     join pg_namespace n on n.nspname = s.schema
     where not exists (
@@ -15246,7 +15248,7 @@ begin
     union all
     select 'name', 'warning', o.name, null, null, null,
       format('%s of %s is in a schema of the extension %s, and not of the extension', o.name, pg_get_userbyid(o.owner), s.extension),
-      'pg_rekey passes it by. Look at what it is for, and who may CREATE in that schema.'
+      'pg_rekey passes it by. Look at what it is for, and who may CREATE in that schema.', null
     from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
     join pg_namespace n on n.nspname = s.schema
     join pg_extension e on e.extname = s.extension
@@ -15259,7 +15261,7 @@ begin
       select from pg_depend d
       where d.classid = o.class and d.objid = o.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')
     union all
-    select f.kind, f.severity, f.target, nullif(f.keyring, ''), nullif(f.version, 0), f.rows, f.finding, f.advice
+    select f.kind, f.severity, f.target, nullif(f.keyring, ''), nullif(f.version, 0), f.rows, f.finding, f.advice, null
     from rekey._census_findings f where f.rows is not null;
 end
 $$;
@@ -15271,7 +15273,7 @@ ALTER FUNCTION rekey.findings() OWNER TO rekey_owner;
 -- Name: FUNCTION findings(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.findings() IS 'What is not as it should be: tables of ours that hide rows, protected columns (rekey.protection_findings()), sequences that are behind, schemas and objects that only have the names of pg_cron or the Vault, and rows that the last census found not to open, or on versions that are destroyed or unknown. severity: critical or warning. pg-rekey doctor shows it.';
+COMMENT ON FUNCTION rekey.findings() IS 'What is not as it should be: tables of ours that hide rows, protected columns (rekey.protection_findings()), sequences that are behind, schemas and objects that only have the names of pg_cron or the Vault, and rows that the last census found not to open, or on versions that are destroyed or unknown. severity: critical or warning; action: as in rekey.find_unprotected(). pg-rekey doctor shows it.';
 
 
 --
@@ -15646,7 +15648,7 @@ COMMENT ON FUNCTION rekey.protect_column(target regclass, column_name name, keyr
 -- Name: protection_findings(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey.protection_findings() RETURNS TABLE(label text, kind text, severity text, finding text, advice text)
+CREATE FUNCTION rekey.protection_findings() RETURNS TABLE(label text, kind text, severity text, finding text, advice text, action text)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
@@ -15657,6 +15659,7 @@ declare
 begin
   for v_column in select * from rekey.protected_columns c order by c.label loop
     label := v_column.label;
+    action := null;
     select s.* into v_shape from rekey._column_shape(v_column.id) s;
     finding := rekey._column_problem(v_column);
     if finding is not null then
@@ -15670,12 +15673,13 @@ begin
         kind := 'write trigger';
         severity := 'warning';
         advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name, rekey._protect_options(v_column));
+        action := 'renew_trigger';
         return next;
       end if;
     end if;
     if v_shape.relation is not null then
       return query
-        select v_column.label, f.kind, 'warning', f.finding, f.advice
+        select v_column.label, f.kind, 'warning', f.finding, f.advice, f.action
         from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]], v_column.fire_triggers, v_column.search_path) f
         order by f.kind, f.finding;
     end if;
@@ -15690,7 +15694,7 @@ ALTER FUNCTION rekey.protection_findings() OWNER TO rekey_owner;
 -- Name: FUNCTION protection_findings(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.protection_findings() IS 'What blocks protected columns, and what rekey.protect_column() warned of or would warn of now: triggers, rules and publications that came later too. severity: critical (blocked) or warning.';
+COMMENT ON FUNCTION rekey.protection_findings() IS 'What blocks protected columns, and what rekey.protect_column() warned of or would warn of now: triggers, rules and publications that came later too. severity: critical (blocked) or warning; action: as in rekey.find_unprotected().';
 
 
 --

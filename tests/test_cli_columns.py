@@ -266,7 +266,7 @@ def test_find_counts_what_was_forgotten(columns: Cli, ready: Connection) -> None
     assert "holds envelopes" in found["public.accounts", "stored"]["finding"]
     columns("columns", "protect", "accounts", "api_key")
     found = {(one["relation"], one["column_name"]): one for one in columns.json("columns", "find", code=5)}
-    assert "adopt_column" in found["public.accounts", "api_key"]["advice"]
+    assert "columns adopt" in found["public.accounts", "api_key"]["advice"]
 
 
 def test_find_looks_into_other_values_too(columns: Cli, ready: Connection) -> None:

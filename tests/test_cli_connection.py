@@ -17,7 +17,7 @@ from helpers import Connection, value
 from pg_rekey import db as database
 from pg_rekey import errors
 from pg_rekey.cli import main
-from pg_rekey.errors import INTERRUPTED, LOCKED, USAGE, Problem
+from pg_rekey.errors import INTERRUPTED, USAGE
 
 pytest_plugins = ["cli_fixtures"]
 pytestmark = pytest.mark.usefixtures("environment")
@@ -228,7 +228,7 @@ def test_unlock_a_transaction(ready: Connection, db: str, kek: bytes) -> None:
 
 def test_unlock_a_transaction_in_autocommit_mode(ready: Connection, db: str, kek: bytes) -> None:
     with psycopg.connect(db, autocommit=True) as connection:
-        with pytest.raises(Problem, match="autocommit"):
+        with pytest.raises(pg_rekey.Error, match="autocommit"):
             pg_rekey.unlock(connection, kek)
         with connection.transaction():
             pg_rekey.unlock(connection, kek)
@@ -246,14 +246,16 @@ def test_unlock_a_session(ready: Connection, db: str, kek: bytes, monkeypatch: p
 
 def test_a_wrong_kek_leaves_the_transaction_usable(ready: Connection, db: str) -> None:
     with psycopg.connect(db) as connection:
-        with pytest.raises(psycopg.Error) as caught:
+        with pytest.raises(pg_rekey.Locked) as caught:
             pg_rekey.unlock(connection, bytes(32))
-        assert caught.value.sqlstate == "RK002"
+        assert caught.value.code == "RK002"
         assert connection.execute("select 1").fetchone() == (1,)
-        with pytest.raises(Problem):
+        with pytest.raises(pg_rekey.Locked, match="a KEK has 32 bytes"):
             pg_rekey.unlock(connection, b"short")
-        with pytest.raises(Problem):
+        with pytest.raises(pg_rekey.Locked, match="hexadecimal"):
             pg_rekey.unlock(connection, "not a key")
+        with pytest.raises(TypeError, match="kek is 32 bytes, or a str, not int"):
+            pg_rekey.unlock(connection, 7)  # type: ignore[arg-type]
 
 
 def test_the_environment_is_read_again_after_a_rotation_of_the_kek(
@@ -282,6 +284,5 @@ def test_a_command_runs_once_in_a_process(
 
 
 def test_unlock_without_a_kek(make_database: Callable[..., str]) -> None:
-    with psycopg.connect(make_database()) as connection, pytest.raises(Problem) as caught:
+    with psycopg.connect(make_database()) as connection, pytest.raises(pg_rekey.Locked):
         pg_rekey.unlock(connection)
-    assert caught.value.exit_code == LOCKED

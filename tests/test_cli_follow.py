@@ -69,7 +69,7 @@ def test_a_bar_without_utf_8_stays_one_line(slow: Cli) -> None:
 def test_a_bar_that_waits(
     slow: Cli, ready: Connection, writer: psycopg.Connection[tuple[object, ...]]
 ) -> None:
-    """Who is waited for is said once, above; the bar keeps its rows."""
+    """Who is waited for stands above the bar, with an age that goes on; the bar keeps its rows."""
     go(ready)
     with terminal("rotate", "--wait", lines=20) as shown:
         shown.read(until=lambda screen: "rotation 1 waiting" in screen)
@@ -77,9 +77,16 @@ def test_a_bar_that_waits(
         assert said.startswith(f"waits for the transaction of pid {writer.info.backend_pid}, ")
         assert "1,500/1,500" in bar
         assert "0:00" not in bar
+        first = re.search(r"open for (\d+) second", " ".join(shown.lines))
+        assert first
+        later = f"open for {int(first[1]) + 2} seconds"
+        shown.read(until=lambda screen: later in " ".join(screen.split()))
+        assert len([line for line in shown.lines if line.startswith("waits for ")]) == 1
         writer.commit()
         assert shown.code() == 0
-        assert shown.screen.count("waits for the transaction") == 1
+        screen = " ".join(shown.screen.split())
+        assert re.findall(r"waited for the transaction of pid \d+, postgres, open for \d+ seconds", screen)
+        assert "waits for" not in screen
 
 
 def test_the_verification_has_a_bar_of_its_own(slow: Cli, ready: Connection) -> None:
@@ -209,7 +216,7 @@ def test_work_tells_of_a_table_that_holds_up(slow: Cli, ready: Connection) -> No
     ready.execute("update rekey.secrets set ciphertext = set_byte(ciphertext, 41, 0) where name = 's1'")
     slow("rotate")
     screen = " ".join(see("work", code=UNFINISHED))
-    assert "rotation 1 of keyring default left 1 rows of rekey.secrets" in screen
+    assert "rotation 1 of keyring default left 1 row of rekey.secrets" in screen
 
 
 def test_work_goes_on_after_its_connection_was_lost(slow: Cli, ready: Connection) -> None:

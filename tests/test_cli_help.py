@@ -90,6 +90,21 @@ def test_completion_scripts(shell: str, cli: Cli) -> None:
     cli("completion", "tcsh", code=2)
 
 
+def test_fish_takes_a_comma_for_no_end(cli: Cli) -> None:
+    """What it is given is a type, a comma, a name with its description: click's own splits at each."""
+    assert [line.strip() for line in cli("completion", "fish").splitlines() if "split" in line] == [
+        'set -l metadata (string split --max 1 "," $completion);'
+    ]
+
+
+def test_no_description_is_cut_in_a_shell(cli: Cli) -> None:
+    environment = {"_PG_REKEY_COMPLETE": "fish_complete", "COMP_WORDS": "pg-rekey keys c", "COMP_CWORD": "c"}
+    done = subprocess.run([COMMAND], env=os.environ | environment, capture_output=True, text=True, check=True)
+    [cancel, compromise] = done.stdout.splitlines()
+    assert cancel == "plain,cancel-destruction\tCancel a destruction that has not happened yet."
+    assert compromise.endswith(": at once it encrypts nothing any more, and its rows are re-encrypted.")
+
+
 def complete(line: str) -> list[str]:
     """Return what bash is offered for a line."""
     words = line.split(" ")
@@ -108,12 +123,20 @@ def test_names_are_completed(cli_ready: Cli, ready: Connection) -> None:
     cli_ready("keyrings", "create", "default-2")
     cli_ready("secrets", "set", "STRIPE_KEY", stdin="x")
     cli_ready("secrets", "set", "OTHER", "--tenant", tenant, stdin="x")
-    cli_ready("rotate", "--keyring", "default")
+    cli_ready("rotate", "--keyring", "default", "--wait")
+    ready.execute(
+        "insert into rekey.rotation_failures (keyring_id, target, relation, row_key, version, reason)"
+        " select id, 'rekey.secrets', 'rekey.secrets', '1', 1, 'x' from rekey.keyrings where name = 'default'"
+    )
     ready.execute('create table public."Accounts" (id int primary key, api_key text, size int)')
     assert complete("pg-rekey ro") == ["rotate", "rotations"]
     assert complete("pg-rekey rotate --keyring d") == ["default", "default-2"]
     assert complete("pg-rekey keyrings retire default-") == ["default-2"]
     assert complete("pg-rekey rotations show ") == ["1"]
+    assert complete("pg-rekey rotations resolve ") == ["1"]
+    assert complete("pg-rekey keys disable default ") == ["2", "1"]
+    assert complete("pg-rekey keys compromise default 1") == ["1"]
+    assert complete("pg-rekey keys enable default-2 ") == ["1"]
     assert complete("pg-rekey settings set max_") == ["max_attempts", "max_rows_per_second"]
     assert complete("pg-rekey secrets get ") == ["STRIPE_KEY"]
     assert complete(f"pg-rekey secrets get --tenant {tenant} ") == ["OTHER"]

@@ -9,7 +9,7 @@ import pytest
 
 from cli_fixtures import Cli
 from helpers import Connection
-from pg_rekey.cli.words import blockers, interval, shown, time
+from pg_rekey.cli.words import blockers, interval, interval_of, shown, time
 from terminal import see, terminal
 
 pytest_plugins = ["cli_fixtures"]
@@ -135,7 +135,7 @@ def test_status_says_what_holds_a_rotation_up(used: Cli, ready: Connection) -> N
         ['[{"prepared": "pay", "age_seconds": 9}]'],
     )
     lines = see("status")
-    assert any("blocked by: the prepared transaction 'pay', open for 9 s" in line for line in lines)
+    assert any("blocked by: the prepared transaction 'pay', open for 9 seconds" in line for line in lines)
     assert any("nobody works on it now: `pg-rekey work` does" in line for line in lines)
     assert used.json("status")["rotations"][-1]["blocked_by"] == [{"prepared": "pay", "age_seconds": 9}]
     keyring = next(row for row in used.json("status")["keyrings"] if row["keyring"] == "default")
@@ -167,7 +167,8 @@ def test_a_terminal_that_cannot_show_a_value(cli_ready: Cli) -> None:
         (90 * 86400, "90 days"),
         (86400 + 7200 + 5, "1 day 2 hours"),
         (45, "45 seconds"),
-        (0.2, "0 seconds"),
+        (0.2, "200 ms"),
+        (0, "0 seconds"),
         (-3600, "-1 hour"),
         (1000 * 86400, "1,000 days"),
     ],
@@ -176,10 +177,109 @@ def test_intervals(seconds: float, words: str) -> None:
     assert interval(dt.timedelta(seconds=seconds)) == words
 
 
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("00:00:00.2", "200 ms"),
+        ("00:20:00", "20 minutes"),
+        ("12:00:00", "12 hours"),
+        ("1 day 02:03:04", "1 day 2 hours 3 minutes 4 seconds"),
+        ("3 years", "3 years"),
+        ("45 days", "45 days"),
+        ("8", "8"),
+    ],
+)
+def test_intervals_as_postgresql_writes_them(written: str, words: str) -> None:
+    assert interval_of(written) == words
+
+
+def test_settings_in_words(cli_ready: Cli) -> None:
+    screen = "\n".join(see("settings", "show", lines=200))
+    assert re.search(r"batch_target +200 ms +", screen)
+    assert not re.search(r"NULL|rekey\.\w+\(", screen)
+    assert cli_ready.json("settings", "show")[2]["value"] == "00:00:00.2"
+    assert cli_ready("settings", "set", "step_limit", "20 min") == "step_limit is 20 minutes\n"
+    cli_ready("settings", "set", "step_limit", "", code=2)
+    assert "--default takes a setting back to its default" in cli_ready.err
+    assert "NULL" not in cli_ready.err
+
+
+def test_details_in_words() -> None:
+    details = {
+        "destroy_after": (NOON + dt.timedelta(days=45)).isoformat(),
+        "rotate_every": "12:00:00",
+        "name": "batch_target",
+        "to": "00:00:01",
+        "reason": "12:00:00",
+    }
+    said = "rotate_every 12 hours, name batch_target, to 1 second, reason 12:00:00"
+    assert shown("details", details) == f"destroy_after 2027-01-13 12:00:00Z, {said}"
+    assert shown("details", details, now=NOON) == f"destroy_after in 45 days, {said}"
+
+
+def test_the_audit_log_has_no_raw_times(used: Cli) -> None:
+    screen = " ".join(see("audit", "list", lines=200))
+    assert "rotate_every 12 hours" in " ".join(screen.split())
+    assert re.search(r"next_rotation_at\s+in\s+\d+\s+(days|hours)", screen)
+    assert not re.search(r"\dT\d|\d:\d\d\.\d", used("audit", "list"))
+
+
+def test_columns_without_anything_in_them(cli_ready: Cli) -> None:
+    """They are left out at 80 columns, also where there is room; what is of no tenant does not say so."""
+    heading, _ = see("keyrings", "list")
+    assert heading.split() == ["name", "version", "created"]
+    assert "00000000" in see("keyrings", "list", columns=200)[1]
+    assert see("secrets", "list") == ["no secrets"]
+    cli_ready("secrets", "set", "a", stdin="x")
+    assert "description" not in see("secrets", "list")[0]
+    assert "description" in see("secrets", "list", columns=200)[0]
+    assert see("secrets", "list", "b*") == ["no secret is like b*"]
+    cli_ready("keyrings", "create", "tenant-a", "--tenant", TENANT)
+    screen = "\n".join(see("keyrings", "list"))
+    assert TENANT in screen
+    assert "00000000" not in screen
+    cli_ready("rotate", "--keyring", "default", "--wait")
+    assert not any("tenant" in line for line in see("rotations", "show", "1"))
+
+
+def test_a_column_that_appears_in_a_later_batch(cli_ready: Cli, ready: Connection) -> None:
+    ready.execute(
+        "select count(rekey.set_secret('s' || lpad(n::text, 4, '0'), 'v')) from generate_series(1, 1000) n"
+    )
+    cli_ready("secrets", "set", "t", "--description", "last", stdin="x")
+    lines = see("secrets", "list", lines=1100)
+    assert [line.split() for line in lines if line.startswith("name")] == [
+        ["name", "keyring", "version", "created", "updated"],
+        ["name", "keyring", "version", "description", "created", "updated"],
+    ]
+    assert "last" in lines[-1]
+
+
+def test_status_says_when_rows_were_counted(cli_ready: Cli) -> None:
+    cli_ready("secrets", "set", "a", stdin="x")
+    lines = see("status")
+    assert not any("last rotation" in line for line in lines)
+    assert "last tick at  never" in lines
+    cli_ready("rotate", "--wait")
+    lines = see("status")
+    place = next(number for number, line in enumerate(lines) if "last rotation" in line)
+    assert lines[place].split() == ["keyring", "last", "rotation", "rows", "took", "counted"]
+    assert re.fullmatch(
+        r"default +1 +1  \d+ (ms|seconds?)  \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ", lines[place + 1]
+    )
+    [keyring] = cli_ready.json("status")["keyrings"]
+    assert (keyring["last_rotation"], keyring["rows"]) == (1, 1)
+    assert keyring["counted_at"]
+
+
 def test_times() -> None:
     moments = [dt.timedelta(days=89, hours=5), -dt.timedelta(hours=3), -dt.timedelta(days=3)]
     assert [time(NOON + one, NOON) for one in moments] == ["in 89 days", "09:00:00Z", "2026-11-26"]
     assert time(NOON) == "2026-11-29 12:00:00Z"
+    assert [time(NOON + one, NOON, whole=True) for one in moments[:2]] == [
+        "in 89 days",
+        "2026-11-29 09:00:00Z",
+    ]
 
 
 def test_values_obey_nobody() -> None:
@@ -202,7 +302,7 @@ def test_values_obey_nobody() -> None:
 def test_what_a_rotation_waits_for() -> None:
     assert blockers(None) == ""
     assert blockers([{"pid": 7, "role": "app", "age_seconds": 3}, {"rows": 2, "why": "locked or moved"}]) == (
-        "the transaction of pid 7, app, open for 3 s; 2 rows that are locked or moved"
+        "the transaction of pid 7, app, open for 3 seconds; 2 rows that are locked or moved"
     )
     assert blockers([{"rows": 1, "why": "locked"}]) == "1 row that is locked"
     assert blockers([{"rows": 1234, "why": "locked"}]) == "1,234 rows that are locked"
@@ -210,4 +310,6 @@ def test_what_a_rotation_waits_for() -> None:
         "the transaction of pid 7, app, open, this role may not see since when"
     )
     assert blockers([{"target": "a.b.c", "why": "x"}]) == "the column a.b.c, which is blocked: x"
-    assert blockers([{"prepared": "x", "age_seconds": 9}]) == "the prepared transaction 'x', open for 9 s"
+    assert (
+        blockers([{"prepared": "x", "age_seconds": 9}]) == "the prepared transaction 'x', open for 9 seconds"
+    )

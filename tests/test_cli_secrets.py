@@ -195,7 +195,7 @@ def test_list_by_pattern_and_limit(cli_ready: Cli) -> None:
     assert listed("*%") == ["100%"]
     assert listed("--limit", "2") == ["100%", "OTHER"]
     assert listed("nothing*") == []
-    assert cli_ready("secrets", "list", "nothing*") == "no secrets\n"
+    assert cli_ready("secrets", "list", "nothing*") == "no secret is like nothing*\n"
 
 
 def test_a_long_list_comes_as_it_is_read(

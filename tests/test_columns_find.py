@@ -97,7 +97,7 @@ def test_find_looks_at_what_orms_and_json_call_secrets(columns: Cli, ready: Conn
     assert all(one["rows"] == 1 for one in found.values())
     # What cannot be protected as it is, is not advised to be.
     for name, one in found.items():
-        assert ("protect_column(" in one["advice"]) is (name in ("accessToken", "webhook secret")), name
+        assert ("columns protect" in one["advice"]) is (name in ("accessToken", "webhook secret")), name
     columns("columns", "find", code=5)
     assert "canary" not in columns.out + columns.err
     # Envelopes under such a key are another finding.

@@ -12,7 +12,7 @@ import pytest
 import npm
 from cli_fixtures import Cli
 from packages import build
-from pg_rekey import errors, release, unlock
+from pg_rekey import Error, release, unlock
 
 pytest_plugins = ["cli_fixtures"]
 pytestmark = pytest.mark.npm
@@ -78,5 +78,5 @@ def test_the_command_says_what_is_wrong(
 
 
 def test_python_sends_no_key(socket: str, kek: bytes) -> None:
-    with psycopg.connect(socket) as connection, pytest.raises(errors.Problem, match=REFUSED):
+    with psycopg.connect(socket) as connection, pytest.raises(Error, match=REFUSED):
         unlock(connection, kek)

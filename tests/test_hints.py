@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import click
 import psycopg
 import pytest
+from psycopg import sql
 
 from api_fixtures import Api
 from cli_fixtures import Cli
@@ -17,7 +18,8 @@ from pg_rekey.hints import Road
 pytest_plugins = ["cli_fixtures", "api_fixtures"]
 
 TABLES = hints.ACTIONS | hints.STATES | {"lost": hints.LOST, "missing": hints.MISSING}
-SQL_WORDS = re.compile(r"=>|\brekey\.\w")
+# The condition of a trigger is SQL on each road.
+SQL_WORDS = re.compile(r"=>|\brekey\.(?!is_sweeping)\w")
 
 
 def raises() -> Iterator[tuple[str, str]]:
@@ -64,7 +66,76 @@ def test_every_action_has_words() -> None:
         for said in re.findall(r"constraint = (.*)", statement)
         for code in re.findall(r"'(\w+)'", said.rsplit(" then ", 1)[-1])
     }
-    assert named == set(hints.ACTIONS)
+    assert named | advised() == set(hints.ACTIONS)
+
+
+def advised() -> set[str]:
+    """Return the actions that findings name."""
+    files = [release.ROOT / "sql" / "code" / name for name in ("54_find.sql", "55_findings.sql")]
+    text = "".join(path.read_text() for path in files)
+    return {code for code in hints.ACTIONS if f"'{code}'" in text}
+
+
+def test_findings_advise_in_the_words_of_the_road(
+    cli_ready: Cli, ready: Connection, api: Api, api_role: str
+) -> None:
+    ready.execute(
+        """
+        create table "Odd" (id integer primary key, api_key text);
+        insert into "Odd" values (1, 'sk_live_51H8x2');
+        create table plain (id integer primary key, api_key text);
+        create table copies as select 1 as id, rekey.encrypt_text('x') as note;
+        create function f() returns trigger language plpgsql as 'begin return new; end';
+        create trigger early before update on plain for each row execute function f();
+        select rekey.protect_column('plain', 'api_key');
+        insert into plain values (1, 'sk_live_51H8x2');
+        grant select on "Odd", plain, copies to rekey_admin;
+        """
+    )
+    found = {
+        row["relation"].removeprefix("public."): row for row in cli_ready.json("columns", "find", code=5)
+    }
+    assert "`pg-rekey columns protect 'public.\"Odd\"' api_key`, then " in found['"Odd"']["advice"]
+    assert (
+        found["plain"]["advice"]
+        == "`pg-rekey columns adopt public.plain api_key --from plaintext` encrypts them."
+    )
+    assert found["copies"]["advice"].startswith("`pg-rekey columns protect public.copies note`: without it")
+    over_http = {
+        row["relation"].removeprefix("public."): row["advice"]
+        for row in api.get("/api/columns/find")["columns"]
+    }
+    for relation, row in found.items():
+        assert over_http[relation] == f"On the command line of the server: {row['advice']}"
+    [doctor] = [row for row in cli_ready.json("doctor", code=5) if "trigger early" in row["finding"]]
+    assert "`pg-rekey columns protect public.plain api_key --no-fire-triggers`" in doctor["advice"]
+    assert "columns protect public.plain api_key --no-fire-triggers" in cli_ready("columns", "list")
+    [column] = api.get("/api/columns")["columns"]
+    assert (
+        "on the command line of the server, `pg-rekey columns protect public.plain" in column["findings"][0]
+    )
+    ready.execute(sql.SQL("alter table plain owner to {}").format(sql.Identifier(api_role)))
+    cli_ready("columns", "protect", "plain", "api_key")
+    assert "--no-fire-triggers" in cli_ready.err
+    said = cli_ready.out + cli_ready.err + str(found) + str(over_http) + str(doctor) + str(column)
+    assert not SQL_WORDS.search(said)
+
+
+@pytest.mark.parametrize("relation", ["rekey.find_unprotected()", "rekey.protection_findings()"])
+def test_in_sql_findings_advise_in_sql(relation: str, ready: Connection) -> None:
+    ready.execute(
+        """
+        create table t (id integer primary key, api_key text);
+        insert into t values (1, 'sk_live_51H8x2');
+        create table u (id integer primary key, note text);
+        create rule r as on update to u do also select 1;
+        select rekey.protect_column('u', 'note');
+        """
+    )
+    rows = ready.execute(f"select advice, action from {relation}").fetchall()
+    assert len(rows) == 1
+    assert SQL_WORDS.search(rows[0][0])
+    assert rows[0][1] in hints.ACTIONS
 
 
 @pytest.mark.parametrize("code", sorted(TABLES))

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import psycopg
 import pytest
 from click.testing import CliRunner
 
 from helpers import Connection, connect, value
-from pg_rekey import local, release
+from pg_rekey import local, places, release
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,17 @@ def test_nothing_stays_when_the_owner_dies(end: signal.Signals) -> None:
     assert int(pid) not in {running for running, _ in local._processes()}
 
 
+def test_what_need_not_be_durable_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "MEMORY", str(tmp_path))
+    monkeypatch.setattr(local, "ROOM", 1)
+    assert local._parent(durable=False) == str(tmp_path)
+    assert local._parent(durable=True) == "/tmp"
+    monkeypatch.setattr(local, "ROOM", 2**60)
+    assert local._parent(durable=False) == "/tmp"
+    monkeypatch.setattr(local, "MEMORY", str(tmp_path / "none"))
+    assert local._parent(durable=False) == "/tmp"
+
+
 @pytest.mark.usefixtures("installation")
 def test_run_passes_dsn_and_exit_code() -> None:
     script = "import os, psycopg, sys; psycopg.connect(os.environ['PG_REKEY_DSN']).close(); sys.exit(7)"
@@ -218,6 +230,42 @@ def test_an_error_is_said_with_its_file_and_line(
     path.write_text(text)
     local._reload(conn, [path])
     assert " loaded in " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("lines", "line"),
+    [
+        ("v := 1 + ;", 1),
+        ("v := 1;\nselect count(* from pg_class;\nv := 2;", 2),
+        ("v := 1;\nfor i in 1..3 loop\n  null;", 2),
+        ("v := 1;\nfor i in 1..case when true then 1 end loop\n  null;\nend loop;\nif true then\n  null;", 5),
+        ("-- if, (\nif v = 1 then\n  v := case when true then (2) end;", 2),
+        ("while true loop\n  if v = 1 then\n    null;\n  end if;", 1),
+        ("v := 1;\nraise exception 'a %';", 2),
+    ],
+)
+@pytest.mark.parametrize("end", ["end", "end;"])
+def test_an_error_in_a_body_is_said_with_its_own_line(
+    lines: str, line: int, end: str, conn: Connection
+) -> None:
+    """PL/pgSQL says at the end of a function what is left open in it, of others nearly where they are."""
+    head = (
+        "select 1;\n\ncreate function public.f() returns int language plpgsql as $$\ndeclare v int;\nbegin\n"
+    )
+    text = f"{head}{lines}\nreturn 1;\n{end}\n$$;\nselect 2;\n"
+    with pytest.raises(psycopg.Error) as raised:
+        conn.execute(text.encode())
+    assert places.line(text, raised.value.diag) == head.count("\n") + line
+
+
+def test_nothing_is_left_open_in_our_own_functions() -> None:
+    bodies = [
+        found[2]
+        for _, text in release.code()
+        for found in re.finditer(r"(?s)language plpgsql.*?as (\$\w*\$)(.*?)\1", text)
+    ]
+    assert len(bodies) > 200
+    assert [body for body in bodies if places._left_open(body) is not None] == []
 
 
 def test_no_postgresql_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

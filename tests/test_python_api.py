@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -248,6 +249,149 @@ def test_on_a_read_only_server(ready: Connection, db: str, kek: bytes) -> None:
     with pg_rekey.connect(read_only, kek=kek) as client:
         assert client.secrets.get("a") == "1"
     assert Waiting(read_only, kek).secrets.get("a") == "1"
+
+
+NOWHERE = "host=127.0.0.1 port=1 user=nobody dbname=none connect_timeout=1"
+WRONG: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda client: client.rotate(7), "keyring is a str, not int"),
+    (lambda client: client.rotate(b"default"), "keyring is a str, not bytes"),
+    (lambda client: client.rotate(reason=7), "reason is a str, not int"),
+    (lambda client: client.rotate(supersede="yes"), "supersede is True or False, not str"),
+    (lambda client: client.rotate(supersede=None), "supersede is True or False, not None"),
+    (lambda client: client.rotate(wait=1), "wait is True or False, not int"),
+    (lambda client: client.encrypt(None), "value is bytes or a str, not None"),
+    (lambda client: client.encrypt(7), "value is bytes or a str, not int"),
+    (lambda client: client.encrypt("x", keyring=None), "keyring is a str, not None"),
+    (lambda client: client.encrypt("x", context=["x", 7]), "each part of context is a str, not int"),
+    (lambda client: client.encrypt("x", context="x"), "context is a list of str or None, not str"),
+    (lambda client: client.encrypt("x", context=None), "context is a list of str or None, not None"),
+    (lambda client: client.encrypt("x", context={"a", "b"}), "context is a list of str or None, not set"),
+    (lambda client: client.decrypt(None), "sealed is bytes or a str, not None"),
+    (lambda client: client.decrypt(b"x", context=[TENANT]), "each part of context is a str, not UUID"),
+    (lambda client: client.decrypt_many(b"x"), "sealed is a list of sealed values, not bytes"),
+    (lambda client: client.decrypt_many([None]), "each of sealed is bytes or a str, not None"),
+    (lambda client: client.decrypt_many([b"x"], contexts=[7]), "each of contexts is a list of str or None"),
+    (lambda client: client.decrypt_many([b"x"], contexts=["x"]), "each of contexts is a list of str or None"),
+    (lambda client: client.decrypt_many([b"x"], contexts="x"), "contexts is a list of contexts, not str"),
+    (lambda client: client.decrypt_many([b"x"], contexts=[["x", 7]]), "each part of each of contexts is"),
+    (lambda client: client.secrets.get(7), "name is a str, not int"),
+    (lambda client: client.secrets.get(None), "name is a str, not None"),
+    (lambda client: client.secrets.get("a", tenant=str(TENANT)), "tenant is a uuid.UUID, not str"),
+    (lambda client: client.secrets.get_all("a"), "names is a list of str, not str"),
+    (lambda client: client.secrets.get_all(["a", 7]), "each of names is a str, not int"),
+    (lambda client: client.secrets.get_all(tenant=None), "tenant is a uuid.UUID, not None"),
+    (lambda client: client.secrets.set("a", None), "value is a str, not None"),
+    (lambda client: client.secrets.set("a", b"canary"), "value is a str, not bytes"),
+    (lambda client: client.secrets.set(["a"], "canary"), "name is a str, not list"),
+    (lambda client: client.secrets.set("a", "canary", description=7), "description is a str, not int"),
+    (lambda client: client.secrets.set("a", "canary", keyring=7), "keyring is a str, not int"),
+    (lambda client: client.secrets.set_all([("a", "canary")]), "values is a dict of names and values"),
+    (lambda client: client.secrets.set_all({"a": 7}), "each value in values is a str, not int"),
+    (lambda client: client.secrets.set_all({7: "canary"}), "each name in values is a str, not int"),
+    (lambda client: client.secrets.delete(None), "name is a str, not None"),
+    (lambda client: client.secrets.delete("a", tenant=7), "tenant is a uuid.UUID, not int"),
+    (lambda client: client.secrets.list(tenant=""), "tenant is a uuid.UUID, not str"),
+    (lambda client: client.secrets.set("a", "canary\0"), "value: text in PostgreSQL cannot hold a NUL"),
+    (lambda client: client.secrets.get("a\0"), "name: text in PostgreSQL cannot hold a NUL"),
+    (lambda client: client.encrypt("x", context=["\0"]), "each part of context: text in PostgreSQL cannot"),
+    (lambda client: client.encrypt("canary\ud800"), "value has characters that UTF-8 has not"),
+    (lambda client: client.secrets.set("a", "canary\ud800"), "value has characters that UTF-8 has not"),
+    (lambda client: client.decrypt_many([b"x"], contexts=[["a"], ["b"]]), "one for each value: 1, not 2"),
+    (lambda client: client.decrypt_many([b"x", b"y"], contexts=[["a"], ["b", "c"]]), "have as many parts"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG, ids=[message for _, message in WRONG])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_wrong_arguments_are_told_before_anything_is_sent(
+    call: Callable[[Any], Any], message: str, asynchronous: bool
+) -> None:
+    """There is nothing to send it to. No error quotes a value."""
+
+    async def coroutine() -> Any:
+        return await call(pg_rekey.connect_async(NOWHERE))
+
+    with pytest.raises((TypeError, ValueError)) as raised:
+        asyncio.run(coroutine()) if asynchronous else call(pg_rekey.connect(NOWHERE))
+    assert message in str(raised.value)
+    said: BaseException | None = raised.value
+    while said:
+        assert "canary" not in repr(said)
+        said = said.__cause__
+
+
+@pytest.mark.parametrize("connect", [pg_rekey.connect, pg_rekey.connect_async])
+def test_a_source_or_a_kek_that_is_none(connect: Any, environment: None) -> None:
+    with pytest.raises(TypeError, match="connection or pool of psycopg, or a str, not int"):
+        connect(7)
+    with pytest.raises(TypeError, match="kek is 32 bytes, or a str, not list"):
+        connect(NOWHERE, kek=[1])
+    with pytest.raises(pg_rekey.Locked, match="32 bytes"):
+        connect(NOWHERE, kek=b"short")
+    with pytest.raises(pg_rekey.Error, match="the connection string starts with mysql://") as raised:
+        connect("mysql://u:canary@h/d")
+    assert "postgresql://" in (raised.value.hint or "")
+    assert "canary" not in repr(raised.value.__cause__)
+
+
+def test_clients_take_each_its_own_kind_of_connection(ready: Connection) -> None:
+    with pytest.raises(TypeError, match="an asynchronous connection or pool of psycopg, or a str"):
+        pg_rekey.connect_async(ready)  # type: ignore[arg-type]
+    asynchronous = AsyncConnectionPool("", open=False)
+    with pytest.raises(TypeError, match="a connection or pool of psycopg, or a str, not AsyncConnectionPool"):
+        pg_rekey.connect(asynchronous)  # type: ignore[arg-type]
+
+
+def test_a_pool_that_is_not_open() -> None:
+    with pytest.raises(pg_rekey.Unreachable, match="not open yet") as raised:
+        pg_rekey.connect(NOWHERE).status()
+    assert (
+        raised.value.hint == "Use the client in a `with` statement, and a pool of your own once it is open."
+    )
+
+    async def use() -> None:
+        await pg_rekey.connect_async(NOWHERE).status()
+
+    with pytest.raises(pg_rekey.Unreachable, match="not open yet"):
+        asyncio.run(use())
+    with pg_rekey.connect(NOWHERE) as client:
+        pass
+    with pytest.raises(pg_rekey.Unreachable, match="closed"):
+        client.status()
+
+
+def test_a_server_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pg_rekey.db.POOL_TIMEOUT", 0.3)
+    with pg_rekey.connect(NOWHERE) as client, pytest.raises(pg_rekey.Unreachable) as raised:
+        client.status()
+    assert "The logger psycopg.pool says what it answers." in (raised.value.hint or "")
+    assert [one for one in caplog.records if one.name == "psycopg.pool" and one.levelno == logging.WARNING]
+
+    async def use() -> None:
+        async with pg_rekey.connect_async(NOWHERE) as rekey:
+            await rekey.status()
+
+    with pytest.raises(pg_rekey.Unreachable):
+        asyncio.run(use())
+
+
+def test_a_connection_that_was_lost(ready: Connection, db: str) -> None:
+    with psycopg.connect(db) as connection, pg_rekey.connect(connection) as client:
+        client.status()
+        ready.execute("select pg_terminate_backend(%s, 10000)", [connection.info.backend_pid])
+        with pytest.raises(pg_rekey.Unreachable) as raised:
+            client.status()
+        assert raised.value.hint == "What was under way may have been committed: status() shows rotations."
+        with pytest.raises(pg_rekey.Unreachable, match="lost"):
+            client.status()
+
+
+def test_a_database_without_pg_rekey(make_database: Callable[..., str]) -> None:
+    with pg_rekey.connect(make_database()) as client, pytest.raises(pg_rekey.Error) as raised:
+        client.secrets.list()
+    assert "`pg-rekey init`" in (raised.value.hint or "")
 
 
 @pytest.mark.parametrize(("waiting", "coroutines"), [(Client, AsyncClient), (Secrets, AsyncSecrets)])

@@ -8,9 +8,8 @@ connect() takes a psycopg connection, a pool, a connection string, or nothing: t
 database. connect_async() does the same with coroutines. unlock() gives the KEK to a connection of one's own.
 """
 
-from pg_rekey.client import Client, connect
+from pg_rekey.client import Client, connect, unlock
 from pg_rekey.client_async import AsyncClient, connect_async
-from pg_rekey.db import unlock
 from pg_rekey.exceptions import (
     Denied,
     Error,
@@ -18,6 +17,7 @@ from pg_rekey.exceptions import (
     Locked,
     NotFound,
     UnderWay,
+    Unreachable,
     Unreadable,
     WrongState,
 )
@@ -36,6 +36,7 @@ __all__ = [
     "Secret",
     "Status",
     "UnderWay",
+    "Unreachable",
     "Unreadable",
     "WrongState",
     "connect",

@@ -1,7 +1,8 @@
 """The calls of the Python API: statements with their parameters, and what to make of the rows.
 
 A client runs them, waiting or as a coroutine. Plain values do not go as parameters, which a server may log,
-but by binary COPY: rows to be copied into `table` stand in `batches`.
+but by binary COPY: rows to be copied into `table` stand in `batches`. Arguments of a wrong type are a
+TypeError, those that cannot be sent a ValueError, before anything is.
 """
 
 from base64 import b64encode
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
-from pg_rekey import db
+from pg_rekey import arguments, db
 from pg_rekey.results import Keyring, Rotation, Secret, Step
 
 T = TypeVar("T")
@@ -44,7 +45,12 @@ def _none(rows: Rows) -> None:
 def rotate(keyring: str | None, reason: str | None, supersede: bool) -> Call[list[Rotation]]:
     """Rotate one keyring, or all."""
     statement = "select * from rekey.rotate_keys(%s, %s, %s)"
-    return Call(statement, [keyring, reason, supersede], lambda rows: [Rotation.of(row) for row in rows])
+    given = [
+        arguments.optional_text("keyring", keyring),
+        arguments.optional_text("reason", reason),
+        arguments.flag("supersede", supersede),
+    ]
+    return Call(statement, given, lambda rows: [Rotation.of(row) for row in rows])
 
 
 def rotations(ids: list[int]) -> Call[list[Rotation]]:
@@ -87,55 +93,80 @@ def under_way() -> Call[list[Rotation]]:
 
 def encrypt(value: bytes | str, keyring: str, context: Sequence[str | None]) -> Call[bytes]:
     """Seal a value."""
-    sealed = value.encode() if isinstance(value, str) else value
+    plain = arguments.encoded("value", value)
+    given = [arguments.text("keyring", keyring), arguments.context("context", context)]
     statement = "select rekey.encrypt(v.value, %s, %s::text[]) as sealed from pg_temp.pg_rekey_value v"
-    return Call(statement, [keyring, list(context)], _only("sealed"), db.VALUE, [[(sealed,)]])
+    return Call(statement, given, _only("sealed"), db.VALUE, [[(plain,)]])
 
 
 def decrypt(sealed: bytes | str, context: Sequence[str | None]) -> Call[bytes]:
     """Open a value."""
     kind = "text" if isinstance(sealed, str) else "bytea"
-    statement = f"select rekey.decrypt(%b::{kind}, %s::text[]) as value"
-    return Call(statement, [sealed, list(context)], _only("value"))
+    given = [arguments.sealed("sealed", sealed), arguments.context("context", context)]
+    return Call(f"select rekey.decrypt(%b::{kind}, %s::text[]) as value", given, _only("value"))
 
 
 def decrypt_many(
     sealed: Sequence[bytes | str], contexts: Sequence[Sequence[str | None]]
 ) -> Call[list[bytes]]:
     """Open many values."""
-    if len({len(parts) for parts in contexts}) > 1:
+    listed = arguments.sequence("sealed", sealed, "sealed values")
+    given = [arguments.sealed("each of sealed", one) for one in listed]
+    parts = [
+        arguments.context("each of contexts", one)
+        for one in arguments.sequence("contexts", contexts, "contexts")
+    ]
+    if parts and len(parts) != len(given):
+        raise ValueError(f"contexts are one for each value: {len(given)}, not {len(parts)}")
+    if len({len(one) for one in parts}) > 1:
         raise ValueError("contexts that are opened together have as many parts each")
-    texts = [one if isinstance(one, str) else f"rk1:{b64encode(one).decode()}" for one in sealed]
+    texts = [one if isinstance(one, str) else f"rk1:{b64encode(one).decode()}" for one in given]
     statement = "select rekey.decrypt_many(%s::text[], %s::text[]) as values"
-    return Call(statement, [texts, [list(parts) for parts in contexts]], _only("values"))
+    return Call(statement, [texts, parts], _only("values"))
 
 
 def get(name: str, tenant: UUID) -> Call[str]:
     """Read a secret."""
-    return Call("select rekey.get_secret(%s, %s) as value", [name, tenant], _only("value"))
+    return Call("select rekey.get_secret(%s, %s) as value", _named(name, tenant), _only("value"))
 
 
 def get_all(names: Sequence[str] | None, tenant: UUID) -> Call[dict[str, str]]:
     """Read many secrets."""
     statement = "select name, value from rekey.read_secrets(%s::text[], %s)"
-    given = None if names is None else list(names)
-    return Call(statement, [given, tenant], lambda rows: {row["name"]: row["value"] for row in rows})
+    wanted = None if names is None else arguments.texts("names", names)
+    return Call(
+        statement,
+        [wanted, arguments.tenant(tenant)],
+        lambda rows: {row["name"]: row["value"] for row in rows},
+    )
 
 
 def store(values: Mapping[str, str], tenant: UUID, keyring: str, description: str | None) -> Call[None]:
     """Store secrets."""
+    given = [arguments.tenant(tenant), arguments.text("keyring", keyring)]
+    said = arguments.optional_text("description", description)
+    texts = arguments.values("values", values)
     # By name, as everybody else does: so no two of them meet in a deadlock.
-    batches = list(db.batches((name, values[name], description) for name in sorted(values)))
-    return Call(db.query("set copied secrets"), [tenant, keyring], _none, db.SECRETS, batches)
+    batches = list(db.batches((name, texts[name], said) for name in sorted(texts)))
+    return Call(db.query("set copied secrets"), given, _none, db.SECRETS, batches)
+
+
+def store_one(name: str, value: str, tenant: UUID, keyring: str, description: str | None) -> Call[None]:
+    """Store a secret."""
+    named = {arguments.text("name", name): arguments.text("value", value)}
+    return store(named, tenant, keyring, description)
 
 
 def delete(name: str, tenant: UUID) -> Call[bool]:
     """Delete a secret."""
-    return Call("select rekey.delete_secret(%s, %s) as deleted", [name, tenant], _only("deleted"))
+    return Call("select rekey.delete_secret(%s, %s) as deleted", _named(name, tenant), _only("deleted"))
 
 
 def list_secrets(tenant: UUID) -> Call[list[Secret]]:
     """List secrets."""
-    return Call(
-        db.query("secrets"), [tenant, None, None, None], lambda rows: [Secret.of(row) for row in rows]
-    )
+    given = [arguments.tenant(tenant), None, None, None]
+    return Call(db.query("secrets"), given, lambda rows: [Secret.of(row) for row in rows])
+
+
+def _named(name: str, tenant: UUID) -> list[Any]:
+    return [arguments.text("name", name), arguments.tenant(tenant)]

@@ -11,7 +11,7 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
 
-from pg_rekey import calls, db, exceptions
+from pg_rekey import arguments, calls, db, exceptions
 from pg_rekey.calls import NIL, Call
 from pg_rekey.results import Rotation, Secret, Status
 
@@ -40,6 +40,28 @@ def connect(source: Source = None, *, kek: bytes | str | None = None) -> "Client
     return Client(source, kek)
 
 
+def unlock(
+    connection: psycopg.Connection[Any],
+    kek: bytes | str | None = None,
+    scope: db.Scope = "transaction",
+    new_kek: bytes | str | None = None,
+) -> str:
+    """Let the transaction or session of a connection use the KEK, and return the KEK's fingerprint.
+
+    kek: as connect() takes it; None: that of the environment, PG_REKEY_KEK, PG_REKEY_KEK_FILE or
+    PG_REKEY_KEK_COMMAND, and the next one from PG_REKEY_NEW_KEK and so on, of which the one that the database
+    has as active is used. A command runs once in a process, and again where the database refuses what it
+    printed. No log shows the KEK.
+
+    scope: "transaction" lasts to the end of the transaction, which is begun if there is none; "session" to
+    the end of the connection, and does not belong behind a transaction pooler.
+
+    Locked: there is no KEK (RK001), or it is a wrong one (RK002).
+    """
+    with exceptions.translated():
+        return db.unlock(connection, kek, scope, new_kek)
+
+
 class Secrets:
     """The secrets of a database. tenant: the nil UUID by default."""
 
@@ -64,7 +86,7 @@ class Secrets:
         description: str | None = None,
     ) -> None:
         """Store a secret, new or in place of the value before: at most 32 MiB of UTF-8. No log shows it."""
-        self._run(calls.store({name: value}, tenant, keyring, description))
+        self._run(calls.store_one(name, value, tenant, keyring, description))
 
     def set_all(self, values: Mapping[str, str], *, tenant: UUID = NIL, keyring: str = "default") -> None:
         """Store many secrets, in one transaction."""
@@ -83,9 +105,13 @@ class Client:
     """What connect() returns. Threads may share it where its source is a pool or a connection string."""
 
     def __init__(self, source: Source, kek: bytes | str | None) -> None:
-        self._own = db.pool(source) if source is None or isinstance(source, str) else None
-        self._source = source if self._own is None else self._own
-        self._kek = kek
+        with exceptions.translated():
+            self._own = db.pool(source) if source is None or isinstance(source, str) else None
+            self._kek = None if kek is None else db.kek_bytes(kek)
+        given = self._own or source
+        if not isinstance(given, psycopg.Connection | ConnectionPool):
+            raise arguments.wrong("source", "a connection or pool of psycopg, or a str", source)
+        self._source: psycopg.Connection[Any] | ConnectionPool[Any] = given
         self.secrets = Secrets(self._run)
 
     def __enter__(self) -> Self:
@@ -114,7 +140,7 @@ class Client:
 
         Locked: no KEK (RK001), or a wrong one (RK002); UnderWay: RK004; InUse: RK005; NotFound: RK007.
         """
-        if wait and isinstance(self._source, psycopg.Connection):
+        if arguments.flag("wait", wait) and isinstance(self._source, psycopg.Connection):
             exceptions.refuse_transaction(self._source)
         begun = self._run(calls.rotate(keyring, reason, supersede))
         return self._finish([rotation.id for rotation in begun]) if wait else begun
@@ -186,5 +212,4 @@ class Client:
     def _connection(self) -> AbstractContextManager[psycopg.Connection[Any]]:
         if isinstance(self._source, ConnectionPool):
             return self._source.connection()
-        assert isinstance(self._source, psycopg.Connection)
         return nullcontext(self._source)

@@ -11,7 +11,7 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from pg_rekey import calls, db, exceptions
+from pg_rekey import arguments, calls, db, exceptions
 from pg_rekey.calls import NIL, Call
 from pg_rekey.results import Rotation, Secret, Status
 
@@ -55,7 +55,7 @@ class AsyncSecrets:
         description: str | None = None,
     ) -> None:
         """As Secrets.set()."""
-        await self._run(calls.store({name: value}, tenant, keyring, description))
+        await self._run(calls.store_one(name, value, tenant, keyring, description))
 
     async def set_all(
         self, values: Mapping[str, str], *, tenant: UUID = NIL, keyring: str = "default"
@@ -76,9 +76,13 @@ class AsyncClient:
     """What connect_async() returns. As Client, with coroutines; tasks may share one that has a pool."""
 
     def __init__(self, source: AsyncSource, kek: bytes | str | None) -> None:
-        self._own = db.pool_async(source) if source is None or isinstance(source, str) else None
-        self._source = source if self._own is None else self._own
-        self._kek = kek
+        with exceptions.translated():
+            self._own = db.pool_async(source) if source is None or isinstance(source, str) else None
+            self._kek = None if kek is None else db.kek_bytes(kek)
+        given = self._own or source
+        if not isinstance(given, psycopg.AsyncConnection | AsyncConnectionPool):
+            raise arguments.wrong("source", "an asynchronous connection or pool of psycopg, or a str", source)
+        self._source: psycopg.AsyncConnection[Any] | AsyncConnectionPool[Any] = given
         self.secrets = AsyncSecrets(self._run)
 
     async def __aenter__(self) -> Self:
@@ -101,7 +105,7 @@ class AsyncClient:
         reason: str | None = None,
     ) -> list[Rotation]:
         """As Client.rotate()."""
-        if wait and isinstance(self._source, psycopg.AsyncConnection):
+        if arguments.flag("wait", wait) and isinstance(self._source, psycopg.AsyncConnection):
             exceptions.refuse_transaction(self._source)
         begun = await self._run(calls.rotate(keyring, reason, supersede))
         return await self._finish([rotation.id for rotation in begun]) if wait else begun
@@ -160,5 +164,4 @@ class AsyncClient:
     def _connection(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]:
         if isinstance(self._source, AsyncConnectionPool):
             return self._source.connection()
-        assert isinstance(self._source, psycopg.AsyncConnection)
         return nullcontext(self._source)

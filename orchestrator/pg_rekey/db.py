@@ -18,7 +18,7 @@ from psycopg.errors import InvalidName, InvalidSchemaName, ReadOnlySqlTransactio
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from pg_rekey import hints
+from pg_rekey import arguments, hints
 from pg_rekey import kek as keks
 from pg_rekey.errors import LOCKED, USAGE, Problem, from_database, wrapped
 
@@ -141,7 +141,7 @@ def pool(conninfo: str | None = None, application: str = "pg-rekey") -> Pool:
     pool comes back with the database.
     """
     return ConnectionPool(
-        conninfo or _conninfo(),
+        _given(conninfo),
         connection_class=psycopg.Connection[DictRow],
         kwargs={"row_factory": dict_row, **_PARAMETERS, "application_name": application},
         configure=_configure,
@@ -156,10 +156,17 @@ def pool(conninfo: str | None = None, application: str = "pg-rekey") -> Pool:
     )
 
 
+def _given(conninfo: str | None) -> str:
+    if conninfo is None:
+        return _conninfo()
+    _check("the connection string", conninfo)
+    return conninfo
+
+
 def pool_async(conninfo: str | None = None) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
     """Return a pool of asynchronous connections, as pool() does."""
     return AsyncConnectionPool(
-        conninfo or _conninfo(),
+        _given(conninfo),
         kwargs=_PARAMETERS,
         check=AsyncConnectionPool.check_connection,
         min_size=1,
@@ -263,16 +270,7 @@ def unlock(
     scope: Scope = "transaction",
     new_kek: bytes | str | None = None,
 ) -> str:
-    """Let the transaction or session of a connection use the KEK, and return the KEK's fingerprint.
-
-    Without ``kek`` it comes from the environment: PG_REKEY_KEK, PG_REKEY_KEK_FILE or PG_REKEY_KEK_COMMAND,
-    and the next one from PG_REKEY_NEW_KEK and so on; the one that the database has as active is used. A
-    command runs once in a process, and again where the database refuses what it printed. The KEK reaches the
-    server by a binary COPY, which no log shows.
-
-    Scope ``transaction`` lasts to the end of the transaction, which is begun if there is none; ``session`` to
-    the end of the connection, and does not belong behind a transaction pooler.
-    """
+    """As pg_rekey.unlock(): the KEK reaches the server by a binary COPY, which no log shows."""
     if scope != "session" and connection.info.transaction_status == pq.TransactionStatus.IDLE:
         if connection.autocommit:
             raise Problem(
@@ -282,7 +280,7 @@ def unlock(
             )
         connection.execute("select")
     if kek is not None:
-        return _send(connection, [_bytes(given) for given in (kek, new_kek) if given is not None], scope)
+        return _send(connection, [kek_bytes(given) for given in (kek, new_kek) if given is not None], scope)
     try:
         return _send(connection, from_environment(), scope)
     except psycopg.Error as error:
@@ -425,7 +423,7 @@ def _send_copy(connection: psycopg.Connection[Any], given: list[bytes], scope: S
 async def unlock_async(connection: psycopg.AsyncConnection[Any], kek: bytes | str | None = None) -> None:
     """As unlock(), for the transaction that an asynchronous connection is in."""
     if kek is not None:
-        await _send_async(connection, [_bytes(kek)])
+        await _send_async(connection, [kek_bytes(kek)])
         return
     # A command of the environment may take its time.
     given = await asyncio.to_thread(from_environment)
@@ -452,11 +450,14 @@ async def _send_async(connection: psycopg.AsyncConnection[Any], given: list[byte
             await cursor.execute(_UNLOCK, [b"".join(given), "transaction"])
 
 
-def _bytes(kek: bytes | str) -> bytes:
+def kek_bytes(kek: bytes | str) -> bytes:
+    """Return the 32 bytes of a KEK that an application gives."""
     if isinstance(kek, str):
         return keks.parse(kek)
+    if not isinstance(kek, bytes):
+        raise arguments.wrong("kek", "32 bytes, or a str", kek)
     if len(kek) != 32:
-        raise Problem("a KEK has 32 bytes", None, USAGE)
+        raise Problem("a KEK has 32 bytes", None, LOCKED)
     return kek
 
 

@@ -7,7 +7,7 @@ from django.db import models
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
-from pg_rekey import db
+from pg_rekey import client
 
 
 class SealedTextField(models.TextField):  # type: ignore[type-arg]
@@ -73,6 +73,6 @@ def unlock(kek: bytes | str | None = None) -> None:
 
     def created(connection: BaseDatabaseWrapper, **_: Any) -> None:
         if connection.vendor == "postgresql":
-            db.unlock(connection.connection, kek, "session")
+            client.unlock(connection.connection, kek, "session")
 
     connection_created.connect(created, weak=False, dispatch_uid="pg_rekey")

@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any, Literal
 
 import psycopg
+from psycopg.rows import DictRow
 
-from pg_rekey import db, release
+from pg_rekey import db, hints, release
 from pg_rekey import kek as keks
+from pg_rekey.hints import Road
 
 Severity = Literal["critical", "warning", "info"]
 CHECKS = (
-    "findings",
     "row security",
     "logging",
     "definer functions",
@@ -49,12 +50,36 @@ def examine(connection: db.Connection) -> list[Finding]:
     if missing:
         found += missing
     else:
+        found += _guarded(connection, "findings", lambda: list(_findings(connection)))
         for name in CHECKS:
             found += _guarded(connection, name, partial(_statement, connection, name))
         found += _guarded(connection, "release", lambda: list(_release(connection)))
         found += _workers(connection)
         found += _guarded(connection, "pg_cron", lambda: list(_cron(connection)))
     return sorted(found, key=lambda finding: ("critical", "warning", "info").index(finding.severity))
+
+
+def columns(connection: db.Connection, road: Road) -> list[DictRow]:
+    """Return the protected columns, with what their rotations break or set off, and what to do about it."""
+    rows = connection.execute(db.query("columns")).fetchall()
+    found = connection.execute(db.query("column findings")).fetchall()
+    for row in rows:
+        of_it = [one for one in found if one["label"] == row["label"]]
+        row["findings"] = [f"{one['finding']} ({hints.advice(one, road)})" for one in of_it]
+    return rows
+
+
+def unprotected(connection: db.Connection, road: Road) -> list[DictRow]:
+    """Return columns that were forgotten, and what to do about them."""
+    rows = connection.execute(db.query("unprotected")).fetchall()
+    for row in rows:
+        row["advice"] = hints.advice(row, road)
+    return rows
+
+
+def _findings(connection: db.Connection) -> Iterator[Finding]:
+    for row in connection.execute(db.query("doctor: findings")).fetchall():
+        yield Finding(row["severity"], row["finding"], hints.advice(row, Road.COMMAND))
 
 
 def _release(connection: db.Connection) -> Iterator[Finding]:
@@ -141,7 +166,8 @@ def _workers(connection: db.Connection) -> Iterator[Finding]:
     yield Finding(
         "info",
         f"{cores} cores: up to {cores} workers share a rotation, {half} where others are to feel less of it",
-        f"`rotate --wait` and `work` take --workers {cores}; rekey.schedule_worker(workers => {half})",
+        f"`pg-rekey rotate --wait` and `pg-rekey work` take --workers {cores}; pg_cron, in SQL: select "
+        f"rekey.schedule_worker(workers => {half})",
     )
 
 
@@ -170,7 +196,9 @@ def _cron(connection: db.Connection) -> Iterator[Finding]:
         alike = [job for job in jobs if called in job["command"].lower()]
         if len(alike) > 1 and not helps:
             said = f"pg_cron has {len(alike)} jobs for the worker"
-            yield Finding("warning", f"{said}, by `{bare}`", "cron.unschedule() others.")
+            yield Finding(
+                "warning", f"{said}, by `{bare}`", "In SQL: select cron.unschedule(NUMBER), of all but one."
+            )
         elif jobs and not alike and not helps:
             yield Finding("warning", f"pg_cron has no job of one bare `{bare}`", fix)
         for job in alike:
@@ -187,7 +215,7 @@ def _cron(connection: db.Connection) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"pg_cron has {workers} workers, and the server {cores} cores",
-            f"select rekey.schedule_worker(workers => {cores})",
+            f"In SQL: select rekey.schedule_worker(workers => {cores})",
         )
     if jobs and connection.execute(db.query("kek provider")).fetchall() == [{"value": "session"}]:
         yield Finding(

@@ -17,6 +17,8 @@ FAILED, USAGE, LOCKED, UNFINISHED, FINDINGS = 1, 2, 3, 4, 5
 NOT_FOUND, UNDER_WAY, IN_USE, UNREACHABLE, INTERRUPTED = 6, 7, 8, 9, 130
 
 LABEL = "Error: "
+# The server ends sessions: its administrator's wish, a crash.
+ENDED = ("57P01", "57P02")
 _EXIT_CODES = {
     "RK001": LOCKED,
     "RK002": LOCKED,
@@ -123,10 +125,10 @@ def explain(error: psycopg.Error, road: Road = Road.COMMAND) -> tuple[str, str |
     message = error.diag.message_primary or _one_line(str(error)) or type(error).__name__
     if _is_lost(error):
         return message, hints.LOST.on(road)
-    if _is_missing(error):
+    if is_missing(error):
         return message, hints.MISSING.on(road)
     if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
-        return message, hints.unreachable().on(road)
+        return message, hints.unreachable(error).on(road)
     return message, hints.hint(error.diag, road) or hints.of_state(error.sqlstate, road)
 
 
@@ -139,16 +141,20 @@ def http_status(error: psycopg.Error) -> int | None:
     """Return the HTTP status of a database error, or None for one that nobody foresaw."""
     if error.sqlstate is None:
         return 503 if isinstance(error, psycopg.OperationalError) else None
-    if _is_missing(error):
+    if is_missing(error):
         return 503
     return HTTP_STATUS.get(error.sqlstate) or HTTP_STATUS.get(error.sqlstate[:2])
 
 
 def _is_lost(error: psycopg.Error) -> bool:
-    """Tell whether a connection ended while something was under way; only psycopg's own words tell that."""
-    return error.sqlstate is None and str(error).startswith("consuming input failed")
+    """Tell whether a connection ended while something was under way; libpq has no code for it."""
+    if error.sqlstate is None:
+        return str(error).startswith("consuming input failed")
+    return error.sqlstate in ENDED
 
 
-def _is_missing(error: psycopg.Error) -> bool:
-    """Tell whether a function or relation of pg_rekey is not there."""
+def is_missing(error: psycopg.Error) -> bool:
+    """Tell whether pg_rekey is not there, or a function or relation of it."""
+    if error.sqlstate == "3F000":
+        return "rekey" in (error.diag.message_primary or "")
     return error.sqlstate in ("42883", "42P01") and "rekey." in (error.diag.message_primary or "")

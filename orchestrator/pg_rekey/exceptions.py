@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 from psycopg import pq
 
-from pg_rekey.errors import Problem, explain
+from pg_rekey.errors import ENDED, LOCKED, Problem, explain, is_missing
 from pg_rekey.hints import Road
 
 
@@ -50,6 +50,10 @@ class Denied(Error):
     """The role of the connection may not, or the tenant is another one (42501)."""
 
 
+class Unreachable(Error):
+    """There is no connection to the database, or not any more; or none of the pool is open, or free."""
+
+
 _BY_CODE: dict[str, type[Error]] = {
     "RK001": Locked,
     "RK002": Locked,
@@ -68,13 +72,20 @@ def translated() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        kind = _BY_CODE.get(error.sqlstate or "")
+        kind = _kind(error)
         if kind is None:
             raise
         message, hint = explain(error, Road.PYTHON)
         raise kind(message, error.sqlstate, hint) from error
     except Problem as problem:
-        raise Locked(problem.message, problem.code, problem.hint) from problem
+        wanted = Locked if problem.exit_code == LOCKED else Error
+        raise wanted(problem.message, problem.code, problem.hint) from problem
+
+
+def _kind(error: psycopg.Error) -> type[Error] | None:
+    if isinstance(error, psycopg.OperationalError) and error.sqlstate in (None, *ENDED):
+        return Unreachable
+    return Error if is_missing(error) else _BY_CODE.get(error.sqlstate or "")
 
 
 def refuse_transaction(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:

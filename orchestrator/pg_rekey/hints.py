@@ -1,14 +1,17 @@
 """What to do about an error, in the words of the road by which it came.
 
-A hint of the database is in the words of SQL. Where another road says it otherwise, the database also
-names the action, in the field CONSTRAINT of the error.
+A hint of the database, and its advice about a finding, is in the words of SQL. Where another road says it
+otherwise, the database also names the action: in the field CONSTRAINT of the error, in a column of findings.
 """
 
 import os
+import shlex
+from collections.abc import Mapping
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psycopg
+from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
 
 class Road(Enum):
@@ -39,7 +42,14 @@ BEHIND = Words(
     "A sequence may be behind its table, as after a switch-over by logical replication: `pg-rekey doctor` "
     "says so, and select rekey.resync_sequences() moves it on."
 )
+# In advice about a column, its own name stands in place of this.
+COLUMN = "TABLE COLUMN"
 ACTIONS = {
+    "adopt_encrypted": Words(
+        "`pg-rekey columns protect TABLE COLUMN`, then `pg-rekey columns adopt TABLE COLUMN --from FORMAT`, "
+        "with what that tool writes."
+    ),
+    "adopt_plaintext": Words("`pg-rekey columns adopt TABLE COLUMN --from plaintext` encrypts them."),
     "anchor": Words("Give what `pg-rekey audit checkpoint` printed."),
     "apply_plaintext": Words(
         "Give the server a KEK (`pg-rekey settings set kek_provider file`), protect the column where the "
@@ -89,6 +99,15 @@ ACTIONS = {
         "`pg-rekey keys list` shows the versions of every keyring.",
         "GET /api/keys shows the versions of every keyring.",
     ),
+    "let_trigger_pass": Words(
+        "What it derives from the column, as a hash or the last characters, becomes that of the envelope. "
+        "With WHEN (NOT rekey.is_sweeping('TABLE')) a trigger for each row lets it pass; `pg-rekey columns "
+        "protect TABLE COLUMN --no-fire-triggers` keeps all of them from firing.",
+        "What it derives from the column, as a hash or the last characters, becomes that of the envelope. "
+        "With WHEN (NOT rekey.is_sweeping('TABLE')) a trigger for each row lets it pass; on the command line "
+        "of the server, `pg-rekey columns protect TABLE COLUMN --no-fire-triggers` keeps all of them from "
+        "firing.",
+    ),
     "looks_encrypted": Words(
         "Name its format with --from; `pg-rekey columns adopt --dry-run` counts what there is. To encrypt "
         "the values as they are: --force."
@@ -96,6 +115,19 @@ ACTIONS = {
     "next_kek": Words(
         "Give the current KEK and the next one: PG_REKEY_NEW_KEK, PG_REKEY_NEW_KEK_FILE or "
         "PG_REKEY_NEW_KEK_COMMAND for the next, or the Vault secret or file with _new appended."
+    ),
+    "pass_rule_by": Words(
+        "Drop it, make it a trigger, or have it passed by: `pg-rekey columns protect TABLE COLUMN "
+        "--no-fire-triggers`. What it puts in their place may leave rows as they are.",
+        "Drop it, make it a trigger, or have it passed by, on the command line of the server: `pg-rekey "
+        "columns protect TABLE COLUMN --no-fire-triggers`. What it puts in their place may leave rows as "
+        "they are.",
+    ),
+    "path_of_others": Words(
+        "What they make there could run as the owner of the table: names with their schema, or another path, "
+        "`pg-rekey columns protect TABLE COLUMN --search-path PATH`.",
+        "What they make there could run as the owner of the table: names with their schema, or another path; "
+        "on the command line of the server, `pg-rekey columns protect TABLE COLUMN --search-path PATH`.",
     ),
     "protect": Words("`pg-rekey columns protect TABLE COLUMN` protects one."),
     "protect_copies": Words(
@@ -106,8 +138,19 @@ ACTIONS = {
         "Its rows may be encrypted: `pg-rekey columns protect TABLE COLUMN`, with the options of the "
         "first time, makes the functions anew."
     ),
+    "protect_and_adopt": Words(
+        "`pg-rekey columns protect TABLE COLUMN`, then `pg-rekey columns adopt TABLE COLUMN --from "
+        "plaintext`."
+    ),
+    "protect_found": Words(
+        "`pg-rekey columns protect TABLE COLUMN`: without it no rotation takes these rows along."
+    ),
     "read_secret": Words("Secrets are read with `pg-rekey secrets get NAME`."),
     "register_kek": Words("`pg-rekey init` registers a KEK."),
+    "renew_trigger": Words(
+        "`pg-rekey columns protect TABLE COLUMN`, with the options of the first time, as the owner of the "
+        "table, makes it anew."
+    ),
     "rotate": Words(
         "`pg-rekey rotate --keyring NAME` makes a new version.", "POST /api/keys/rotate makes a new version."
     ),
@@ -203,14 +246,28 @@ LOST = Words(
     "What was under way may have been committed: `pg-rekey status` shows it. Repeating the command does "
     "no harm.",
     "What was under way may have been committed: GET /api/rotations shows it.",
+    "What was under way may have been committed: status() shows rotations.",
 )
 UNREACHABLE = Words(
     "Is the server there, and does it let this account in? The connection is that of {}.",
     "The server cannot reach its database: is it there, and does it let the server in?",
+    "Is the server there, and the connection open?",
 )
 NOWHERE = Words(
     "Set PG_REKEY_DSN to postgresql://USER:PASSWORD@HOST/DATABASE, or DATABASE_URL, or PGHOST and so on.",
     UNREACHABLE.http,
+    UNREACHABLE.python,
+)
+NO_POOL = Words(
+    UNREACHABLE.command,
+    UNREACHABLE.http,
+    "Use the client in a `with` statement, and a pool of your own once it is open.",
+)
+NONE_FREE = Words(
+    UNREACHABLE.command,
+    UNREACHABLE.http,
+    "Is the server there, and does it let this account in? The logger psycopg.pool says what it answers. "
+    "If it does, more ask at a time than the pool has connections.",
 )
 MISSING = Words(
     "pg_rekey is not installed in this database (run `pg-rekey init`), or in another version (run "
@@ -227,11 +284,27 @@ def hint(diagnostics: psycopg.errors.Diagnostic, road: Road) -> str | None:
     return words.on(road) if words else diagnostics.message_hint
 
 
-def unreachable() -> Words:
+def advice(found: Mapping[str, Any], road: Road) -> str:
+    """Return what the database advises about a finding, in the words of a road.
+
+    found: advice and action; relation and column_name, where the finding is about a column.
+    """
+    words = ACTIONS.get(found["action"] or "")
+    if not words:
+        return str(found["advice"])
+    names = [str(found[name]) for name in ("relation", "column_name") if found[name]]
+    return words.on(road).replace(COLUMN, shlex.join(names) if len(names) == 2 else COLUMN)
+
+
+def unreachable(error: psycopg.OperationalError) -> Words:
     """Return what to do where there is no connection: it depends on what was set."""
+    if isinstance(error, PoolClosed):
+        return NO_POOL
+    if isinstance(error, PoolTimeout | TooManyRequests):
+        return NONE_FREE
     for variable in ("PG_REKEY_DSN", "DATABASE_URL", "PGSERVICE", "PGHOST", "PGHOSTADDR"):
         if os.environ.get(variable):
-            return Words(UNREACHABLE.command.format(variable), UNREACHABLE.http)
+            return UNREACHABLE._replace(command=UNREACHABLE.command.format(variable))
     return NOWHERE
 
 

@@ -25,12 +25,12 @@ def kind(action: str | None, sqlstate: str | None) -> str | None:
 
 
 def known(connection: psycopg.Connection[Any], kind: str, **given: Any) -> list[str]:
-    """Return the names that there are of a kind: keyring, rotation, secret, setting, table, column.
+    """Return the names that there are of a kind, as the queries "names: ..." find them.
 
     given: what else was typed, as far as the kind depends on it: the tenant of a secret, the table of a
-    column.
+    column, the keyring of a version.
     """
-    parameters = {"tenant": given.get("tenant"), "table": given.get("table")}
+    parameters = {name: given.get(name) for name in ("tenant", "table", "keyring")}
     return [str(row["name"]) for row in connection.execute(db.query(f"names: {kind}"), parameters).fetchall()]
 
 

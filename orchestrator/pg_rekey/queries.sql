@@ -93,14 +93,15 @@ where not exists (
   select from rekey.keyrings k where k.name = given.keyring and k.rotate_every = given.rotate_every)
 
 -- name: status keyrings
--- description: Every keyring with its active version, the rows that its last rotation found, how long that took, and whether the next is on time.
-select k.name as keyring, v.version, l.rows_total as rows, v.activated_at as since, l.finished_at - l.started_at as took, s.rotate_every, s.next_rotation_at,
+-- description: Every keyring with its active version, its last rotation, the rows that it counted and when, how long it took, and whether the next is on time.
+select k.name as keyring, v.version, v.activated_at as since, l.id as last_rotation, l.rows_total as rows, l.finished_at as counted_at,
+  l.finished_at - l.started_at as took, s.rotate_every, s.next_rotation_at,
   case when s.overdue then 'overdue' when s.rotate_every is null then 'none' else 'on time' end as schedule
 from rekey.keyrings k
 join rekey.schedule_status s on s.keyring = k.name
 left join rekey.key_status v on v.keyring = k.name and v.state = 'active'
 left join (
-  select distinct on (r.keyring) r.keyring, r.rows_total, r.started_at, r.finished_at from rekey.rotation_status r
+  select distinct on (r.keyring) r.keyring, r.id, r.rows_total, r.started_at, r.finished_at from rekey.rotation_status r
   where r.state in ('completed', 'completed_with_failures') and r.trigger <> 'adoption'
   order by r.keyring, r.id desc) l on l.keyring = k.name
 order by k.name
@@ -280,6 +281,14 @@ select name from rekey.keyrings where retired_at is null order by name
 -- description: The newest rotations.
 select id::text as name from rekey.rotation_status order by id desc limit 100
 
+-- name: names: version
+-- description: The versions of a keyring that are not destroyed, newest first.
+select version::text as name from rekey.key_status where keyring = %(keyring)s and state <> 'destroyed' order by version desc
+
+-- name: names: failure
+-- description: The newest rows in quarantine.
+select id::text as name from rekey.failure_status where resolved_at is null order by id desc limit 100
+
 -- name: names: secret
 -- description: Secrets of a tenant, or of no tenant.
 select name from rekey.secrets
@@ -346,7 +355,9 @@ where n.nspname operator(pg_catalog.=) 'rekey'
 
 -- name: doctor: findings
 -- description: Tables, columns, sequences and rows that are not as they should be.
-select f.severity, f.finding, f.advice from rekey.findings() f
+select f.severity, f.finding, f.advice, f.action, s.relation::text as relation, s.column_name::text as column_name
+from rekey.findings() f
+left join rekey.column_status s on s.label = f.target
 
 -- name: doctor: row security
 -- description: Tables whose policies do not apply.
@@ -590,17 +601,9 @@ where (%(rotation)s::bigint is null or rotation_id = %(rotation)s)
 order by id desc
 limit %(limit)s
 
--- name: api columns
--- description: Protected columns, and whether each can be swept.
-select s.label, s.relation::text as relation, s.column_name::text as column_name, s.keyring, s.context_columns::text[] as context_columns,
-  s.encrypt_on_write, s.fire_triggers, s.search_path, s.problem,
-  array(select format('%%s (%%s)', f.finding, f.advice) from rekey.protection_findings() f where f.label = s.label and f.kind <> 'blocked') as findings
-from rekey.column_status s
-order by s.label
-
--- name: api unprotected
+-- name: unprotected
 -- description: Columns that were forgotten.
-select relation::text as relation, column_name::text as column_name, finding, rows, advice from rekey.find_unprotected() order by 1, 2
+select relation::text as relation, column_name::text as column_name, finding, rows, advice, action from rekey.find_unprotected()
 
 -- name: api settings
 -- description: The settings.
@@ -703,8 +706,16 @@ from rekey.adoption_preview(%s::regclass, %s, %s, %s, %s::oid::regclass, %s::tid
 
 -- name: columns
 -- description: Protected columns, and whether each can be swept.
-select s.*, array(select format('%s (%s)', f.finding, f.advice) from rekey.protection_findings() f where f.label = s.label and f.kind <> 'blocked') as findings
-from rekey.column_status s order by s.label
+select s.label, s.relation::text as relation, s.column_name::text as column_name, s.keyring, s.context_columns::text[] as context_columns,
+  s.encrypt_on_write, s.fire_triggers, s.search_path, s.problem
+from rekey.column_status s
+order by s.label
+
+-- name: column findings
+-- description: What rotations of protected columns break or set off.
+select f.label, f.finding, f.advice, f.action, s.relation::text as relation, s.column_name::text as column_name
+from rekey.protection_findings() f join rekey.column_status s on s.label = f.label
+where f.kind <> 'blocked'
 
 -- name: protect column
 -- description: Put a column under rotation; its triggers run with the given path, else with that of the login.

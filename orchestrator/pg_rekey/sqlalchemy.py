@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql import operators
 from sqlalchemy.types import TypeDecorator
 
-from pg_rekey import db
+from pg_rekey import client
 
 _PREPARER = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
 
@@ -76,4 +76,4 @@ def unlock(engine: sa.Engine, kek: bytes | str | None = None) -> None:
 
     @event.listens_for(engine, "begin")
     def begun(connection: sa.Connection) -> None:
-        db.unlock(connection.connection.driver_connection, kek)  # type: ignore[arg-type]
+        client.unlock(connection.connection.driver_connection, kek)  # type: ignore[arg-type]

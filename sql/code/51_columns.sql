@@ -538,7 +538,7 @@ declare
   v_looked_at oid[];
   v_other text;
   v_part record;
-  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
+  v_again text := format('repeat rekey.protect_column(%s), or pg-rekey columns protect, as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
   if current_setting('standard_conforming_strings') = 'off' then
@@ -555,12 +555,12 @@ begin
   v_looked_at := array(select v_shape.relation::oid union select l from unnest(v_leaves) l where part is null or l = part);
   v_other := rekey._lost_part(protected, v_leaves);
   if v_other is not null then
-    return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L)',
+    return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L), or pg-rekey columns rebind',
       v_other, v_shape.relation, v_shape.relation, protected.column_name);
   end if;
   v_other := rekey._rival(protected, v_shape.relation, v_looked_at);
   if v_other is not null then
-    return format('its rows are those of %s too, by a partition: detach the partition, or rekey.unprotect_column() one of the two', v_other);
+    return format('its rows are those of %s too, by a partition: detach the partition, or let go of one of the two, by rekey.unprotect_column() or pg-rekey columns unprotect', v_other);
   end if;
   if exists (select from pg_namespace n, aclexplode(n.nspacl) a
              where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then

@@ -546,7 +546,7 @@ begin
     if v_found.fatal then
       raise exception 'column %.% cannot be protected: %', target, column_name, v_found.finding using errcode = 'invalid_parameter_value', hint = v_found.advice;
     end if;
-    raise warning '%', v_found.finding using hint = v_found.advice;
+    raise warning '%', v_found.finding using hint = v_found.advice, constraint = coalesce(v_found.action, '');
   end loop;
 
   if encrypt_on_write then

@@ -156,13 +156,13 @@ comment on function rekey.find_envelopes is
 grant execute on function rekey.find_envelopes to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey.find_unprotected()
-returns table (relation regclass, column_name name, finding text, rows bigint, advice text)
+returns table (relation regclass, column_name name, finding text, rows bigint, advice text, action text)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
-    select f.relation, f.column_name, w.finding, w.rows, w.advice
+    select f.relation, f.column_name, w.finding, w.rows, w.advice, w.action
     from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, encrypted, secret_keys, place)
     left join rekey.column_status s on s.relation = f.relation and s.column_name = f.column_name
     cross join lateral (
@@ -172,28 +172,30 @@ begin
         exists (select from pg_attribute a where a.attrelid = f.relation and a.attname = f.column_name
                 and a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype)) as fit) n
     cross join lateral (values
-      (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.'),
+      (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.', null),
       (f.envelopes > 0 and s.label is null, 'holds envelopes, and is not protected', f.envelopes,
-        format('select rekey.protect_column(%s): without it no rotation takes these rows along.', n.names)),
+        format('select rekey.protect_column(%s): without it no rotation takes these rows along.', n.names), 'protect_found'),
       (f.embedded > 0, 'holds envelopes within other values', f.embedded,
-        'No rotation takes them along, and a key that only they stand on counts as unused. Give them a column of their own, and protect it.'),
+        'No rotation takes them along, and a key that only they stand on counts as unused. Give them a column of their own, and protect it.', null),
       (f.others > 0 and s.label is not null, 'is protected, and holds values that are not encrypted', f.others,
-        format('select rekey.adopt_column(%s)', n.names)),
+        format('select rekey.adopt_column(%s)', n.names), 'adopt_plaintext'),
       (f.encrypted > 0 and s.label is null and n.ours, 'holds values that another tool encrypted', f.encrypted,
         case when n.fit then format('select rekey.protect_column(%s), then pg-rekey columns adopt --from what that tool writes', n.names)
-          else 'Give them a column of type text or bytea, and protect it.' end),
+          else 'Give them a column of type text or bytea, and protect it.' end,
+        case when n.fit then 'adopt_encrypted' end),
       (f.others > coalesce(f.encrypted, 0) and s.label is null and n.ours and rekey._sounds_secret(f.column_name::text), 'sounds like a secret, and is not encrypted',
         f.others - coalesce(f.encrypted, 0),
         case when n.fit then format('select rekey.protect_column(%s), then rekey.adopt_column()', n.names)
-          else 'Give the values a column of type text or bytea, and protect it.' end),
+          else 'Give the values a column of type text or bytea, and protect it.' end,
+        case when n.fit then 'protect_and_adopt' end),
       (f.secret_keys > 0 and n.ours and not rekey._sounds_secret(f.column_name::text), 'has JSON keys that sound like secrets, and are not encrypted', f.secret_keys,
-        'Give their values a column of type text or bytea, and protect it.')
-    ) as w (so, finding, rows, advice)
+        'Give their values a column of type text or bytea, and protect it.', null)
+    ) as w (so, finding, rows, advice, action)
     -- A materialized view is a copy, made anew by REFRESH.
     where w.so and (select c.relkind from pg_class c where c.oid = f.relation) <> 'm'
     order by f.place;
 end
 $$;
 comment on function rekey.find_unprotected is
-  'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; those that hold what another tool encrypted; and those whose name, or a key of whose JSON, sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
+  'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; those that hold what another tool encrypted; and those whose name, or a key of whose JSON, sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. action: what is advised, for whoever says it in other words than those of SQL; NULL: the words are the same everywhere. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
 grant execute on function rekey.find_unprotected to rekey_admin, rekey_operator, rekey_auditor;

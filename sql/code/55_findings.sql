@@ -81,7 +81,7 @@ comment on function rekey._refused_updates is
   'The publications because of which every UPDATE of a relation, a sweep''s too, is refused by PostgreSQL (42P10, 55000), and why.';
 
 create or replace function rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text)
-returns table (kind text, fatal boolean, finding text, advice text)
+returns table (kind text, fatal boolean, finding text, advice text, action text)
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
@@ -120,31 +120,31 @@ begin atomic
     where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or r.oid is not null or m.oid is not null)
     group by b.pubname
   )
-  select 'key', true, format('constraint %I makes the column a key', c.conname), 'A key cannot be encrypted: protect another column.'
+  select 'key', true, format('constraint %I makes the column a key', c.conname), 'A key cannot be encrypted: protect another column.', null
   from pg_constraint c
   where c.contype in ('p', 'f') and (c.conrelid = relation and _column_findings.attnum = any (c.conkey)
     or c.confrelid = relation and _column_findings.attnum = any (c.confkey))
   union all
   select 'type', true, format('varchar(%s) limits its length, and an envelope is longer than its value', a.atttypmod - 4),
     format('ALTER TABLE %s ALTER COLUMN %I TYPE text: an envelope of nothing has 104 characters, one of %s has %s.',
-      relation, a.attname, a.atttypmod - 4, 4 + (59 + 16 * ((a.atttypmod - 4) / 16 + 1) + 2) / 3 * 4)
+      relation, a.attname, a.atttypmod - 4, 4 + (59 + 16 * ((a.atttypmod - 4) / 16 + 1) + 2) / 3 * 4), null
   from pg_attribute a where a.attrelid = relation and a.attnum = _column_findings.attnum and a.atttypid = 'varchar'::regtype and a.atttypmod > 0
   union all
   -- Not enforced: from version 18 on.
   select distinct 'check', false, format(case when e.enforced then 'CHECK %I is applied to envelopes' else 'CHECK %I, which is not enforced, is not about envelopes' end, c.conname),
-    case when e.enforced then 'Drop it, or let it accept them: the sweep fails on rows that it refuses.' else 'Nothing fails on it; but it may not be true any more.' end
+    case when e.enforced then 'Drop it, or let it accept them: the sweep fails on rows that it refuses.' else 'Nothing fails on it; but it may not be true any more.' end, null
   from pg_constraint c cross join lateral (select coalesce((to_jsonb(c) ->> 'conenforced')::boolean, true) as enforced) e join (select p.relation, p.attnum from parts p union select relation, _column_findings.attnum) as s on s.relation = c.conrelid
   where c.contype = 'c' and s.attnum = any (c.conkey)
   union all
   select 'index', false, format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values', i.indexrelid::regclass),
-    'Drop it; a value that has no room in an index row (2704 bytes) fails.'
+    'Drop it; a value that has no room in an index row (2704 bytes) fails.', null
   from pg_index i
   where i.indrelid = relation and not i.indisprimary and (_column_findings.attnum = any (i.indkey) or exists (
     select from pg_depend d where d.objid = i.indexrelid and d.classid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum))
   union all
   select 'generated', false, format('generated column %I is computed from envelopes', a.attname),
     case when a.attgenerated = 's' then format('ALTER TABLE %s ALTER COLUMN %I DROP EXPRESSION keeps what is in it; or drop it.', relation, a.attname)
-         else 'Drop it, or compute it from the decrypted view.' end
+         else 'Drop it, or compute it from the decrypted view.' end, null
   from pg_attrdef f
   join pg_attribute a on a.attrelid = f.adrelid and a.attnum = f.adnum and a.attgenerated <> ''
   where f.adrelid = relation and exists (
@@ -158,18 +158,18 @@ begin atomic
               then format(', in %s', min(t.relation::oid)::regclass) else '' end,
     case when t.each_row then 'What it derives from the column, as a hash or the last characters, becomes that of the envelope. ' else '' end
       || format('WHEN (NOT rekey.is_sweeping(%L)) lets it pass%s; rekey.protect_column(..., fire_triggers => false) keeps all of them from firing.',
-        _column_findings.relation::text, case when not t.each_row then ', for each row' when t.conditional then ', beside its condition' else '' end)
+        _column_findings.relation::text, case when not t.each_row then ', for each row' when t.conditional then ', beside its condition' else '' end), 'let_trigger_pass'
   from triggers t
   group by t.tgname, t.each_row, t.conditional
   union all
   -- 2: ON UPDATE
   select distinct 'rule', false, format('rule %I of %s is applied to the updates of a rotation', r.rulename, r.ev_class::regclass),
-    'Drop it, make it a trigger, or have it passed by (fire_triggers => false): what it puts in their place may leave rows as they are.'
+    'Drop it, make it a trigger, or have it passed by (fire_triggers => false): what it puts in their place may leave rows as they are.', 'pass_rule_by'
   from parts p join pg_rewrite r on r.ev_class = p.relation and r.ev_type = '2' and r.ev_enabled in ('O', 'A')
   where fire_triggers
   union all
   select 'search path', false, format('others may create in schema %I, in which what a rotation fires looks for names', s.nspname),
-    'What they make there could run as the owner of the table: rekey.protect_column(..., search_path => ''...'') without it, or names with their schema.'
+    'What they make there could run as the owner of the table: rekey.protect_column(..., search_path => ''...'') without it, or names with their schema.', 'path_of_others'
   from rekey._others_schemas(_column_findings.relation, _column_findings.search_path) as s(nspname)
   where exists (select from triggers)
   union all
@@ -178,14 +178,14 @@ begin atomic
          when b.without then format('publication %I sends every row of a rotation, without the column', b.pubname)
          else format('publication %I sends the rows of a rotation that its filter lets through', b.pubname) end,
     case when not b.whole and b.without then 'Subscribers, Supabase Realtime among them, get an update for each row, in which nothing has changed.'
-         else 'Subscribers get the envelopes: they need the same keys.' end
+         else 'Subscribers get the envelopes: they need the same keys.' end, null
   from published b
   union all
   select distinct 'publication', false, format('publication %I makes every UPDATE of %s fail, and so the sweep: %s', u.publication, p.relation, u.why),
-    'ALTER TABLE ... REPLICA IDENTITY, or ALTER PUBLICATION, before anything is swept.'
+    'ALTER TABLE ... REPLICA IDENTITY, or ALTER PUBLICATION, before anything is swept.', null
   from parts p cross join lateral rekey._refused_updates(p.relation) u;
 end;
-comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected.';
+comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected; action: as in rekey.find_unprotected().';
 
 create or replace function rekey._newest_problem(protected rekey.protected_columns) returns text
 language plpgsql stable
@@ -212,7 +212,7 @@ $$;
 comment on function rekey._newest_problem is 'In what the triggers of a protected column that is not blocked are behind; NULL: in nothing.';
 
 create or replace function rekey.protection_findings()
-returns table (label text, kind text, severity text, finding text, advice text)
+returns table (label text, kind text, severity text, finding text, advice text, action text)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -222,6 +222,7 @@ declare
 begin
   for v_column in select * from rekey.protected_columns c order by c.label loop
     label := v_column.label;
+    action := null;
     select s.* into v_shape from rekey._column_shape(v_column.id) s;
     finding := rekey._column_problem(v_column);
     if finding is not null then
@@ -235,12 +236,13 @@ begin
         kind := 'write trigger';
         severity := 'warning';
         advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name, rekey._protect_options(v_column));
+        action := 'renew_trigger';
         return next;
       end if;
     end if;
     if v_shape.relation is not null then
       return query
-        select v_column.label, f.kind, 'warning', f.finding, f.advice
+        select v_column.label, f.kind, 'warning', f.finding, f.advice, f.action
         from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]], v_column.fire_triggers, v_column.search_path) f
         order by f.kind, f.finding;
     end if;
@@ -248,7 +250,7 @@ begin
 end
 $$;
 comment on function rekey.protection_findings is
-  'What blocks protected columns, and what rekey.protect_column() warned of or would warn of now: triggers, rules and publications that came later too. severity: critical (blocked) or warning.';
+  'What blocks protected columns, and what rekey.protect_column() warned of or would warn of now: triggers, rules and publications that came later too. severity: critical (blocked) or warning; action: as in rekey.find_unprotected().';
 grant execute on function rekey.protection_findings to rekey_admin, rekey_operator, rekey_auditor;
 
 -- Logical replication brings rows, and not the sequences that numbered them.
@@ -300,33 +302,33 @@ comment on function rekey.resync_sequences is
 grant execute on function rekey.resync_sequences to rekey_admin;
 
 create or replace function rekey.findings()
-returns table (kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text)
+returns table (kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text, action text)
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
-    select 'own tables', 'critical', 'rekey', null::text, null::integer, null::bigint, o.problem, 'Nothing completes and no key is destroyed until that is done.'
+    select 'own tables', 'critical', 'rekey', null::text, null::integer, null::bigint, o.problem, 'Nothing completes and no key is destroyed until that is done.', null::text
     from rekey._own_problem() as o(problem) where o.problem is not null
     union all
     -- 1: for each row, 2: before. Whoever made it may want it; it could also keep rows as they are, and say nothing.
     select 'own tables', 'warning', t.tgrelid::regclass::text, null, null, null,
-      format('trigger %I of %s may change what pg_rekey writes', t.tgname, t.tgrelid::regclass), format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass)
+      format('trigger %I of %s may change what pg_rekey writes', t.tgname, t.tgrelid::regclass), format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass), null
     from pg_depend d
     join pg_trigger t on d.classid = 'pg_class'::regclass and t.tgrelid = d.objid and not t.tgisinternal and t.tgtype::integer & 3 = 3
     join pg_proc p on p.oid = t.tgfoid and p.pronamespace <> 'rekey'::regnamespace
     where d.refclassid = 'pg_namespace'::regclass and d.refobjid = 'rekey'::regnamespace
     union all
-    select c.kind, c.severity, c.label, null, null, null, format('%s: %s', c.label, c.finding), c.advice from rekey.protection_findings() c
+    select c.kind, c.severity, c.label, null, null, null, format('%s: %s', c.label, c.finding), c.advice, c.action from rekey.protection_findings() c
     union all
     select 'sequence', 'critical', s.sequence::text, null, null, null,
       format('the sequence %s is at %s, and its table at %s: rotations will fail with 23505', s.sequence, s.at, s.needed),
-      format('select rekey.resync_sequences(), or: select setval(%L, %s)', s.sequence::text, s.needed)
+      format('select rekey.resync_sequences(), or: select setval(%L, %s)', s.sequence::text, s.needed), null
     from rekey._sequences_behind() s
     union all
     select 'name', 'warning', n.nspname::text, null, null, null,
       format('schema %I belongs to %s, and not to the extension %s', n.nspname, pg_get_userbyid(n.nspowner), s.extension),
-      'pg_rekey passes it by. Whoever reads or calls what is in it runs the code of that role: DROP SCHEMA, or REVOKE CREATE ON DATABASE.'
+      'pg_rekey passes it by. Whoever reads or calls what is in it runs the code of that role: DROP SCHEMA, or REVOKE CREATE ON DATABASE.', null
     from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
     join pg_namespace n on n.nspname = s.schema
     where not exists (
@@ -337,7 +339,7 @@ begin
     union all
     select 'name', 'warning', o.name, null, null, null,
       format('%s of %s is in a schema of the extension %s, and not of the extension', o.name, pg_get_userbyid(o.owner), s.extension),
-      'pg_rekey passes it by. Look at what it is for, and who may CREATE in that schema.'
+      'pg_rekey passes it by. Look at what it is for, and who may CREATE in that schema.', null
     from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
     join pg_namespace n on n.nspname = s.schema
     join pg_extension e on e.extname = s.extension
@@ -350,10 +352,10 @@ begin
       select from pg_depend d
       where d.classid = o.class and d.objid = o.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')
     union all
-    select f.kind, f.severity, f.target, nullif(f.keyring, ''), nullif(f.version, 0), f.rows, f.finding, f.advice
+    select f.kind, f.severity, f.target, nullif(f.keyring, ''), nullif(f.version, 0), f.rows, f.finding, f.advice, null
     from rekey._census_findings f where f.rows is not null;
 end
 $$;
 comment on function rekey.findings is
-  'What is not as it should be: tables of ours that hide rows, protected columns (rekey.protection_findings()), sequences that are behind, schemas and objects that only have the names of pg_cron or the Vault, and rows that the last census found not to open, or on versions that are destroyed or unknown. severity: critical or warning. pg-rekey doctor shows it.';
+  'What is not as it should be: tables of ours that hide rows, protected columns (rekey.protection_findings()), sequences that are behind, schemas and objects that only have the names of pg_cron or the Vault, and rows that the last census found not to open, or on versions that are destroyed or unknown. severity: critical or warning; action: as in rekey.find_unprotected(). pg-rekey doctor shows it.';
 grant execute on function rekey.findings to rekey_admin, rekey_operator, rekey_auditor;

@@ -130,15 +130,15 @@ comment on column rekey.settings.kek_file is 'File of the KEK, relative to the d
 comment on column rekey.settings.destroy_wait is 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
 comment on column rekey.settings.destroy_search is 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
 comment on column rekey.settings.batch_target is 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
-comment on column rekey.settings.step_limit is 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. NULL: 100 times batch_target. Under pg_cron, rekey.watch() looks for it.';
-comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second; NULL: none.';
+comment on column rekey.settings.step_limit is 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. Without one: 100 times batch_target. Under pg_cron a job of its own looks for it.';
+comment on column rekey.settings.max_rows_per_second is 'Throttle of re-encryption over all workers, in rows a second. Without one: as fast as it goes.';
 comment on column rekey.settings.min_pace is 'Part of the time, 0.01 to 1, that a worker works at least while others use the server: then it pauses after each batch, as autovacuum does. 1: it gives way to nobody. Alone it works all the time, and so it does where a key is compromised.';
 comment on column rekey.settings.max_attempts is 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
 comment on column rekey.settings.apply_plaintext is 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
-comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default; NULL: the default of rekey.can_access_tenant().';
-comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation; NULL: nobody.';
+comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default: can_access_tenant() has it.';
+comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation. Without one: nobody is.';
 comment on column rekey.settings.postgrest_login is 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
-comment on column rekey.settings.audit_keep is 'How long entries of the audit log stay at least before rekey.prune_audit_log() may remove them, 1 to 100 years.';
+comment on column rekey.settings.audit_keep is 'How long entries of the audit log stay at least before they may be removed, 1 to 100 years.';
 
 create table rekey._worker (
   singleton boolean constraint _worker_pkey primary key default true constraint _worker_singleton_check check (singleton),
@@ -4529,7 +4529,7 @@ declare
   v_looked_at oid[];
   v_other text;
   v_part record;
-  v_again text := format('repeat rekey.protect_column(%s) as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
+  v_again text := format('repeat rekey.protect_column(%s), or pg-rekey columns protect, as the owner of the table', '...' || nullif(rekey._protect_options(protected), ''));
 begin
   select s.* into v_shape from rekey._column_shape(protected.id) s;
   if current_setting('standard_conforming_strings') = 'off' then
@@ -4546,12 +4546,12 @@ begin
   v_looked_at := array(select v_shape.relation::oid union select l from unnest(v_leaves) l where part is null or l = part);
   v_other := rekey._lost_part(protected, v_leaves);
   if v_other is not null then
-    return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L)',
+    return format('%s held its values, and is no part of %s any more: attach it again, drop it, or, once it holds none, rekey.rebind_column(%L, %L), or pg-rekey columns rebind',
       v_other, v_shape.relation, v_shape.relation, protected.column_name);
   end if;
   v_other := rekey._rival(protected, v_shape.relation, v_looked_at);
   if v_other is not null then
-    return format('its rows are those of %s too, by a partition: detach the partition, or rekey.unprotect_column() one of the two', v_other);
+    return format('its rows are those of %s too, by a partition: detach the partition, or let go of one of the two, by rekey.unprotect_column() or pg-rekey columns unprotect', v_other);
   end if;
   if exists (select from pg_namespace n, aclexplode(n.nspacl) a
              where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
@@ -5216,7 +5216,7 @@ begin
     if v_found.fatal then
       raise exception 'column %.% cannot be protected: %', target, column_name, v_found.finding using errcode = 'invalid_parameter_value', hint = v_found.advice;
     end if;
-    raise warning '%', v_found.finding using hint = v_found.advice;
+    raise warning '%', v_found.finding using hint = v_found.advice, constraint = coalesce(v_found.action, '');
   end loop;
 
   if encrypt_on_write then
@@ -6087,13 +6087,13 @@ comment on function rekey.find_envelopes is
 grant execute on function rekey.find_envelopes to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey.find_unprotected()
-returns table (relation regclass, column_name name, finding text, rows bigint, advice text)
+returns table (relation regclass, column_name name, finding text, rows bigint, advice text, action text)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
-    select f.relation, f.column_name, w.finding, w.rows, w.advice
+    select f.relation, f.column_name, w.finding, w.rows, w.advice, w.action
     from rekey.find_envelopes() with ordinality f (relation, column_name, envelopes, embedded, others, encrypted, secret_keys, place)
     left join rekey.column_status s on s.relation = f.relation and s.column_name = f.column_name
     cross join lateral (
@@ -6103,30 +6103,32 @@ begin
         exists (select from pg_attribute a where a.attrelid = f.relation and a.attname = f.column_name
                 and a.atttypid in ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype)) as fit) n
     cross join lateral (values
-      (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.'),
+      (f.column_name is null, 'cannot be read', null, 'Look at it as its owner.', null),
       (f.envelopes > 0 and s.label is null, 'holds envelopes, and is not protected', f.envelopes,
-        format('select rekey.protect_column(%s): without it no rotation takes these rows along.', n.names)),
+        format('select rekey.protect_column(%s): without it no rotation takes these rows along.', n.names), 'protect_found'),
       (f.embedded > 0, 'holds envelopes within other values', f.embedded,
-        'No rotation takes them along, and a key that only they stand on counts as unused. Give them a column of their own, and protect it.'),
+        'No rotation takes them along, and a key that only they stand on counts as unused. Give them a column of their own, and protect it.', null),
       (f.others > 0 and s.label is not null, 'is protected, and holds values that are not encrypted', f.others,
-        format('select rekey.adopt_column(%s)', n.names)),
+        format('select rekey.adopt_column(%s)', n.names), 'adopt_plaintext'),
       (f.encrypted > 0 and s.label is null and n.ours, 'holds values that another tool encrypted', f.encrypted,
         case when n.fit then format('select rekey.protect_column(%s), then pg-rekey columns adopt --from what that tool writes', n.names)
-          else 'Give them a column of type text or bytea, and protect it.' end),
+          else 'Give them a column of type text or bytea, and protect it.' end,
+        case when n.fit then 'adopt_encrypted' end),
       (f.others > coalesce(f.encrypted, 0) and s.label is null and n.ours and rekey._sounds_secret(f.column_name::text), 'sounds like a secret, and is not encrypted',
         f.others - coalesce(f.encrypted, 0),
         case when n.fit then format('select rekey.protect_column(%s), then rekey.adopt_column()', n.names)
-          else 'Give the values a column of type text or bytea, and protect it.' end),
+          else 'Give the values a column of type text or bytea, and protect it.' end,
+        case when n.fit then 'protect_and_adopt' end),
       (f.secret_keys > 0 and n.ours and not rekey._sounds_secret(f.column_name::text), 'has JSON keys that sound like secrets, and are not encrypted', f.secret_keys,
-        'Give their values a column of type text or bytea, and protect it.')
-    ) as w (so, finding, rows, advice)
+        'Give their values a column of type text or bytea, and protect it.', null)
+    ) as w (so, finding, rows, advice, action)
     -- A materialized view is a copy, made anew by REFRESH.
     where w.so and (select c.relkind from pg_class c where c.oid = f.relation) <> 'm'
     order by f.place;
 end
 $$;
 comment on function rekey.find_unprotected is
-  'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; those that hold what another tool encrypted; and those whose name, or a key of whose JSON, sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
+  'Columns that were forgotten: those that hold envelopes and are not protected, or hold them within other values; those that hold what another tool encrypted; and those whose name, or a key of whose JSON, sounds like a secret, or that are protected, and hold something else. Values are counted, never shown. A table that the caller may not read whole is a finding. action: what is advised, for whoever says it in other words than those of SQL; NULL: the words are the same everywhere. Reads what rekey.find_envelopes() reads, with the rights of the caller.';
 grant execute on function rekey.find_unprotected to rekey_admin, rekey_operator, rekey_auditor;
 
 -- sql/code/55_findings.sql
@@ -6213,7 +6215,7 @@ comment on function rekey._refused_updates is
   'The publications because of which every UPDATE of a relation, a sweep''s too, is refused by PostgreSQL (42P10, 55000), and why.';
 
 create or replace function rekey._column_findings(relation regclass, attnum smallint, fire_triggers boolean, search_path text)
-returns table (kind text, fatal boolean, finding text, advice text)
+returns table (kind text, fatal boolean, finding text, advice text, action text)
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
@@ -6252,31 +6254,31 @@ begin atomic
     where b.pubupdate and c.relpersistence = 'p' and (b.puballtables or r.oid is not null or m.oid is not null)
     group by b.pubname
   )
-  select 'key', true, format('constraint %I makes the column a key', c.conname), 'A key cannot be encrypted: protect another column.'
+  select 'key', true, format('constraint %I makes the column a key', c.conname), 'A key cannot be encrypted: protect another column.', null
   from pg_constraint c
   where c.contype in ('p', 'f') and (c.conrelid = relation and _column_findings.attnum = any (c.conkey)
     or c.confrelid = relation and _column_findings.attnum = any (c.confkey))
   union all
   select 'type', true, format('varchar(%s) limits its length, and an envelope is longer than its value', a.atttypmod - 4),
     format('ALTER TABLE %s ALTER COLUMN %I TYPE text: an envelope of nothing has 104 characters, one of %s has %s.',
-      relation, a.attname, a.atttypmod - 4, 4 + (59 + 16 * ((a.atttypmod - 4) / 16 + 1) + 2) / 3 * 4)
+      relation, a.attname, a.atttypmod - 4, 4 + (59 + 16 * ((a.atttypmod - 4) / 16 + 1) + 2) / 3 * 4), null
   from pg_attribute a where a.attrelid = relation and a.attnum = _column_findings.attnum and a.atttypid = 'varchar'::regtype and a.atttypmod > 0
   union all
   -- Not enforced: from version 18 on.
   select distinct 'check', false, format(case when e.enforced then 'CHECK %I is applied to envelopes' else 'CHECK %I, which is not enforced, is not about envelopes' end, c.conname),
-    case when e.enforced then 'Drop it, or let it accept them: the sweep fails on rows that it refuses.' else 'Nothing fails on it; but it may not be true any more.' end
+    case when e.enforced then 'Drop it, or let it accept them: the sweep fails on rows that it refuses.' else 'Nothing fails on it; but it may not be true any more.' end, null
   from pg_constraint c cross join lateral (select coalesce((to_jsonb(c) ->> 'conenforced')::boolean, true) as enforced) e join (select p.relation, p.attnum from parts p union select relation, _column_findings.attnum) as s on s.relation = c.conrelid
   where c.contype = 'c' and s.attnum = any (c.conkey)
   union all
   select 'index', false, format('index %s holds envelopes: no equality, no order, no uniqueness of the plain values', i.indexrelid::regclass),
-    'Drop it; a value that has no room in an index row (2704 bytes) fails.'
+    'Drop it; a value that has no room in an index row (2704 bytes) fails.', null
   from pg_index i
   where i.indrelid = relation and not i.indisprimary and (_column_findings.attnum = any (i.indkey) or exists (
     select from pg_depend d where d.objid = i.indexrelid and d.classid = 'pg_class'::regclass and d.refobjid = relation and d.refobjsubid = _column_findings.attnum))
   union all
   select 'generated', false, format('generated column %I is computed from envelopes', a.attname),
     case when a.attgenerated = 's' then format('ALTER TABLE %s ALTER COLUMN %I DROP EXPRESSION keeps what is in it; or drop it.', relation, a.attname)
-         else 'Drop it, or compute it from the decrypted view.' end
+         else 'Drop it, or compute it from the decrypted view.' end, null
   from pg_attrdef f
   join pg_attribute a on a.attrelid = f.adrelid and a.attnum = f.adnum and a.attgenerated <> ''
   where f.adrelid = relation and exists (
@@ -6290,18 +6292,18 @@ begin atomic
               then format(', in %s', min(t.relation::oid)::regclass) else '' end,
     case when t.each_row then 'What it derives from the column, as a hash or the last characters, becomes that of the envelope. ' else '' end
       || format('WHEN (NOT rekey.is_sweeping(%L)) lets it pass%s; rekey.protect_column(..., fire_triggers => false) keeps all of them from firing.',
-        _column_findings.relation::text, case when not t.each_row then ', for each row' when t.conditional then ', beside its condition' else '' end)
+        _column_findings.relation::text, case when not t.each_row then ', for each row' when t.conditional then ', beside its condition' else '' end), 'let_trigger_pass'
   from triggers t
   group by t.tgname, t.each_row, t.conditional
   union all
   -- 2: ON UPDATE
   select distinct 'rule', false, format('rule %I of %s is applied to the updates of a rotation', r.rulename, r.ev_class::regclass),
-    'Drop it, make it a trigger, or have it passed by (fire_triggers => false): what it puts in their place may leave rows as they are.'
+    'Drop it, make it a trigger, or have it passed by (fire_triggers => false): what it puts in their place may leave rows as they are.', 'pass_rule_by'
   from parts p join pg_rewrite r on r.ev_class = p.relation and r.ev_type = '2' and r.ev_enabled in ('O', 'A')
   where fire_triggers
   union all
   select 'search path', false, format('others may create in schema %I, in which what a rotation fires looks for names', s.nspname),
-    'What they make there could run as the owner of the table: rekey.protect_column(..., search_path => ''...'') without it, or names with their schema.'
+    'What they make there could run as the owner of the table: rekey.protect_column(..., search_path => ''...'') without it, or names with their schema.', 'path_of_others'
   from rekey._others_schemas(_column_findings.relation, _column_findings.search_path) as s(nspname)
   where exists (select from triggers)
   union all
@@ -6310,14 +6312,14 @@ begin atomic
          when b.without then format('publication %I sends every row of a rotation, without the column', b.pubname)
          else format('publication %I sends the rows of a rotation that its filter lets through', b.pubname) end,
     case when not b.whole and b.without then 'Subscribers, Supabase Realtime among them, get an update for each row, in which nothing has changed.'
-         else 'Subscribers get the envelopes: they need the same keys.' end
+         else 'Subscribers get the envelopes: they need the same keys.' end, null
   from published b
   union all
   select distinct 'publication', false, format('publication %I makes every UPDATE of %s fail, and so the sweep: %s', u.publication, p.relation, u.why),
-    'ALTER TABLE ... REPLICA IDENTITY, or ALTER PUBLICATION, before anything is swept.'
+    'ALTER TABLE ... REPLICA IDENTITY, or ALTER PUBLICATION, before anything is swept.', null
   from parts p cross join lateral rekey._refused_updates(p.relation) u;
 end;
-comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected.';
+comment on function rekey._column_findings is 'What envelopes in a column break, and what a sweep of it fires, with this search path. fatal: it cannot be protected; action: as in rekey.find_unprotected().';
 
 create or replace function rekey._newest_problem(protected rekey.protected_columns) returns text
 language plpgsql stable
@@ -6344,7 +6346,7 @@ $$;
 comment on function rekey._newest_problem is 'In what the triggers of a protected column that is not blocked are behind; NULL: in nothing.';
 
 create or replace function rekey.protection_findings()
-returns table (label text, kind text, severity text, finding text, advice text)
+returns table (label text, kind text, severity text, finding text, advice text, action text)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -6354,6 +6356,7 @@ declare
 begin
   for v_column in select * from rekey.protected_columns c order by c.label loop
     label := v_column.label;
+    action := null;
     select s.* into v_shape from rekey._column_shape(v_column.id) s;
     finding := rekey._column_problem(v_column);
     if finding is not null then
@@ -6367,12 +6370,13 @@ begin
         kind := 'write trigger';
         severity := 'warning';
         advice := format('Repeat rekey.protect_column(%L, %L%s) as the owner of the table.', v_column.relation_name, v_column.column_name, rekey._protect_options(v_column));
+        action := 'renew_trigger';
         return next;
       end if;
     end if;
     if v_shape.relation is not null then
       return query
-        select v_column.label, f.kind, 'warning', f.finding, f.advice
+        select v_column.label, f.kind, 'warning', f.finding, f.advice, f.action
         from rekey._column_findings(v_shape.relation, v_shape.attnums[v_column.places[1]], v_column.fire_triggers, v_column.search_path) f
         order by f.kind, f.finding;
     end if;
@@ -6380,7 +6384,7 @@ begin
 end
 $$;
 comment on function rekey.protection_findings is
-  'What blocks protected columns, and what rekey.protect_column() warned of or would warn of now: triggers, rules and publications that came later too. severity: critical (blocked) or warning.';
+  'What blocks protected columns, and what rekey.protect_column() warned of or would warn of now: triggers, rules and publications that came later too. severity: critical (blocked) or warning; action: as in rekey.find_unprotected().';
 grant execute on function rekey.protection_findings to rekey_admin, rekey_operator, rekey_auditor;
 
 -- Logical replication brings rows, and not the sequences that numbered them.
@@ -6432,33 +6436,33 @@ comment on function rekey.resync_sequences is
 grant execute on function rekey.resync_sequences to rekey_admin;
 
 create or replace function rekey.findings()
-returns table (kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text)
+returns table (kind text, severity text, target text, keyring text, version integer, rows bigint, finding text, advice text, action text)
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
-    select 'own tables', 'critical', 'rekey', null::text, null::integer, null::bigint, o.problem, 'Nothing completes and no key is destroyed until that is done.'
+    select 'own tables', 'critical', 'rekey', null::text, null::integer, null::bigint, o.problem, 'Nothing completes and no key is destroyed until that is done.', null::text
     from rekey._own_problem() as o(problem) where o.problem is not null
     union all
     -- 1: for each row, 2: before. Whoever made it may want it; it could also keep rows as they are, and say nothing.
     select 'own tables', 'warning', t.tgrelid::regclass::text, null, null, null,
-      format('trigger %I of %s may change what pg_rekey writes', t.tgname, t.tgrelid::regclass), format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass)
+      format('trigger %I of %s may change what pg_rekey writes', t.tgname, t.tgrelid::regclass), format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass), null
     from pg_depend d
     join pg_trigger t on d.classid = 'pg_class'::regclass and t.tgrelid = d.objid and not t.tgisinternal and t.tgtype::integer & 3 = 3
     join pg_proc p on p.oid = t.tgfoid and p.pronamespace <> 'rekey'::regnamespace
     where d.refclassid = 'pg_namespace'::regclass and d.refobjid = 'rekey'::regnamespace
     union all
-    select c.kind, c.severity, c.label, null, null, null, format('%s: %s', c.label, c.finding), c.advice from rekey.protection_findings() c
+    select c.kind, c.severity, c.label, null, null, null, format('%s: %s', c.label, c.finding), c.advice, c.action from rekey.protection_findings() c
     union all
     select 'sequence', 'critical', s.sequence::text, null, null, null,
       format('the sequence %s is at %s, and its table at %s: rotations will fail with 23505', s.sequence, s.at, s.needed),
-      format('select rekey.resync_sequences(), or: select setval(%L, %s)', s.sequence::text, s.needed)
+      format('select rekey.resync_sequences(), or: select setval(%L, %s)', s.sequence::text, s.needed), null
     from rekey._sequences_behind() s
     union all
     select 'name', 'warning', n.nspname::text, null, null, null,
       format('schema %I belongs to %s, and not to the extension %s', n.nspname, pg_get_userbyid(n.nspowner), s.extension),
-      'pg_rekey passes it by. Whoever reads or calls what is in it runs the code of that role: DROP SCHEMA, or REVOKE CREATE ON DATABASE.'
+      'pg_rekey passes it by. Whoever reads or calls what is in it runs the code of that role: DROP SCHEMA, or REVOKE CREATE ON DATABASE.', null
     from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
     join pg_namespace n on n.nspname = s.schema
     where not exists (
@@ -6469,7 +6473,7 @@ begin
     union all
     select 'name', 'warning', o.name, null, null, null,
       format('%s of %s is in a schema of the extension %s, and not of the extension', o.name, pg_get_userbyid(o.owner), s.extension),
-      'pg_rekey passes it by. Look at what it is for, and who may CREATE in that schema.'
+      'pg_rekey passes it by. Look at what it is for, and who may CREATE in that schema.', null
     from (values ('cron', 'pg_cron'), ('vault', 'supabase_vault')) as s(schema, extension)
     join pg_namespace n on n.nspname = s.schema
     join pg_extension e on e.extname = s.extension
@@ -6482,12 +6486,12 @@ begin
       select from pg_depend d
       where d.classid = o.class and d.objid = o.oid and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e')
     union all
-    select f.kind, f.severity, f.target, nullif(f.keyring, ''), nullif(f.version, 0), f.rows, f.finding, f.advice
+    select f.kind, f.severity, f.target, nullif(f.keyring, ''), nullif(f.version, 0), f.rows, f.finding, f.advice, null
     from rekey._census_findings f where f.rows is not null;
 end
 $$;
 comment on function rekey.findings is
-  'What is not as it should be: tables of ours that hide rows, protected columns (rekey.protection_findings()), sequences that are behind, schemas and objects that only have the names of pg_cron or the Vault, and rows that the last census found not to open, or on versions that are destroyed or unknown. severity: critical or warning. pg-rekey doctor shows it.';
+  'What is not as it should be: tables of ours that hide rows, protected columns (rekey.protection_findings()), sequences that are behind, schemas and objects that only have the names of pg_cron or the Vault, and rows that the last census found not to open, or on versions that are destroyed or unknown. severity: critical or warning; action: as in rekey.find_unprotected(). pg-rekey doctor shows it.';
 grant execute on function rekey.findings to rekey_admin, rekey_operator, rekey_auditor;
 
 -- sql/code/56_remake.sql
@@ -7230,7 +7234,7 @@ begin
          when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
     || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
     || case when code in ('42P01', '42883', '42704', '3F000') then
-      format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column() the path that it needs',
+      format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column(), or pg-rekey columns protect, the path that it needs',
         coalesce(v_path, 'pg_catalog, pg_temp'),
         coalesce('ALTER FUNCTION ' || rekey._cut(v_functions[1], 200) || ' SET search_path = ...', 'give what the table calls a search path of its own')) else '' end;
 end

@@ -12,7 +12,6 @@ from driving import on_versions, opened, read, refused, rotate, rotation, run, s
 from estate import Estate, copy_data
 from helpers import Connection, connect, unlock, value
 from pg_rekey import local
-from pg_rekey.errors import Problem
 
 KEK_FILE = "pg_rekey.kek"
 GET: LiteralString = "select rekey.get_secret('s1')"
@@ -61,7 +60,7 @@ def reads(copy: Estate) -> None:
         pg_rekey.unlock(reader, copy.kek, "session")
         look(reader, copy)
         reader.execute("set log_statement = 'all'")
-        with pytest.raises(Problem, match="would log the KEK: log_statement is all"):
+        with pytest.raises(pg_rekey.Locked, match="would log the KEK: log_statement is all"):
             pg_rekey.unlock(reader, copy.kek, "session")
         with refused("25006"):
             unlock(reader, copy.kek)

@@ -16,6 +16,7 @@ from fastapi import Request
 from pg_rekey import db, doctor
 from pg_rekey.api.database import LONG_TIMEOUT, OWN_ROLE, transaction
 from pg_rekey.api.refusals import Refusal, no_keyring
+from pg_rekey.hints import Road
 
 Row = dict[str, Any]
 # Changes of a rotation, and of a version of a key, by the functions of these names.
@@ -201,7 +202,13 @@ def checkpoint(request: Request) -> Row:
 def find_unprotected(request: Request) -> list[Row]:
     """Look for columns that were forgotten, with the rights of the token's role."""
     with long(request) as connection:
-        return connection.execute(db.query("api unprotected")).fetchall()
+        return doctor.unprotected(connection, Road.HTTP)
+
+
+def columns(request: Request) -> list[Row]:
+    """Return the protected columns, and what their rotations break or set off."""
+    with transaction(request) as connection:
+        return doctor.columns(connection, Road.HTTP)
 
 
 def examine(request: Request, timeout: str | None = None) -> list[doctor.Finding]:

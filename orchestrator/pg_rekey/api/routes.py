@@ -296,7 +296,7 @@ def verify(request: Request, keyring: KeyringFilter = None) -> models.Verificati
 @needs("read")
 def columns(request: Request) -> models.Columns:
     """Protected columns, and what blocks each of them."""
-    return models.Columns.model_validate({"columns": actions.rows(request, "api columns")})
+    return models.Columns.model_validate({"columns": actions.columns(request)})
 
 
 @api.get("/columns/find", summary="Columns that were forgotten", tags=["columns"], responses=CHANGES)

@@ -25,6 +25,7 @@ from pg_rekey.cli.base import (
     yes_option,
 )
 from pg_rekey.cli.commands import Group
+from pg_rekey.cli.words import count
 from pg_rekey.errors import FINDINGS, Problem
 
 
@@ -94,10 +95,12 @@ def verify(
         raise click.exceptions.Exit(FINDINGS)
     since = " and holds the anchor" if anchor else ""
     removed = scalar(connection, "select rekey.audit_checkpoint()")["id"] - result["entries"]
-    where = (
-        f", {removed} more {'in files' if files else 'were removed to files: --archive'}" if removed else ""
+    where = f", {removed:,} more {'in files' if files else 'removed to files: --archive'}" if removed else ""
+    out.done(
+        f"the audit log is whole{since}: {count(result['entries'], 'entry', 'entries')}{where}",
+        **result,
+        removed=removed,
     )
-    out.done(f"the audit log is whole{since}: {result['entries']} entries{where}", **result, removed=removed)
 
 
 @audit.command(example="pg-rekey audit export audit-2026.jsonl --key signer")
@@ -160,7 +163,11 @@ def prune(connection: db.Connection, out: Output, path: Path, public_key: Path, 
         file.sha256,
         Jsonb(file.checkpoint),
     )
-    out.done(f"{removed} entries removed from the audit log; keep {path}", removed=removed, path=str(path))
+    out.done(
+        f"{count(removed, 'entry', 'entries')} removed from the audit log; keep {path}",
+        removed=removed,
+        path=str(path),
+    )
 
 
 @audit.command(example="pg-rekey audit checkpoint --key signer --out checkpoint.json")

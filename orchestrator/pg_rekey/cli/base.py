@@ -39,14 +39,16 @@ class Output:
 
     def stream(self, batches: Iterable[Sequence[Row]], empty: str = "none") -> None:
         """Print rows as they come, in batches of any number; as JSON, one document with a line for each."""
-        count = 0
+        count, columns = 0, None
         for batch in batches:
             if self.json:
                 click.echo((",\n" if count else "[\n") + ",\n".join(map(_LINE.encode, batch)), nl=False)
             else:
-                lines = tables.lines(batch, list(batch[0]), self._console.width, header=count == 0)
+                before, width = columns, self._console.width
+                columns = tables.telling(batch, list(batch[0]), width)
+                lines = tables.lines(batch, columns, width, header=columns != before)
                 if lines is None:
-                    self.show(*tables.fitted(batch, list(batch[0]), self._console.width, header=count == 0))
+                    self.show(*tables.fitted(batch, columns, width, header=columns != before))
                 else:
                     click.echo("\n".join(lines))
             count += len(batch)
@@ -68,7 +70,11 @@ class Output:
         if self.json:
             self.document(row)
         else:
-            self.show(tables.record(row))
+            self.show(self.listed(row))
+
+    def listed(self, row: Row) -> RenderableType:
+        """Return what shows one row, a line for each column."""
+        return tables.record(row, self._console.width)
 
     def done(self, message: str, **data: Any) -> None:
         """Say what was done; as JSON, the data."""

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import click
 import psycopg
 
-from pg_rekey import adoption, db, worker
+from pg_rekey import adoption, db, doctor, worker
 from pg_rekey.adoption import ATTEMPTS, PASSING, SHOWN_KEYS
+from pg_rekey.cli import words
 from pg_rekey.cli.base import Output, confirm, database, fetch, output, reason_option, scalar, yes_option
 from pg_rekey.cli.commands import Group
 from pg_rekey.cli.follow import follow
@@ -16,6 +17,7 @@ from pg_rekey.cli.rotations import COLUMNS
 from pg_rekey.errors import FINDINGS, UNFINISHED
 from pg_rekey.formats import FORMATS, Keys
 from pg_rekey.formats.wrappers import WRAPPERS
+from pg_rekey.hints import Road
 
 WITH_KEYS = "The same command goes on with it: no other worker has the keys."
 SHOWN = (
@@ -40,7 +42,7 @@ def columns() -> None:
 @database()
 def list_(connection: db.Connection, out: Output) -> None:
     """List the protected columns, what blocks them, and what their rotations break or set off."""
-    rows = fetch(connection, db.query("columns"))
+    rows = doctor.columns(connection, Road.COMMAND)
     out.table(rows, SHOWN, empty="no column is protected")
     for row in rows:
         for finding in row["findings"]:
@@ -193,7 +195,7 @@ def unprotect(out: Output, table: str, column: str, decrypt: bool, yes: bool) ->
         table = db.named(connection, table)
         for count in release(connection, table, column, decrypt):
             total += count
-            click.echo(f"{total} rows decrypted", err=True)
+            click.echo(f"{words.count(total, 'row')} decrypted", err=True)
     out.done(f"{table}.{column} is not protected any more", table=table, column=column)
 
 
@@ -258,7 +260,7 @@ def find(connection: db.Connection, out: Output) -> None:
     Those that hold envelopes without protection, or what another tool encrypted, and those whose name, or a
     key of whose JSON, sounds like a secret. What cannot be read is named.
     """
-    rows = fetch(connection, "select * from rekey.find_unprotected()")
+    rows = doctor.unprotected(connection, Road.COMMAND)
     shown = ("relation", "column_name", "finding", "rows", "advice")
     unread = [row["name"] for row in fetch(connection, db.query("never searched"))]
     out.table(rows, shown, empty="nothing was found in what was read" if unread else "nothing was forgotten")

@@ -12,7 +12,15 @@ COMMAND, TYPED = "pg_rekey.command", "pg_rekey.typed"
 _WHOLE = 10_000
 
 
-class Command(click.Command):
+class Whole(click.Command):
+    """Has descriptions that are never cut: on help pages, and where a shell completes."""
+
+    def get_short_help_str(self, limit: int = _WHOLE) -> str:
+        """Return the first sentence."""
+        return super().get_short_help_str(limit)
+
+
+class Command(Whole):
     """A command, with an example on its help page."""
 
     def __init__(self, *args: Any, example: str, **attributes: Any) -> None:
@@ -32,8 +40,8 @@ class Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
-class Group(click.Group):
-    """A group of commands, whose descriptions are never cut."""
+class Group(Whole, click.Group):
+    """A group of commands."""
 
     command_class = Command
     # Titles, and the commands under each; what is in none comes last.
@@ -47,7 +55,7 @@ class Group(click.Group):
             self._write(title, names, formatter)
 
     def _write(self, title: str, names: Iterable[str], formatter: click.HelpFormatter) -> None:
-        rows = [(name, self.commands[name].get_short_help_str(_WHOLE)) for name in names]
+        rows = [(name, self.commands[name].get_short_help_str()) for name in names]
         if rows:
             with formatter.section(title):
                 formatter.write_dl(rows)

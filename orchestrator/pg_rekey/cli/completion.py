@@ -1,12 +1,21 @@
 """`pg-rekey completion`: what makes a shell complete commands, options and names."""
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import FishComplete, add_completion_class, get_completion_class
 
 from pg_rekey.cli.commands import Command
 from pg_rekey.errors import Problem
 
 VARIABLE = "_PG_REKEY_COMPLETE"
+
+
+@add_completion_class
+class Fish(FishComplete):
+    """Completion for fish: click's own takes a comma in a name or a description for its end."""
+
+    source_template = FishComplete.source_template.replace(
+        'string split "," $completion', 'string split --max 1 "," $completion'
+    )
 
 
 @click.command(cls=Command, example="pg-rekey completion bash >> ~/.bash_completion")

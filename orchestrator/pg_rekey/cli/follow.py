@@ -3,11 +3,11 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -36,11 +36,11 @@ GLANCE = 0.5
 class Bar:
     """Shows on standard error how far rotations are: their phase, rows, rows a second, and the time left.
 
-    What is printed meanwhile appears above it.
+    What is printed meanwhile appears above it; what they wait for, between that and the bar.
     """
 
     def __init__(self) -> None:
-        self._progress = _progress()
+        self._progress = Line()
         self._terminal = not self._progress.disable
         self._task = self._progress.add_task("", total=None, visible=False, done=0, rows=None, things="rows")
         self._phase = ""
@@ -61,10 +61,7 @@ class Bar:
 
     def show(self, state: Row) -> None:
         """Show how far they are, as the query `progress` says; what they wait for is said once."""
-        waiting = _without_ages(state["blocked_by"])
-        if waiting != self._waiting:
-            say(f"waits for {blockers(state['blocked_by'])}" if waiting else "goes on")
-            self._waiting = waiting
+        self._wait(state["blocked_by"])
         phase = _phase(state)
         if phase != self._phase:
             self._progress.reset(self._task, visible=bool(state["unfinished"]))
@@ -90,6 +87,19 @@ class Bar:
             rows = "" if state["total"] is None else f", {state['done']:,} of {state['total']:,} rows"
             say(f"{name} {phase}{rows}")
 
+    def _wait(self, given: list[dict[str, Any]] | None) -> None:
+        """Say what they wait for: with an age that goes on, as long as it is so; without a terminal, once."""
+        before, waiting = self._waiting, _without_ages(given)
+        self._waiting = waiting
+        if self._terminal:
+            if waiting == before and any("age_seconds" not in one for one in given or []):
+                return  # whoever was waited for has gone, and with him how long it was
+            if before and waiting != before:
+                say(f"waited for {self._progress.line}")
+            self._progress.line = blockers(given)
+        elif waiting != before:
+            say(f"waits for {blockers(given)}" if waiting else "goes on")
+
 
 class Count:
     """Shows on standard error how many of a number are done: a bar, or a line now and then."""
@@ -97,7 +107,7 @@ class Count:
     def __init__(self, what: str, total: int, things: str) -> None:
         self._what, self._total, self._things = what, total, things
         self._done = 0
-        self._progress = _progress()
+        self._progress = Line()
         self._task = self._progress.add_task(what, total=total, done=0, rows=total, things=things)
         self._next = time.monotonic() + LIFE_SIGN
 
@@ -199,21 +209,6 @@ def follow(
     return fetch(connection, "select * from rekey.rotation_status where id = any(%s) order by id", ids)
 
 
-def _progress() -> Progress:
-    console = Console(stderr=True, highlight=False, markup=False)
-    return Progress(
-        SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
-        TextColumn("{task.description}", markup=False, table_column=_column()),
-        BarColumn(bar_width=None),
-        _Rows(_column()),
-        _Pace(_column()),
-        _TimeLeft(table_column=_column()),
-        console=console,
-        disable=not console.is_terminal,
-        expand=True,
-    )
-
-
 def _column() -> Column:
     return Column(no_wrap=True, overflow="crop")
 
@@ -244,3 +239,31 @@ class _Pace(ProgressColumn):
             return Text("")
         pace = task.speed * task.fields["rows"] / task.total
         return Text(f"{pace:,.0f} {task.fields['things']}/s", "progress.data.speed")
+
+
+class Line(Progress):
+    """A bar on one line of standard error, where that is a terminal, and above it what is waited for.
+
+    line: what that is; empty: nothing.
+    """
+
+    def __init__(self) -> None:
+        self.line = ""
+        console = Console(stderr=True, highlight=False, markup=False)
+        super().__init__(
+            SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
+            TextColumn("{task.description}", markup=False, table_column=_column()),
+            BarColumn(bar_width=None),
+            _Rows(_column()),
+            _Pace(_column()),
+            _TimeLeft(table_column=_column()),
+            console=console,
+            disable=not console.is_terminal,
+            expand=True,
+        )
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Yield what is waited for, and the bar."""
+        if self.line:
+            yield Text(f"waits for {self.line}")
+        yield from super().get_renderables()

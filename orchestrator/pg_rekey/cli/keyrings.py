@@ -8,6 +8,7 @@ from pg_rekey import db
 from pg_rekey.cli.base import Output, confirm, database, fetch, fetch_one, scalar, tenant_option, yes_option
 from pg_rekey.cli.commands import Group
 from pg_rekey.cli.parameters import KEYRING
+from pg_rekey.cli.words import count
 
 
 @click.group(cls=Group)
@@ -54,4 +55,4 @@ def confirm_emptied(connection: db.Connection, out: Output, name: str, yes: bool
     """Confirm that the secrets of a keyring are gone because they were deleted: its rotation waits for it."""
     confirm(connection, f"Are the secrets of keyring {name} gone because somebody deleted them?", yes)
     rows = scalar(connection, "select rekey.confirm_emptied(%s)", name)
-    out.done(f"keyring {name} held {rows} secrets, and is to hold none", keyring=name, rows=rows)
+    out.done(f"keyring {name} held {count(rows, 'secret')}, and is to hold none", keyring=name, rows=rows)

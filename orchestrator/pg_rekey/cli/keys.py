@@ -3,8 +3,6 @@
 import time
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
 from pg_rekey import db, worker
 from pg_rekey.cli.base import (
@@ -20,7 +18,8 @@ from pg_rekey.cli.base import (
     yes_option,
 )
 from pg_rekey.cli.commands import Group
-from pg_rekey.cli.parameters import KEYRING
+from pg_rekey.cli.follow import Line
+from pg_rekey.cli.parameters import KEYRING, VERSION
 from pg_rekey.cli.words import blockers
 from pg_rekey.errors import FINDINGS
 
@@ -50,7 +49,7 @@ def usage(connection: db.Connection, out: Output, keyring: str | None) -> None:
 
 @keys.command(example="pg-rekey keys disable default 1 --reason 'under suspicion'")
 @click.argument("keyring", type=KEYRING)
-@click.argument("version", type=int)
+@click.argument("version", type=VERSION)
 @reason_option
 @database()
 def disable(connection: db.Connection, out: Output, keyring: str, version: int, reason: str | None) -> None:
@@ -61,7 +60,7 @@ def disable(connection: db.Connection, out: Output, keyring: str, version: int, 
 
 @keys.command(example="pg-rekey keys enable default 1")
 @click.argument("keyring", type=KEYRING)
-@click.argument("version", type=int)
+@click.argument("version", type=VERSION)
 @reason_option
 @database()
 def enable(connection: db.Connection, out: Output, keyring: str, version: int, reason: str | None) -> None:
@@ -72,7 +71,7 @@ def enable(connection: db.Connection, out: Output, keyring: str, version: int, r
 
 @keys.command(example="pg-rekey keys compromise default 1 --reason 'laptop stolen'")
 @click.argument("keyring", type=KEYRING)
-@click.argument("version", type=int)
+@click.argument("version", type=VERSION)
 @reason_option
 @yes_option
 @database(unlocked=True)
@@ -90,7 +89,7 @@ def compromise(
 
 @keys.command(example="pg-rekey keys schedule-destruction default 1")
 @click.argument("keyring", type=KEYRING)
-@click.argument("version", type=int)
+@click.argument("version", type=VERSION)
 @click.option("--wait", metavar="INTERVAL", help="Time until then; by default the setting destroy_wait.")
 @yes_option
 @database(unlocked=True)
@@ -117,25 +116,18 @@ def search(out: Output) -> None:
     The worker does the same once a destruction is due, with its own rights. What neither may read keeps the
     versions; what one of them has read, the other need not.
     """
-    console = Console(stderr=True, highlight=False)
-    with (
-        worker.connect() as connection,
-        Progress(console=console, disable=not console.is_terminal, transient=True) as progress,
-    ):
+    with worker.connect() as connection, Line() as progress:
         with worker.transaction(connection):
             connection.execute("select rekey.begin_search()")
-        shown = progress.add_task("searching", total=None)
+        shown = progress.add_task("searching", total=None, done=0, rows=None, things="bytes")
         while (step := worker.search(connection))["event"] not in ("complete", "incomplete", "idle"):
             status = fetch_one(connection, "select * from rekey.search_status")
-            waiting = status["blocked_by"] and f"waiting for {blockers(status['blocked_by'])}"
-            progress.update(
-                shown,
-                total=status["bytes"],
-                completed=status["bytes_read"],
-                description=waiting or "searching",
-            )
+            progress.line = blockers(status["blocked_by"])
+            progress.update(shown, total=status["bytes"], completed=status["bytes_read"])
             if step["wait"]:
                 time.sleep(step["wait"].total_seconds())
+        progress.line = ""
+        progress.update(shown, visible=False)
         status = fetch_one(connection, "select * from rekey.search_status")
         findings = fetch(connection, "select * from rekey.search_findings order by relation, column_name")
     if out.json:
@@ -150,7 +142,7 @@ def search(out: Output) -> None:
 
 @keys.command(example="pg-rekey keys cancel-destruction default 1")
 @click.argument("keyring", type=KEYRING)
-@click.argument("version", type=int)
+@click.argument("version", type=VERSION)
 @database()
 def cancel_destruction(connection: db.Connection, out: Output, keyring: str, version: int) -> None:
     """Cancel a destruction that has not happened yet."""

@@ -34,12 +34,14 @@ class Name(click.ParamType[Any]):
         return [CompletionItem(name) for name in found if name.startswith(incomplete)]
 
 
+FAILURE = Name("failure", number=True)
 KEYRING = Name("keyring")
 ROTATION = Name("rotation", number=True)
 SECRET = Name("secret")
 SETTING = Name("setting")
 TABLE = Name("table")
 COLUMN = Name("column")
+VERSION = Name("version", number=True)
 
 
 def typed(context: click.Context) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from pg_rekey.cli.follow import follow, tell_error
 from pg_rekey.cli.parameters import KEYRING
 from pg_rekey.cli.rotations import COLUMNS
 from pg_rekey.cli.tables import Row
+from pg_rekey.cli.words import count, interval
 from pg_rekey.errors import FINDINGS, LOCKED, UNFINISHED, Problem
 
 # Opening twice, sealing, and writing, in openings: what rotations of 60,000 rows took.
@@ -131,7 +133,8 @@ def held_up(row: Row) -> str:
     if row["state"] == "failed":
         return f"{said} failed: {row['last_error']}"
     where = f" of {', '.join(row['relations'])}" if row["relations"] else ""
-    return f"{said} left {row['rows_failed']} rows{where}: `pg-rekey rotations failures {row['id']}` says why"
+    left = f"{said} left {count(row['rows_failed'], 'row')}{where}"
+    return f"{left}: `pg-rekey rotations failures {row['id']}` says why"
 
 
 def _choose(connection: db.Connection, keyring: str | None) -> str:
@@ -168,7 +171,9 @@ def _dry_run(connection: db.Connection, out: Output, keyring: str | None) -> Non
         )
     else:
         out.table(rows, empty="there is nothing encrypted")
-        out.say(f"{total:,} rows opened in {seconds:.1f} s, {failed} do not open; nothing was changed")
-        out.say(f"a rotation takes about {estimate:.0f} s ({source})")
+        not_open = f"{failed:,} {'does' if failed == 1 else 'do'} not open"
+        took = interval(timedelta(seconds=seconds))
+        out.say(f"{count(total, 'row')} opened in {took}, {not_open}; nothing was changed")
+        out.say(f"a rotation takes about {interval(timedelta(seconds=max(estimate, 1)))} ({source})")
     if failed:
         raise click.exceptions.Exit(FINDINGS)

@@ -15,7 +15,7 @@ from pg_rekey.cli.base import (
     reason_option,
 )
 from pg_rekey.cli.commands import Group
-from pg_rekey.cli.parameters import ROTATION
+from pg_rekey.cli.parameters import FAILURE, ROTATION
 from pg_rekey.cli.tables import Row
 from pg_rekey.errors import UNFINISHED, missing
 
@@ -127,7 +127,7 @@ def failures(connection: db.Connection, out: Output, rotation: int | None, every
 
 
 @rotations.command(example="pg-rekey rotations resolve 3 retry --reason 'row mended'")
-@click.argument("failure", type=int)
+@click.argument("failure", type=FAILURE)
 @click.argument("action", type=click.Choice(["retry", "discard"]))
 @reason_option
 @database(unlocked=True)

@@ -31,6 +31,7 @@ from pg_rekey.cli.base import (
 from pg_rekey.cli.commands import Group
 from pg_rekey.cli.follow import Count
 from pg_rekey.cli.parameters import KEYRING, SECRET
+from pg_rekey.cli.words import count
 from pg_rekey.errors import FINDINGS, USAGE, Problem, missing
 
 # Rows that a list takes from the server at a time.
@@ -95,7 +96,10 @@ def list_(
     # By a cursor of the server: there may be any number.
     with connection.cursor("secrets") as cursor:
         cursor.execute(db.query("secrets"), [tenant, like, like, limit])
-        out.stream(iter(lambda: cursor.fetchmany(BATCH), []), empty="no secrets")
+        out.stream(
+            iter(lambda: cursor.fetchmany(BATCH), []),
+            empty=f"no secret is like {pattern}" if pattern else "no secrets",
+        )
 
 
 @secrets.command(
@@ -169,13 +173,13 @@ def import_(
         raise click.UsageError(f"{path} names the tenant and the keyring of each secret itself")
     for one in found.keyrings:
         connection.execute(db.query("import keyring"), astuple(one))
-    with Count("importing", len(found.secrets), "secrets") as count:
-        names = _import(connection, found.secrets, count)
+    with Count("importing", len(found.secrets), "secrets") as progress:
+        names = _import(connection, found.secrets, progress)
     said = ", ".join(f"{len(of_kind)} {kind}" for kind, of_kind in names.items())
     out.done(said, **names)
 
 
-def _import(connection: db.Connection, wanted: Sequence[Secret], count: Count) -> dict[str, list[str]]:
+def _import(connection: db.Connection, wanted: Sequence[Secret], progress: Count) -> dict[str, list[str]]:
     """Store what is new or another value, and return the names of these and of the others, sorted."""
     names: dict[str, list[str]] = {"created": [], "updated": [], "unchanged": []}
 
@@ -190,7 +194,7 @@ def _import(connection: db.Connection, wanted: Sequence[Secret], count: Count) -
             names["updated"] += [name for name, _, _ in changed if name in known]
             names["unchanged"] += [name for name, value, _ in batch if known.get(name) == value]
             _store(connection, tenant, keyring, changed)
-            count.advance(len(batch))
+            progress.advance(len(batch))
     return {kind: sorted(of_kind) for kind, of_kind in names.items()}
 
 
@@ -199,10 +203,10 @@ def _adopt_vault(connection: db.Connection, out: Output, tenant: UUID, keyring: 
     connection.add_notice_handler(
         lambda notice: closed.append(notice) if notice.sqlstate == "RK003" else None
     )
-    count = scalar(connection, db.query("adopt vault"), keyring, tenant)
+    copied = scalar(connection, db.query("adopt vault"), keyring, tenant)
     connection.commit()
-    left = f", {len(closed)} do not open" if closed else ""
-    out.done(f"{count} secrets copied from the Vault{left}", copied=count, closed=len(closed))
+    left = f", {len(closed):,} {'does' if len(closed) == 1 else 'do'} not open" if closed else ""
+    out.done(f"{count(copied, 'secret')} copied from the Vault{left}", copied=copied, closed=len(closed))
     if closed:
         raise click.exceptions.Exit(FINDINGS)
 
@@ -225,7 +229,7 @@ def export(connection: db.Connection, out: Output, path: Path | None, tenant: UU
     values = {row["name"]: row["value"] for row in rows}
     if path is not None:
         write_new(path, envfile.write(values))
-        out.done(f"{len(values)} secrets written to {path}", path=str(path), secrets=len(values))
+        out.done(f"{count(len(values), 'secret')} written to {path}", path=str(path), secrets=len(values))
     elif out.json:
         out.document(values)
     else:

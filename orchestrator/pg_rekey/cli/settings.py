@@ -6,6 +6,7 @@ from pg_rekey import db
 from pg_rekey.cli.base import Output, database, fetch, fetch_one
 from pg_rekey.cli.commands import Group
 from pg_rekey.cli.parameters import SETTING
+from pg_rekey.cli.words import interval_of
 
 
 @click.group(cls=Group)
@@ -17,7 +18,11 @@ def settings() -> None:
 @database()
 def show(connection: db.Connection, out: Output) -> None:
     """Show all settings with their meaning."""
-    out.table(fetch(connection, "select * from rekey.setting_status order by name"))
+    rows = fetch(connection, "select * from rekey.setting_status order by name")
+    if out.json:
+        out.document(rows)
+    else:
+        out.table([{**row, "value": interval_of(row["value"] or "")} for row in rows])
 
 
 @settings.command("set", example="pg-rekey settings set max_rows_per_second 5000")
@@ -29,6 +34,8 @@ def set_(connection: db.Connection, out: Output, name: str, value: str | None, r
     """Change a setting."""
     if (value is None) != reset:
         raise click.UsageError("give a VALUE or --default")
+    if value == "":
+        raise click.UsageError("an empty VALUE is none: --default takes a setting back to its default")
     connection.execute("select rekey.set_setting(%s, %s)", [name, value])
     row = fetch_one(connection, "select name, value from rekey.setting_status where name = %s", name)
-    out.done(f"{name} is {row['value'] if row['value'] is not None else 'not set'}", **row)
+    out.done(f"{name} is {'not set' if row['value'] is None else interval_of(row['value'])}", **row)

@@ -10,14 +10,15 @@ from rich.live import Live
 from rich.text import Text
 
 from pg_rekey import db
-from pg_rekey.cli import tables
 from pg_rekey.cli.base import Output, database, fetch, fetch_one, scalar
 from pg_rekey.cli.commands import Command
 from pg_rekey.cli.follow import NOBODY
 from pg_rekey.cli.rotations import COLUMNS
+from pg_rekey.cli.words import count
 from pg_rekey.errors import FINDINGS, UNFINISHED
 
-KEYRINGS = ("keyring", "version", "rows", "since", "rotate_every", "next_rotation_at", "schedule")
+KEYRINGS = ("keyring", "version", "since", "rotate_every", "next_rotation_at", "schedule")
+LAST = ("keyring", "last_rotation", "rows", "took", "counted_at")
 ROTATIONS = (*COLUMNS[:-1], "blocked_by", "last_error")
 REFRESH = 2.0
 
@@ -96,12 +97,15 @@ def _view(connection: db.Connection, out: Output, found: dict[str, Any]) -> list
     parts += out.fit(found["keyrings"], KEYRINGS, "no keyrings: run `pg-rekey init`")
     if found["secrets"] is not None:
         about = "about " if found["secrets_estimated"] else ""
-        parts.append(Text(f"{about}{found['secrets']:,} secret{'' if found['secrets'] == 1 else 's'}"))
+        parts.append(Text(f"{about}{count(found['secrets'], 'secret')}"))
+    if last := [row for row in found["keyrings"] if row["last_rotation"]]:
+        parts += ["", *out.fit(last, LAST)]
     parts += ["", *out.fit(found["rotations"], ROTATIONS, "no rotation is under way")]
     if found["idle"]:
         parts.append(Text(NOBODY, "yellow"))
-    parts += ["", tables.record(found["worker"])]
+    worker = {**found["worker"], "last_tick_at": found["worker"]["last_tick_at"] or "never"}
+    parts += ["", out.listed(worker)]
     if found["search"] and found["search"]["state"] != "complete":
         parts += ["", Text("search for versions that are to be destroyed", "bold")]
-        parts.append(tables.record(found["search"]))
+        parts.append(out.listed(found["search"]))
     return parts

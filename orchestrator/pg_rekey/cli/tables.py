@@ -20,6 +20,8 @@ INDENT = 4
 # Room that a sentence needs to stand in a column; with less it stands under its row.
 SENTENCE = 30
 UNLIMITED = 10_000
+# A terminal that is narrower shows no column without anything in it.
+WIDE = 120
 _HEADINGS = {
     "active_version": "version",
     "column_name": "column",
@@ -54,12 +56,11 @@ def fitted(
 ) -> Iterator[RenderableType]:
     """Yield what makes a table of this width.
 
-    What does not fit: columns without anything in them are left out, times are short, a sentence goes over
-    several lines, and what is widest stands under its row.
+    On one that is not wide, columns without anything in them are left out, and times to come are relative.
+    What does not fit then: all times are short, a sentence goes over several lines, and what is widest stands
+    under its row.
     """
-    cells = _cells(rows, columns)
-    if _width(cells) > width:
-        cells = _cells(rows, [name for name in columns if _says_something(rows, name)], datetime.now(UTC))
+    cells = _fitting(rows, columns, width)
     below: dict[str, list[str]] = {}
     widths = {name: _width({name: texts}) for name, texts in cells.items()}
     while sum(widths.values()) + GAP * (len(widths) - 1) > width and len(widths) > 1:
@@ -79,7 +80,7 @@ def fitted(
     for number in range(len(rows)):
         yield _table({name: [texts[number]] for name, texts in cells.items()}, widths, numbers, header=False)
         for name in columns:
-            if name in below and below[name][number]:
+            if name in below and _is_something(rows[number][name]):
                 text = Text.assemble((f"{heading(name)}: ", "dim"), below[name][number])
                 yield Padding(text, (0, 0, 0, INDENT))
 
@@ -89,9 +90,7 @@ def lines(rows: Sequence[Row], columns: Sequence[str], width: int, header: bool 
 
     For any number of rows: what lays tables out takes a thousand times as long as to read them.
     """
-    cells = _cells(rows, columns)
-    if _width(cells) > width:
-        cells = _cells(rows, [name for name in columns if _says_something(rows, name)], datetime.now(UTC))
+    cells = _fitting(rows, columns, width)
     if _width(cells) > width:
         return None
     numbers = _numbers(rows, cells)
@@ -105,28 +104,46 @@ def lines(rows: Sequence[Row], columns: Sequence[str], width: int, header: bool 
     return found if header else found[1:]
 
 
-def record(row: Row) -> Table:
-    """Return a table with a line for each column of a row that has a value."""
+def _fitting(rows: Sequence[Row], columns: Sequence[str], width: int) -> dict[str, list[str]]:
+    """Return the cells of a table, with times that take as much room as there is."""
+    columns, now = telling(rows, columns, width), datetime.now(UTC)
+    cells = _cells(rows, columns, None if width >= WIDE else now, whole=True)
+    return cells if _width(cells) <= width else _cells(rows, columns, now)
+
+
+def telling(rows: Sequence[Row], columns: Sequence[str], width: int) -> list[str]:
+    """Return the columns that are shown at this width: where it is not wide, those that say something."""
+    if width >= WIDE and _width(_cells(rows, columns)) <= width:
+        return list(columns)
+    return [name for name in columns if any(_is_something(row[name]) for row in rows)]
+
+
+def record(row: Row, width: int) -> Table:
+    """Return a table with a line for each column of a row that says something."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in row.items():
-        if value is not None:
+        if value is not None and (width >= WIDE or _is_something(value)):
             text = shown(name, value)
             table.add_row(name.replace("_", " "), Text(text, STYLES.get(text, "")))
     return table
 
 
-def _cells(rows: Sequence[Row], columns: Sequence[str], now: datetime | None = None) -> dict[str, list[str]]:
-    return {name: [shown(name, row[name], now=now) for row in rows] for name in columns}
+def _cells(
+    rows: Sequence[Row], columns: Sequence[str], now: datetime | None = None, whole: bool = False
+) -> dict[str, list[str]]:
+    # As seen from now, what is of no tenant does not say so.
+    given = {name: [None if now and row[name] == NIL else row[name] for row in rows] for name in columns}
+    return {name: [shown(name, one, now=now, whole=whole) for one in given[name]] for name in columns}
 
 
 def _numbers(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
     return [name for name in columns if all(isinstance(row[name], int | float | None) for row in rows)]
 
 
-def _says_something(rows: Sequence[Row], column: str) -> bool:
-    return any(row[column] not in (None, "", NIL, [], {}) for row in rows)
+def _is_something(value: Any) -> bool:
+    return value not in (None, "", NIL, [], {})
 
 
 def _width(cells: Mapping[str, Sequence[str]]) -> int:

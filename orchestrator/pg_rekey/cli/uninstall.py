@@ -10,6 +10,7 @@ import psycopg
 from pg_rekey import db, worker
 from pg_rekey import uninstall as steps
 from pg_rekey.archive import Document
+from pg_rekey.cli import words
 from pg_rekey.cli.base import FilePath, Output, confirm, output, to_json, write_new, yes_option
 from pg_rekey.cli.columns import release
 from pg_rekey.cli.commands import Command
@@ -104,9 +105,10 @@ def _describe(
     """Say what would be done, and what is in the way."""
     export, audit_log = paths
     for column in plan.columns:
-        out.say(f"  {column.label}: {column.rows} rows to decrypt")
+        out.say(f"  {column.label}: {words.count(column.rows, 'row')} to decrypt")
     out.say(f"  secrets: {plan.secrets} of {plan.tenants} tenants, to {export or 'no file'}")
-    out.say(f"  audit log: {plan.audit_entries} entries, to {audit_log or 'no file'}")
+    entries = words.count(plan.audit_entries, "entry", "entries")
+    out.say(f"  audit log: {entries}, to {audit_log or 'no file'}")
     for job in steps.jobs(connection, here):
         out.say(f"  pg_cron's job {job['jobid']} ends")
     what = "the extension pg_rekey" if here["extension"] else "schemas rekey and rekey_targets, and the RPC"
@@ -125,7 +127,7 @@ def _decrypt(connection: db.Connection, column: Column) -> None:
     try:
         for count in release(connection, column.table, column.column, column.rows > 0):
             done += count
-            click.echo(f"{column.label}: {done} of {column.rows} rows decrypted", err=True)
+            click.echo(f"{column.label}: {done:,} of {words.count(column.rows, 'row')} decrypted", err=True)
     except psycopg.Error as error:
         message, hint = explain(error)
         raise Problem(f"{column.label}: {message} [{error.sqlstate}]", hint) from None

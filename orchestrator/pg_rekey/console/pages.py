@@ -371,7 +371,7 @@ def schedule(request: Request, verb: Literal["set", "clear"]) -> Response:
 @needs("read")
 def columns(request: Request, find: Annotated[bool, Query()] = False) -> Response:
     """Protected columns; on demand, those that were forgotten."""
-    protected = actions.rows(request, "api columns")
+    protected = actions.columns(request)
     unprotected = _tried(request, actions.find_unprotected) if find else None
     return views.page(request, "columns.html", columns=protected, unprotected=unprotected)
 
