@@ -831,3 +831,18 @@ def test_an_owner_whose_name_needs_quotes(ready: Connection) -> None:
     finally:
         ready.execute("reset role")
         ready.execute(f"drop owned by {name} cascade; drop role {name}".encode())
+
+
+def test_a_column_costs_no_more_beside_many_others(ready: Connection) -> None:
+    blocks: list[int] = []
+    for columns in (range(5), range(5, 80)):
+        for n in columns:
+            ready.execute(f"create table public.t{n} (id int primary key, v bytea)".encode())
+            protect(ready, f"public.t{n}")
+        targets: LiteralString = "select problem from rekey._targets('public.t1.v')"
+        for _ in range(10):  # with plans that the session keeps
+            assert value(ready, targets) is None
+        row = ready.execute("explain (analyze, buffers, format json) " + targets).fetchone()
+        assert row
+        blocks.append(row[0][0]["Plan"]["Shared Hit Blocks"])
+    assert blocks[1] < 2 * blocks[0], blocks
