@@ -7676,10 +7676,11 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- The next batch takes about batch_target, and has its rows locked for 10 ms of it; where nobody else is seen, for 20.
+  -- The next batch takes about batch_target, and has its rows locked for 10 ms of it; where nobody else is seen, for 20, and with
+  -- many keyrings for up to 40.
   v_factor double precision := greatest(0.25, least(2.0,
     extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001),
-    case when chunk.pace < 1 then 0.01 else 0.02 end / greatest(locked, 0.000001)));
+    case when chunk.pace < 1 then 0.01 else max_rows / 200000.0 end / greatest(locked, 0.000001)));
 begin
   chunk.batch_rows := greatest(10, least(max_rows, (chunk.batch_rows * v_factor)::integer));
   if next is null and _advance.until_block >= chunk.until_block then
