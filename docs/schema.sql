@@ -1371,7 +1371,7 @@ CREATE TABLE rekey.audit_log (
     details jsonb DEFAULT '{}'::jsonb NOT NULL,
     prev_hash bytea NOT NULL,
     hash bytea NOT NULL,
-    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'keyring.emptied'::text, 'census.found'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'access.denied'::text, 'audit.pruned'::text])))
+    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'keyring.emptied'::text, 'census.found'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'endpoint.added'::text, 'endpoint.removed'::text, 'access.denied'::text, 'audit.pruned'::text])))
 );
 
 
@@ -2717,6 +2717,58 @@ COMMENT ON FUNCTION rekey._chunk_blocks(relation regclass) IS 'How many blocks o
 
 
 --
+-- Name: _notifications; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._notifications (
+    id bigint NOT NULL,
+    message_id uuid DEFAULT gen_random_uuid() NOT NULL,
+    endpoint_id integer NOT NULL,
+    event text NOT NULL,
+    body text NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    state text DEFAULT 'waiting'::text NOT NULL,
+    attempts integer DEFAULT 0 NOT NULL,
+    next_attempt_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    request_id bigint,
+    ended_at timestamp with time zone,
+    last_error text,
+    CONSTRAINT _notifications_ended_at_check CHECK (((state = 'waiting'::text) = (ended_at IS NULL))),
+    CONSTRAINT _notifications_state_check CHECK ((state = ANY (ARRAY['waiting'::text, 'delivered'::text, 'dead'::text])))
+);
+
+
+ALTER TABLE rekey._notifications OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _notifications; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._notifications IS 'Messages to endpoints: those that wait, and the last ones that were delivered or given up.';
+
+
+--
+-- Name: _claim_message(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._claim_message(endpoints integer[]) RETURNS TABLE(id bigint, message_id uuid, endpoint_id integer, event text, body text, attempts integer)
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._claim_message(endpoints integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _claim_message(endpoints integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._claim_message(endpoints integer[]) IS 'The next message to one of these endpoints, which nobody else gets before its pause is over; none: nothing is due.';
+
+
+--
 -- Name: _claims(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -2861,6 +2913,99 @@ ALTER FUNCTION rekey._code_of_others(relation oid, reader name) OWNER TO rekey_o
 --
 
 COMMENT ON FUNCTION rekey._code_of_others(relation oid, reader name) IS 'A function of neither a superuser nor the reader that reading a relation may run; NULL: there is none.';
+
+
+--
+-- Name: _collect_notifications(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._collect_notifications() RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_read bigint;
+  v_head bigint;
+  v_message record;
+  v_over text[];
+  v_new boolean := false;
+begin
+  -- Who finds it locked leaves it to whoever is at it.
+  select n.audit_id into v_read from rekey._notifier n for update skip locked;
+  if not found then
+    return null;
+  end if;
+  select coalesce(max(h.id), 0) into v_head from rekey._audit_head h;
+  for v_message in
+    select e.event, count(*)::integer as count, jsonb_agg(e.subject order by e.id) filter (where e.place <= 10) as subjects
+    from (
+      select a.id, a.event, row_number() over (partition by a.event order by a.id) as place,
+        jsonb_strip_nulls(jsonb_build_object('rotation', a.rotation_id, 'keyring', a.keyring, 'version', a.version,
+          'rows', a.details -> 'rows', 'failures', a.details -> 'failures')) as subject
+      from rekey.audit_log a
+      where a.id > v_read and a.id <= v_head and a.event in ('rotation.completed', 'rotation.failed', 'key.compromised', 'kek.lost')
+    ) e
+    group by e.event
+    order by min(e.id)
+  loop
+    perform rekey._enqueue(v_message.event, v_message.count, v_message.subjects);
+    v_new := true;
+  end loop;
+  if v_head > v_read then
+    update rekey._notifier set audit_id = v_head where singleton;
+  end if;
+  with over as (
+    delete from rekey._told t
+    where not exists (select from rekey._conditions() c where c.event = t.event and c.subject = t.subject)
+    returning t.event
+  )
+  select array_agg(o.event) into v_over from over o;
+  for v_message in
+    select b.event from (values ('kek.missing', 'kek.back'), ('worker.silent', 'worker.back')) as b (over, event) where b.over = any (v_over)
+  loop
+    perform rekey._enqueue(v_message.event, 1, '[]');
+    v_new := true;
+  end loop;
+  for v_message in
+    with now as materialized (
+      select c.event, c.subject, c.data from rekey._conditions() c
+    ), told as (
+      insert into rekey._told (event, subject) select n.event, n.subject from now n on conflict do nothing returning event, subject
+    )
+    select p.event, count(*)::integer as count, jsonb_agg(p.data order by p.place) filter (where p.place <= 10) as subjects
+    from (
+      select n.event, n.data, row_number() over (partition by n.event order by n.subject) as place
+      from told t join now n on n.event = t.event and n.subject = t.subject
+    ) p
+    group by p.event
+    order by p.event
+  loop
+    perform rekey._enqueue(v_message.event, v_message.count, v_message.subjects);
+    v_new := true;
+  end loop;
+  if v_new then
+    perform rekey._prune_notifications();
+  end if;
+  for v_message in
+    update rekey._notifications n set state = 'delivered', attempts = n.attempts + 1, ended_at = clock_timestamp()
+    from rekey._endpoints e
+    where e.id = n.endpoint_id and e.kind = 'channel' and n.state = 'waiting'
+    returning e.channel, n.body
+  loop
+    perform pg_notify(v_message.channel, v_message.body);
+  end loop;
+  return (select 'deliver' from rekey._notifications n where n.state = 'waiting' limit 1);
+end
+$$;
+
+
+ALTER FUNCTION rekey._collect_notifications() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _collect_notifications(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._collect_notifications() IS 'Makes messages of what happened and lasts, and sends those to channels; deliver: some wait for somebody to deliver them; NULL: none.';
 
 
 --
@@ -3584,6 +3729,953 @@ ALTER FUNCTION rekey._column_status() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._column_status() IS 'What the view rekey.column_status shows.';
+
+
+--
+-- Name: _utc(timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._utc(at timestamp with time zone) RETURNS text
+    LANGUAGE sql STABLE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._utc(at timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _utc(at timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._utc(at timestamp with time zone) IS 'A time as messages have it.';
+
+
+--
+-- Name: _notifier; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._notifier (
+    singleton boolean DEFAULT true NOT NULL,
+    audit_id bigint NOT NULL,
+    since timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT _notifier_singleton_check CHECK (singleton)
+);
+
+
+ALTER TABLE rekey._notifier OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _notifier; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._notifier IS 'One row while there are endpoints: up to which entry of the audit log messages were made, and since when there are endpoints.';
+
+
+--
+-- Name: _worker; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._worker (
+    singleton boolean DEFAULT true NOT NULL,
+    last_tick_at timestamp with time zone,
+    last_tick_seconds double precision,
+    last_census_at timestamp with time zone,
+    locked_since timestamp with time zone,
+    locked_noted_at timestamp with time zone,
+    last_error text,
+    last_error_at timestamp with time zone,
+    next_batch_at timestamp with time zone,
+    CONSTRAINT _worker_singleton_check CHECK (singleton)
+);
+
+
+ALTER TABLE rekey._worker OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _worker; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._worker IS 'One row: when the unattended work last ran, since when it lacks the KEK, and when the throttle lets the next batch start.';
+
+
+--
+-- Name: encryption_keys; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.encryption_keys (
+    id bigint NOT NULL,
+    keyring_id integer NOT NULL,
+    version integer NOT NULL,
+    state text NOT NULL,
+    is_active boolean GENERATED ALWAYS AS ((state = 'active'::text)) STORED NOT NULL,
+    wrapped_key bytea,
+    kek_id integer NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    activated_at timestamp with time zone,
+    deactivated_at timestamp with time zone,
+    compromised_at timestamp with time zone,
+    destroy_after timestamp with time zone,
+    destroyed_at timestamp with time zone,
+    scheduled_from text,
+    CONSTRAINT encryption_keys_destroy_after_check CHECK ((((state = 'destroy_scheduled'::text) = (scheduled_from IS NOT NULL)) AND ((state <> 'destroy_scheduled'::text) OR (destroy_after IS NOT NULL)))),
+    CONSTRAINT encryption_keys_destroyed_at_check CHECK (((state = 'destroyed'::text) = (destroyed_at IS NOT NULL))),
+    CONSTRAINT encryption_keys_state_check CHECK ((state = ANY (ARRAY['active'::text, 'decrypt_only'::text, 'disabled'::text, 'compromised'::text, 'destroy_scheduled'::text, 'destroyed'::text]))),
+    CONSTRAINT encryption_keys_version_check CHECK ((version > 0)),
+    CONSTRAINT encryption_keys_wrapped_key_check CHECK (((state = 'destroyed'::text) = (wrapped_key IS NULL)))
+);
+
+
+ALTER TABLE rekey.encryption_keys OWNER TO rekey_owner;
+
+--
+-- Name: TABLE encryption_keys; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.encryption_keys IS 'Data-encryption keys (DEKs), one row for each version of a keyring, wrapped under a KEK.';
+
+
+--
+-- Name: COLUMN encryption_keys.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.id IS 'Row number.';
+
+
+--
+-- Name: COLUMN encryption_keys.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.keyring_id IS 'The keyring.';
+
+
+--
+-- Name: COLUMN encryption_keys.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.version IS 'Version within the keyring, from 1.';
+
+
+--
+-- Name: COLUMN encryption_keys.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.state IS 'SP 800-57 state: active, decrypt_only (deactivated), disabled (suspended), compromised, destroy_scheduled, destroyed.';
+
+
+--
+-- Name: COLUMN encryption_keys.is_active; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.is_active IS 'Whether new values are encrypted with it.';
+
+
+--
+-- Name: COLUMN encryption_keys.wrapped_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.wrapped_key IS 'The 64-byte key sealed under the KEK (docs/format.md); NULL once destroyed.';
+
+
+--
+-- Name: COLUMN encryption_keys.kek_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.kek_id IS 'The KEK that wraps it.';
+
+
+--
+-- Name: COLUMN encryption_keys.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.created_at IS 'When it was made.';
+
+
+--
+-- Name: COLUMN encryption_keys.activated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.activated_at IS 'When it last became active.';
+
+
+--
+-- Name: COLUMN encryption_keys.deactivated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.deactivated_at IS 'When it last ceased to be active.';
+
+
+--
+-- Name: COLUMN encryption_keys.compromised_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.compromised_at IS 'When it was marked compromised.';
+
+
+--
+-- Name: COLUMN encryption_keys.destroy_after; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.destroy_after IS 'Before this time it is not destroyed.';
+
+
+--
+-- Name: COLUMN encryption_keys.destroyed_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.destroyed_at IS 'When its wrapped key was overwritten.';
+
+
+--
+-- Name: COLUMN encryption_keys.scheduled_from; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.encryption_keys.scheduled_from IS 'State that a cancelled destruction returns to.';
+
+
+--
+-- Name: keyrings; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.keyrings (
+    id integer NOT NULL,
+    name text NOT NULL,
+    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
+    rotate_every interval,
+    next_rotation_at timestamp with time zone,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    rotated_at timestamp with time zone DEFAULT now() NOT NULL,
+    retired_at timestamp with time zone,
+    CONSTRAINT keyrings_id_check CHECK ((id > 0)),
+    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[\u0001-\u001F\u007F]'::text))),
+    CONSTRAINT keyrings_next_rotation_at_check CHECK (isfinite(next_rotation_at)),
+    CONSTRAINT keyrings_retired_check CHECK (((retired_at IS NULL) OR (rotate_every IS NULL))),
+    CONSTRAINT keyrings_rotate_every_check CHECK (((rotate_every >= '00:01:00'::interval) AND (rotate_every <= '36500 days'::interval))),
+    CONSTRAINT keyrings_schedule_check CHECK (((rotate_every IS NULL) = (next_rotation_at IS NULL)))
+);
+
+
+ALTER TABLE rekey.keyrings OWNER TO rekey_owner;
+
+--
+-- Name: TABLE keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.keyrings IS 'Named lines of DEK versions: one a tenant, one an application, or just default.';
+
+
+--
+-- Name: COLUMN keyrings.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.id IS 'Random positive number; part of every ciphertext.';
+
+
+--
+-- Name: COLUMN keyrings.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.name IS 'Unique name, 1 to 63 bytes without control characters.';
+
+
+--
+-- Name: COLUMN keyrings.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.tenant_id IS 'Tenant the keyring belongs to; the nil UUID: all of them.';
+
+
+--
+-- Name: COLUMN keyrings.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.rotate_every IS 'Cryptoperiod (SP 800-57): time between scheduled rotations, one minute or more; NULL: none.';
+
+
+--
+-- Name: COLUMN keyrings.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.next_rotation_at IS 'When the next scheduled rotation is due.';
+
+
+--
+-- Name: COLUMN keyrings.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.created_at IS 'When it was created.';
+
+
+--
+-- Name: COLUMN keyrings.rotated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.rotated_at IS 'When its active version was made.';
+
+
+--
+-- Name: COLUMN keyrings.retired_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.keyrings.retired_at IS 'When it was retired: it takes no new values.';
+
+
+--
+-- Name: rotation_failures; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.rotation_failures (
+    id bigint NOT NULL,
+    rotation_id bigint,
+    keyring_id integer NOT NULL,
+    target text NOT NULL,
+    relation text NOT NULL,
+    row_key text NOT NULL,
+    row_hash bytea GENERATED ALWAYS AS (sha256((replace(row_key, chr(92), (chr(92) || chr(92))))::bytea)) STORED NOT NULL,
+    version integer,
+    reason text NOT NULL,
+    sqlstate text,
+    verification_id bigint,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    resolved_at timestamp with time zone,
+    resolution text,
+    resolved_by text,
+    resolve_reason text,
+    CONSTRAINT rotation_failures_resolution_check CHECK ((resolution = ANY (ARRAY['retry'::text, 'discard'::text, 'cleared'::text]))),
+    CONSTRAINT rotation_failures_resolved_check CHECK (((resolved_at IS NULL) = (resolution IS NULL)))
+);
+
+
+ALTER TABLE rekey.rotation_failures OWNER TO rekey_owner;
+
+--
+-- Name: TABLE rotation_failures; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.rotation_failures IS 'Quarantine: rows that did not open in a rotation, or that their table did not let it change. They are left as they were, and keep their key from destruction.';
+
+
+--
+-- Name: COLUMN rotation_failures.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.id IS 'Number of the entry.';
+
+
+--
+-- Name: COLUMN rotation_failures.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.rotation_id IS 'Rotation in which the row failed, the last one; NULL: the census found it, and no rotation has met it.';
+
+
+--
+-- Name: COLUMN rotation_failures.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.keyring_id IS 'Keyring of the row.';
+
+
+--
+-- Name: COLUMN rotation_failures.target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.target IS 'Target the row is in.';
+
+
+--
+-- Name: COLUMN rotation_failures.relation; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.relation IS 'Table the row is in.';
+
+
+--
+-- Name: COLUMN rotation_failures.row_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.row_key IS 'Primary key of the row, its parts as text, separated by a slash.';
+
+
+--
+-- Name: COLUMN rotation_failures.row_hash; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.row_hash IS 'SHA-256 of row_key.';
+
+
+--
+-- Name: COLUMN rotation_failures.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.version IS 'Key version the row stands on; NULL: it is no envelope yet.';
+
+
+--
+-- Name: COLUMN rotation_failures.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.reason IS 'Why it did not open, or the error with which its table refused it.';
+
+
+--
+-- Name: COLUMN rotation_failures.sqlstate; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.sqlstate IS 'SQLSTATE of that error; NULL: the row does not open.';
+
+
+--
+-- Name: COLUMN rotation_failures.verification_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.verification_id IS 'Verification that saw it last.';
+
+
+--
+-- Name: COLUMN rotation_failures.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.created_at IS 'When it first failed.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolved_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolved_at IS 'When the entry was closed; NULL: it is open.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolution; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolution IS 'retry (tried again), discard (given up), cleared (the row opens again, or is gone); NULL while it is open.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolved_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolved_by IS 'Who closed it.';
+
+
+--
+-- Name: COLUMN rotation_failures.resolve_reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotation_failures.resolve_reason IS 'What whoever closed it said.';
+
+
+--
+-- Name: rotations; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.rotations (
+    id bigint NOT NULL,
+    keyring_id integer NOT NULL,
+    from_versions integer[] NOT NULL,
+    to_version integer NOT NULL,
+    previous_version integer,
+    state text DEFAULT 'queued'::text NOT NULL,
+    trigger text NOT NULL,
+    reason text,
+    requested_by text NOT NULL,
+    rows_total bigint,
+    rows_done bigint DEFAULT 0 NOT NULL,
+    rows_failed bigint DEFAULT 0 NOT NULL,
+    attempts integer DEFAULT 0 NOT NULL,
+    last_error text,
+    next_attempt_at timestamp with time zone,
+    blocked_by jsonb,
+    blocked_since timestamp with time zone,
+    pass_id bigint,
+    passes integer DEFAULT 0 NOT NULL,
+    barrier_at timestamp with time zone,
+    verification_id bigint,
+    column_id integer,
+    formats text[],
+    forced boolean DEFAULT false NOT NULL,
+    unwrap text,
+    in_line boolean DEFAULT false NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    started_at timestamp with time zone,
+    finished_at timestamp with time zone,
+    CONSTRAINT rotations_state_check CHECK ((state = ANY (ARRAY['queued'::text, 'running'::text, 'paused'::text, 'verifying'::text, 'completed'::text, 'completed_with_failures'::text, 'failed'::text, 'rolled_back'::text, 'superseded'::text]))),
+    CONSTRAINT rotations_trigger_check CHECK ((trigger = ANY (ARRAY['manual'::text, 'schedule'::text, 'compromise'::text, 'rollback'::text, 'adoption'::text])))
+)
+WITH (fillfactor='50');
+
+
+ALTER TABLE rekey.rotations OWNER TO rekey_owner;
+
+--
+-- Name: TABLE rotations; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.rotations IS 'Rotations: which keyring goes from which versions to which, and how far it is.';
+
+
+--
+-- Name: COLUMN rotations.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.id IS 'Number of the rotation.';
+
+
+--
+-- Name: COLUMN rotations.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.keyring_id IS 'Keyring that is rotated.';
+
+
+--
+-- Name: COLUMN rotations.from_versions; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.from_versions IS 'Versions whose rows it takes along.';
+
+
+--
+-- Name: COLUMN rotations.to_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.to_version IS 'Version it brings them to.';
+
+
+--
+-- Name: COLUMN rotations.previous_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.previous_version IS 'Version that was active before: what a rollback makes active again; NULL where there is none to go back to.';
+
+
+--
+-- Name: COLUMN rotations.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.state IS 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
+
+
+--
+-- Name: COLUMN rotations.trigger; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.trigger IS 'Why: manual, schedule, compromise, rollback, adoption.';
+
+
+--
+-- Name: COLUMN rotations.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.reason IS 'What whoever asked for it said.';
+
+
+--
+-- Name: COLUMN rotations.requested_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.requested_by IS 'Who asked for it.';
+
+
+--
+-- Name: COLUMN rotations.rows_total; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.rows_total IS 'Rows to re-encrypt; NULL until they are counted.';
+
+
+--
+-- Name: COLUMN rotations.rows_done; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.rows_done IS 'Rows re-encrypted.';
+
+
+--
+-- Name: COLUMN rotations.rows_failed; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.rows_failed IS 'Rows in quarantine.';
+
+
+--
+-- Name: COLUMN rotations.attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.attempts IS 'Failed attempts in a row: of the rotation, or of the batch that fails.';
+
+
+--
+-- Name: COLUMN rotations.last_error; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.last_error IS 'The last error.';
+
+
+--
+-- Name: COLUMN rotations.next_attempt_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.next_attempt_at IS 'It goes on after this time; NULL: at once.';
+
+
+--
+-- Name: COLUMN rotations.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.blocked_by IS 'What it waits for.';
+
+
+--
+-- Name: COLUMN rotations.blocked_since; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.blocked_since IS 'Since when it waits for that.';
+
+
+--
+-- Name: COLUMN rotations.pass_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.pass_id IS 'Number of the pass over the tables that it takes part in.';
+
+
+--
+-- Name: COLUMN rotations.passes; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.passes IS 'Passes that it has begun.';
+
+
+--
+-- Name: COLUMN rotations.barrier_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.barrier_at IS 'When every writer of an older version was seen to be gone.';
+
+
+--
+-- Name: COLUMN rotations.verification_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.verification_id IS 'Number of the verification that it takes part in; NULL: none yet.';
+
+
+--
+-- Name: COLUMN rotations.column_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.column_id IS 'Protected column that is adopted; NULL for other rotations, and once it is no longer protected.';
+
+
+--
+-- Name: COLUMN rotations.formats; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.formats IS 'Formats that are adopted; NULL for other rotations.';
+
+
+--
+-- Name: COLUMN rotations.forced; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.forced IS 'Whether values that look encrypted in another format are adopted as plaintext.';
+
+
+--
+-- Name: COLUMN rotations.unwrap; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.unwrap IS 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
+
+
+--
+-- Name: COLUMN rotations.in_line; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.in_line IS 'Whether it is an adoption that waits, queued, until nothing else of its keyring is under way.';
+
+
+--
+-- Name: COLUMN rotations.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.created_at IS 'When it was asked for; from then on new values are encrypted with to_version.';
+
+
+--
+-- Name: COLUMN rotations.started_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.started_at IS 'When the first row was looked at.';
+
+
+--
+-- Name: COLUMN rotations.finished_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.rotations.finished_at IS 'When it ended.';
+
+
+--
+-- Name: schedule_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.schedule_status AS
+ -- in sql/code
+;
+
+
+ALTER TABLE rekey.schedule_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW schedule_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.schedule_status IS 'When each keyring is rotated next; overdue: it should have been 10 minutes ago.';
+
+
+--
+-- Name: COLUMN schedule_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.schedule_status.keyring IS 'Name of the keyring.';
+
+
+--
+-- Name: COLUMN schedule_status.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.schedule_status.tenant_id IS 'Its tenant.';
+
+
+--
+-- Name: COLUMN schedule_status.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.schedule_status.rotate_every IS 'Its cryptoperiod; NULL: no schedule.';
+
+
+--
+-- Name: COLUMN schedule_status.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.schedule_status.next_rotation_at IS 'When the next scheduled rotation is due.';
+
+
+--
+-- Name: COLUMN schedule_status.overdue; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.schedule_status.overdue IS 'Whether that was more than 10 minutes ago.';
+
+
+--
+-- Name: settings; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.settings (
+    singleton boolean DEFAULT true NOT NULL,
+    kek_provider text DEFAULT 'session'::text NOT NULL,
+    kek_secret_name text DEFAULT 'pg_rekey_kek'::text NOT NULL,
+    kek_file text DEFAULT 'pg_rekey.kek'::text NOT NULL,
+    destroy_wait interval DEFAULT '45 days'::interval NOT NULL,
+    destroy_search text DEFAULT 'database'::text NOT NULL,
+    batch_target interval DEFAULT '00:00:00.2'::interval NOT NULL,
+    step_limit interval,
+    max_rows_per_second integer,
+    min_pace real DEFAULT 0.25 NOT NULL,
+    max_attempts integer DEFAULT 8 NOT NULL,
+    apply_plaintext text DEFAULT 'refuse'::text NOT NULL,
+    tenant_check text,
+    jwt_admin_claim text,
+    postgrest_login text DEFAULT 'authenticator'::text NOT NULL,
+    audit_keep interval DEFAULT '3 years'::interval NOT NULL,
+    notify_blocked interval DEFAULT '00:15:00'::interval NOT NULL,
+    notify_destruction interval DEFAULT '7 days'::interval NOT NULL,
+    notify_silent interval DEFAULT '00:05:00'::interval NOT NULL,
+    CONSTRAINT settings_apply_plaintext_check CHECK ((apply_plaintext = ANY (ARRAY['refuse'::text, 'pass'::text]))),
+    CONSTRAINT settings_audit_keep_check CHECK (((('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) >= '2002-01-01 00:00:00'::timestamp without time zone) AND (('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) <= '2101-01-01 00:00:00'::timestamp without time zone))),
+    CONSTRAINT settings_batch_target_check CHECK (((batch_target >= '00:00:00.01'::interval) AND (batch_target <= '00:01:00'::interval))),
+    CONSTRAINT settings_destroy_search_check CHECK ((destroy_search = ANY (ARRAY['database'::text, 'columns'::text]))),
+    CONSTRAINT settings_destroy_wait_check CHECK (((destroy_wait >= '00:00:00'::interval) AND (destroy_wait <= '3650 days'::interval))),
+    CONSTRAINT settings_jwt_admin_claim_check CHECK ((jwt_admin_claim <> ''::text)),
+    CONSTRAINT settings_kek_file_check CHECK (((kek_file <> ''::text) AND (kek_file !~ '^/|^[A-Za-z]:|(^|/)\.\.(/|$)'::text))),
+    CONSTRAINT settings_kek_provider_check CHECK ((kek_provider = ANY (ARRAY['session'::text, 'vault'::text, 'file'::text]))),
+    CONSTRAINT settings_kek_secret_name_check CHECK ((kek_secret_name <> ''::text)),
+    CONSTRAINT settings_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 1000))),
+    CONSTRAINT settings_max_rows_per_second_check CHECK ((max_rows_per_second > 0)),
+    CONSTRAINT settings_min_pace_check CHECK (((min_pace >= (0.01)::double precision) AND (min_pace <= (1)::double precision))),
+    CONSTRAINT settings_notify_blocked_check CHECK (((notify_blocked >= '00:01:00'::interval) AND (notify_blocked <= '30 days'::interval))),
+    CONSTRAINT settings_notify_destruction_check CHECK (((notify_destruction >= '00:00:00'::interval) AND (notify_destruction <= '3650 days'::interval))),
+    CONSTRAINT settings_notify_silent_check CHECK (((notify_silent >= '00:01:00'::interval) AND (notify_silent <= '1 day'::interval))),
+    CONSTRAINT settings_postgrest_login_check CHECK ((postgrest_login <> ''::text)),
+    CONSTRAINT settings_singleton_check CHECK (singleton),
+    CONSTRAINT settings_step_limit_check CHECK (((step_limit >= '00:00:00.1'::interval) AND (step_limit <= '1 day'::interval)))
+);
+
+
+ALTER TABLE rekey.settings OWNER TO rekey_owner;
+
+--
+-- Name: TABLE settings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.settings IS 'One row: how this database rotates. Change it with rekey.set_setting().';
+
+
+--
+-- Name: COLUMN settings.singleton; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.singleton IS 'Always true: there is one row.';
+
+
+--
+-- Name: COLUMN settings.kek_provider; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.kek_provider IS 'Where the key-encryption key comes from when the session did not unlock itself: session (nowhere else), vault (Supabase Vault), file (on the database server).';
+
+
+--
+-- Name: COLUMN settings.kek_secret_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.kek_secret_name IS 'Name of the KEK in vault.decrypted_secrets; the next KEK is looked for under this name with _new appended.';
+
+
+--
+-- Name: COLUMN settings.kek_file; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.kek_file IS 'File of the KEK, relative to the data directory (a link to a file elsewhere will do); the next KEK is looked for under this name with _new appended.';
+
+
+--
+-- Name: COLUMN settings.destroy_wait; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.destroy_wait IS 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
+
+
+--
+-- Name: COLUMN settings.destroy_search; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.destroy_search IS 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
+
+
+--
+-- Name: COLUMN settings.batch_target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.batch_target IS 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
+
+
+--
+-- Name: COLUMN settings.step_limit; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.step_limit IS 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. Without one: 100 times batch_target. Under pg_cron a job of its own looks for it.';
+
+
+--
+-- Name: COLUMN settings.max_rows_per_second; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encryption over all workers, in rows a second. Without one: as fast as it goes.';
+
+
+--
+-- Name: COLUMN settings.min_pace; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.min_pace IS 'Part of the time, 0.01 to 1, that a worker works at least while others use the server: then it pauses after each batch, as autovacuum does. 1: it gives way to nobody. Alone it works all the time, and so it does where a key is compromised.';
+
+
+--
+-- Name: COLUMN settings.max_attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.max_attempts IS 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
+
+
+--
+-- Name: COLUMN settings.apply_plaintext; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.apply_plaintext IS 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
+
+
+--
+-- Name: COLUMN settings.tenant_check; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.tenant_check IS 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default: can_access_tenant() has it.';
+
+
+--
+-- Name: COLUMN settings.jwt_admin_claim; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.jwt_admin_claim IS 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation. Without one: nobody is.';
+
+
+--
+-- Name: COLUMN settings.postgrest_login; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.postgrest_login IS 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
+
+
+--
+-- Name: COLUMN settings.audit_keep; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.audit_keep IS 'How long entries of the audit log stay at least before they may be removed, 1 to 100 years.';
+
+
+--
+-- Name: COLUMN settings.notify_blocked; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.notify_blocked IS 'How long a rotation is held up before endpoints are told, 1 minute to 30 days.';
+
+
+--
+-- Name: COLUMN settings.notify_destruction; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.notify_destruction IS 'How long before a key version is destroyed endpoints are told, at most 3650 days.';
+
+
+--
+-- Name: COLUMN settings.notify_silent; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.settings.notify_silent IS 'How long no worker has ticked before endpoints are told, 1 minute to 1 day.';
+
+
+--
+-- Name: _conditions(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._conditions() RETURNS TABLE(event text, subject text, data jsonb)
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._conditions() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _conditions(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._conditions() IS 'What lasts now and is worth a message: rotations that are held up, open failures, overdue keyrings, destructions that come near, no KEK, no worker.';
 
 
 --
@@ -4336,93 +5428,6 @@ COMMENT ON TABLE rekey._secrets_seen IS 'How many secrets of a keyring the last 
 
 
 --
--- Name: keyrings; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.keyrings (
-    id integer NOT NULL,
-    name text NOT NULL,
-    tenant_id uuid DEFAULT '00000000-0000-0000-0000-000000000000'::uuid NOT NULL,
-    rotate_every interval,
-    next_rotation_at timestamp with time zone,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    rotated_at timestamp with time zone DEFAULT now() NOT NULL,
-    retired_at timestamp with time zone,
-    CONSTRAINT keyrings_id_check CHECK ((id > 0)),
-    CONSTRAINT keyrings_name_check CHECK ((((octet_length(name) >= 1) AND (octet_length(name) <= 63)) AND (name !~ '[\u0001-\u001F\u007F]'::text))),
-    CONSTRAINT keyrings_next_rotation_at_check CHECK (isfinite(next_rotation_at)),
-    CONSTRAINT keyrings_retired_check CHECK (((retired_at IS NULL) OR (rotate_every IS NULL))),
-    CONSTRAINT keyrings_rotate_every_check CHECK (((rotate_every >= '00:01:00'::interval) AND (rotate_every <= '36500 days'::interval))),
-    CONSTRAINT keyrings_schedule_check CHECK (((rotate_every IS NULL) = (next_rotation_at IS NULL)))
-);
-
-
-ALTER TABLE rekey.keyrings OWNER TO rekey_owner;
-
---
--- Name: TABLE keyrings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.keyrings IS 'Named lines of DEK versions: one a tenant, one an application, or just default.';
-
-
---
--- Name: COLUMN keyrings.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.id IS 'Random positive number; part of every ciphertext.';
-
-
---
--- Name: COLUMN keyrings.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.name IS 'Unique name, 1 to 63 bytes without control characters.';
-
-
---
--- Name: COLUMN keyrings.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.tenant_id IS 'Tenant the keyring belongs to; the nil UUID: all of them.';
-
-
---
--- Name: COLUMN keyrings.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.rotate_every IS 'Cryptoperiod (SP 800-57): time between scheduled rotations, one minute or more; NULL: none.';
-
-
---
--- Name: COLUMN keyrings.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.next_rotation_at IS 'When the next scheduled rotation is due.';
-
-
---
--- Name: COLUMN keyrings.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.created_at IS 'When it was created.';
-
-
---
--- Name: COLUMN keyrings.rotated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.rotated_at IS 'When its active version was made.';
-
-
---
--- Name: COLUMN keyrings.retired_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.keyrings.retired_at IS 'When it was retired: it takes no new values.';
-
-
---
 -- Name: _emptied(jsonb, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4468,6 +5473,115 @@ COMMENT ON FUNCTION rekey._end_adoptions(column_id integer) IS 'Ends the adoptio
 
 
 --
+-- Name: _endpoints; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._endpoints (
+    id integer NOT NULL,
+    name text NOT NULL,
+    kind text NOT NULL,
+    events text[],
+    allow_private boolean NOT NULL,
+    by_pg_net boolean NOT NULL,
+    channel name,
+    sealed bytea,
+    kek_id integer,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT _endpoints_by_pg_net_check CHECK (((NOT by_pg_net) OR (kind = ANY (ARRAY['webhook'::text, 'slack'::text])))),
+    CONSTRAINT _endpoints_kind_check CHECK ((kind = ANY (ARRAY['webhook'::text, 'slack'::text, 'email'::text, 'channel'::text]))),
+    CONSTRAINT _endpoints_name_check CHECK ((name ~ '^[A-Za-z0-9._-]{1,63}$'::text)),
+    CONSTRAINT _endpoints_sealed_check CHECK ((((kind = 'channel'::text) = (channel IS NOT NULL)) AND ((kind = 'channel'::text) = (sealed IS NULL)) AND ((sealed IS NULL) = (kek_id IS NULL))))
+);
+
+
+ALTER TABLE rekey._endpoints OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _endpoints; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._endpoints IS 'Who is told what happens. sealed: the address, with the signing secret before it, under the KEK (docs/format.md).';
+
+
+--
+-- Name: _endpoint(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._endpoint(name text) RETURNS rekey._endpoints
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_endpoint rekey._endpoints;
+begin
+  select * into v_endpoint from rekey._endpoints e where e.name = _endpoint.name;
+  if not found then
+    raise exception 'no such endpoint: %', coalesce(quote_literal(name), 'NULL') using errcode = 'RK007',
+      hint = 'See rekey.endpoint_status for those that there are.', constraint = 'endpoints';
+  end if;
+  return v_endpoint;
+end
+$$;
+
+
+ALTER FUNCTION rekey._endpoint(name text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _endpoint(name text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._endpoint(name text) IS 'An endpoint by its name. RK007: there is none.';
+
+
+--
+-- Name: _endpoint_aad(integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._endpoint_aad(kek_id integer, endpoint_id integer) RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._endpoint_aad(kek_id integer, endpoint_id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _endpoint_aad(kek_id integer, endpoint_id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._endpoint_aad(kek_id integer, endpoint_id integer) IS 'What the sealed address of an endpoint is bound to.';
+
+
+--
+-- Name: _enqueue(text, integer, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._enqueue(event text, count integer, subjects jsonb) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  insert into rekey._notifications (endpoint_id, event, body, state, ended_at, last_error)
+  select e.id, _enqueue.event, rekey._message_body(e.kind, _enqueue.event, _enqueue.count, subjects),
+    case when w.full then 'dead' else 'waiting' end, case when w.full then clock_timestamp() end, case when w.full then 'too many were waiting' end
+  from rekey._endpoints e
+  cross join lateral (
+    select count(*) >= 1000 as full from rekey._notifications n where n.endpoint_id = e.id and n.state = 'waiting') w
+  where e.events is null or _enqueue.event = any (e.events);
+end
+$$;
+
+
+ALTER FUNCTION rekey._enqueue(event text, count integer, subjects jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _enqueue(event text, count integer, subjects jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._enqueue(event text, count integer, subjects jsonb) IS 'Puts a message into the queue of every endpoint that wants events like this. count: how many there were; subjects: the first ones.';
+
+
+--
 -- Name: _random_bytes(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -4505,193 +5619,6 @@ ALTER TABLE rekey._session_key OWNER TO rekey_owner;
 --
 
 COMMENT ON TABLE rekey._session_key IS 'One row: the key under which an unlocked session carries the KEK.';
-
-
---
--- Name: _worker; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey._worker (
-    singleton boolean DEFAULT true NOT NULL,
-    last_tick_at timestamp with time zone,
-    last_tick_seconds double precision,
-    last_census_at timestamp with time zone,
-    locked_since timestamp with time zone,
-    locked_noted_at timestamp with time zone,
-    last_error text,
-    last_error_at timestamp with time zone,
-    next_batch_at timestamp with time zone,
-    CONSTRAINT _worker_singleton_check CHECK (singleton)
-);
-
-
-ALTER TABLE rekey._worker OWNER TO rekey_owner;
-
---
--- Name: TABLE _worker; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey._worker IS 'One row: when the unattended work last ran, since when it lacks the KEK, and when the throttle lets the next batch start.';
-
-
---
--- Name: settings; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.settings (
-    singleton boolean DEFAULT true NOT NULL,
-    kek_provider text DEFAULT 'session'::text NOT NULL,
-    kek_secret_name text DEFAULT 'pg_rekey_kek'::text NOT NULL,
-    kek_file text DEFAULT 'pg_rekey.kek'::text NOT NULL,
-    destroy_wait interval DEFAULT '45 days'::interval NOT NULL,
-    destroy_search text DEFAULT 'database'::text NOT NULL,
-    batch_target interval DEFAULT '00:00:00.2'::interval NOT NULL,
-    step_limit interval,
-    max_rows_per_second integer,
-    min_pace real DEFAULT 0.25 NOT NULL,
-    max_attempts integer DEFAULT 8 NOT NULL,
-    apply_plaintext text DEFAULT 'refuse'::text NOT NULL,
-    tenant_check text,
-    jwt_admin_claim text,
-    postgrest_login text DEFAULT 'authenticator'::text NOT NULL,
-    audit_keep interval DEFAULT '3 years'::interval NOT NULL,
-    CONSTRAINT settings_apply_plaintext_check CHECK ((apply_plaintext = ANY (ARRAY['refuse'::text, 'pass'::text]))),
-    CONSTRAINT settings_audit_keep_check CHECK (((('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) >= '2002-01-01 00:00:00'::timestamp without time zone) AND (('2001-01-01 00:00:00'::timestamp without time zone + audit_keep) <= '2101-01-01 00:00:00'::timestamp without time zone))),
-    CONSTRAINT settings_batch_target_check CHECK (((batch_target >= '00:00:00.01'::interval) AND (batch_target <= '00:01:00'::interval))),
-    CONSTRAINT settings_destroy_search_check CHECK ((destroy_search = ANY (ARRAY['database'::text, 'columns'::text]))),
-    CONSTRAINT settings_destroy_wait_check CHECK (((destroy_wait >= '00:00:00'::interval) AND (destroy_wait <= '3650 days'::interval))),
-    CONSTRAINT settings_jwt_admin_claim_check CHECK ((jwt_admin_claim <> ''::text)),
-    CONSTRAINT settings_kek_file_check CHECK (((kek_file <> ''::text) AND (kek_file !~ '^/|^[A-Za-z]:|(^|/)\.\.(/|$)'::text))),
-    CONSTRAINT settings_kek_provider_check CHECK ((kek_provider = ANY (ARRAY['session'::text, 'vault'::text, 'file'::text]))),
-    CONSTRAINT settings_kek_secret_name_check CHECK ((kek_secret_name <> ''::text)),
-    CONSTRAINT settings_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 1000))),
-    CONSTRAINT settings_max_rows_per_second_check CHECK ((max_rows_per_second > 0)),
-    CONSTRAINT settings_min_pace_check CHECK (((min_pace >= (0.01)::double precision) AND (min_pace <= (1)::double precision))),
-    CONSTRAINT settings_postgrest_login_check CHECK ((postgrest_login <> ''::text)),
-    CONSTRAINT settings_singleton_check CHECK (singleton),
-    CONSTRAINT settings_step_limit_check CHECK (((step_limit >= '00:00:00.1'::interval) AND (step_limit <= '1 day'::interval)))
-);
-
-
-ALTER TABLE rekey.settings OWNER TO rekey_owner;
-
---
--- Name: TABLE settings; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.settings IS 'One row: how this database rotates. Change it with rekey.set_setting().';
-
-
---
--- Name: COLUMN settings.singleton; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.singleton IS 'Always true: there is one row.';
-
-
---
--- Name: COLUMN settings.kek_provider; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.kek_provider IS 'Where the key-encryption key comes from when the session did not unlock itself: session (nowhere else), vault (Supabase Vault), file (on the database server).';
-
-
---
--- Name: COLUMN settings.kek_secret_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.kek_secret_name IS 'Name of the KEK in vault.decrypted_secrets; the next KEK is looked for under this name with _new appended.';
-
-
---
--- Name: COLUMN settings.kek_file; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.kek_file IS 'File of the KEK, relative to the data directory (a link to a file elsewhere will do); the next KEK is looked for under this name with _new appended.';
-
-
---
--- Name: COLUMN settings.destroy_wait; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.destroy_wait IS 'Time between the request to destroy a key version and its destruction, at most 3650 days. Should be longer than backups are kept.';
-
-
---
--- Name: COLUMN settings.destroy_search; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.destroy_search IS 'Where a key version is looked for before it is destroyed: database (in every table and materialized view, with the rights of who runs the worker) or columns (in protected columns and secrets only: copies elsewhere are lost with the key).';
-
-
---
--- Name: COLUMN settings.batch_target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.batch_target IS 'Time that one batch of re-encryption aims at, 10 ms to 60 s.';
-
-
---
--- Name: COLUMN settings.step_limit; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.step_limit IS 'Time after which a batch is cancelled, 100 ms to 1 day: a trigger of the table sleeps, or loops. Without one: 100 times batch_target. Under pg_cron a job of its own looks for it.';
-
-
---
--- Name: COLUMN settings.max_rows_per_second; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.max_rows_per_second IS 'Throttle of re-encryption over all workers, in rows a second. Without one: as fast as it goes.';
-
-
---
--- Name: COLUMN settings.min_pace; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.min_pace IS 'Part of the time, 0.01 to 1, that a worker works at least while others use the server: then it pauses after each batch, as autovacuum does. 1: it gives way to nobody. Alone it works all the time, and so it does where a key is compromised.';
-
-
---
--- Name: COLUMN settings.max_attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.max_attempts IS 'Failed attempts in a row after which a rotation, or a batch of it, is not tried again: the rotation is failed once nothing else is left to do.';
-
-
---
--- Name: COLUMN settings.apply_plaintext; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.apply_plaintext IS 'What becomes of a plain value that replication brings for a column that is encrypted on write, where there is no KEK to seal it with: refuse (the subscription stops, and its error says why) or pass (it is stored plain, with a warning).';
-
-
---
--- Name: COLUMN settings.tenant_check; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.tenant_check IS 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default: can_access_tenant() has it.';
-
-
---
--- Name: COLUMN settings.jwt_admin_claim; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.jwt_admin_claim IS 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation. Without one: nobody is.';
-
-
---
--- Name: COLUMN settings.postgrest_login; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.postgrest_login IS 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
-
-
---
--- Name: COLUMN settings.audit_keep; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.settings.audit_keep IS 'How long entries of the audit log stay at least before they may be removed, 1 to 100 years.';
 
 
 --
@@ -6249,140 +7176,6 @@ COMMENT ON FUNCTION rekey._kept_hash(last bigint, OUT kept bigint, OUT hash text
 
 
 --
--- Name: encryption_keys; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.encryption_keys (
-    id bigint NOT NULL,
-    keyring_id integer NOT NULL,
-    version integer NOT NULL,
-    state text NOT NULL,
-    is_active boolean GENERATED ALWAYS AS ((state = 'active'::text)) STORED NOT NULL,
-    wrapped_key bytea,
-    kek_id integer NOT NULL,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    activated_at timestamp with time zone,
-    deactivated_at timestamp with time zone,
-    compromised_at timestamp with time zone,
-    destroy_after timestamp with time zone,
-    destroyed_at timestamp with time zone,
-    scheduled_from text,
-    CONSTRAINT encryption_keys_destroy_after_check CHECK ((((state = 'destroy_scheduled'::text) = (scheduled_from IS NOT NULL)) AND ((state <> 'destroy_scheduled'::text) OR (destroy_after IS NOT NULL)))),
-    CONSTRAINT encryption_keys_destroyed_at_check CHECK (((state = 'destroyed'::text) = (destroyed_at IS NOT NULL))),
-    CONSTRAINT encryption_keys_state_check CHECK ((state = ANY (ARRAY['active'::text, 'decrypt_only'::text, 'disabled'::text, 'compromised'::text, 'destroy_scheduled'::text, 'destroyed'::text]))),
-    CONSTRAINT encryption_keys_version_check CHECK ((version > 0)),
-    CONSTRAINT encryption_keys_wrapped_key_check CHECK (((state = 'destroyed'::text) = (wrapped_key IS NULL)))
-);
-
-
-ALTER TABLE rekey.encryption_keys OWNER TO rekey_owner;
-
---
--- Name: TABLE encryption_keys; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.encryption_keys IS 'Data-encryption keys (DEKs), one row for each version of a keyring, wrapped under a KEK.';
-
-
---
--- Name: COLUMN encryption_keys.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.id IS 'Row number.';
-
-
---
--- Name: COLUMN encryption_keys.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.keyring_id IS 'The keyring.';
-
-
---
--- Name: COLUMN encryption_keys.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.version IS 'Version within the keyring, from 1.';
-
-
---
--- Name: COLUMN encryption_keys.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.state IS 'SP 800-57 state: active, decrypt_only (deactivated), disabled (suspended), compromised, destroy_scheduled, destroyed.';
-
-
---
--- Name: COLUMN encryption_keys.is_active; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.is_active IS 'Whether new values are encrypted with it.';
-
-
---
--- Name: COLUMN encryption_keys.wrapped_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.wrapped_key IS 'The 64-byte key sealed under the KEK (docs/format.md); NULL once destroyed.';
-
-
---
--- Name: COLUMN encryption_keys.kek_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.kek_id IS 'The KEK that wraps it.';
-
-
---
--- Name: COLUMN encryption_keys.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.created_at IS 'When it was made.';
-
-
---
--- Name: COLUMN encryption_keys.activated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.activated_at IS 'When it last became active.';
-
-
---
--- Name: COLUMN encryption_keys.deactivated_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.deactivated_at IS 'When it last ceased to be active.';
-
-
---
--- Name: COLUMN encryption_keys.compromised_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.compromised_at IS 'When it was marked compromised.';
-
-
---
--- Name: COLUMN encryption_keys.destroy_after; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.destroy_after IS 'Before this time it is not destroyed.';
-
-
---
--- Name: COLUMN encryption_keys.destroyed_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.destroyed_at IS 'When its wrapped key was overwritten.';
-
-
---
--- Name: COLUMN encryption_keys.scheduled_from; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.encryption_keys.scheduled_from IS 'State that a cancelled destruction returns to.';
-
-
---
 -- Name: _key(integer, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7063,6 +7856,46 @@ COMMENT ON FUNCTION rekey._may_hold(protected rekey.protected_columns, keyrings 
 
 
 --
+-- Name: _message_text(text, jsonb, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._message_text(event text, subject jsonb, count integer) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._message_text(event text, subject jsonb, count integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _message_text(event text, subject jsonb, count integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._message_text(event text, subject jsonb, count integer) IS 'An event in a sentence, by the first one of so many. Keyrings by name, rows by number; nothing that somebody else wrote.';
+
+
+--
+-- Name: _message_body(text, text, integer, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._message_body(kind text, event text, count integer, subjects jsonb) RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._message_body(kind text, event text, count integer, subjects jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _message_body(kind text, event text, count integer, subjects jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._message_body(kind text, event text, count integer, subjects jsonb) IS 'The body of a message: what is signed, byte by byte.';
+
+
+--
 -- Name: _move_column(integer, regclass, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -7419,6 +8252,42 @@ ALTER FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], do
 --
 
 COMMENT ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[]) IS 'Adds what a batch did to the progress of its rotations, and what failed to the quarantine.';
+
+
+--
+-- Name: _note_delivery(bigint, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_delivery(id bigint, error text DEFAULT NULL::text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_endpoint integer;
+begin
+  update rekey._notifications n
+  set state = case when error is null then 'delivered' when n.attempts >= 12 then 'dead' else 'waiting' end,
+    ended_at = case when error is null or n.attempts >= 12 then clock_timestamp() end,
+    last_error = rekey._cut(error, 255), request_id = null
+  where n.id = _note_delivery.id and n.state = 'waiting'
+  returning n.endpoint_id into v_endpoint;
+  if error is not null then
+    -- The others wait too: who does not answer is asked once a minute.
+    update rekey._notifications n set next_attempt_at = clock_timestamp() + interval '1 minute'
+    where n.endpoint_id = v_endpoint and n.state = 'waiting' and n.next_attempt_at < clock_timestamp() + interval '1 minute';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._note_delivery(id bigint, error text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_delivery(id bigint, error text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_delivery(id bigint, error text) IS 'Notes what came of a message; error NULL: it was delivered. After 12 attempts, in a day, it is given up.';
 
 
 --
@@ -7835,6 +8704,27 @@ COMMENT ON FUNCTION rekey._note_read(search_id bigint, relation oid, reader text
 
 
 --
+-- Name: _note_request(bigint, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_request(id bigint, request_id bigint) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._note_request(id bigint, request_id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_request(id bigint, request_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_request(id bigint, request_id bigint) IS 'Notes the number that pg_net gave a message.';
+
+
+--
 -- Name: _note_seen(jsonb, integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8085,6 +8975,53 @@ ALTER FUNCTION rekey._open(envelope bytea, context bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._open(envelope bytea, context bytea) IS 'Plaintext of an envelope. RK003: it does not open; RK006: its key may not be used.';
+
+
+--
+-- Name: _open_endpoints(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._open_endpoints() RETURNS TABLE(id integer, name text, kind text, allow_private boolean, by_pg_net boolean, opened text)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_kek_id integer;
+  v_wrapping bytea;
+  v_endpoint record;
+  v_iv bytea;
+  v_bytes bytea;
+  v_aad bytea;
+begin
+  select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+  v_wrapping := rekey._wrapping_key(v_wrapping);
+  for v_endpoint in select e.id, e.name, e.kind, e.allow_private, e.by_pg_net, e.sealed from rekey._endpoints e where e.kek_id = v_kek_id order by e.id loop
+    v_iv := substr(v_endpoint.sealed, 1, 16);
+    v_bytes := substr(v_endpoint.sealed, 17);
+    v_aad := rekey._endpoint_aad(v_kek_id, v_endpoint.id);
+    v_bytes := rekey._aead_decrypt(v_wrapping, v_iv, v_bytes, v_aad);
+    if v_bytes is not null then
+      id := v_endpoint.id;
+      name := v_endpoint.name;
+      kind := v_endpoint.kind;
+      allow_private := v_endpoint.allow_private;
+      by_pg_net := v_endpoint.by_pg_net;
+      opened := convert_from(v_bytes, 'UTF8');
+      return next;
+    end if;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._open_endpoints() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _open_endpoints(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._open_endpoints() IS 'The endpoints, with signing secret and address, separated by a blank, for who delivers. Those that do not open are left out. RK001, RK002: KEK.';
 
 
 --
@@ -8694,6 +9631,51 @@ COMMENT ON FUNCTION rekey._passphrases() IS 'What rekey._keep_passphrases() keep
 
 
 --
+-- Name: _pg_net_requests(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._pg_net_requests() RETURNS TABLE(id bigint, url text, headers jsonb, body jsonb)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_endpoint record;
+  v_message record;
+  v_key bytea;
+  v_at text;
+  v_signed bytea;
+begin
+  for v_endpoint in select o.id, o.opened from rekey._open_endpoints() o where o.by_pg_net loop
+    v_key := decode(substr(split_part(v_endpoint.opened, ' ', 1), 7), 'base64');
+    url := split_part(v_endpoint.opened, ' ', 2);
+    for v_place in 1 .. 20 loop
+      select * into v_message from rekey._claim_message(array[v_endpoint.id]);
+      exit when not found;
+      id := v_message.id;
+      body := v_message.body::jsonb;
+      v_at := extract(epoch from clock_timestamp())::bigint::text;
+      v_signed := convert_to('msg_' || v_message.message_id || '.' || v_at || '.' || v_message.body, 'UTF8');
+      v_signed := rekey._sign(v_key, v_signed);
+      headers := jsonb_build_object('Content-Type', 'application/json', 'webhook-id', 'msg_' || v_message.message_id,
+        'webhook-timestamp', v_at, 'webhook-signature', 'v1,' || encode(v_signed, 'base64'));
+      return next;
+    end loop;
+  end loop;
+end
+$$;
+
+
+ALTER FUNCTION rekey._pg_net_requests() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _pg_net_requests(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._pg_net_requests() IS 'What pg_net is to send now, signed. RK001, RK002: KEK.';
+
+
+--
 -- Name: _pgp_decrypt(bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8867,6 +9849,57 @@ COMMENT ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT d
 
 
 --
+-- Name: _post_by_pg_net(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._post_by_pg_net() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_ids bigint[];
+  v_statuses integer[];
+  v_sent record;
+  v_request bigint;
+begin
+  if not exists (select from rekey.endpoint_status e where e.by_pg_net and e.waiting > 0)
+     or rekey._trusted_function('pg_net', 'net.http_post(text,jsonb,jsonb,jsonb,integer)') is null
+     or rekey._trusted_relation('pg_net', 'net', '_http_response', 0) is null then
+    return;
+  end if;
+  execute format($sql$
+    select array_agg(m.id order by m.id), array_agg(r.status_code order by m.id)
+    from rekey.message_status m join %I._http_response r on r.id = m.request_id where m.state = 'waiting'$sql$, 'net')
+    into v_ids, v_statuses;
+  for v_place in 1 .. coalesce(cardinality(v_ids), 0) loop
+    perform rekey._note_delivery(v_ids[v_place], case when v_statuses[v_place] between 200 and 299 then null
+      else coalesce('HTTP status ' || v_statuses[v_place], 'no answer') end);
+  end loop;
+  for v_sent in select p.* from rekey._pg_net_requests() p loop
+    begin
+      execute format('select %I.http_post(url => $1, headers => $2, body => $3, timeout_milliseconds => 10000)', 'net')
+        into v_request using v_sent.url, v_sent.headers, v_sent.body;
+      perform rekey._note_request(v_sent.id, v_request);
+    exception when others then
+      perform rekey._note_delivery(v_sent.id, 'pg_net refused it: ' || sqlstate);
+    end;
+  end loop;
+exception when sqlstate 'RK001' or sqlstate 'RK002' or insufficient_privilege then
+  null;  -- somebody who has the KEK, and may use pg_net, delivers
+end
+$_$;
+
+
+ALTER FUNCTION rekey._post_by_pg_net() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _post_by_pg_net(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._post_by_pg_net() IS 'Hands messages to pg_net, where that is, and notes what came of those before, with the rights of the caller.';
+
+
+--
 -- Name: _postpone(integer[], integer[], text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -8996,6 +10029,32 @@ ALTER FUNCTION rekey._provided_keks() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._provided_keks() IS 'The KEK, and the next one where there is one, from the Vault or the file that the settings name; NULL without. RK001: it cannot be read.';
+
+
+--
+-- Name: _prune_notifications(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._prune_notifications() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  delete from rekey._notifications n
+  where n.state <> 'waiting' and n.id <= (
+      select o.id from rekey._notifications o where o.endpoint_id = n.endpoint_id and o.state <> 'waiting' order by o.id desc offset 1000 limit 1)
+    or not exists (select from rekey._endpoints e where e.id = n.endpoint_id);
+end
+$$;
+
+
+ALTER FUNCTION rekey._prune_notifications() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _prune_notifications(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._prune_notifications() IS 'Keeps the last 1000 messages of each endpoint that do not wait.';
 
 
 --
@@ -9498,6 +10557,32 @@ COMMENT ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) I
 
 
 --
+-- Name: _refuse_endpoint(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_endpoint(problem text) RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if problem is not null then
+    raise exception '%', problem using errcode = 'invalid_parameter_value',
+      hint = 'An address is https://..., smtps://USER:PASSWORD@HOST?from=...&to=..., smtp:// the same with STARTTLS, or notify:CHANNEL.';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_endpoint(problem text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_endpoint(problem text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_endpoint(problem text) IS 'Raises 22023 for a problem, NULL: none. The address is in no message.';
+
+
+--
 -- Name: _refuse_envelopes(regclass, name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -9780,258 +10865,6 @@ ALTER FUNCTION rekey._refuse_other_table(id integer, relation oid) OWNER TO reke
 --
 
 COMMENT ON FUNCTION rekey._refuse_other_table(id integer, relation oid) IS 'RK005 where the trigger that encrypts a column on write was set on a table that is not its own.';
-
-
---
--- Name: rotations; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.rotations (
-    id bigint NOT NULL,
-    keyring_id integer NOT NULL,
-    from_versions integer[] NOT NULL,
-    to_version integer NOT NULL,
-    previous_version integer,
-    state text DEFAULT 'queued'::text NOT NULL,
-    trigger text NOT NULL,
-    reason text,
-    requested_by text NOT NULL,
-    rows_total bigint,
-    rows_done bigint DEFAULT 0 NOT NULL,
-    rows_failed bigint DEFAULT 0 NOT NULL,
-    attempts integer DEFAULT 0 NOT NULL,
-    last_error text,
-    next_attempt_at timestamp with time zone,
-    blocked_by jsonb,
-    blocked_since timestamp with time zone,
-    pass_id bigint,
-    passes integer DEFAULT 0 NOT NULL,
-    barrier_at timestamp with time zone,
-    verification_id bigint,
-    column_id integer,
-    formats text[],
-    forced boolean DEFAULT false NOT NULL,
-    unwrap text,
-    in_line boolean DEFAULT false NOT NULL,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    started_at timestamp with time zone,
-    finished_at timestamp with time zone,
-    CONSTRAINT rotations_state_check CHECK ((state = ANY (ARRAY['queued'::text, 'running'::text, 'paused'::text, 'verifying'::text, 'completed'::text, 'completed_with_failures'::text, 'failed'::text, 'rolled_back'::text, 'superseded'::text]))),
-    CONSTRAINT rotations_trigger_check CHECK ((trigger = ANY (ARRAY['manual'::text, 'schedule'::text, 'compromise'::text, 'rollback'::text, 'adoption'::text])))
-)
-WITH (fillfactor='50');
-
-
-ALTER TABLE rekey.rotations OWNER TO rekey_owner;
-
---
--- Name: TABLE rotations; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.rotations IS 'Rotations: which keyring goes from which versions to which, and how far it is.';
-
-
---
--- Name: COLUMN rotations.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.id IS 'Number of the rotation.';
-
-
---
--- Name: COLUMN rotations.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.keyring_id IS 'Keyring that is rotated.';
-
-
---
--- Name: COLUMN rotations.from_versions; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.from_versions IS 'Versions whose rows it takes along.';
-
-
---
--- Name: COLUMN rotations.to_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.to_version IS 'Version it brings them to.';
-
-
---
--- Name: COLUMN rotations.previous_version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.previous_version IS 'Version that was active before: what a rollback makes active again; NULL where there is none to go back to.';
-
-
---
--- Name: COLUMN rotations.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.state IS 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
-
-
---
--- Name: COLUMN rotations.trigger; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.trigger IS 'Why: manual, schedule, compromise, rollback, adoption.';
-
-
---
--- Name: COLUMN rotations.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.reason IS 'What whoever asked for it said.';
-
-
---
--- Name: COLUMN rotations.requested_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.requested_by IS 'Who asked for it.';
-
-
---
--- Name: COLUMN rotations.rows_total; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.rows_total IS 'Rows to re-encrypt; NULL until they are counted.';
-
-
---
--- Name: COLUMN rotations.rows_done; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.rows_done IS 'Rows re-encrypted.';
-
-
---
--- Name: COLUMN rotations.rows_failed; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.rows_failed IS 'Rows in quarantine.';
-
-
---
--- Name: COLUMN rotations.attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.attempts IS 'Failed attempts in a row: of the rotation, or of the batch that fails.';
-
-
---
--- Name: COLUMN rotations.last_error; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.last_error IS 'The last error.';
-
-
---
--- Name: COLUMN rotations.next_attempt_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.next_attempt_at IS 'It goes on after this time; NULL: at once.';
-
-
---
--- Name: COLUMN rotations.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.blocked_by IS 'What it waits for.';
-
-
---
--- Name: COLUMN rotations.blocked_since; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.blocked_since IS 'Since when it waits for that.';
-
-
---
--- Name: COLUMN rotations.pass_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.pass_id IS 'Number of the pass over the tables that it takes part in.';
-
-
---
--- Name: COLUMN rotations.passes; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.passes IS 'Passes that it has begun.';
-
-
---
--- Name: COLUMN rotations.barrier_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.barrier_at IS 'When every writer of an older version was seen to be gone.';
-
-
---
--- Name: COLUMN rotations.verification_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.verification_id IS 'Number of the verification that it takes part in; NULL: none yet.';
-
-
---
--- Name: COLUMN rotations.column_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.column_id IS 'Protected column that is adopted; NULL for other rotations, and once it is no longer protected.';
-
-
---
--- Name: COLUMN rotations.formats; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.formats IS 'Formats that are adopted; NULL for other rotations.';
-
-
---
--- Name: COLUMN rotations.forced; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.forced IS 'Whether values that look encrypted in another format are adopted as plaintext.';
-
-
---
--- Name: COLUMN rotations.unwrap; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.unwrap IS 'What the client takes off opened values: json, php, pickle; NULL: nothing.';
-
-
---
--- Name: COLUMN rotations.in_line; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.in_line IS 'Whether it is an adoption that waits, queued, until nothing else of its keyring is under way.';
-
-
---
--- Name: COLUMN rotations.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.created_at IS 'When it was asked for; from then on new values are encrypted with to_version.';
-
-
---
--- Name: COLUMN rotations.started_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.started_at IS 'When the first row was looked at.';
-
-
---
--- Name: COLUMN rotations.finished_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotations.finished_at IS 'When it ended.';
 
 
 --
@@ -10436,153 +11269,6 @@ ALTER FUNCTION rekey._row_hash(row_key text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._row_hash(row_key text) IS 'What a row in quarantine is found by: its key may be longer than an index row. (A backslash is doubled for the cast.)';
-
-
---
--- Name: rotation_failures; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.rotation_failures (
-    id bigint NOT NULL,
-    rotation_id bigint,
-    keyring_id integer NOT NULL,
-    target text NOT NULL,
-    relation text NOT NULL,
-    row_key text NOT NULL,
-    row_hash bytea GENERATED ALWAYS AS (sha256((replace(row_key, chr(92), (chr(92) || chr(92))))::bytea)) STORED NOT NULL,
-    version integer,
-    reason text NOT NULL,
-    sqlstate text,
-    verification_id bigint,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    resolved_at timestamp with time zone,
-    resolution text,
-    resolved_by text,
-    resolve_reason text,
-    CONSTRAINT rotation_failures_resolution_check CHECK ((resolution = ANY (ARRAY['retry'::text, 'discard'::text, 'cleared'::text]))),
-    CONSTRAINT rotation_failures_resolved_check CHECK (((resolved_at IS NULL) = (resolution IS NULL)))
-);
-
-
-ALTER TABLE rekey.rotation_failures OWNER TO rekey_owner;
-
---
--- Name: TABLE rotation_failures; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.rotation_failures IS 'Quarantine: rows that did not open in a rotation, or that their table did not let it change. They are left as they were, and keep their key from destruction.';
-
-
---
--- Name: COLUMN rotation_failures.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.id IS 'Number of the entry.';
-
-
---
--- Name: COLUMN rotation_failures.rotation_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.rotation_id IS 'Rotation in which the row failed, the last one; NULL: the census found it, and no rotation has met it.';
-
-
---
--- Name: COLUMN rotation_failures.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.keyring_id IS 'Keyring of the row.';
-
-
---
--- Name: COLUMN rotation_failures.target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.target IS 'Target the row is in.';
-
-
---
--- Name: COLUMN rotation_failures.relation; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.relation IS 'Table the row is in.';
-
-
---
--- Name: COLUMN rotation_failures.row_key; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.row_key IS 'Primary key of the row, its parts as text, separated by a slash.';
-
-
---
--- Name: COLUMN rotation_failures.row_hash; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.row_hash IS 'SHA-256 of row_key.';
-
-
---
--- Name: COLUMN rotation_failures.version; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.version IS 'Key version the row stands on; NULL: it is no envelope yet.';
-
-
---
--- Name: COLUMN rotation_failures.reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.reason IS 'Why it did not open, or the error with which its table refused it.';
-
-
---
--- Name: COLUMN rotation_failures.sqlstate; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.sqlstate IS 'SQLSTATE of that error; NULL: the row does not open.';
-
-
---
--- Name: COLUMN rotation_failures.verification_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.verification_id IS 'Verification that saw it last.';
-
-
---
--- Name: COLUMN rotation_failures.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.created_at IS 'When it first failed.';
-
-
---
--- Name: COLUMN rotation_failures.resolved_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.resolved_at IS 'When the entry was closed; NULL: it is open.';
-
-
---
--- Name: COLUMN rotation_failures.resolution; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.resolution IS 'retry (tried again), discard (given up), cleared (the row opens again, or is gone); NULL while it is open.';
-
-
---
--- Name: COLUMN rotation_failures.resolved_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.resolved_by IS 'Who closed it.';
-
-
---
--- Name: COLUMN rotation_failures.resolve_reason; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.rotation_failures.resolve_reason IS 'What whoever closed it said.';
 
 
 --
@@ -12078,6 +12764,25 @@ COMMENT ON FUNCTION rekey._shape_problem(ciphertext bytea) IS 'What is wrong wit
 
 
 --
+-- Name: _sign(bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._sign(key bytea, message bytea) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._sign(key bytea, message bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _sign(key bytea, message bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._sign(key bytea, message bytea) IS 'HMAC-SHA-256 of a message, by which a webhook is known to be ours.';
+
+
+--
 -- Name: _silence_problem(regclass, smallint, oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -12701,8 +13406,8 @@ declare
   v_next text;
 begin
   -- Before the block that notes errors: what is made up here is nobody's entry.
-  if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
-    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'schedules, destructions, census or end.';
+  if duty is null or duty not in ('schedules', 'destructions', 'census', 'end', 'notifications') then
+    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'schedules, destructions, census, end or notifications.';
   end if;
   if coalesce(not isfinite(begun) or begun > clock_timestamp(), true) then
     raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
@@ -12725,6 +13430,7 @@ begin
         update rekey._worker w set last_tick_at = clock_timestamp(), last_tick_seconds = extract(epoch from clock_timestamp() - begun),
           last_error = case when w.last_error_at >= begun then w.last_error end
         where w.singleton;
+      when 'notifications' then v_next := rekey._collect_notifications();
     end case;
     if duty = 'schedules' and (v_worker.locked_since is not null
         or exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying'))) then
@@ -12765,7 +13471,7 @@ ALTER FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) OWNER
 -- Name: FUNCTION _tick_duty(duty text, begun timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
+COMMENT ON FUNCTION rekey._tick_duty(duty text, begun timestamp with time zone) IS 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end, notifications (deliver: there are some to be delivered; NULL: none). An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
 
 
 --
@@ -12814,6 +13520,25 @@ ALTER FUNCTION rekey._to_text(envelope bytea) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._to_text(envelope bytea) IS 'The text form of an envelope.';
+
+
+--
+-- Name: _told_events(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._told_events() RETURNS text[]
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._told_events() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _told_events(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._told_events() IS 'What endpoints can be told of.';
 
 
 --
@@ -13894,6 +14619,89 @@ ALTER FUNCTION rekey._write_trigger_body(protected rekey.protected_columns, rela
 --
 
 COMMENT ON FUNCTION rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) IS 'Body of the trigger that encrypts a column on write. It calls the columns by name, since values must not be parameters of a statement.';
+
+
+--
+-- Name: add_endpoint(text, text, text[], boolean, boolean, boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.add_endpoint(name text, address text, events text[] DEFAULT NULL::text[], slack boolean DEFAULT false, allow_private boolean DEFAULT false, by_pg_net boolean DEFAULT false) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $_$
+declare
+  v_kind text;
+  v_problem text;
+  v_channel text;
+  v_secret text;
+  v_wrapping bytea;
+  v_kek_id integer;
+  v_id integer;
+  v_iv bytea;
+  v_bytes bytea;
+  v_aad bytea;
+  v_sealed bytea;
+begin
+  v_kind := case
+    when address ~ '^notify:' then 'channel'
+    when address ~ '^smtps?://' then 'email'
+    when slack then 'slack'
+    else 'webhook' end;
+  v_problem := case
+    when name !~ '^[A-Za-z0-9._-]{1,63}$' or name is null then 'the name of an endpoint has 1 to 63 of: letters, digits, . _ -'
+    when not events <@ rekey._told_events() or cardinality(events) = 0 then
+      'there is no such event: there are ' || array_to_string(rekey._told_events(), ', ')
+    when octet_length(address) > 2048 or address !~ '^[!-~]+$' or address is null then 'the address has more than 2048 characters, or others than those of a URL'
+    when v_kind = 'channel' and address !~ '^notify:[a-z_][a-z0-9_]{0,62}$' then 'a channel has 1 to 63 of: a-z, 0-9, _'
+    when v_kind = 'email' and address !~ '^smtps?://[^/?#]+/?\?([^#]*&)?to=[^&#]' then 'an address for e-mail has ?from=...&to=...'
+    when v_kind in ('webhook', 'slack') and address !~ '^https://[^/?#@]+([/?#]|$)' and not (allow_private and address ~ '^http://[^/?#@]+([/?#]|$)')
+      then 'a webhook has an https:// address, without a user'
+    when (v_kind = 'slack') <> slack then 'only a webhook has the shape that Slack takes'
+    when by_pg_net and (v_kind not in ('webhook', 'slack') or allow_private) then
+      'pg_net sends webhooks only, and cannot look at what addresses they go to'
+    when by_pg_net and address !~ '^https://[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*\.[A-Za-z][A-Za-z0-9-]+(:[0-9]+)?([/?#]|$)' then
+      'pg_net takes the name of a host, with its domain'
+  end;
+  perform rekey._refuse_endpoint(v_problem);
+  v_channel := case when v_kind = 'channel' then substr(address, 8) end;
+  v_id := nextval('rekey._endpoints_id_seq');
+  if v_kind <> 'channel' then
+    select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+    perform rekey._lock_kek();
+    -- It may have been replaced while this waited for the lock.
+    select k.id, k.kek into v_kek_id, v_wrapping from rekey._kek() k;
+    v_wrapping := rekey._wrapping_key(v_wrapping);
+    v_bytes := rekey._random_bytes(32);
+    v_secret := 'whsec_' || encode(v_bytes, 'base64');
+    v_bytes := convert_to(v_secret || ' ' || address, 'UTF8');
+    v_iv := rekey._random_bytes(16);
+    v_aad := rekey._endpoint_aad(v_kek_id, v_id);
+    v_sealed := v_iv || rekey._aead_encrypt(v_wrapping, v_iv, v_bytes, v_aad);
+  end if;
+  begin
+    insert into rekey._endpoints (id, name, kind, events, allow_private, by_pg_net, channel, sealed, kek_id)
+    values (v_id, add_endpoint.name, v_kind, add_endpoint.events, add_endpoint.allow_private, add_endpoint.by_pg_net, v_channel, v_sealed, v_kek_id);
+  exception when unique_violation then
+    raise exception 'there is an endpoint % already', quote_literal(name) using errcode = 'unique_violation',
+      hint = 'select rekey.remove_endpoint(...) first, or take another name.', constraint = 'remove_endpoint';
+  end;
+  -- What was before is not told of.
+  insert into rekey._notifier (audit_id) select coalesce(max(h.id), 0) from rekey._audit_head h on conflict do nothing;
+  perform rekey._audit('endpoint.added', details => jsonb_build_object('name', name, 'kind', v_kind, 'events', to_jsonb(events),
+    'allow_private', nullif(allow_private, false), 'by_pg_net', nullif(by_pg_net, false)));
+  return case when v_kind = 'webhook' then v_secret end;
+end
+$_$;
+
+
+ALTER FUNCTION rekey.add_endpoint(name text, address text, events text[], slack boolean, allow_private boolean, by_pg_net boolean) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION add_endpoint(name text, address text, events text[], slack boolean, allow_private boolean, by_pg_net boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.add_endpoint(name text, address text, events text[], slack boolean, allow_private boolean, by_pg_net boolean) IS 'Has somebody told what happens. address: https://... (a webhook as Standard Webhooks has it; the signing secret is returned, once), smtps://USER:PASSWORD@HOST:465?from=...&to=... (e-mail; smtp:// with STARTTLS; several to=), or notify:CHANNEL (NOTIFY in this database). It is stored under the KEK; a statement that has it as a literal may be logged, as with rekey.set_secret(). events: only these; NULL: all. slack: the body is what Slack takes, unsigned readers too. allow_private: it may be a loopback or private address, and there without TLS. by_pg_net: rekey.tick() hands it to pg_net, where that is; pg_net keeps the address in its own tables in plain, and looks at no addresses. 22023: it cannot be; 23505: there is one of that name; RK001, RK002: KEK.';
 
 
 --
@@ -15994,6 +16802,38 @@ COMMENT ON FUNCTION rekey.register_kek(replace_lost boolean) IS 'Registers the K
 
 
 --
+-- Name: remove_endpoint(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.remove_endpoint(name text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_id integer := (rekey._endpoint(name)).id;
+begin
+  delete from rekey._endpoints e where e.id = v_id;
+  delete from rekey._notifications n where n.endpoint_id = v_id;
+  if not exists (select from rekey._endpoints) then
+    delete from rekey._notifier n where n.singleton;
+    delete from rekey._told t where t.event is not null;
+  end if;
+  perform rekey._audit('endpoint.removed', details => jsonb_build_object('name', name));
+end
+$$;
+
+
+ALTER FUNCTION rekey.remove_endpoint(name text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION remove_endpoint(name text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.remove_endpoint(name text) IS 'Has nobody told there any more; messages that wait are dropped. RK007: there is no such endpoint.';
+
+
+--
 -- Name: resolve_failure(bigint, text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -16307,6 +17147,19 @@ begin
     update rekey.encryption_keys set wrapped_key = v_wrapped, kek_id = v_new_id where id = v_key.id;
     v_count := v_count + 1;
   end loop;
+  -- One that does not open stays as it is: it can be added again, and holds nobody up.
+  for v_key in select e.id, e.sealed from rekey._endpoints e where e.kek_id = v_old_id order by e.id for no key update loop
+    v_iv := substr(v_key.sealed, 1, 16);
+    v_wrapped := substr(v_key.sealed, 17);
+    v_aad := rekey._endpoint_aad(v_old_id, v_key.id);
+    v_dek := rekey._aead_decrypt(v_old, v_iv, v_wrapped, v_aad);
+    if v_dek is not null then
+      v_iv := rekey._random_bytes(16);
+      v_aad := rekey._endpoint_aad(v_new_id, v_key.id);
+      v_wrapped := rekey._aead_encrypt(v_new, v_iv, v_dek, v_aad);
+      update rekey._endpoints set sealed = v_iv || v_wrapped, kek_id = v_new_id where id = v_key.id;
+    end if;
+  end loop;
   perform rekey._audit('kek.rotated', version => v_new_id,
     details => jsonb_build_object('from', v_old_id, 'fingerprint', v_fingerprint, 'keys', v_count));
   return v_new_id;
@@ -16320,7 +17173,7 @@ ALTER FUNCTION rekey.rotate_kek() OWNER TO rekey_owner;
 -- Name: FUNCTION rotate_kek(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.rotate_kek() IS 'Wraps every DEK anew under the next KEK, in one transaction; no data is touched. Needs the current and the next KEK at hand. Returns the number of the new one. Keep the old one as long as backups. RK001: one is missing; RK003: a wrapped key is damaged.';
+COMMENT ON FUNCTION rekey.rotate_kek() IS 'Wraps every DEK anew under the next KEK, and the addresses of endpoints, in one transaction; no data is touched. Needs the current and the next KEK at hand. Returns the number of the new one. Keep the old one as long as backups. RK001: one is missing; RK003: a wrapped key is damaged.';
 
 
 --
@@ -16901,6 +17754,35 @@ COMMENT ON FUNCTION rekey.set_setting(name text, value text) IS 'Changes a setti
 
 
 --
+-- Name: test_endpoint(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.test_endpoint(name text) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_endpoint rekey._endpoints := rekey._endpoint(name);
+  v_id bigint;
+begin
+  insert into rekey._notifications (endpoint_id, event, body)
+  values (v_endpoint.id, 'test', rekey._message_body(v_endpoint.kind, 'test', 1, '[]')) returning id into v_id;
+  return v_id;
+end
+$$;
+
+
+ALTER FUNCTION rekey.test_endpoint(name text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION test_endpoint(name text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.test_endpoint(name text) IS 'Puts a test into the queue of an endpoint, whatever its filter; returns the number of the message in rekey.message_status. RK007: there is no such endpoint.';
+
+
+--
 -- Name: tick(); Type: PROCEDURE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -16912,12 +17794,17 @@ declare
   v_duty text;
   v_next text;
 begin
-  foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end'] loop
+  foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end', 'notifications'] loop
     commit;
     set transaction isolation level read committed;  -- whatever the default of the role or database
     if v_duty operator(pg_catalog.=) 'rotations' then
       call rekey.run_rotations('50 s');
       perform rekey._prune_run_details();
+    elsif v_duty operator(pg_catalog.=) 'notifications' then
+      perform rekey._tick_duty(v_duty, v_begun);
+      commit;
+      set transaction isolation level read committed;
+      perform rekey._post_by_pg_net();
     else
       v_next := rekey._tick_duty(v_duty, v_begun);
       while v_next is not null and pg_catalog.clock_timestamp() operator(pg_catalog.<) (v_begun operator(pg_catalog.+) interval '50 s') loop
@@ -16941,7 +17828,7 @@ ALTER PROCEDURE rekey.tick() OWNER TO rekey_owner;
 -- Name: PROCEDURE tick(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON PROCEDURE rekey.tick() IS 'The unattended work: rotations that are due, their re-encryption for up to 50 seconds, retries, due destructions, and once a day a count of all rows. pg_cron or pg-rekey work calls it. Call it outside a transaction.';
+COMMENT ON PROCEDURE rekey.tick() IS 'The unattended work: rotations that are due, their re-encryption for up to 50 seconds, retries, due destructions, once a day a count of all rows, and messages to endpoints. pg_cron or pg-rekey work calls it. Call it outside a transaction.';
 
 
 --
@@ -17495,6 +18382,34 @@ ALTER TABLE rekey._chunks ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
 
 
 --
+-- Name: _endpoints_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey._endpoints ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME rekey._endpoints_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+
+--
+-- Name: _notifications_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE rekey._notifications ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME rekey._notifications_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+
+--
 -- Name: _pass_id; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -17585,6 +18500,25 @@ ALTER TABLE rekey._sweeping OWNER TO rekey_owner;
 --
 
 COMMENT ON TABLE rekey._sweeping IS 'What rekey.is_sweeping() goes by: into which relation this transaction writes a batch of a rotation now.';
+
+
+--
+-- Name: _told; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._told (
+    event text NOT NULL,
+    subject text NOT NULL
+);
+
+
+ALTER TABLE rekey._told OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _told; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._told IS 'Conditions that hold now and were told of.';
 
 
 --
@@ -17931,6 +18865,108 @@ ALTER TABLE rekey.encryption_keys ALTER COLUMN id ADD GENERATED BY DEFAULT AS ID
 
 
 --
+-- Name: endpoint_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.endpoint_status AS
+ -- in sql/code
+;
+
+
+ALTER TABLE rekey.endpoint_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW endpoint_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.endpoint_status IS 'Who is told what happens, and whether that works. Addresses are not shown.';
+
+
+--
+-- Name: COLUMN endpoint_status.name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.name IS 'Name of the endpoint.';
+
+
+--
+-- Name: COLUMN endpoint_status.kind; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.kind IS 'webhook, slack, email or channel.';
+
+
+--
+-- Name: COLUMN endpoint_status.events; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.events IS 'Events that it is told of; NULL: all.';
+
+
+--
+-- Name: COLUMN endpoint_status.allow_private; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.allow_private IS 'Whether its address may be a loopback or private one.';
+
+
+--
+-- Name: COLUMN endpoint_status.by_pg_net; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.by_pg_net IS 'Whether pg_net may send to it.';
+
+
+--
+-- Name: COLUMN endpoint_status.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.created_at IS 'When it was added.';
+
+
+--
+-- Name: COLUMN endpoint_status.waiting; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.waiting IS 'Messages that wait to be delivered, 1000 at most.';
+
+
+--
+-- Name: COLUMN endpoint_status.dead; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.dead IS 'Messages that were given up, of the last 1000.';
+
+
+--
+-- Name: COLUMN endpoint_status.last_delivered_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.last_delivered_at IS 'When a message was last delivered.';
+
+
+--
+-- Name: COLUMN endpoint_status.failing_since; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.failing_since IS 'Since when a message that was tried waits; NULL: none does.';
+
+
+--
+-- Name: COLUMN endpoint_status.last_error; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.last_error IS 'What went wrong with it last; NULL: nothing.';
+
+
+--
+-- Name: COLUMN endpoint_status.problem; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.endpoint_status.problem IS 'Why its address cannot be opened: remove it and add it again; NULL: it can, by who has the KEK.';
+
+
+--
 -- Name: failure_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
 --
 
@@ -18163,6 +19199,108 @@ COMMENT ON COLUMN rekey.key_status.destroyed_at IS 'When its wrapped key was ove
 
 
 --
+-- Name: message_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE VIEW rekey.message_status AS
+ -- in sql/code
+;
+
+
+ALTER TABLE rekey.message_status OWNER TO rekey_owner;
+
+--
+-- Name: VIEW message_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON VIEW rekey.message_status IS 'Messages to endpoints: those that wait, and of each endpoint the last 1000 that were delivered or given up.';
+
+
+--
+-- Name: COLUMN message_status.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.id IS 'Number of the message.';
+
+
+--
+-- Name: COLUMN message_status.endpoint; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.endpoint IS 'Endpoint that it goes to.';
+
+
+--
+-- Name: COLUMN message_status.event; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.event IS 'What it tells of.';
+
+
+--
+-- Name: COLUMN message_status.text; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.text IS 'What it says.';
+
+
+--
+-- Name: COLUMN message_status.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.created_at IS 'When it was made.';
+
+
+--
+-- Name: COLUMN message_status.state; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.state IS 'waiting, delivered or dead (given up).';
+
+
+--
+-- Name: COLUMN message_status.attempts; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.attempts IS 'How often it was tried.';
+
+
+--
+-- Name: COLUMN message_status.next_attempt_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.next_attempt_at IS 'It is tried again after this time; NULL: it does not wait.';
+
+
+--
+-- Name: COLUMN message_status.ended_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.ended_at IS 'When it was delivered or given up.';
+
+
+--
+-- Name: COLUMN message_status.last_error; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.last_error IS 'What went wrong last.';
+
+
+--
+-- Name: COLUMN message_status.message_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.message_id IS 'What the header webhook-id has, after msg_: the same whenever it is sent again.';
+
+
+--
+-- Name: COLUMN message_status.request_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.message_status.request_id IS 'Number that pg_net gave it.';
+
+
+--
 -- Name: protected_columns_id_seq; Type: SEQUENCE; Schema: rekey; Owner: rekey_owner
 --
 
@@ -18202,59 +19340,6 @@ ALTER TABLE rekey.rotations ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY
     NO MAXVALUE
     CACHE 1
 );
-
-
---
--- Name: schedule_status; Type: VIEW; Schema: rekey; Owner: rekey_owner
---
-
-CREATE VIEW rekey.schedule_status AS
- -- in sql/code
-;
-
-
-ALTER TABLE rekey.schedule_status OWNER TO rekey_owner;
-
---
--- Name: VIEW schedule_status; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON VIEW rekey.schedule_status IS 'When each keyring is rotated next; overdue: it should have been 10 minutes ago.';
-
-
---
--- Name: COLUMN schedule_status.keyring; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.schedule_status.keyring IS 'Name of the keyring.';
-
-
---
--- Name: COLUMN schedule_status.tenant_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.schedule_status.tenant_id IS 'Its tenant.';
-
-
---
--- Name: COLUMN schedule_status.rotate_every; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.schedule_status.rotate_every IS 'Its cryptoperiod; NULL: no schedule.';
-
-
---
--- Name: COLUMN schedule_status.next_rotation_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.schedule_status.next_rotation_at IS 'When the next scheduled rotation is due.';
-
-
---
--- Name: COLUMN schedule_status.overdue; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.schedule_status.overdue IS 'Whether that was more than 10 minutes ago.';
 
 
 --
@@ -18573,6 +19658,38 @@ ALTER TABLE ONLY rekey._due
 
 
 --
+-- Name: _endpoints _endpoints_name_key; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._endpoints
+    ADD CONSTRAINT _endpoints_name_key UNIQUE (name);
+
+
+--
+-- Name: _endpoints _endpoints_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._endpoints
+    ADD CONSTRAINT _endpoints_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: _notifications _notifications_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._notifications
+    ADD CONSTRAINT _notifications_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: _notifier _notifier_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._notifier
+    ADD CONSTRAINT _notifier_pkey PRIMARY KEY (singleton);
+
+
+--
 -- Name: _search_finds _search_finds_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -18626,6 +19743,14 @@ ALTER TABLE ONLY rekey._session_key
 
 ALTER TABLE ONLY rekey._sweeping
     ADD CONSTRAINT _sweeping_pkey PRIMARY KEY (transaction, relation);
+
+
+--
+-- Name: _told _told_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._told
+    ADD CONSTRAINT _told_pkey PRIMARY KEY (event, subject);
 
 
 --
@@ -18764,6 +19889,20 @@ CREATE INDEX _chunks_pass_id ON rekey._chunks USING btree (pass_id);
 
 
 --
+-- Name: _notifications_ended; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX _notifications_ended ON rekey._notifications USING btree (endpoint_id, id) WHERE (state <> 'waiting'::text);
+
+
+--
+-- Name: _notifications_waiting; Type: INDEX; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE INDEX _notifications_waiting ON rekey._notifications USING btree (endpoint_id, next_attempt_at) WHERE (state = 'waiting'::text);
+
+
+--
 -- Name: audit_log_limited; Type: INDEX; Schema: rekey; Owner: rekey_owner
 --
 
@@ -18874,6 +20013,14 @@ CREATE TRIGGER encryption_keys_state BEFORE UPDATE ON rekey.encryption_keys FOR 
 
 ALTER TABLE ONLY rekey._column_relations
     ADD CONSTRAINT _column_relations_column_fkey FOREIGN KEY (column_id) REFERENCES rekey.protected_columns(id) ON DELETE CASCADE;
+
+
+--
+-- Name: _endpoints _endpoints_kek_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._endpoints
+    ADD CONSTRAINT _endpoints_kek_fkey FOREIGN KEY (kek_id) REFERENCES rekey.keks(id);
 
 
 --
@@ -19483,6 +20630,14 @@ REVOKE ALL ON FUNCTION rekey._chunk_blocks(relation regclass) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _claim_message(endpoints integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._claim_message(endpoints integer[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._claim_message(endpoints integer[]) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _claims(); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -19517,6 +20672,13 @@ REVOKE ALL ON FUNCTION rekey._code_in_updates(leaf regclass) FROM PUBLIC;
 REVOKE ALL ON FUNCTION rekey._code_of_others(relation oid, reader name) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._code_of_others(relation oid, reader name) TO rekey_operator;
 GRANT ALL ON FUNCTION rekey._code_of_others(relation oid, reader name) TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _collect_notifications(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._collect_notifications() FROM PUBLIC;
 
 
 --
@@ -19604,6 +20766,39 @@ REVOKE ALL ON FUNCTION rekey._column_status() FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._column_status() TO rekey_admin;
 GRANT ALL ON FUNCTION rekey._column_status() TO rekey_operator;
 GRANT ALL ON FUNCTION rekey._column_status() TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _utc(at timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._utc(at timestamp with time zone) FROM PUBLIC;
+
+
+--
+-- Name: TABLE keyrings; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_admin;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_operator;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_auditor;
+GRANT SELECT ON TABLE rekey.keyrings TO rekey_app;
+
+
+--
+-- Name: TABLE schedule_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.schedule_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.schedule_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.schedule_status TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _conditions(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._conditions() FROM PUBLIC;
 
 
 --
@@ -19736,16 +20931,6 @@ REVOKE ALL ON FUNCTION rekey._due_rows(rotations bigint[]) FROM PUBLIC;
 
 
 --
--- Name: TABLE keyrings; Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_admin;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_operator;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_auditor;
-GRANT SELECT ON TABLE rekey.keyrings TO rekey_app;
-
-
---
 -- Name: FUNCTION _emptied(counted jsonb, keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -19757,6 +20942,27 @@ REVOKE ALL ON FUNCTION rekey._emptied(counted jsonb, keyrings integer[]) FROM PU
 --
 
 REVOKE ALL ON FUNCTION rekey._end_adoptions(column_id integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _endpoint(name text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._endpoint(name text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _endpoint_aad(kek_id integer, endpoint_id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._endpoint_aad(kek_id integer, endpoint_id integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _enqueue(event text, count integer, subjects jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._enqueue(event text, count integer, subjects jsonb) FROM PUBLIC;
 
 
 --
@@ -20302,6 +21508,20 @@ REVOKE ALL ON FUNCTION rekey._may_hold(protected rekey.protected_columns, keyrin
 
 
 --
+-- Name: FUNCTION _message_text(event text, subject jsonb, count integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._message_text(event text, subject jsonb, count integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _message_body(kind text, event text, count integer, subjects jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._message_body(kind text, event text, count integer, subjects jsonb) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _move_column(id integer, target regclass, column_name name); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -20370,6 +21590,14 @@ REVOKE ALL ON FUNCTION rekey._note_adopted(rotation_id bigint, keyring_id intege
 --
 
 REVOKE ALL ON FUNCTION rekey._note_batch(rotations bigint[], done_keyrings integer[], done_rows bigint[], target text, relation regclass, failed_keyrings integer[], failed_versions integer[], failed_keys text[], failed_problems text[], failed_codes text[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _note_delivery(id bigint, error text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_delivery(id bigint, error text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._note_delivery(id bigint, error text) TO rekey_operator;
 
 
 --
@@ -20446,6 +21674,14 @@ GRANT ALL ON FUNCTION rekey._note_read(search_id bigint, relation oid, reader te
 
 
 --
+-- Name: FUNCTION _note_request(id bigint, request_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_request(id bigint, request_id bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._note_request(id bigint, request_id bigint) TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _note_seen(counted jsonb, keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -20478,6 +21714,14 @@ REVOKE ALL ON FUNCTION rekey._opaque_bytes(value bytea) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._open(envelope bytea, context bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _open_endpoints(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._open_endpoints() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._open_endpoints() TO rekey_operator;
 
 
 --
@@ -20586,6 +21830,14 @@ REVOKE ALL ON FUNCTION rekey._passphrases() FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _pg_net_requests(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._pg_net_requests() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._pg_net_requests() TO rekey_operator;
+
+
+--
 -- Name: FUNCTION _pgp_decrypt(message bytea, passphrase text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -20611,6 +21863,14 @@ REVOKE ALL ON FUNCTION rekey._pgp_problem(message bytea) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._plan(OUT event text, OUT keyring_count integer, OUT detail jsonb) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _post_by_pg_net(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._post_by_pg_net() FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._post_by_pg_net() TO rekey_operator;
 
 
 --
@@ -20640,6 +21900,13 @@ REVOKE ALL ON FUNCTION rekey._protect_options(protected rekey.protected_columns)
 --
 
 REVOKE ALL ON FUNCTION rekey._provided_keks() FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _prune_notifications(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._prune_notifications() FROM PUBLIC;
 
 
 --
@@ -20733,6 +22000,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_doubt(label text, formats text[], values_ar
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_encrypted(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_endpoint(problem text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_endpoint(problem text) FROM PUBLIC;
 
 
 --
@@ -21145,6 +22419,13 @@ REVOKE ALL ON FUNCTION rekey._shape_problem(ciphertext bytea) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _sign(key bytea, message bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._sign(key bytea, message bytea) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _silence_problem(relation regclass, attnum smallint, owner oid); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -21267,6 +22548,13 @@ GRANT ALL ON FUNCTION rekey._to_look(search_id bigint) TO rekey_operator;
 --
 
 REVOKE ALL ON FUNCTION rekey._to_text(envelope bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _told_events(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._told_events() FROM PUBLIC;
 
 
 --
@@ -21440,6 +22728,14 @@ REVOKE ALL ON FUNCTION rekey._write_rows(target rekey._target, relation regclass
 --
 
 REVOKE ALL ON FUNCTION rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION add_endpoint(name text, address text, events text[], slack boolean, allow_private boolean, by_pg_net boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.add_endpoint(name text, address text, events text[], slack boolean, allow_private boolean, by_pg_net boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.add_endpoint(name text, address text, events text[], slack boolean, allow_private boolean, by_pg_net boolean) TO rekey_admin;
 
 
 --
@@ -21811,6 +23107,14 @@ GRANT ALL ON FUNCTION rekey.register_kek(replace_lost boolean) TO rekey_admin;
 
 
 --
+-- Name: FUNCTION remove_endpoint(name text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.remove_endpoint(name text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.remove_endpoint(name text) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION resolve_failure(id bigint, action text, reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -21946,6 +23250,14 @@ GRANT ALL ON FUNCTION rekey.set_secret(name text, value text, tenant_id uuid, ke
 
 REVOKE ALL ON FUNCTION rekey.set_setting(name text, value text) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey.set_setting(name text, value text) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION test_endpoint(name text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.test_endpoint(name text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.test_endpoint(name text) TO rekey_admin;
 
 
 --
@@ -22112,6 +23424,15 @@ GRANT SELECT ON TABLE rekey.decrypted_secrets TO rekey_app;
 
 
 --
+-- Name: TABLE endpoint_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+GRANT SELECT ON TABLE rekey.endpoint_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.endpoint_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.endpoint_status TO rekey_auditor;
+
+
+--
 -- Name: TABLE failure_status; Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -22130,12 +23451,12 @@ GRANT SELECT ON TABLE rekey.key_status TO rekey_auditor;
 
 
 --
--- Name: TABLE schedule_status; Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: TABLE message_status; Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-GRANT SELECT ON TABLE rekey.schedule_status TO rekey_admin;
-GRANT SELECT ON TABLE rekey.schedule_status TO rekey_operator;
-GRANT SELECT ON TABLE rekey.schedule_status TO rekey_auditor;
+GRANT SELECT ON TABLE rekey.message_status TO rekey_admin;
+GRANT SELECT ON TABLE rekey.message_status TO rekey_operator;
+GRANT SELECT ON TABLE rekey.message_status TO rekey_auditor;
 
 
 --

@@ -404,6 +404,72 @@ def test_a_second_attempt_with_a_value_is_not_logged(loud: tuple[str, Settings],
         assert len(session.log) > 200
 
 
+ADDRESS = "https://hooks.example.com/services/canary-address-4711"
+MAILBOX = "smtps://rekey:canary-mail-password-4711@mail.example.com?from=a@example.com&to=b@example.com"
+
+
+def test_nothing_of_endpoints_is_logged(loud: tuple[str, Settings], kek: bytes) -> None:
+    dsn, settings = loud
+    with connect(dsn) as quiet, connect(dsn) as connection:
+        session = Session(connection, settings)
+        unlock(connection, kek)
+        session.run("select rekey.register_kek()", "select rekey.create_keyring('default')")
+        fill(
+            connection,
+            "given",
+            ADDRESS,
+            MAILBOX,
+            "https://user@canary-address-4711/",
+            "ftp://canary-address-4711",
+        )
+        secrets = [
+            row[0]
+            for row in connection.execute(
+                "select rekey.add_endpoint('e' || length(v), v) from given where v ~ '^(https://hooks|smtps)'"
+            )
+        ]
+        session.fail("22023", "select rekey.add_endpoint('x', v) from given where v ~ 'user'")
+        session.fail("22023", "select rekey.add_endpoint('x', v) from given where v ~ '^ftp'")
+        session.fail(
+            "22023", "select rekey.add_endpoint('x', v, by_pg_net => true) from given where v ~ '^smtps'"
+        )
+        session.run("select rekey.test_endpoint(name) from rekey.endpoint_status")
+        unlock(connection, kek, NEXT)
+        session.run("select rekey.rotate_kek()", "select rekey.lock()")
+        session.fail("RK001", "select * from rekey._open_endpoints()")
+        unlock(connection, NEXT)
+        session.run(
+            "select rekey.mark_key_compromised('default', 1)",
+            "call rekey.tick()",
+            "select * from rekey._open_endpoints()",
+            "update rekey._endpoints set by_pg_net = true where kind = 'webhook'",
+            "select * from rekey._pg_net_requests()",
+            "select rekey._note_delivery(id, 'HTTP status 500') from rekey.message_status",
+            "select * from rekey.endpoint_status",
+            "select rekey.remove_endpoint(name) from rekey.endpoint_status",
+        )
+        opened = [one for one in secrets if one]
+        assert len(opened) == 1
+        whsec = opened[0]
+        leaks = {
+            text: found[:3]
+            for text in (
+                "canary-address-4711",
+                "canary-mail-password-4711",
+                whsec,
+                whsec.removeprefix("whsec_"),
+            )
+            if (found := session.found(text.encode()))
+        }
+        assert leaks == {}
+        key = base64.b64decode(whsec.removeprefix("whsec_"))
+        assert session.found(key) == []
+        # The trap works: a literal is seen.
+        session.run("select rekey.add_endpoint('literal', 'https://hooks.example.com/canary-literal')")
+        assert session.found(b"canary-literal") != []
+        assert value(quiet, "select count(*) from rekey._endpoints") == 1
+
+
 @contextlib.contextmanager
 def expected(session: Session, code: str | None) -> Iterator[None]:
     """Expect an error with this code, or none, and keep what it says."""

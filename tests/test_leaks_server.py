@@ -46,6 +46,7 @@ from helpers import (
 from pg_rekey import local, release
 from pg_rekey.api import tokens
 from pg_rekey.cli import main
+from receivers import mail_server, receiver
 from test_leaks import (
     NEXT,
     OPEN,
@@ -562,6 +563,36 @@ def serve(scenario: Scenario) -> None:
         assert process.wait(60) == 0
 
 
+def tell(scenario: Scenario) -> None:
+    """Endpoints whose addresses are secrets, messages that get there and some that do not."""
+    run = scenario.commands
+    with receiver() as hook, mail_server() as mail:
+        secret = scenario.text("address").replace(" ", "-")
+        scenario.canaries.add("value, address of an endpoint", secret)
+        password = scenario.text("password").replace(" ", "-")
+        scenario.canaries.add("value, password of an endpoint", password)
+        address = hook.url.replace("canary-in-address", secret)
+        added = run("notify add web --allow-private --json", stdin=address, shows=True)
+        scenario.canaries.add("value, signing secret", json.loads(added)["secret"].removeprefix("whsec_"))
+        run(
+            "notify add mail --allow-private",
+            stdin=f"smtp://r:{password}@127.0.0.1:{mail.port}?from=r@example.com&to=a@example.com&tls=no",
+        )
+        run("notify add wrong", code=1, stdin=f"ftp://{secret}.example.com/")
+        run("notify add private", code=2, stdin=address)
+        run("notify test web")
+        run("notify test mail", code=1)
+        hook.answer = lambda _: 500
+        run("notify test web", code=1)
+        hook.answer = lambda _: 200
+        run("rotate --supersede --keyring default")
+        run("work")
+        assert hook.events().count("test") < len(hook.events())
+        run("notify list")
+        run("notify messages")
+        run("notify remove mail --yes")
+
+
 def take_out(scenario: Scenario) -> None:
     """Uninstall in a database of its own, and take in what it exported."""
     run, here = scenario.commands, {"PG_REKEY_DSN": scenario.server.dsn("gone")}
@@ -837,6 +868,7 @@ def test_no_key_and_no_value_is_left_anywhere(tmp_path: Path, monkeypatch: pytes
             use_columns_of_the_application(scenario)
             use_keys(scenario)
             serve(scenario)
+            tell(scenario)
             take_out(scenario)
             call_the_rest(scenario)
             scenario.note_deks("app", *scenario.commands.keks.values())

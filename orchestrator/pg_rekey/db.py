@@ -345,6 +345,7 @@ SECRETS = Table(
 BATCH = 1000
 BATCH_LENGTH = 2**23
 VALUE = Table("pg_rekey_value", "value bytea", ("bytea",))
+ENDPOINT = Table("pg_rekey_endpoint", "address text", ("text",))
 
 
 def batches(secrets: Iterable[tuple[str, str, str | None]]) -> Iterator[list[tuple[str, str, str | None]]]:

@@ -27,6 +27,7 @@ CHECKS = (
     "schedules",
     "HTTP API",
     "rotations",
+    "notifications",
 )
 
 

@@ -88,6 +88,9 @@ ACTIONS = {
         "`pg-rekey columns protect TABLE COLUMN --encrypt-on-write`, as the owner of the table, makes the "
         "trigger that encrypts."
     ),
+    "endpoints": Words(
+        "`pg-rekey notify list` shows those that there are.", "GET /api/endpoints shows those that there are."
+    ),
     "export": Words("`pg-rekey audit export FILE` writes what `pg-rekey audit prune FILE` then removes."),
     "failures": Words("`pg-rekey rotations failures` lists them.", "GET /api/rotations/failures lists them."),
     "fire_triggers": Words("`pg-rekey columns protect TABLE COLUMN --no-fire-triggers` keeps them from it."),
@@ -147,6 +150,7 @@ ACTIONS = {
     ),
     "read_secret": Words("Secrets are read with `pg-rekey secrets get NAME`."),
     "register_kek": Words("`pg-rekey init` registers a KEK."),
+    "remove_endpoint": Words("`pg-rekey notify remove NAME` first, or take another name."),
     "renew_trigger": Words(
         "`pg-rekey columns protect TABLE COLUMN`, with the options of the first time, as the owner of the "
         "table, makes it anew."

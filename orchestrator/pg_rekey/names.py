@@ -12,6 +12,7 @@ from pg_rekey import db
 _KINDS = {
     "columns": "table",
     "create_keyring": "keyring",
+    "endpoints": "endpoint",
     "secrets": "secret",
     "settings": "setting",
     "42P01": "table",

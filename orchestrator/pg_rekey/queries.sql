@@ -485,6 +485,23 @@ from pg_stat_activity a
 join pg_roles r on r.oid = a.usesysid and r.rolsuper
 where a.datname = current_database() and a.application_name = 'pg-rekey serve'
 
+-- name: doctor: notifications
+-- description: Whether whoever is to be told is told.
+select 'warning' as severity, format('endpoint %s: %s', s.name, s.problem) as finding,
+  format('`pg-rekey notify remove %s`, and add it again.', s.name) as advice
+from rekey.endpoint_status s where s.problem is not null
+union all
+select 'warning', format('%s messages have waited for endpoint %s since %s: %s', s.waiting, s.name, s.failing_since::timestamptz(0), s.last_error),
+  format('`pg-rekey notify test %s` tries it now.', s.name)
+from rekey.endpoint_status s where s.failing_since < now() - interval '5 minutes'
+union all
+select 'warning', format('%s messages to endpoint %s were given up', s.dead, s.name), format('`pg-rekey notify messages --endpoint %s --state dead` shows them.', s.name)
+from rekey.endpoint_status s where s.dead > 0
+union all
+select 'warning', 'messages wait, and nobody tries to deliver them',
+  'Run `pg-rekey work --forever` or `pg-rekey serve` where the KEK is at hand.'
+where exists (select from rekey.message_status m where m.state = 'waiting' and m.attempts = 0 and m.created_at < now() - interval '15 minutes')
+
 -- name: doctor: rotations
 -- description: Rotations that ended badly.
 select 'critical' as severity, format('rotation %s of keyring %s failed: %s', r.id, r.keyring, r.last_error) as finding,
@@ -555,6 +572,39 @@ set ciphertext = set_byte(s.ciphertext, 40, get_byte(s.ciphertext, 40) # 1)
 from rekey.secrets o
 where o.tenant_id = s.tenant_id and o.id = s.id and s.name = %s
 returning o.ciphertext, s.id
+
+-- name: open endpoints
+-- description: The endpoints with their addresses, for who delivers.
+select e.id, e.name, e.kind, e.allow_private, e.opened from rekey._open_endpoints() e
+
+-- name: watch
+-- description: Makes messages of what happened, where there are endpoints; deliver: some wait.
+select rekey._tick_duty('notifications', now()) as next where exists (select from rekey.endpoint_status)
+
+-- name: add endpoint
+-- description: Adds an endpoint, with its address from a temporary table.
+select rekey.add_endpoint(%s, e.address, %s::text[], %s, %s, %s) as secret from pg_temp.pg_rekey_endpoint e
+
+-- name: endpoints
+-- description: Who is told what happens.
+select s.name, s.kind, s.events, s.allow_private, s.by_pg_net, s.created_at, s.waiting, s.dead, s.last_delivered_at, s.failing_since,
+  coalesce(s.problem, s.last_error) as problem
+from rekey.endpoint_status s
+order by s.name
+
+-- name: messages
+-- description: Messages to endpoints, newest first.
+select m.id, m.endpoint, m.event, m.text, m.created_at, m.state, m.attempts, m.next_attempt_at, m.ended_at, m.last_error
+from rekey.message_status m
+where (%(endpoint)s::text is null or m.endpoint = %(endpoint)s)
+  and (%(state)s::text is null or m.state = %(state)s)
+  and (%(before)s::bigint is null or m.id < %(before)s)
+order by m.id desc
+limit %(limit)s
+
+-- name: names: endpoint
+-- description: The endpoints.
+select s.name from rekey.endpoint_status s order by s.name
 
 -- name: api transaction
 -- description: What every transaction of the HTTP API begins with: a time limit, who asks, for the audit log, and the role that his token has.

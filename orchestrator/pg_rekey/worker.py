@@ -16,6 +16,7 @@ import psycopg
 
 from pg_rekey import db
 from pg_rekey.errors import LOCKED, Problem
+from pg_rekey.notify.deliver import Courier, beginning
 from pg_rekey.vacuum import Vacuum
 
 TICK_SECONDS = 10.0
@@ -24,6 +25,8 @@ LONGEST_PAUSE = 30.0
 IDLE = 1.0
 # Seconds that a batch in hand has where all is to end at once.
 GRACE = 5.0
+# Seconds that a worker which ends waits for messages to be delivered: as long as one takes at most, and some.
+LAST_DELIVERY = 25.0
 QUIET = ("waiting", "idle")
 
 
@@ -231,6 +234,36 @@ def _fields(done: dict[str, Any], begun: float) -> dict[str, Any]:
     }
 
 
+class Post:
+    """Delivers messages to endpoints, in a thread beside the work: who is slow to answer holds up nothing."""
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        self._tell = tell
+        self._courier = Courier(tell)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def deliver(self) -> None:
+        """Have delivered what waits."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._deliver, daemon=True)
+            self._thread.start()
+
+    def end(self, *, at_once: bool) -> None:
+        """Let it deliver what it can, or only the message in hand."""
+        if self._thread is not None:
+            if at_once:
+                self._stop.set()
+            self._thread.join(LAST_DELIVERY)
+
+    def _deliver(self) -> None:
+        try:
+            with db.connect(autocommit=True, quiet=True) as connection:
+                self._courier.deliver(beginning(connection), self._stop)
+        except (psycopg.Error, Problem) as error:
+            self._tell("error", error=_one_line(error))
+
+
 class Worker:
     """Does the duties of rekey.tick() in steps that it can end between."""
 
@@ -249,6 +282,7 @@ class Worker:
         self._report = report
         self._health_file = health_file
         self._stop = threading.Event()
+        self._post = Post(report.event)
         self._batches = 0
         self._pause = 1.0
         self.held_up: list[dict[str, Any]] = []  # rotations that ended failed, or with failures, meanwhile
@@ -276,6 +310,7 @@ class Worker:
                     self._pause = min(self._pause * 2, LONGEST_PAUSE)
                 else:
                     break
+            self._post.end(at_once=self._stop.is_set())
             self._report.event("stopped", batches=self._batches)
 
     def _work_with_others(self, connection: db.Connection) -> None:
@@ -299,6 +334,8 @@ class Worker:
             _do(connection, "census", begun)
             idle = self._sweep(connection, steps, time.monotonic() + TICK_SECONDS) and done
             _do(connection, "end", begun)
+            if _do(connection, "notifications", begun):
+                self._post.deliver()
             if idle and not self._forever:
                 self.held_up = [row for row in held_up(connection) if (row["id"], row["state"]) not in before]
                 for row in self.held_up:

@@ -88,6 +88,11 @@ language sql immutable parallel safe
 return hmac('pg_rekey/v1/wrap'::bytea, kek, 'sha512');
 comment on function rekey._wrapping_key is 'The 64-byte AEAD key that wraps DEKs, derived from a KEK.';
 
+create or replace function rekey._sign(key bytea, message bytea) returns bytea
+language sql immutable parallel safe
+return hmac(message, key, 'sha256');
+comment on function rekey._sign is 'HMAC-SHA-256 of a message, by which a webhook is known to be ours.';
+
 create or replace function rekey._dearmor(armored text) returns bytea
 language sql immutable parallel safe
 return dearmor(armored);

@@ -373,12 +373,25 @@ begin
     update rekey.encryption_keys set wrapped_key = v_wrapped, kek_id = v_new_id where id = v_key.id;
     v_count := v_count + 1;
   end loop;
+  -- One that does not open stays as it is: it can be added again, and holds nobody up.
+  for v_key in select e.id, e.sealed from rekey._endpoints e where e.kek_id = v_old_id order by e.id for no key update loop
+    v_iv := substr(v_key.sealed, 1, 16);
+    v_wrapped := substr(v_key.sealed, 17);
+    v_aad := rekey._endpoint_aad(v_old_id, v_key.id);
+    v_dek := rekey._aead_decrypt(v_old, v_iv, v_wrapped, v_aad);
+    if v_dek is not null then
+      v_iv := rekey._random_bytes(16);
+      v_aad := rekey._endpoint_aad(v_new_id, v_key.id);
+      v_wrapped := rekey._aead_encrypt(v_new, v_iv, v_dek, v_aad);
+      update rekey._endpoints set sealed = v_iv || v_wrapped, kek_id = v_new_id where id = v_key.id;
+    end if;
+  end loop;
   perform rekey._audit('kek.rotated', version => v_new_id,
     details => jsonb_build_object('from', v_old_id, 'fingerprint', v_fingerprint, 'keys', v_count));
   return v_new_id;
 end
 $$;
 comment on function rekey.rotate_kek is
-  'Wraps every DEK anew under the next KEK, in one transaction; no data is touched. Needs the current and the next KEK at hand. Returns the number of the new one. Keep the old one as long as backups. RK001: one is missing; RK003: a wrapped key is damaged.';
+  'Wraps every DEK anew under the next KEK, and the addresses of endpoints, in one transaction; no data is touched. Needs the current and the next KEK at hand. Returns the number of the new one. Keep the old one as long as backups. RK001: one is missing; RK003: a wrapped key is damaged.';
 grant execute on function rekey.rotate_kek to rekey_admin;
 grant select on rekey.keks to rekey_admin, rekey_operator, rekey_auditor;

@@ -104,8 +104,8 @@ declare
   v_next text;
 begin
   -- Before the block that notes errors: what is made up here is nobody's entry.
-  if duty is null or duty not in ('schedules', 'destructions', 'census', 'end') then
-    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'schedules, destructions, census or end.';
+  if duty is null or duty not in ('schedules', 'destructions', 'census', 'end', 'notifications') then
+    raise exception 'there is no such duty' using errcode = 'invalid_parameter_value', hint = 'schedules, destructions, census, end or notifications.';
   end if;
   if coalesce(not isfinite(begun) or begun > clock_timestamp(), true) then
     raise exception 'a tick cannot have begun then' using errcode = 'invalid_parameter_value', hint = 'Give a time that has been.';
@@ -128,6 +128,7 @@ begin
         update rekey._worker w set last_tick_at = clock_timestamp(), last_tick_seconds = extract(epoch from clock_timestamp() - begun),
           last_error = case when w.last_error_at >= begun then w.last_error end
         where w.singleton;
+      when 'notifications' then v_next := rekey._collect_notifications();
     end case;
     if duty = 'schedules' and (v_worker.locked_since is not null
         or exists (select from rekey.rotations r where r.state in ('queued', 'running', 'verifying'))) then
@@ -160,7 +161,7 @@ begin
   return v_next;
 end
 $$;
-comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end. An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
+comment on function rekey._tick_duty is 'One duty of rekey.tick(): schedules, destructions (of which one step: search, more, NULL: as rekey._destruction_step()), census, end, notifications (deliver: there are some to be delivered; NULL: none). An error leaves its entry in the audit log, one while it lasts and one a minute at most, and does not stop the others. 22023 for an unknown duty, or where begun is no time that has been; RK005: a table of ours may hide rows.';
 grant execute on function rekey._tick_duty to rekey_operator;
 
 create or replace function rekey._prune_run_details() returns void
@@ -188,12 +189,17 @@ declare
   v_duty text;
   v_next text;
 begin
-  foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end'] loop
+  foreach v_duty in array array['schedules', 'destructions', 'census', 'rotations', 'end', 'notifications'] loop
     commit;
     set transaction isolation level read committed;  -- whatever the default of the role or database
     if v_duty operator(pg_catalog.=) 'rotations' then
       call rekey.run_rotations('50 s');
       perform rekey._prune_run_details();
+    elsif v_duty operator(pg_catalog.=) 'notifications' then
+      perform rekey._tick_duty(v_duty, v_begun);
+      commit;
+      set transaction isolation level read committed;
+      perform rekey._post_by_pg_net();
     else
       v_next := rekey._tick_duty(v_duty, v_begun);
       while v_next is not null and pg_catalog.clock_timestamp() operator(pg_catalog.<) (v_begun operator(pg_catalog.+) interval '50 s') loop
@@ -210,7 +216,7 @@ begin
 end
 $$;
 comment on procedure rekey.tick is
-  'The unattended work: rotations that are due, their re-encryption for up to 50 seconds, retries, due destructions, and once a day a count of all rows. pg_cron or pg-rekey work calls it. Call it outside a transaction.';
+  'The unattended work: rotations that are due, their re-encryption for up to 50 seconds, retries, due destructions, once a day a count of all rows, and messages to endpoints. pg_cron or pg-rekey work calls it. Call it outside a transaction.';
 grant execute on procedure rekey.tick to rekey_operator;
 
 -- A CALL of pg_cron is one statement, whose statement_timeout would end the tick and not the batch. So a second job cancels

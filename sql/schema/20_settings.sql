@@ -29,7 +29,13 @@ create table rekey.settings (
     constraint settings_postgrest_login_check check (postgrest_login <> ''),
   -- Added to a date: compared as an interval, 360 days would be a year.
   audit_keep interval not null default '3 years'
-    constraint settings_audit_keep_check check (timestamp '2001-01-01' + audit_keep between '2002-01-01' and '2101-01-01')
+    constraint settings_audit_keep_check check (timestamp '2001-01-01' + audit_keep between '2002-01-01' and '2101-01-01'),
+  notify_blocked interval not null default '15 minutes'
+    constraint settings_notify_blocked_check check (notify_blocked between '1 minute' and '30 days'),
+  notify_destruction interval not null default '7 days'
+    constraint settings_notify_destruction_check check (notify_destruction between '0 s' and '3650 days'),
+  notify_silent interval not null default '5 minutes'
+    constraint settings_notify_silent_check check (notify_silent between '1 minute' and '1 day')
 );
 comment on table rekey.settings is 'One row: how this database rotates. Change it with rekey.set_setting().';
 comment on column rekey.settings.singleton is 'Always true: there is one row.';
@@ -47,6 +53,9 @@ comment on column rekey.settings.apply_plaintext is 'What becomes of a plain val
 comment on column rekey.settings.tenant_check is 'Name, with its schema, of a function (tenant_id uuid) returns boolean that decides who reaches which tenant, in place of the default: can_access_tenant() has it.';
 comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of a JWT whose value true makes its bearer an administrator of rotation. Without one: nobody is.';
 comment on column rekey.settings.postgrest_login is 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
+comment on column rekey.settings.notify_blocked is 'How long a rotation is held up before endpoints are told, 1 minute to 30 days.';
+comment on column rekey.settings.notify_destruction is 'How long before a key version is destroyed endpoints are told, at most 3650 days.';
+comment on column rekey.settings.notify_silent is 'How long no worker has ticked before endpoints are told, 1 minute to 1 day.';
 comment on column rekey.settings.audit_keep is 'How long entries of the audit log stay at least before they may be removed, 1 to 100 years.';
 
 create table rekey._worker (

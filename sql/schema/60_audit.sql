@@ -11,7 +11,7 @@ create table rekey.audit_log (
     'rotation.requested', 'rotation.passed_by', 'rotation.started', 'rotation.error', 'rotation.row_failed', 'rotation.failure_resolved',
     'rotation.retried', 'rotation.paused', 'rotation.resumed', 'rotation.rolled_back', 'rotation.completed', 'rotation.failed',
     'kek.registered', 'kek.rotated', 'kek.lost', 'column.protected', 'column.rebound', 'column.unprotected',
-    'schedule.changed', 'setting.changed', 'access.denied', 'audit.pruned')),
+    'schedule.changed', 'setting.changed', 'endpoint.added', 'endpoint.removed', 'access.denied', 'audit.pruned')),
   keyring text,
   version integer,
   rotation_id bigint,

@@ -2,10 +2,11 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(71 + 1);
+select plan(74 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
+  ('add_endpoint', 'name text, address text, events text[] DEFAULT NULL::text[], slack boolean DEFAULT false, allow_private boolean DEFAULT false, by_pg_net boolean DEFAULT false', 'text'),
   ('adopt_column', 'target regclass, column_name name, formats text[] DEFAULT ''{plaintext}''::text[], force boolean DEFAULT false, reason text DEFAULT NULL::text, values_are_tokens boolean DEFAULT false, unwrap text DEFAULT NULL::text', 'SETOF rekey.rotation_status'),
   ('adopt_vault', 'keyring text DEFAULT ''default''::text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'bigint'),
   ('adoption_batch', 'rotation_id bigint', 'rekey._adoption'),
@@ -49,6 +50,7 @@ insert into contract values
   ('protection_findings', '', 'TABLE(label text, kind text, severity text, finding text, advice text, action text)'),
   ('read_secrets', 'names text[] DEFAULT NULL::text[], tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid', 'TABLE(name text, value text)'),
   ('register_kek', 'replace_lost boolean DEFAULT false', 'integer'),
+  ('remove_endpoint', 'name text', 'void'),
   ('resolve_failure', 'id bigint, action text, reason text DEFAULT NULL::text', 'void'),
   ('resume_rotation', 'id bigint', 'void'),
   ('resync_sequences', '', 'bigint'),
@@ -66,6 +68,7 @@ insert into contract values
   ('set_secret', 'name text, value text, tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, keyring text DEFAULT ''default''::text, description text DEFAULT NULL::text', 'uuid'),
   ('set_secrets', 'names text[], "values" text[], tenant_id uuid DEFAULT ''00000000-0000-0000-0000-000000000000''::uuid, keyring text DEFAULT ''default''::text, descriptions text[] DEFAULT NULL::text[]', 'uuid[]'),
   ('set_setting', 'name text, value text', 'void'),
+  ('test_endpoint', 'name text', 'bigint'),
   ('tick', '', 'procedure'),
   ('unlock', 'kek bytea, scope text DEFAULT ''transaction''::text', 'text'),
   ('unlock_copied', 'scope text DEFAULT ''transaction''::text', 'text'),

@@ -169,6 +169,13 @@ def resolve(request: Request, failure: int, action: str, reason: str | None) -> 
         return one(connection, "select * from rekey.failure_status where id = %s", failure)
 
 
+def test_endpoint(request: Request, name: str) -> Row:
+    """Put a test into the queue of an endpoint; return the message."""
+    with transaction(request) as connection:
+        message = one(connection, "select rekey.test_endpoint(%s) as id", name)["id"]
+        return one(connection, "select * from rekey.message_status where id = %s", message)
+
+
 def usage(request: Request, name: str | None) -> list[Row]:
     """Count the rows on each version."""
     request.state.keyring = name

@@ -110,6 +110,14 @@ class Resolve(Why):
     action: Literal["retry", "discard"]
 
 
+class TestEndpoint(Body):
+    """Which endpoint to test."""
+
+    __test__ = False  # it is no class of tests
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
+
+
 class Keyring(BaseModel):
     """A keyring with its active version and its schedule."""
 
@@ -209,6 +217,50 @@ class Failures(BaseModel):
     """Rows in quarantine, newest first."""
 
     failures: list[Failure]
+    next: int | None = Field(description="`before` of the next page; null: this is the last one.")
+
+
+class Endpoint(BaseModel):
+    """Who is told what happens: a row of rekey.endpoint_status. Its address is not shown."""
+
+    name: str
+    kind: str
+    events: list[str] | None = Field(description="Only these; null: all.")
+    allow_private: bool
+    by_pg_net: bool
+    created_at: datetime
+    waiting: int
+    dead: int
+    last_delivered_at: datetime | None
+    failing_since: datetime | None
+    problem: str | None = Field(description="What went wrong last; null: nothing.")
+
+
+class Endpoints(BaseModel):
+    """Who is told what happens."""
+
+    endpoints: list[Endpoint]
+
+
+class Message(BaseModel):
+    """A message to an endpoint: a row of rekey.message_status."""
+
+    id: int
+    endpoint: str
+    event: str
+    text: str
+    created_at: datetime
+    state: str
+    attempts: int
+    next_attempt_at: datetime | None
+    ended_at: datetime | None
+    last_error: str | None
+
+
+class Messages(BaseModel):
+    """Messages, newest first."""
+
+    messages: list[Message]
     next: int | None = Field(description="`before` of the next page; null: this is the last one.")
 
 

@@ -1,6 +1,6 @@
 """The routes: each is an action for tokens of a role, under its name in SQL and on the command line."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response, Security
 from fastapi.responses import StreamingResponse
@@ -26,6 +26,7 @@ KeyringFilter = Annotated[KeyringName | None, Query(description="Only of this ke
 Before = Annotated[Id | None, Query(description="Only what has a smaller id: `next` of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Length of a page.")]
 TextFilter = Annotated[str, Query(min_length=1, max_length=255, pattern=r"^[^\x00]*$")]
+MessageState = Literal["waiting", "delivered", "dead"]
 CHANGES = documented(400, 404, 409)
 
 
@@ -349,6 +350,38 @@ def checkpoint(request: Request) -> models.Checkpoint:
 def settings(request: Request) -> models.Settings:
     """The settings and what they mean; `pg-rekey settings set` changes them."""
     return models.Settings.model_validate({"settings": actions.rows(request, "api settings")})
+
+
+@api.get("/endpoints", summary="Who is told what happens", tags=["notifications"])
+@needs("read")
+def endpoints(request: Request) -> models.Endpoints:
+    """Endpoints, and whether messages get there; `pg-rekey notify add` adds one."""
+    return models.Endpoints.model_validate({"endpoints": actions.rows(request, "endpoints")})
+
+
+@api.get("/endpoints/messages", summary="Messages to endpoints", tags=["notifications"])
+@needs("read")
+def messages(
+    request: Request,
+    endpoint: Annotated[TextFilter | None, Query(description="Only to this endpoint.")] = None,
+    state: Annotated[MessageState | None, Query(description="Only in this state.")] = None,
+    limit: Limit = 100,
+    before: Before = None,
+) -> models.Messages:
+    """Messages that wait, and the last ones that were delivered or given up, newest first."""
+    rows, following = actions.page(
+        request, "messages", limit, "id", endpoint=endpoint, state=state, before=before
+    )
+    return models.Messages.model_validate({"messages": rows, "next": following})
+
+
+@api.post(
+    "/endpoints/test", status_code=202, summary="Send a test", tags=["notifications"], responses=CHANGES
+)
+@needs("admin")
+def test_endpoint(request: Request, body: models.TestEndpoint) -> models.Message:
+    """Put a test into the queue of an endpoint; this server or a worker delivers it."""
+    return models.Message.model_validate(actions.test_endpoint(request, body.name))
 
 
 @api.get("/doctor", summary="What should be looked at", tags=["monitoring"])

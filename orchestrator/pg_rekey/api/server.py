@@ -16,6 +16,7 @@ from pg_rekey.api.logs import JsonHandler
 from pg_rekey.api.protocol import KEEP_ALIVE_SECONDS, REQUESTS, Protocol, connections
 from pg_rekey.api.tokens import Tokens
 from pg_rekey.errors import Problem
+from pg_rekey.notify.watch import watch
 from pg_rekey.worker import log
 
 SHUTDOWN_SECONDS = 10
@@ -46,7 +47,8 @@ def _serve(listener: socket.socket, pool: db.Pool, tokens: Tokens) -> None:
         signal.signal(number, stop)
     stop_looking = threading.Event()
     with pool:
-        threading.Thread(target=warn_of_superuser, args=[pool, stop_looking], daemon=True).start()
+        for look in (warn_of_superuser, watch):
+            threading.Thread(target=look, args=[pool, stop_looking], daemon=True).start()
         host, port = listener.getsockname()[:2]
         log("listening", host=host, port=port, version=release.version())
         server.run(sockets=[listener])

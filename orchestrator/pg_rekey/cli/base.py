@@ -1,8 +1,10 @@
 """What all commands share: the root group, output as tables or JSON, and the connection."""
 
 import functools
+import getpass
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,7 +17,7 @@ from rich.text import Text
 from pg_rekey import db
 from pg_rekey.cli import parameters, tables
 from pg_rekey.cli.tables import NIL, UNLIMITED, Row
-from pg_rekey.errors import Problem, missing
+from pg_rekey.errors import USAGE, Problem, missing
 
 P = ParamSpec("P")
 
@@ -192,6 +194,19 @@ def fetch_of(connection: db.Connection, keyring: str | None, statement: str, *pa
 def scalar(connection: db.Connection, statement: str, *parameters: Any) -> Any:
     """Return the only value of a statement."""
     [value] = fetch_one(connection, statement, *parameters).values()
+    return value
+
+
+def private_text(path: Path | None, what: str = "Value") -> str:
+    """Return what is in a file, is typed unseen, or comes by standard input without its last line break."""
+    if path is not None:
+        value = path.read_bytes().decode()
+    elif sys.stdin.isatty():
+        value = getpass.getpass(f"{what} (not shown): ")
+    else:
+        value = sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+    if "\0" in value:
+        raise Problem("text in PostgreSQL cannot hold a NUL byte", "Store it as base64.", USAGE)
     return value
 
 

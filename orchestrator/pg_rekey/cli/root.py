@@ -21,7 +21,7 @@ class Root(Group):
         "To begin with": ("init", "rotate", "status", "work", "doctor"),
         "What is encrypted": ("secrets", "columns", "verify"),
         "Keys": ("keyrings", "keys", "rotations", "schedule", "kek"),
-        "Audit and monitoring": ("audit", "metrics", "serve"),
+        "Audit and monitoring": ("audit", "notify", "metrics", "serve"),
         "Installation": ("settings", "upgrade", "uninstall", "sql", "demo", "completion"),
     }
 

@@ -1,6 +1,5 @@
 """`pg-rekey secrets`: values in, values out, never through an argument."""
 
-import getpass
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ from pg_rekey.cli.base import (
     confirm,
     database,
     fetch,
+    private_text,
     scalar,
     tenant_option,
     write_new,
@@ -66,7 +66,7 @@ def set_(
     description: str | None,
 ) -> None:
     """Store a secret. The value comes from a file, or standard input without its last line break."""
-    [identity] = _store(connection, tenant, keyring, [(name, _value(path), description)])
+    [identity] = _store(connection, tenant, keyring, [(name, private_text(path), description)])
     out.done(f"secret {name} stored", name=name, id=identity)
 
 
@@ -247,15 +247,3 @@ def _store(
     ids: list[UUID] = scalar(connection, db.query("set copied secrets"), tenant, keyring)
     connection.execute(db.SECRETS.drop)
     return ids
-
-
-def _value(path: Path | None) -> str:
-    if path is not None:
-        value = path.read_bytes().decode()
-    elif sys.stdin.isatty():
-        value = getpass.getpass("Value (not shown): ")
-    else:
-        value = sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
-    if "\0" in value:
-        raise Problem("text in PostgreSQL cannot hold a NUL byte", "Store it as base64.", USAGE)
-    return value

@@ -35,6 +35,7 @@ from pg_rekey.hints import Road
 
 ROWS = 50
 HISTORY = 100
+MESSAGES = 20
 FIELDS = 20
 _REFUSALS = (Refusal, psycopg.Error, Problem, RequestValidationError)
 _TEXT = Query(max_length=255, pattern=r"^[^\x00]*$")
@@ -468,12 +469,26 @@ def history(request: Request, before: Annotated[Id | None, Query()] = None) -> R
 @router.get("/health")
 @needs("read")
 def health(request: Request) -> Response:
-    """What `pg-rekey doctor` says, and the settings."""
+    """What `pg-rekey doctor` says, who is told of it, and the settings."""
+    last = {"endpoint": None, "state": None, "before": None, "limit": MESSAGES}
     return views.page(
         request,
         "health.html",
         doctor=live.doctor(request),
+        endpoints=actions.rows(request, "endpoints"),
+        messages=actions.rows(request, "messages", **last),
         settings=actions.rows(request, "api settings"),
+    )
+
+
+@router.post("/endpoints/test")
+@needs("admin")
+def test_endpoint(request: Request) -> Response:
+    """Send a test to an endpoint."""
+    name = _field(request, "name") or ""
+    actions.test_endpoint(request, name)
+    return _done(
+        request, f"A test is on its way to {name}: load the page again in a moment to see it arrive."
     )
 
 

@@ -1,0 +1,1 @@
+"""Messages to people and other programs: webhooks and e-mail."""
