@@ -44,6 +44,8 @@ CONTROL: list[tuple[str, str]] = [
     *(("GET", f"/api/{name}") for name in ("keyrings", "keys/usage", "verify", "rotations/failures")),
     *(("GET", f"/api/{name}") for name in ("columns", "columns/find", "settings", "doctor")),
     *(("GET", f"/api/{name}") for name in ("audit/verify", "audit/checkpoint")),
+    *(("GET", f"/api/{name}") for name in ("endpoints", "endpoints/messages")),
+    ("POST", "/api/endpoints/test"),
     *(("GET", f"/api/{name}") for name in ("events", "rotations/1/events")),
 ]
 

@@ -22,6 +22,8 @@ READ = {
     "doctor",
     "audit/verify",
     "audit/checkpoint",
+    "endpoints",
+    "endpoints/messages",
     "events",
     "rotations/1/events",
 }

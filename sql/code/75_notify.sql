@@ -145,11 +145,11 @@ create or replace function rekey._message_text(event text, subject jsonb, count 
 language sql stable
 set search_path = pg_catalog, pg_temp
 return case event
-    when 'rotation.completed' then format('Rotation %s of keyring %s completed: %s rows re-encrypted%s', subject ->> 'rotation', subject ->> 'keyring',
-      subject ->> 'rows', case when (subject ->> 'failures')::bigint > 0 then format(', %s in quarantine', subject ->> 'failures') else '' end)
+    when 'rotation.completed' then format('Rotation %s of keyring %s completed (rows: %s%s)', subject ->> 'rotation', subject ->> 'keyring',
+      subject ->> 'rows', case when (subject ->> 'failures')::bigint > 0 then format(', in quarantine: %s', subject ->> 'failures') else '' end)
     when 'rotation.failed' then format('Rotation %s of keyring %s failed', subject ->> 'rotation', subject ->> 'keyring')
     when 'rotation.blocked' then format('Rotation %s of keyring %s has been held up since %s', subject ->> 'rotation', subject ->> 'keyring', subject ->> 'since')
-    when 'rotation.row_failed' then format('%s rows of keyring %s are in quarantine: they do not open, or their table refused them', subject ->> 'rows', subject ->> 'keyring')
+    when 'rotation.row_failed' then format('Keyring %s has rows in quarantine, which do not open, or which their table refused (rows: %s)', subject ->> 'keyring', subject ->> 'rows')
     when 'keyring.overdue' then format('Keyring %s should have been rotated at %s', subject ->> 'keyring', subject ->> 'since')
     when 'key.compromised' then format('Version %s of keyring %s was marked as compromised', subject ->> 'version', subject ->> 'keyring')
     when 'key.destruction_due' then format('Version %s of keyring %s is to be destroyed after %s: until then that can be cancelled',

@@ -14,7 +14,8 @@ Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]
 _Whole = BeforeValidator(
     lambda given: int(given) if isinstance(given, float) and given.is_integer() else given
 )
-Id = Annotated[int, Field(ge=1, le=2**63 - 1), _Whole]
+# As far as every client of JSON counts: beyond that, many round.
+Id = Annotated[int, Field(ge=1, le=2**53 - 1), _Whole]
 Version = Annotated[int, Field(ge=1, le=2**31 - 1), _Whole]
 # A body is JSON, which has no other way to write these than as text.
 Interval = Annotated[str, Field(max_length=100, pattern=r"^[^\x00]*$", examples=["90 days"])]
