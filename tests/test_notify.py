@@ -108,7 +108,8 @@ def test_rows_in_quarantine_are_told_of_once_while_they_are_there(listening: Con
         ),
         (
             "rotation.row_failed",
-            "Keyring default has rows in quarantine, which do not open, or which their table refused (rows: 2)",
+            "Keyring default has rows in quarantine, which do not open, or which their table refused"
+            " (rows: 2)",
         ),
     ]
     listening.execute("select rekey.resolve_failure(id, 'discard', 'lost') from rekey.failure_status")
@@ -266,7 +267,9 @@ def test_two_ticks_at_once_make_one_message(listening: Connection, db: str) -> N
 
 EVENTS: LiteralString = """
     select rekey._audit_all(jsonb_agg(jsonb_build_object(
-      'event', 'rotation.completed', 'keyring', 'k' || n, 'version', 2, 'rotation_id', n, 'details', '{"rows": 1, "failures": 0}'::jsonb))) from generate_series(1, 10000) n"""
+      'event', 'rotation.completed', 'keyring', 'k' || n, 'version', 2, 'rotation_id', n,
+      'details', '{"rows": 1, "failures": 0}'::jsonb)))
+    from generate_series(1, 10000) n"""
 
 
 def test_events_cost_nothing_where_nobody_is_to_be_told(ready: Connection) -> None:
@@ -572,6 +575,8 @@ def test_who_is_slow_does_not_hold_up_the_worker(
     completed: list[bool] = []
 
     def answer(_: object) -> int:
+        if completed:
+            return 200  # the message that it completed
         with connect(db) as other:
             state: LiteralString = "select state = 'completed' from rekey.rotations where id = 1"
             ready.execute("select rekey.rotate_keys()")
