@@ -12,6 +12,8 @@ create role authenticator login noinherit in role anon, authenticated, service_r
 create extension pg_cron;
 create extension pg_rekey cascade;
 create role rekey_api login in role rekey_admin;
+create role rekey_api_operate login in role rekey_operator;
+create role rekey_api_read login in role rekey_auditor;
 SQL
 
 # Where the provider `file` looks for the KEK: a link, so that no copy of the data has the KEK in it.

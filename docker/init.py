@@ -15,7 +15,13 @@ from psycopg import sql
 from pg_rekey.errors import LOCKED
 
 SECRETS = Path("/run/secrets")
-LOGINS = {"rekey_worker": "worker", "rekey_api": "api", "authenticator": "postgrest"}
+LOGINS = {
+    "rekey_worker": "worker",
+    "rekey_api": "api",
+    "rekey_api_operate": "api",
+    "rekey_api_read": "api",
+    "authenticator": "postgrest",
+}
 KEK = """
 The KEK is the file `kek` in the directory that PG_REKEY_SECRETS names. `make kek` makes it where it is
 missing, and lets the containers read it. Then: docker compose up --detach --force-recreate

@@ -14,8 +14,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from helpers import Connection, connect
-from pg_rekey import db as database
 from pg_rekey.api.app import create_app
+from pg_rekey.api.database import Pools
 from pg_rekey.api.tokens import Role, Token, Tokens
 
 pytest_plugins = ["cli_fixtures"]
@@ -68,21 +68,32 @@ class Api:
         return response.json()
 
 
+LOGINS = {"": "rekey_admin", "_operate": "rekey_operator", "_read": "rekey_auditor"}
+
+
 @pytest.fixture(scope="session")
 def api_role(server: str) -> Iterator[str]:
-    """A role that may log in, a member of rekey_admin and of nothing else."""
+    """A role that may log in, a member of rekey_admin and of nothing else.
+
+    Beside it are those for tokens that may less: its name with _operate and _read.
+    """
     name = f"rekey_api_{os.getpid()}"
     with connect(server) as connection:
-        connection.execute(sql.SQL("create role {} login in role rekey_admin").format(sql.Identifier(name)))
+        for suffix, role in LOGINS.items():
+            login, of = sql.Identifier(f"{name}{suffix}"), sql.Identifier(role)
+            connection.execute(sql.SQL("create role {} login in role {}").format(login, of))
         yield name
-        connection.execute(sql.SQL("drop role {}").format(sql.Identifier(name)))
+        for suffix in LOGINS:
+            connection.execute(sql.SQL("drop role {}").format(sql.Identifier(f"{name}{suffix}")))
 
 
 @pytest.fixture
 def api_env(environment: None, db: str, api_role: str, kek: bytes, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The environment of the API: its role's DSN, which is returned, and the KEK."""
+    """The environment of the API: its roles' DSNs, of which the first is returned, and the KEK."""
     dsn = make_conninfo(db, user=api_role)
     monkeypatch.setenv("PG_REKEY_DSN", dsn)
+    monkeypatch.setenv("PG_REKEY_OPERATE_DSN", make_conninfo(db, user=f"{api_role}_operate"))
+    monkeypatch.setenv("PG_REKEY_READ_DSN", make_conninfo(db, user=f"{api_role}_read"))
     monkeypatch.setenv("PG_REKEY_KEK", kek.hex())
     return dsn
 
@@ -92,8 +103,8 @@ def new_api(api_env: str) -> Iterator[Api]:
     """The API on a database without a KEK and a keyring."""
     tokens = Tokens(Token(name, bytes.fromhex(digest(token)), role) for name, token, role in TOKENS)
     with ExitStack() as stack:
-        pool = stack.enter_context(database.pool())
-        yield Api(create_app(pool, tokens), stack)
+        pools = stack.enter_context(Pools.from_environment())
+        yield Api(create_app(pools, tokens), stack)
 
 
 @pytest.fixture

@@ -339,7 +339,7 @@ def test_a_lock_that_is_not_given_back(api: Api, ready: Connection, monkeypatch:
 
 
 def test_without_a_connection(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    api.app.state.pool.close()
+    api.app.state.pools.__exit__()
     for method, path, _ in [*ROUTES, ("GET", "/healthz", 200)]:
         assert_error(api(method, path), 503, "unavailable")
 

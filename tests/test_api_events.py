@@ -74,7 +74,7 @@ def test_one_reader_for_many(api: Api, ready: Connection, monkeypatch: pytest.Mo
         return [one.progress[begun["id"]].state async for one in feed.follow(begun["id"])]
 
     async def watch() -> list[list[str]]:
-        feed = Feed(api.app.state.pool)
+        feed = Feed(api.app.state.pools.of("rekey_auditor"))
         followers = [asyncio.create_task(follow(feed)) for _ in range(100)]
         await asyncio.sleep(0.5)
         await asyncio.to_thread(ready.execute, "call rekey.run_rotations()")
@@ -92,10 +92,10 @@ def test_one_reader_for_many(api: Api, ready: Connection, monkeypatch: pytest.Mo
 
 
 def test_without_a_database(api: Api) -> None:
-    api.app.state.pool.close()
+    api.app.state.pools.__exit__()
 
     async def first() -> Snapshot:
-        feed = Feed(api.app.state.pool)
+        feed = Feed(api.app.state.pools.of("rekey_auditor"))
         found = await anext(feed.follow())
         feed.close()
         return found
@@ -105,7 +105,7 @@ def test_without_a_database(api: Api) -> None:
 
 def test_a_server_that_stops_ends_its_streams(api: Api) -> None:
     async def watch() -> list[Snapshot]:
-        feed = Feed(api.app.state.pool)
+        feed = Feed(api.app.state.pools.of("rekey_auditor"))
         asyncio.get_running_loop().call_later(0.3, feed.close)
         return [one async for one in feed.follow()]
 

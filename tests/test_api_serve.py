@@ -211,7 +211,8 @@ def test_a_database_that_goes_and_comes_back(
             initialize(connection, kek)
             connection.execute("create role api login in role rekey_admin")
         server.kill()
-        monkeypatch.setenv("PG_REKEY_DSN", make_conninfo(dsn, user="api"))
+        for variable in ("PG_REKEY_DSN", "PG_REKEY_OPERATE_DSN", "PG_REKEY_READ_DSN"):
+            monkeypatch.setenv(variable, make_conninfo(dsn, user="api"))
         # It starts without its database.
         api = serve()
         assert everything(api) == [503] * 5

@@ -366,7 +366,13 @@ def estate(ready: Connection) -> None:
     ready.execute("select rekey.create_keyring('archive')")
     ready.execute("select rekey.rotate_keys('archive')")
     ready.execute("select rekey.rotate_keys('archive', supersede => true)")
+    ready.execute("select rekey.add_endpoint('on-call', 'https://hooks.example.com/', slack => true)")
+    ready.execute("select rekey.add_endpoint('mail', 'notify:x', events => '{kek.missing,worker.silent}')")
     ready.execute("select rekey.mark_key_compromised('billing', 1, 'a laptop was stolen')")
+    ready.execute("select rekey._tick_duty('notifications', now())")
+    ready.execute("select rekey._note_delivery(min(id)) from rekey.message_status")
+    ready.execute("select rekey._note_delivery(max(id), 'HTTP status 404') from rekey.message_status")
+    ready.execute("select rekey.test_endpoint('on-call')")
 
 
 @pytest.mark.parametrize(("scheme", "width"), LOOKS)

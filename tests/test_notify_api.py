@@ -10,6 +10,7 @@ from api_fixtures import ALICE, OLAF, ROSA, Api, digest
 from cli_fixtures import eventually, process
 from helpers import Connection, value
 from pg_rekey import db as database
+from pg_rekey.api.database import Pools
 from pg_rekey.notify import watch as watching
 from receivers import Receiver, mail_server, make_certificate
 from test_console import Browser
@@ -78,8 +79,8 @@ def test_serve_tells_that_the_worker_is_silent_and_back(
     add(ready, "web", hook.url, allow_private=True)
     ready.execute("update rekey._worker set last_tick_at = now() - interval '6 minutes'")
     stop = threading.Event()
-    with database.pool() as pool:
-        thread = threading.Thread(target=watching.watch, args=[pool, stop])
+    with Pools.from_environment() as pools:
+        thread = threading.Thread(target=watching.watch, args=[pools, stop])
         thread.start()
         try:
             eventually(lambda: hook.events() == ["worker.silent"])
@@ -96,10 +97,10 @@ def test_serve_says_once_that_the_database_is_gone(
     monkeypatch.setattr(watching, "SECONDS", 0.01)
     monkeypatch.setattr(database, "POOL_TIMEOUT", 0.05)
     stop = threading.Event()
-    with database.pool("host=127.0.0.1 port=1 dbname=canary") as pool:
+    with Pools(database.pool("host=127.0.0.1 port=1 dbname=canary")) as pools:
         timer = threading.Timer(0.5, stop.set)
         timer.start()
-        watching.watch(pool, stop)
+        watching.watch(pools, stop)
     said = capsys.readouterr().out
     assert [json.loads(line)["event"] for line in said.splitlines()] == ["watch"]
     assert "canary" not in said

@@ -50,9 +50,12 @@ def query(name: str) -> str:
     return found[1].strip()
 
 
-def dsn() -> str:
-    """Return the connection string of the environment, checked; empty: libpq's own variables decide."""
-    for variable in ("PG_REKEY_DSN", "DATABASE_URL"):
+def dsn(*variables: str) -> str:
+    """Return the connection string of the environment, checked; empty: libpq's own variables decide.
+
+    variables: where to look, instead of PG_REKEY_DSN and DATABASE_URL.
+    """
+    for variable in variables or ("PG_REKEY_DSN", "DATABASE_URL"):
         if value := os.environ.get(variable):
             _check(variable, value)
             return value
@@ -160,7 +163,7 @@ def _given(conninfo: str | None) -> str:
     if conninfo is None:
         return _conninfo()
     _check("the connection string", conninfo)
-    return conninfo
+    return make_conninfo("", **(_PATIENCE | conninfo_to_dict(conninfo)))
 
 
 def pool_async(conninfo: str | None = None) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:

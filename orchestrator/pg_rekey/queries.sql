@@ -121,6 +121,10 @@ select (select value from rekey.setting_status where name = 'kek_provider') as k
 from (select) as one
 left join rekey.worker_status w on true
 
+-- name: status messages
+-- description: Messages to endpoints that wait, or were given up; NULL: none.
+select nullif(sum(s.waiting), 0)::bigint as messages_waiting, nullif(sum(s.dead), 0)::bigint as messages_given_up from rekey.endpoint_status s
+
 -- name: status secrets
 -- description: How many secrets the server takes there to be (NULL: it has not looked yet), and whether this role may count them all, which takes no time yet.
 select case when c.reltuples >= 0 then c.reltuples::bigint end as secrets,
@@ -609,6 +613,12 @@ select s.name from rekey.endpoint_status s order by s.name
 -- name: api transaction
 -- description: What every transaction of the HTTP API begins with: a time limit, who asks, for the audit log, and the role that his token has.
 select set_config('statement_timeout', %s, true), set_config('request.jwt.claims', %s, true), set_config('role', %s, true)
+
+-- name: more than
+-- description: Roles of pg_rekey, beside this one, that the login is a member of.
+select r.name as role
+from unnest('{rekey_admin,rekey_operator,rekey_auditor,rekey_app,rekey_owner}'::text[]) as r (name)
+where r.name <> %s and pg_has_role(session_user, r.name, 'member')
 
 -- name: api rotations
 -- description: A page of rotations, newest first.

@@ -122,6 +122,8 @@ begin
       when 'destructions' then v_next := rekey._destruction_step(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
       when 'census' then
         if coalesce(v_worker.last_census_at not between now() - interval '1 day' and now(), true) then
+          -- Whoever asks whether a worker is at work sees it by that (75_notify.sql): it may take an hour.
+          perform pg_advisory_xact_lock_shared(0, 6);
           perform rekey._census();
         end if;
       when 'end' then

@@ -239,10 +239,10 @@ begin atomic
   cross join rekey._notifier n
   cross join lateral (select coalesce(max(w.last_tick_at), n.since) as at from rekey._worker w) t
   where t.at < clock_timestamp() - s.notify_silent
-    -- A worker that reads a large table holds a lock of a step meanwhile.
+    -- A worker that reads a large table holds a lock of a step, or of a census, meanwhile.
     and not exists (
       select from pg_locks l
-      where l.locktype = 'advisory' and l.objsubid = 2 and l.granted and (l.classid = 0 and l.objid in (1, 2, 5) or l.classid = 4294967295)
+      where l.locktype = 'advisory' and l.objsubid = 2 and l.granted and (l.classid = 0 and l.objid in (1, 2, 5, 6) or l.classid = 4294967295)
         and l.database = (select d.oid from pg_database d where d.datname = current_database()));
 end;
 comment on function rekey._conditions is 'What lasts now and is worth a message: rotations that are held up, open failures, overdue keyrings, destructions that come near, no KEK, no worker.';
@@ -484,17 +484,21 @@ begin
     perform rekey._note_delivery(v_ids[v_place], case when v_statuses[v_place] between 200 and 299 then null
       else coalesce('HTTP status ' || v_statuses[v_place], 'no answer') end);
   end loop;
-  for v_sent in select p.* from rekey._pg_net_requests() p loop
-    begin
-      execute format('select %I.http_post(url => $1, headers => $2, body => $3, timeout_milliseconds => 10000)', 'net')
-        into v_request using v_sent.url, v_sent.headers, v_sent.body;
-      perform rekey._note_request(v_sent.id, v_request);
-    exception when others then
-      perform rekey._note_delivery(v_sent.id, 'pg_net refused it: ' || sqlstate);
-    end;
-  end loop;
-exception when sqlstate 'RK001' or sqlstate 'RK002' or insufficient_privilege then
-  null;  -- somebody who has the KEK, and may use pg_net, delivers
+  begin
+    for v_sent in select p.* from rekey._pg_net_requests() p loop
+      begin
+        execute format('select %I.http_post(url => $1, headers => $2, body => $3, timeout_milliseconds => 10000)', 'net')
+          into v_request using v_sent.url, v_sent.headers, v_sent.body;
+        perform rekey._note_request(v_sent.id, v_request);
+      exception when others then
+        perform rekey._note_delivery(v_sent.id, 'pg_net refused it: ' || sqlstate);
+      end;
+    end loop;
+  exception when sqlstate 'RK001' or sqlstate 'RK002' then
+    null;  -- somebody who has the KEK delivers
+  end;
+exception when insufficient_privilege then
+  null;  -- somebody who may use pg_net does
 end
 $$;
 comment on function rekey._post_by_pg_net is 'Hands messages to pg_net, where that is, and notes what came of those before, with the rights of the caller.';

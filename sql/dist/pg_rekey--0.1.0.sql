@@ -126,7 +126,7 @@ create table rekey.settings (
   notify_destruction interval not null default '7 days'
     constraint settings_notify_destruction_check check (notify_destruction between '0 s' and '3650 days'),
   notify_silent interval not null default '5 minutes'
-    constraint settings_notify_silent_check check (notify_silent between '1 minute' and '1 day')
+    constraint settings_notify_silent_check check (notify_silent between '2 minutes' and '1 day')
 );
 comment on table rekey.settings is 'One row: how this database rotates. Change it with rekey.set_setting().';
 comment on column rekey.settings.singleton is 'Always true: there is one row.';
@@ -146,7 +146,7 @@ comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of 
 comment on column rekey.settings.postgrest_login is 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
 comment on column rekey.settings.notify_blocked is 'How long a rotation is held up before endpoints are told, 1 minute to 30 days.';
 comment on column rekey.settings.notify_destruction is 'How long before a key version is destroyed endpoints are told, at most 3650 days.';
-comment on column rekey.settings.notify_silent is 'How long no worker has ticked before endpoints are told, 1 minute to 1 day.';
+comment on column rekey.settings.notify_silent is 'How long no worker has ticked before endpoints are told, 2 minutes to 1 day.';
 comment on column rekey.settings.audit_keep is 'How long entries of the audit log stay at least before they may be removed, 1 to 100 years.';
 
 create table rekey._worker (
@@ -11658,6 +11658,8 @@ begin
       when 'destructions' then v_next := rekey._destruction_step(coalesce(now() - v_worker.last_tick_at > interval '1 day', true));
       when 'census' then
         if coalesce(v_worker.last_census_at not between now() - interval '1 day' and now(), true) then
+          -- Whoever asks whether a worker is at work sees it by that (75_notify.sql): it may take an hour.
+          perform pg_advisory_xact_lock_shared(0, 6);
           perform rekey._census();
         end if;
       when 'end' then
@@ -12389,10 +12391,10 @@ begin atomic
   cross join rekey._notifier n
   cross join lateral (select coalesce(max(w.last_tick_at), n.since) as at from rekey._worker w) t
   where t.at < clock_timestamp() - s.notify_silent
-    -- A worker that reads a large table holds a lock of a step meanwhile.
+    -- A worker that reads a large table holds a lock of a step, or of a census, meanwhile.
     and not exists (
       select from pg_locks l
-      where l.locktype = 'advisory' and l.objsubid = 2 and l.granted and (l.classid = 0 and l.objid in (1, 2, 5) or l.classid = 4294967295)
+      where l.locktype = 'advisory' and l.objsubid = 2 and l.granted and (l.classid = 0 and l.objid in (1, 2, 5, 6) or l.classid = 4294967295)
         and l.database = (select d.oid from pg_database d where d.datname = current_database()));
 end;
 comment on function rekey._conditions is 'What lasts now and is worth a message: rotations that are held up, open failures, overdue keyrings, destructions that come near, no KEK, no worker.';
@@ -12634,17 +12636,21 @@ begin
     perform rekey._note_delivery(v_ids[v_place], case when v_statuses[v_place] between 200 and 299 then null
       else coalesce('HTTP status ' || v_statuses[v_place], 'no answer') end);
   end loop;
-  for v_sent in select p.* from rekey._pg_net_requests() p loop
-    begin
-      execute format('select %I.http_post(url => $1, headers => $2, body => $3, timeout_milliseconds => 10000)', 'net')
-        into v_request using v_sent.url, v_sent.headers, v_sent.body;
-      perform rekey._note_request(v_sent.id, v_request);
-    exception when others then
-      perform rekey._note_delivery(v_sent.id, 'pg_net refused it: ' || sqlstate);
-    end;
-  end loop;
-exception when sqlstate 'RK001' or sqlstate 'RK002' or insufficient_privilege then
-  null;  -- somebody who has the KEK, and may use pg_net, delivers
+  begin
+    for v_sent in select p.* from rekey._pg_net_requests() p loop
+      begin
+        execute format('select %I.http_post(url => $1, headers => $2, body => $3, timeout_milliseconds => 10000)', 'net')
+          into v_request using v_sent.url, v_sent.headers, v_sent.body;
+        perform rekey._note_request(v_sent.id, v_request);
+      exception when others then
+        perform rekey._note_delivery(v_sent.id, 'pg_net refused it: ' || sqlstate);
+      end;
+    end loop;
+  exception when sqlstate 'RK001' or sqlstate 'RK002' then
+    null;  -- somebody who has the KEK delivers
+  end;
+exception when insufficient_privilege then
+  null;  -- somebody who may use pg_net does
 end
 $$;
 comment on function rekey._post_by_pg_net is 'Hands messages to pg_net, where that is, and notes what came of those before, with the rights of the caller.';

@@ -6,11 +6,12 @@ from fastapi import FastAPI, Response
 from fastapi_offline import FastAPIOffline
 from starlette.staticfiles import StaticFiles
 
-from pg_rekey import db, release
+from pg_rekey import release
 from pg_rekey.api import refusals, routes
+from pg_rekey.api.database import Pools
 from pg_rekey.api.feed import Feed
 from pg_rekey.api.middleware import Requests
-from pg_rekey.api.tokens import Tokens
+from pg_rekey.api.tokens import DATABASE_ROLES, Tokens
 from pg_rekey.console import live, pages
 from pg_rekey.console.sessions import Sessions
 
@@ -29,8 +30,8 @@ class Assets(StaticFiles):
         return response
 
 
-def create_app(pool: db.Pool, tokens: Tokens) -> FastAPI:
-    """Return the application; whoever made the pool opens and closes it."""
+def create_app(pools: Pools, tokens: Tokens) -> FastAPI:
+    """Return the application; whoever made the pools opens and closes them."""
     # /docs with its scripts from here, not from a CDN.
     app = FastAPIOffline(
         docs_url="/docs",
@@ -40,9 +41,9 @@ def create_app(pool: db.Pool, tokens: Tokens) -> FastAPI:
         version=release.version(),
         description=DESCRIPTION,
     )
-    app.state.pool = pool
+    app.state.pools = pools
     app.state.tokens = tokens
-    app.state.feed = Feed(pool)
+    app.state.feed = Feed(pools.of(DATABASE_ROLES["read"]))
     app.state.sessions = Sessions()
     app.state.doctor = live.Doctor()
     app.state.fragments = live.Fragments()

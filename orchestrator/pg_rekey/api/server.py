@@ -11,7 +11,7 @@ import uvicorn
 
 from pg_rekey import db, release
 from pg_rekey.api.app import create_app
-from pg_rekey.api.database import APPLICATION, warn_of_superuser
+from pg_rekey.api.database import Pools, warn_of_logins
 from pg_rekey.api.logs import JsonHandler
 from pg_rekey.api.protocol import KEEP_ALIVE_SECONDS, REQUESTS, Protocol, connections
 from pg_rekey.api.tokens import Tokens
@@ -29,15 +29,15 @@ def run(host: str, port: int) -> None:
     if db.in_environment():
         # A KEK that cannot be one is found now, not by the first rotation.
         db.from_environment()
-    pool = db.pool(application=APPLICATION)
+    pools = Pools.from_environment()
     with _listen(host, port) as listener:
         _warn_if_reachable(listener.getsockname()[0])
-        _serve(listener, pool, tokens)
+        _serve(listener, pools, tokens)
 
 
-def _serve(listener: socket.socket, pool: db.Pool, tokens: Tokens) -> None:
+def _serve(listener: socket.socket, pools: Pools, tokens: Tokens) -> None:
     logging.basicConfig(handlers=[JsonHandler()], level=logging.WARNING, force=True)
-    server = _Server(_config(pool, tokens))
+    server = _Server(_config(pools, tokens))
 
     def stop(*_: object) -> None:
         server.should_exit = True
@@ -46,9 +46,9 @@ def _serve(listener: socket.socket, pool: db.Pool, tokens: Tokens) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     stop_looking = threading.Event()
-    with pool:
-        for look in (warn_of_superuser, watch):
-            threading.Thread(target=look, args=[pool, stop_looking], daemon=True).start()
+    with pools:
+        for look in (warn_of_logins, watch):
+            threading.Thread(target=look, args=[pools, stop_looking], daemon=True).start()
         host, port = listener.getsockname()[:2]
         log("listening", host=host, port=port, version=release.version())
         server.run(sockets=[listener])
@@ -69,10 +69,10 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _config(pool: db.Pool, tokens: Tokens) -> uvicorn.Config:
+def _config(pools: Pools, tokens: Tokens) -> uvicorn.Config:
     Protocol.places = connections()
     return uvicorn.Config(
-        create_app(pool, tokens),
+        create_app(pools, tokens),
         http=Protocol,
         limit_concurrency=REQUESTS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,

@@ -32,6 +32,9 @@ def serve(out: Output, host: str, port: int, new_token: str | None, role: tokens
     with one a line, which is read again when it changes. PG_REKEY_METRICS_TOKENS and
     PG_REKEY_METRICS_TOKENS_FILE have those that may only read /metrics.
 
+    PG_REKEY_DSN is the login of an administrator; PG_REKEY_OPERATE_DSN and PG_REKEY_READ_DSN are those for
+    tokens that may less, which else share it.
+
     It speaks plain HTTP: put TLS in front of it. SIGTERM and Ctrl-C end it after the requests in hand. It
     prints JSON log lines, with or without --json.
     """

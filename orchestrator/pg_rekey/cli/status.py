@@ -74,6 +74,7 @@ def _look(connection: db.Connection) -> dict[str, Any]:
             "pg_cron_workers": _workers(connection),
         },
         "search": search[0] if search else None,
+        "messages": fetch_one(connection, db.query("status messages")),
         "idle": under_way and not scalar(connection, db.query("worked on")),
     }
 
@@ -105,6 +106,8 @@ def _view(connection: db.Connection, out: Output, found: dict[str, Any]) -> list
         parts.append(Text(NOBODY, "yellow"))
     worker = {**found["worker"], "last_tick_at": found["worker"]["last_tick_at"] or "never"}
     parts += ["", out.listed(worker)]
+    if any(found["messages"].values()):
+        parts += ["", out.listed(found["messages"])]
     if found["search"] and found["search"]["state"] != "complete":
         parts += ["", Text("search for versions that are to be destroyed", "bold")]
         parts.append(out.listed(found["search"]))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import psycopg
 
 from pg_rekey import db
-from pg_rekey.api.database import OWN_ROLE, STATEMENT_TIMEOUT
+from pg_rekey.api.database import OWN_ROLE, STATEMENT_TIMEOUT, Pools
 from pg_rekey.errors import Problem
 from pg_rekey.notify.deliver import Courier
 from pg_rekey.worker import log
@@ -16,13 +16,13 @@ from pg_rekey.worker import log
 SECONDS = 15.0
 
 
-def watch(pool: db.Pool, stop: threading.Event) -> None:
+def watch(pools: Pools, stop: threading.Event) -> None:
     """Have messages made of what happened, and deliver them, until told to stop."""
     courier = Courier(log)
 
     @contextmanager
     def begin(unlocked: bool) -> Iterator[db.Connection]:
-        with pool.connection() as connection:
+        with pools.of(OWN_ROLE).connection() as connection:
             connection.execute(db.query("api transaction"), [STATEMENT_TIMEOUT, "", OWN_ROLE])
             if unlocked and db.in_environment():
                 db.unlock(connection)
