@@ -211,8 +211,9 @@ def test_a_database_that_goes_and_comes_back(
             initialize(connection, kek)
             connection.execute("create role api login in role rekey_admin")
         server.kill()
-        for variable in ("PG_REKEY_DSN", "PG_REKEY_OPERATE_DSN", "PG_REKEY_READ_DSN"):
-            monkeypatch.setenv(variable, make_conninfo(dsn, user="api"))
+        monkeypatch.setenv("PG_REKEY_DSN", make_conninfo(dsn, user="api"))
+        for variable in ("PG_REKEY_OPERATE_DSN", "PG_REKEY_READ_DSN"):
+            monkeypatch.delenv(variable)
         # It starts without its database.
         api = serve()
         assert everything(api) == [503] * 5
@@ -230,7 +231,7 @@ def test_a_database_that_goes_and_comes_back(
         assert everything(api) == [200, 202, 200, 200, 200]
         assert api.stop() == ""
     events = {json.loads(line)["event"] for line in api.lines}
-    assert events == {"listening", "request", "log", "refusal not audited", "stopped"}
+    assert events == {"listening", "request", "log", "refusal not audited", "stopped", "watch"}
     assert kek.hex() not in "".join(api.lines)
 
 
