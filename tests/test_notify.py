@@ -479,6 +479,17 @@ def test_one_that_fails_holds_up_its_endpoint_only(ready: Connection) -> None:
     assert found == [("fine",)]
 
 
+def test_two_that_fail_at_once_do_not_wait_for_each_other(ready: Connection, db: str) -> None:
+    add(ready, "web", "https://hooks.example.com/x")
+    ready.execute("select rekey.test_endpoint('web') from generate_series(1, 4) n")
+    one, two = claim(ready)[0], claim(ready)[0]
+    with connect(db) as other, other.transaction():
+        # As far as another one is that notes its failure.
+        other.execute("update rekey._notifications set last_error = 'HTTP status 500' where id = %s", [two])
+        ready.execute("set lock_timeout = '2 s'")
+        ready.execute("select rekey._note_delivery(%s, 'HTTP status 500')", [one])
+
+
 def test_a_worker_delivers_signed_webhooks(cli_ready: Cli, ready: Connection, hook: Receiver) -> None:
     secret = cli_ready.json("notify", "add", "web", "--allow-private", stdin=hook.url + "\n")["secret"]
     ready.execute("select rekey.rotate_keys()")

@@ -12564,7 +12564,10 @@ begin
   if error is not null then
     -- The others wait too: who does not answer is asked once a minute.
     update rekey._notifications n set next_attempt_at = clock_timestamp() + interval '1 minute'
-    where n.endpoint_id = v_endpoint and n.state = 'waiting' and n.next_attempt_at < clock_timestamp() + interval '1 minute';
+    where n.id in (
+      select w.id from rekey._notifications w
+      where w.endpoint_id = v_endpoint and w.state = 'waiting' and w.next_attempt_at < clock_timestamp() + interval '1 minute'
+      for update skip locked);  -- two that fail at once do not wait for each other
   end if;
 end
 $$;
