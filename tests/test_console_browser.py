@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright, expec
 
 import npm
 from api_fixtures import ALICE, ROSA, digest
-from cli_fixtures import process
+from cli_fixtures import eventually, process
 from helpers import Connection, connect, value
 from pg_rekey.api import tokens
 from test_api_control import DAMAGE
@@ -328,7 +328,8 @@ def test_local_time_beside_utc(console: Console, ready: Connection) -> None:
 def first_paint(page: Page) -> float:
     """Return how many milliseconds after the request there was something to see."""
     entries = "performance.getEntriesByName('first-contentful-paint')"
-    page.wait_for_function(f"{entries}.length")
+    # (Waiting by wait_for_function, a page of ours does not let Playwright evaluate anything.)
+    eventually(lambda: page.evaluate(f"{entries}.length"))
     return float(page.evaluate(f"{entries}[0].startTime"))
 
 
