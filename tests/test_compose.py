@@ -37,6 +37,7 @@ CHECKOUT = (
     "docker",
     "orchestrator",
     "pyproject.toml",
+    "requirements",
     "sql",
     ".dockerignore",
 )

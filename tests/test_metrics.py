@@ -20,6 +20,7 @@ ALWAYS = {
     "pg_rekey_keyrings_unscheduled",
     "pg_rekey_keys",
     "pg_rekey_locked",
+    "pg_rekey_messages",
     "pg_rekey_audit_entries",
     "pg_rekey_kek_age_seconds",
 }
@@ -55,6 +56,14 @@ def test_names_are_the_documented_ones(ready: Connection) -> None:
     run(ready)
     ready.execute("select rekey._census()")
     assert names(ready) == ALWAYS | SOMETIMES
+
+
+def test_messages_that_wait_or_were_given_up(ready: Connection) -> None:
+    ready.execute("select rekey.add_endpoint('web', 'https://hooks.example.com/')")
+    ready.execute("select rekey.test_endpoint('web') from generate_series(1, 3)")
+    ready.execute("update rekey._notifications set state = 'dead', ended_at = now() where id = 1")
+    figures = metrics(ready)
+    assert (figures["messages", "waiting"], figures["messages", "dead"]) == (2, 1)
 
 
 def test_before_it_is_set_up(conn: Connection) -> None:

@@ -13,6 +13,7 @@ HELP = {
     "pg_rekey_last_rotation_duration_seconds": "Duration of the last rotation that completed.",
     "pg_rekey_rotation_rows_total": "Rows re-encrypted.",
     "pg_rekey_rotation_failures_open": "Rows in quarantine that nobody has resolved.",
+    "pg_rekey_messages": "Messages to endpoints that wait, or were given up.",
     "pg_rekey_findings": "What the last census found not to be as it should be, by kind and severity.",
     "pg_rekey_census_rows": "Rows that the last census found not to open, by kind.",
     "pg_rekey_last_census_timestamp_seconds": "When rows were last counted, in Unix time.",

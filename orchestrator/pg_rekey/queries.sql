@@ -618,7 +618,7 @@ select set_config('statement_timeout', %s, true), set_config('request.jwt.claims
 -- description: Roles of pg_rekey, beside this one, that the login is a member of.
 select r.name as role
 from unnest('{rekey_admin,rekey_operator,rekey_auditor,rekey_app,rekey_owner}'::text[]) as r (name)
-where r.name <> %s and pg_has_role(session_user, r.name, 'member')
+where r.name <> %s and pg_has_role(session_user, to_regrole(r.name), 'member')
 
 -- name: api rotations
 -- description: A page of rotations, newest first.

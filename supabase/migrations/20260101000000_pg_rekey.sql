@@ -12759,6 +12759,8 @@ begin atomic
     union all select 'pg_rekey_keyrings_unscheduled', '{}', count(*) from rekey.keyrings k where k.retired_at is null and k.rotate_every is null
     union all select 'pg_rekey_keys', jsonb_build_object('state', k.state), count(*) from rekey.encryption_keys k group by k.state
     union all select 'pg_rekey_keyring_unhealthy', jsonb_build_object('keyring', u.name, 'why', u.why), 1 from unhealthy u where u.why is not null
+    union all select 'pg_rekey_messages', jsonb_build_object('state', g.state), (select count(*) from rekey._notifications n where n.state = g.state)
+      from (values ('waiting'), ('dead')) as g(state)
     union all select 'pg_rekey_audit_entries', '{}', coalesce(max(h.id), 0) from rekey._audit_head h
     union all select 'pg_rekey_kek_age_seconds', '{}', extract(epoch from now() - e.created_at) from rekey.keks e where e.state = 'active'
   ) m;
