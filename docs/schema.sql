@@ -4655,7 +4655,7 @@ COMMENT ON COLUMN rekey.settings.notify_destruction IS 'How long before a key ve
 -- Name: COLUMN settings.notify_silent; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.settings.notify_silent IS 'How long no worker has ticked before endpoints are told, 2 minutes to 1 day.';
+COMMENT ON COLUMN rekey.settings.notify_silent IS 'How long no worker has ticked, or had the KEK, before endpoints are told, 2 minutes to 1 day.';
 
 
 --
@@ -14710,7 +14710,7 @@ ALTER FUNCTION rekey.add_endpoint(name text, address text, events text[], slack 
 -- Name: FUNCTION add_endpoint(name text, address text, events text[], slack boolean, allow_private boolean, by_pg_net boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey.add_endpoint(name text, address text, events text[], slack boolean, allow_private boolean, by_pg_net boolean) IS 'Has somebody told what happens. address: https://... (a webhook as Standard Webhooks has it; the signing secret is returned, once), smtps://USER:PASSWORD@HOST:465?from=...&to=... (e-mail; smtp:// with STARTTLS; several to=), or notify:CHANNEL (NOTIFY in this database). It is stored under the KEK; a statement that has it as a literal may be logged, as with rekey.set_secret(). events: only these; NULL: all. slack: the body is what Slack takes, unsigned readers too. allow_private: it may be a loopback or private address, and there without TLS. by_pg_net: rekey.tick() hands it to pg_net, where that is; pg_net keeps the address in its own tables in plain, and looks at no addresses. 22023: it cannot be; 23505: there is one of that name; RK001, RK002: KEK.';
+COMMENT ON FUNCTION rekey.add_endpoint(name text, address text, events text[], slack boolean, allow_private boolean, by_pg_net boolean) IS 'Has somebody told what happens. address: https://... (a webhook as Standard Webhooks has it; the signing secret is returned, once), smtps://USER:PASSWORD@HOST:465?from=...&to=... (e-mail; smtp:// with STARTTLS; several to=), or notify:CHANNEL (NOTIFY in this database). It is stored under the KEK; a statement that has it as a literal may be logged, as with rekey.set_secret(). events: only these; NULL: all. slack: the body is what incoming webhooks of Slack take. allow_private: it may be a loopback or private address, and there without TLS. by_pg_net: rekey.tick() hands it to pg_net, where that is; pg_net keeps the address in its own tables in plain, and looks at no addresses. 22023: it cannot be; 23505: there is one of that name; RK001, RK002: KEK.';
 
 
 --

@@ -174,6 +174,10 @@ def test_a_missing_kek_is_told_of_and_that_it_is_back(listening: Connection, kek
     listening.execute("select rekey.rotate_keys()")
     listening.execute("select rekey.lock()")
     listening.execute("select rekey._tick_duty('schedules', now())")
+    # A worker that has it may come: pg_cron beside it has none.
+    tick(listening)
+    assert told(listening) == []
+    listening.execute("update rekey._worker set locked_since = locked_since - interval '6 minutes'")
     tick(listening)
     tick(listening)
     [(event, text)] = told(listening)
@@ -507,6 +511,20 @@ def test_a_worker_delivers_signed_webhooks(cli_ready: Cli, ready: Connection, ho
     assert len(hook.received) == 1
 
 
+def test_an_address_that_is_none_holds_up_nobody(cli_ready: Cli, ready: Connection, hook: Receiver) -> None:
+    add(ready, "port", "https://hooks.example.com:99999/canary")
+    add(ready, "host", "https://[canary/")
+    add(ready, "mail", "smtps://mail.example.com:99999?from=a@example.com&to=canary@example.com")
+    add(ready, "sender", "smtps://mail.example.com?to=canary@example.com")
+    add(ready, "web", hook.url, allow_private=True)
+    ready.execute("select rekey.test_endpoint(name) from rekey.endpoint_status")
+    cli_ready("work", "--log", "json")
+    assert hook.events() == ["test"]
+    found = dict(ready.execute("select endpoint, last_error from rekey.message_status").fetchall())
+    assert [name for name, error in found.items() if error is None] == ["web"]
+    assert "canary" not in str(found) + cli_ready.out
+
+
 def test_slack_gets_its_own_body(cli_ready: Cli, ready: Connection, hook: Receiver) -> None:
     cli_ready("notify", "add", "chat", "--slack", "--allow-private", stdin=hook.url)
     ready.execute("select rekey.create_keyring('<!channel> & co')")
@@ -617,7 +635,7 @@ def test_that_the_kek_is_missing_is_told_by_who_had_it(ready: Connection, hook: 
 
     courier.deliver(begin, threading.Event())
     ready.execute("select rekey.lock()")
-    ready.execute("update rekey._worker set locked_since = now()")
+    ready.execute("update rekey._worker set locked_since = now() - interval '6 minutes'")
     assert tick(ready) == "deliver"
     courier.deliver(begin, threading.Event())
     assert hook.events() == ["kek.missing"]

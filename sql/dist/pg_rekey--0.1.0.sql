@@ -146,7 +146,7 @@ comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of 
 comment on column rekey.settings.postgrest_login is 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
 comment on column rekey.settings.notify_blocked is 'How long a rotation is held up before endpoints are told, 1 minute to 30 days.';
 comment on column rekey.settings.notify_destruction is 'How long before a key version is destroyed endpoints are told, at most 3650 days.';
-comment on column rekey.settings.notify_silent is 'How long no worker has ticked before endpoints are told, 2 minutes to 1 day.';
+comment on column rekey.settings.notify_silent is 'How long no worker has ticked, or had the KEK, before endpoints are told, 2 minutes to 1 day.';
 comment on column rekey.settings.audit_keep is 'How long entries of the audit log stay at least before they may be removed, 1 to 100 years.';
 
 create table rekey._worker (
@@ -12254,7 +12254,7 @@ begin
 end
 $$;
 comment on function rekey.add_endpoint is
-  'Has somebody told what happens. address: https://... (a webhook as Standard Webhooks has it; the signing secret is returned, once), smtps://USER:PASSWORD@HOST:465?from=...&to=... (e-mail; smtp:// with STARTTLS; several to=), or notify:CHANNEL (NOTIFY in this database). It is stored under the KEK; a statement that has it as a literal may be logged, as with rekey.set_secret(). events: only these; NULL: all. slack: the body is what Slack takes, unsigned readers too. allow_private: it may be a loopback or private address, and there without TLS. by_pg_net: rekey.tick() hands it to pg_net, where that is; pg_net keeps the address in its own tables in plain, and looks at no addresses. 22023: it cannot be; 23505: there is one of that name; RK001, RK002: KEK.';
+  'Has somebody told what happens. address: https://... (a webhook as Standard Webhooks has it; the signing secret is returned, once), smtps://USER:PASSWORD@HOST:465?from=...&to=... (e-mail; smtp:// with STARTTLS; several to=), or notify:CHANNEL (NOTIFY in this database). It is stored under the KEK; a statement that has it as a literal may be logged, as with rekey.set_secret(). events: only these; NULL: all. slack: the body is what incoming webhooks of Slack take. allow_private: it may be a loopback or private address, and there without TLS. by_pg_net: rekey.tick() hands it to pg_net, where that is; pg_net keeps the address in its own tables in plain, and looks at no addresses. 22023: it cannot be; 23505: there is one of that name; RK001, RK002: KEK.';
 grant execute on function rekey.add_endpoint to rekey_admin;
 
 create or replace function rekey._endpoint(name text) returns rekey._endpoints
@@ -12384,7 +12384,9 @@ begin atomic
   join rekey.encryption_keys e on e.state = 'destroy_scheduled' and e.destroy_after < clock_timestamp() + s.notify_destruction
   join rekey.keyrings k on k.id = e.keyring_id
   union all
-  select 'kek.missing', '', jsonb_build_object('since', rekey._utc(w.locked_since)) from rekey._worker w where w.locked_since is not null
+  -- Where pg_cron has no KEK, it says so at each rotation until the worker that has it comes.
+  select 'kek.missing', '', jsonb_build_object('since', rekey._utc(w.locked_since))
+  from rekey.settings s join rekey._worker w on w.locked_since < clock_timestamp() - s.notify_silent
   union all
   select 'worker.silent', '', jsonb_build_object('since', rekey._utc(t.at))
   from rekey.settings s

@@ -55,7 +55,7 @@ comment on column rekey.settings.jwt_admin_claim is 'Key in the app_metadata of 
 comment on column rekey.settings.postgrest_login is 'Role that PostgREST logs in as. Only from its sessions are refusals of the RPC audited and claims believed there: any other login that may set the role authenticated can run SQL, and make up both.';
 comment on column rekey.settings.notify_blocked is 'How long a rotation is held up before endpoints are told, 1 minute to 30 days.';
 comment on column rekey.settings.notify_destruction is 'How long before a key version is destroyed endpoints are told, at most 3650 days.';
-comment on column rekey.settings.notify_silent is 'How long no worker has ticked before endpoints are told, 2 minutes to 1 day.';
+comment on column rekey.settings.notify_silent is 'How long no worker has ticked, or had the KEK, before endpoints are told, 2 minutes to 1 day.';
 comment on column rekey.settings.audit_keep is 'How long entries of the audit log stay at least before they may be removed, 1 to 100 years.';
 
 create table rekey._worker (

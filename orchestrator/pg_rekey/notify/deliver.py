@@ -74,6 +74,8 @@ class Courier:
                 endpoint.send(f"msg_{message['message_id']}", message["body"])
             except (Undelivered, Problem) as problem:
                 error = str(problem)
+            except Exception as problem:  # whatever is wrong with one message, the others go on
+                error = f"it cannot be sent: {type(problem).__name__}"
             with begin(False) as connection:
                 connection.execute("select rekey._note_delivery(%s, %s)", [message["id"], error])
             said = {"endpoint": endpoint.name, "message": message["event"], "attempt": message["attempts"]}
