@@ -107,7 +107,7 @@ def test_operations_checklist_does_what_it_says(shell: Callable[[str], str]) -> 
     [script] = blocks(OPERATIONS, "bash")
     printed = shell(script)
     for expected in (
-        "1 rows opened",
+        "1 row opened",
         '"completed": [1]',
         "rotation 2 of keyring default is paused",
         "rotation 2 of keyring default is rolled_back",

@@ -51,7 +51,7 @@ def test_a_rotation_is_shared(cli_ready: Cli, ready: Connection, model: dict[str
     assert sum(line["rows"] for line in batches) == 6000
     assert log[-1] == {**log[-1], "event": "stopped", "batches": len(batches)}
     assert rotation(ready, 1, "state", "rows_done", "attempts") == ("completed", 6000, 0)
-    assert sessions(ready) == []
+    eventually(lambda: sessions(ready) == [])
     check(ready, model)
 
 
