@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from pg_rekey import kek as keks
 from pg_rekey.cli import main
 
 COMMAND = str(Path(sys.executable).parent / "pg-rekey")
+# With a worker that does not wait ten seconds for the next tick.
+HURRIED = (sys.executable, str(Path(__file__).with_name("hurried.py")))
 
 
 class Cli:
@@ -41,13 +43,14 @@ class Cli:
 
 
 @contextmanager
-def process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def process(
+    *arguments: str, command: Sequence[str] = (COMMAND,), **environment: str
+) -> Iterator[subprocess.Popen[str]]:
     """Run the command line as a process, in a group of its own."""
-    command = [COMMAND, *arguments]
     pipe = subprocess.PIPE
     environ = os.environ | environment
     with subprocess.Popen(
-        command, env=environ, stdout=pipe, stderr=pipe, text=True, process_group=0
+        [*command, *arguments], env=environ, stdout=pipe, stderr=pipe, text=True, process_group=0
     ) as running:
         try:
             yield running

@@ -9,7 +9,7 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pyte
@@ -70,7 +70,13 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: str, columns: int = 80, lines: int = 60, **environment: str) -> Iterator[Terminal]:
+def terminal(
+    *arguments: str,
+    columns: int = 80,
+    lines: int = 60,
+    command: Sequence[str] = (COMMAND,),
+    **environment: str,
+) -> Iterator[Terminal]:
     """Run the command line on a terminal."""
     shown = Terminal(columns, lines)
     shown.master, slave = pty.openpty()
@@ -80,7 +86,7 @@ def terminal(*arguments: str, columns: int = 80, lines: int = 60, **environment:
     environ |= {"TERM": "xterm-256color", "LANG": "C.UTF-8", **environment}
     try:
         shown.process = subprocess.Popen(
-            [COMMAND, *arguments],
+            [*command, *arguments],
             env=environ,
             stdin=slave,
             stdout=slave,

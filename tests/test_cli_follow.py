@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 import pg_rekey
-from cli_fixtures import Cli, eventually, process
+from cli_fixtures import HURRIED, Cli, eventually, process
 from helpers import Connection, value
 from pg_rekey.cli import follow
 from pg_rekey.errors import INTERRUPTED, UNFINISHED
@@ -224,7 +224,7 @@ def test_work_goes_on_after_its_connection_was_lost(slow: Cli, ready: Connection
         "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
         " where datname = current_database() and application_name = 'pg-rekey'"
     )
-    with terminal("work", "--forever") as shown:
+    with terminal("work", "--forever", command=HURRIED) as shown:
         shown.read(until=lambda screen: "connected to database" in screen)
         eventually(lambda: value(ready, "select last_tick_at is not null from rekey.worker_status"))
         ready.execute(kill)

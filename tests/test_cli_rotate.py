@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from cli_fixtures import Cli, eventually, process
+from cli_fixtures import HURRIED, Cli, eventually, process
 from helpers import Connection, connect, unlock, value
 from pg_rekey import worker
 from pg_rekey.cli.rotate import held_up
@@ -209,7 +209,7 @@ def test_work_forever_ends_on_sigterm(cli_ready: Cli, ready: Connection) -> None
     ready.execute(SECRETS, [300])
     ready.execute("select rekey.set_setting('max_rows_per_second', '100')")
     cli_ready("rotate")
-    with process("work", "--forever") as running:
+    with process("work", "--forever", command=HURRIED) as running:
         eventually(lambda: value(ready, "select rows_done > 0 from rekey.rotations"))
         running.send_signal(signal.SIGTERM)
         out, err = running.communicate(timeout=60)
@@ -225,7 +225,7 @@ def test_work_forever_outlives_its_connection(cli_ready: Cli, ready: Connection)
         "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
         " where datname = current_database() and application_name = 'pg-rekey'"
     )
-    with process("work", "--forever") as running:
+    with process("work", "--forever", command=HURRIED) as running:
         eventually(lambda: value(ready, "select last_tick_at is not null from rekey.worker_status"))
         ready.execute("update rekey._worker set last_tick_at = null")
         ready.execute(kill)
@@ -245,7 +245,7 @@ def test_work_forever_outlives_a_rotation_of_the_kek(
     file.write_text(kek.hex())
     monkeypatch.delenv("PG_REKEY_KEK")
     monkeypatch.setenv("PG_REKEY_KEK_FILE", str(file))
-    with process("work", "--forever") as running:
+    with process("work", "--forever", command=HURRIED) as running:
         eventually(lambda: value(ready, "select last_tick_at is not null from rekey.worker_status"))
         unlock(ready, kek, new)
         ready.execute("select rekey.rotate_kek()")

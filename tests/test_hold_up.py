@@ -373,7 +373,8 @@ def test_a_trigger_that_relies_on_another_search_path(ready: Connection, app: Co
     assert value(ready, reasons) == (
         'app.docs: relation "audited" does not exist (trigger a_log), in app.aud(). A sweep runs it with'
         " search_path = pg_catalog, pg_temp: name it with its schema, ALTER FUNCTION app.aud() SET"
-        " search_path = ..., or give rekey.protect_column() the path that it needs"
+        " search_path = ..., or give rekey.protect_column() or pg-rekey columns protect the path that it"
+        " needs"
     )
     app.execute("alter function app.aud() set search_path = app, pg_temp")
     ready.execute("select rekey.retry_rotation(%s)", [number])

@@ -7312,7 +7312,7 @@ begin
          when plain and left(code, 2) <> all ('{23,42,54,RK}') then 'an error of its own code' else rekey._cut(message, 500) end)
     || coalesce(' (trigger ' || quote_ident(v_trigger) || ')', '') || coalesce(', in ' || rekey._cut(v_functions[1], 200), '')
     || case when code in ('42P01', '42883', '42704', '3F000') then
-      format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column(), or pg-rekey columns protect, the path that it needs',
+      format('. A sweep runs it with search_path = %s: name it with its schema, %s, or give rekey.protect_column() or pg-rekey columns protect the path that it needs',
         coalesce(v_path, 'pg_catalog, pg_temp'),
         coalesce('ALTER FUNCTION ' || rekey._cut(v_functions[1], 200) || ' SET search_path = ...', 'give what the table calls a search path of its own')) else '' end;
 end
