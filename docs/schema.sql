@@ -74,7 +74,8 @@ CREATE TYPE rekey._adoption AS (
 	ciphertexts bytea[],
 	legacy bytea[],
 	next tid,
-	next_relation regclass
+	next_relation regclass,
+	indexes bytea[]
 );
 
 
@@ -127,7 +128,8 @@ CREATE TYPE rekey._target AS (
 	indexed boolean,
 	prefix bytea,
 	is_text boolean,
-	problem text
+	problem text,
+	normalization text
 );
 
 
@@ -137,7 +139,7 @@ ALTER TYPE rekey._target OWNER TO rekey_owner;
 -- Name: TYPE _target; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON TYPE rekey._target IS 'A relation with row storage that holds envelopes, and what the engine needs to know of it. whole: the table that it is, or is a partition of.';
+COMMENT ON TYPE rekey._target IS 'A relation with row storage that holds envelopes, and what the engine needs to know of it. whole: the table that it is, or is a partition of. normalization: of a searchable column.';
 
 
 --
@@ -168,7 +170,8 @@ CREATE TYPE rekey._sealed AS (
 	ciphertexts bytea[],
 	problems text[],
 	formats text[],
-	closed bytea[]
+	closed bytea[],
+	indexes bytea[]
 );
 
 
@@ -178,7 +181,7 @@ ALTER TYPE rekey._sealed OWNER TO rekey_owner;
 -- Name: TYPE _sealed; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON TYPE rekey._sealed IS 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL, and what only the client can open.';
+COMMENT ON TYPE rekey._sealed IS 'What the engine made of values, in their order: the ciphertext, and the index value of a searchable column; or NULL and why not; or NULL, and what only the client can open.';
 
 
 --
@@ -478,6 +481,210 @@ ALTER FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) 
 COMMENT ON FUNCTION public.rotate_keys(keyring text, reason text, supersede boolean) IS 'As rekey.rotate_keys(), for PostgREST and supabase-js: {"rotations": [...], "passed_by": [...]} with rows of rekey.rotation_status, and the names of keyrings that got no new version, as a rotation is under way. For service_role, members of rekey_admin, and logged-in users whose app_metadata has the claim that the setting jwt_admin_claim names; anybody else gets 403. Errors come as {"code", "message", "details", "hint"} with their HTTP status: RK001 503, RK002 500, RK004 and RK006 409, RK007 404; a caller without PostgREST gets them raised.';
 
 
+SET default_tablespace = '';
+
+SET default_table_access_method = heap;
+
+--
+-- Name: _blind_indexes; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._blind_indexes (
+    column_id integer NOT NULL,
+    versions integer[] NOT NULL,
+    changed_in xid8 NOT NULL,
+    filled boolean DEFAULT false NOT NULL,
+    refill boolean DEFAULT true NOT NULL,
+    refill_by bigint,
+    text_version text NOT NULL
+);
+
+
+ALTER TABLE rekey._blind_indexes OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _blind_indexes; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._blind_indexes IS 'The blind indexes of searchable columns. versions: those that index values may stand on; changed_in: the transaction that made the last of them active; filled: whether every value has one; refill: whether every row is to be looked at again; refill_by: the rotation whose pass does that; text_version: of Unicode and collation, by which the values were normalized.';
+
+
+--
+-- Name: protected_columns; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey.protected_columns (
+    id integer NOT NULL,
+    label text NOT NULL,
+    keyring_id integer NOT NULL,
+    relation_name text NOT NULL,
+    column_name name NOT NULL,
+    context_columns name[] NOT NULL,
+    places integer[] NOT NULL,
+    is_text boolean NOT NULL,
+    encrypt_on_write boolean NOT NULL,
+    fire_triggers boolean NOT NULL,
+    search_path text NOT NULL,
+    owner name NOT NULL,
+    seen jsonb,
+    index_column name,
+    index_place integer,
+    normalization text,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT protected_columns_index_check CHECK ((num_nulls(index_column, index_place, normalization) = ANY (ARRAY[0, 3]))),
+    CONSTRAINT protected_columns_normalization_check CHECK ((normalization = ANY (ARRAY['exact'::text, 'lower'::text, 'trim_lower'::text, 'digits'::text]))),
+    CONSTRAINT protected_columns_places_check CHECK ((cardinality(places) = (cardinality(context_columns) + 1)))
+);
+
+
+ALTER TABLE rekey.protected_columns OWNER TO rekey_owner;
+
+--
+-- Name: TABLE protected_columns; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey.protected_columns IS 'Columns of the user''s own tables that are under rotation. Which relation and columns they are now is known to the guard function of each (rekey_targets.column_<id>_guard), which follows renames and restores.';
+
+
+--
+-- Name: COLUMN protected_columns.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.id IS 'Number of the column; its functions in schema rekey_targets are named column_<id>_...';
+
+
+--
+-- Name: COLUMN protected_columns.label; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.label IS 'schema.table.column as first registered: the first part of the context of its values. It stays when things are renamed.';
+
+
+--
+-- Name: COLUMN protected_columns.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.keyring_id IS 'Keyring for adoption and encryption on write.';
+
+
+--
+-- Name: COLUMN protected_columns.relation_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.relation_name IS 'Name of the table, with its schema, as last seen: by it the column is found again where a restore brought rows without functions.';
+
+
+--
+-- Name: COLUMN protected_columns.column_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.column_name IS 'Name of the column as last seen.';
+
+
+--
+-- Name: COLUMN protected_columns.context_columns; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.context_columns IS 'Names, as last seen, of the columns whose values, as text, are the rest of the context.';
+
+
+--
+-- Name: COLUMN protected_columns.places; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.places IS 'Ranks of the column and its context columns among them all in table order.';
+
+
+--
+-- Name: COLUMN protected_columns.is_text; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.is_text IS 'Whether it holds envelopes in text form; else in bytea.';
+
+
+--
+-- Name: COLUMN protected_columns.encrypt_on_write; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.encrypt_on_write IS 'Whether a trigger encrypts what is written.';
+
+
+--
+-- Name: COLUMN protected_columns.fire_triggers; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.fire_triggers IS 'Whether the triggers and rules of the table see what a rotation writes.';
+
+
+--
+-- Name: COLUMN protected_columns.search_path; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.search_path IS 'The search path that is in force where a rotation fires them.';
+
+
+--
+-- Name: COLUMN protected_columns.owner; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.owner IS 'Owner of the table when it was registered or rebound: who may register it again after it was dropped.';
+
+
+--
+-- Name: COLUMN protected_columns.seen; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.seen IS 'How many rows of each keyring (by its id) opened at the last complete count; NULL: there was none. Where the column is blocked, those keyrings wait for it.';
+
+
+--
+-- Name: COLUMN protected_columns.index_column; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.index_column IS 'Name, as last seen, of the column with its blind index; NULL: it is not searchable.';
+
+
+--
+-- Name: COLUMN protected_columns.index_place; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.index_place IS 'Rank of that column among all that the guard names.';
+
+
+--
+-- Name: COLUMN protected_columns.normalization; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.normalization IS 'What is taken for equal: exact, lower, trim_lower or digits, as rekey.make_searchable() says.';
+
+
+--
+-- Name: COLUMN protected_columns.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.protected_columns.created_at IS 'When it was registered.';
+
+
+--
+-- Name: _activate_in_indexes(integer[], integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._activate_in_indexes(keyrings integer[], versions integer[]) RETURNS void
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._activate_in_indexes(keyrings integer[], versions integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _activate_in_indexes(keyrings integer[], versions integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._activate_in_indexes(keyrings integer[], versions integer[]) IS 'Notes, in the transaction that makes these versions active, that index values may come to stand on them.';
+
+
 --
 -- Name: _active_versions(integer[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
@@ -505,10 +712,10 @@ COMMENT ON FUNCTION rekey._active_versions(keyrings integer[]) IS 'The active ve
 
 
 --
--- Name: _adopt(bytea[], bytea[], rekey._sealing, text[], boolean); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _adopt(bytea[], bytea[], rekey._sealing, text[], boolean, bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean) RETURNS rekey._sealed
+CREATE FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean, prefix bytea DEFAULT NULL::bytea, normalization text DEFAULT NULL::text) RETURNS rekey._sealed
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -531,6 +738,10 @@ declare
   v_problems text[];
   v_formats text[];
   v_closed bytea[];
+  v_info bytea := prefix || rekey._part(normalization);
+  v_index_key bytea := case when normalization is not null then rekey._index_key(v_key, v_info) end;
+  v_normalized bytea;
+  v_indexes bytea[];
   v_made rekey._sealed;
 begin
   v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
@@ -579,24 +790,29 @@ begin
       v_iv := rekey._random_bytes(16);
       v_aad := v_header || v_contexts[v_place];
       v_ciphertexts[v_place] := v_header || v_iv || rekey._aead_encrypt(v_key, v_iv, v_plaintext, v_aad);
+      if v_index_key is not null then
+        v_normalized := rekey._normalized(v_plaintext, normalization);
+        v_indexes[v_place] := rekey._index_value(rekey._int4(v_header, 7), v_index_key, v_normalized);
+      end if;
     end if;
   end loop;
   v_made.ciphertexts := v_ciphertexts;
   v_made.problems := v_problems;
   v_made.formats := v_formats;
   v_made.closed := v_closed;
+  v_made.indexes := v_indexes;
   return v_made;
 end
 $$;
 
 
-ALTER FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean, prefix bytea, normalization text) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean, prefix bytea, normalization text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean) IS 'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open gets neither ciphertext nor problem, and stands in closed, without what was wrapped around it.';
+COMMENT ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean, prefix bytea, normalization text) IS 'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else; prefix, normalization: the label of a searchable column, and what it takes for equal. A value that only the client can open gets neither ciphertext nor problem, and stands in closed, without what was wrapped around it.';
 
 
 --
@@ -653,7 +869,7 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true, null) a;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true, null, v_adoption.indexes) a;
   select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
   from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
   left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
@@ -814,12 +1030,13 @@ begin
     v_contexts := array(
       select target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
     v_sealing := rekey._sealing(keyring_id);
-    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, formats, forced);
+    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, formats, forced, target.prefix, target.normalization);
     v_adoption.rows := v_batch.rows;
     v_adoption.keys := v_batch.keys;
     v_adoption.formats := v_made.formats;
     v_adoption.problems := v_made.problems;
     v_adoption.ciphertexts := v_made.ciphertexts;
+    v_adoption.indexes := v_made.indexes;
     v_adoption.legacy := v_made.closed;
   end if;
   return v_adoption;
@@ -933,14 +1150,14 @@ begin
   end loop;
   if v_rows is not null then
     v_sealing := rekey._sealing(v_rotation.keyring_id);
-    v_made := rekey._adopt(v_values, v_contexts, v_sealing, '{plaintext}', true);
+    v_made := rekey._adopt(v_values, v_contexts, v_sealing, '{plaintext}', true, v_target.prefix, v_target.normalization);
     for v_place in 1 .. cardinality(v_rows) loop
       if v_made.problems[v_place] is not null then
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
       end if;
     end loop;
     -- (What it does not come to, the next pass does.)
-    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true, v_batch.state) a;
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true, v_batch.state, v_made.indexes) a;
     v_done := cardinality(v_apart.written);
     v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
     v_failed_keys := v_failed_keys || array(
@@ -966,10 +1183,6 @@ ALTER FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows
 COMMENT ON FUNCTION rekey._adoption_store(rotation_id bigint, relation regclass, rows tid[], plaintexts bytea[], problems text[]) IS 'Seals what the client opened of a batch, and quarantines what it could not.';
 
 
-SET default_tablespace = '';
-
-SET default_table_access_method = heap;
-
 --
 -- Name: _chunks; Type: TABLE; Schema: rekey; Owner: rekey_owner
 --
@@ -994,7 +1207,7 @@ CREATE TABLE rekey._chunks (
     gives_way_to text,
     looked_at timestamp with time zone,
     transactions bigint,
-    CONSTRAINT _chunks_kind_check CHECK ((kind = ANY (ARRAY['sweep'::text, 'adopt'::text, 'verify'::text, 'doubtful'::text])))
+    CONSTRAINT _chunks_kind_check CHECK ((kind = ANY (ARRAY['sweep'::text, 'adopt'::text, 'fill'::text, 'verify'::text, 'doubtful'::text])))
 );
 
 
@@ -1188,7 +1401,7 @@ begin
       select s.* into v_found from rekey._scan_on(v_target, array[keyring_id], v_from, v_step) s;
       v_step := v_found.next_step;
       if cardinality(v_found.ciphertexts) > (
-           select coalesce(sum(cardinality(c.failed_places)), 0) from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c) then
+           select coalesce(sum(cardinality(c.failed_places)), 0) from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts, v_found.indexes, v_target.normalization) c) then
         return true;
       end if;
       v_from := v_found.next_first;
@@ -1371,7 +1584,7 @@ CREATE TABLE rekey.audit_log (
     details jsonb DEFAULT '{}'::jsonb NOT NULL,
     prev_hash bytea NOT NULL,
     hash bytea NOT NULL,
-    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'keyring.emptied'::text, 'census.found'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'schedule.changed'::text, 'setting.changed'::text, 'endpoint.added'::text, 'endpoint.removed'::text, 'access.denied'::text, 'audit.pruned'::text])))
+    CONSTRAINT audit_log_event_check CHECK ((event = ANY (ARRAY['keyring.created'::text, 'keyring.retired'::text, 'keyring.emptied'::text, 'census.found'::text, 'key.created'::text, 'key.activated'::text, 'key.deactivated'::text, 'key.disabled'::text, 'key.enabled'::text, 'key.compromised'::text, 'key.destroy_scheduled'::text, 'key.destroy_cancelled'::text, 'key.destroyed'::text, 'rotation.requested'::text, 'rotation.passed_by'::text, 'rotation.started'::text, 'rotation.error'::text, 'rotation.row_failed'::text, 'rotation.failure_resolved'::text, 'rotation.retried'::text, 'rotation.paused'::text, 'rotation.resumed'::text, 'rotation.rolled_back'::text, 'rotation.completed'::text, 'rotation.failed'::text, 'kek.registered'::text, 'kek.rotated'::text, 'kek.lost'::text, 'column.protected'::text, 'column.rebound'::text, 'column.unprotected'::text, 'column.searchable'::text, 'column.refilled'::text, 'schedule.changed'::text, 'setting.changed'::text, 'endpoint.added'::text, 'endpoint.removed'::text, 'access.denied'::text, 'audit.pruned'::text])))
 );
 
 
@@ -1891,7 +2104,7 @@ COMMENT ON FUNCTION rekey._call_count(function_names name[], relations regclass[
 -- Name: _call_read(name, regclass, tid, tid, integer[], integer[], integer, bigint, tid); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
 --
 
-CREATE FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid DEFAULT NULL::tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]) RETURNS record
+CREATE FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid DEFAULT NULL::tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[], OUT state text[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'on'
@@ -1912,7 +2125,7 @@ begin
     using relation, touch_from, first, pg_catalog.pg_current_xact_id()::xid;
   end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_read')
-  into next, rows, ciphertexts, contexts, keys
+  into next, rows, ciphertexts, contexts, keys, indexes
   using relation, first, until, keyrings, versions, max_rows, max_bytes;
   if state is not null then
     perform rekey._refuse_traces(state, pg_catalog.current_setting('search_path'));
@@ -1922,20 +2135,20 @@ end
 $_$;
 
 
-ALTER FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]) OWNER TO rekey_sweeper;
+ALTER FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[], OUT state text[]) OWNER TO rekey_sweeper;
 
 --
--- Name: FUNCTION _call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[], OUT state text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
 --
 
-COMMENT ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]) IS 'Calls the read function of a target. touch_from: its scan function before, for nothing, from there up to first. state: of the session, before and after.';
+COMMENT ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[], OUT state text[]) IS 'Calls the read function of a target. touch_from: its scan function before, for nothing, from there up to first. state: of the session, before and after.';
 
 
 --
 -- Name: _call_scan(name, regclass, tid, tid, integer[], xid, integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
 --
 
-CREATE FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
+CREATE FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'on'
@@ -1953,7 +2166,7 @@ begin
     v_changes := rekey._changes();
   end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_scan')
-  into next, rows, ciphertexts, contexts, keys
+  into next, rows, ciphertexts, contexts, keys, indexes
   using relation, first, until, keyrings, since, max_rows, max_bytes;
   if v_state is not null then
     perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
@@ -1963,13 +2176,13 @@ end
 $_$;
 
 
-ALTER FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_sweeper;
+ALTER FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) OWNER TO rekey_sweeper;
 
 --
--- Name: FUNCTION _call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
 --
 
-COMMENT ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Calls the scan function of a target.';
+COMMENT ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) IS 'Calls the scan function of a target.';
 
 
 --
@@ -2009,10 +2222,10 @@ COMMENT ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uuid)
 
 
 --
--- Name: _call_write(name, regclass, tid[], bytea[], bytea[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
+-- Name: _call_write(name, regclass, tid[], bytea[], bytea[], text[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_sweeper
 --
 
-CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) RETURNS record
+CREATE FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[] DEFAULT NULL::bytea[], OUT locked tid[], OUT written bigint) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'on'
@@ -2028,8 +2241,8 @@ begin
   if function_name operator(pg_catalog.<>) 'secrets' then
     v_state := coalesce(state, rekey._session_state(pg_catalog.current_setting('search_path')));
   end if;
-  execute format('select w.* from rekey_targets.%I($1, $2, $3, $4) w', function_name || '_write')
-  into locked, written using relation, rows, starts, ciphertexts;
+  execute format('select w.* from rekey_targets.%I($1, $2, $3, $4, $5) w', function_name || '_write')
+  into locked, written using relation, rows, starts, ciphertexts, indexes;
   if v_state is not null then
     v_changes := rekey._changes();
   end if;
@@ -2042,13 +2255,13 @@ end
 $_$;
 
 
-ALTER FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) OWNER TO rekey_sweeper;
+ALTER FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint) OWNER TO rekey_sweeper;
 
 --
--- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey; Owner: rekey_sweeper
 --
 
-COMMENT ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) IS 'Calls the write function of a target. state: of the session, as rekey._call_read() left it; NULL: as it is now.';
+COMMENT ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint) IS 'Calls the write function of a target. state: of the session, as rekey._call_read() left it; NULL: as it is now.';
 
 
 --
@@ -2199,6 +2412,12 @@ begin
           select jsonb_agg(to_jsonb(c) || jsonb_build_object('target', v_target.target))
           from rekey._census_target(v_target, v_keyrings, v_active) c), '[]');
       end if;
+      -- What stands in a blind index under another version than its value is behind as well.
+      v_rows := v_rows || coalesce((
+        select jsonb_agg(jsonb_build_object('target', v_target.target, 'keyring_id', c.keyring_id, 'version', 0, 'failed', 0, 'stale', c.rows))
+        from rekey._count_rows(array[v_target], v_keyrings) c
+        where v_target.normalization is not null and c.version = 0
+          and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state) and not o.in_line)), '[]');
       -- Those on the active version, where they open too: of a large table another part each day, for a few seconds.
       v_current := array(select unnest(v_current) except select unnest(v_keyrings));
       if v_open and v_current <> '{}' then
@@ -2301,7 +2520,7 @@ begin
               from unnest(v_found.ciphertexts, v_found.keys) with ordinality as o(ciphertext, row_key, place)) u
       ), failing as materialized (
         select f.place, f.problem
-        from rekey._check(v_found.ciphertexts, target.prefix, v_found.contexts) c
+        from rekey._check(v_found.ciphertexts, target.prefix, v_found.contexts, v_found.indexes, target.normalization) c
         cross join lateral unnest(c.failed_places, c.problems) as f(place, problem)
       ), noted as materialized (
         -- Discarded by somebody who has seen it, or in quarantine.
@@ -2398,10 +2617,10 @@ COMMENT ON FUNCTION rekey._changes() IS 'The relations that this transaction may
 
 
 --
--- Name: _check(bytea[], bytea, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _check(bytea[], bytea, bytea[], bytea[], text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[]) RETURNS TABLE(header bytea, failed_places integer[], problems text[])
+CREATE FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[] DEFAULT NULL::bytea[], normalization text DEFAULT NULL::text) RETURNS TABLE(header bytea, failed_places integer[], problems text[])
     LANGUAGE plpgsql STABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '64MB'
@@ -2411,6 +2630,7 @@ declare
   v_headers bytea[] := rekey._headers(ciphertexts);
   v_keyrings integer[];
   v_versions integer[];
+  v_info bytea := prefix || rekey._part(normalization);
 begin
   select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)) into v_keyrings, v_versions
   from unnest(v_headers) as h(header);
@@ -2419,16 +2639,22 @@ begin
     from (
       select p.place, p.header,
         case when p.key is null then p.problem
-             when not rekey._is_authentic(p.key, p.iv, p.sealed, p.aad) then 'does not open: damaged, or of another row' end as problem
+             when not rekey._is_authentic(p.key, p.iv, p.sealed, p.aad) then 'does not open: damaged, or of another row'
+             -- (What stands in the index under another version is behind: the next pass makes it anew.)
+             when substr(p.index, 1, 4) = substr(p.header, 8, 4)
+               and p.index <> rekey._index_value(p.version, p.index_key, rekey._normalized(rekey._decipher(p.key, p.iv, p.sealed), _check.normalization))
+               then 'its index value is not that of its value' end as problem
       from (
-        select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key,
+        select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key, k.version, k.index_key,
+          case when _check.normalization is not null then c.index end as index,
           substr(c.ciphertext, 12, 16) as iv, substr(c.ciphertext, 28) as sealed, k.header || prefix || c.context as aad,
           case when k.header is not null then k.problem
                when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as problem
-        from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+        from unnest(ciphertexts, contexts, indexes) with ordinality as c(ciphertext, context, index, place)
         left join (
-          select rekey._header(d.keyring_id, d.version) as header, d.key, d.problem
+          select rekey._header(d.keyring_id, d.version) as header, d.key, d.version, d.problem,
+            case when _check.normalization is not null then rekey._index_key(d.key, v_info) end as index_key
           from rekey._deks(v_keyrings, v_versions, sweeping => true) d
           offset 0
         ) k on k.header = substr(c.ciphertext, 1, 11) and rekey._is_envelope(c.ciphertext)
@@ -2442,13 +2668,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _check(ciphertexts bytea[], prefix bytea, contexts bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _check(ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[]) IS 'Checks the tags of envelopes: the places of those that do not open, by header, with the reason. prefix: what every context begins with.';
+COMMENT ON FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text) IS 'Checks the tags of envelopes: the places of those that do not open, by header, with the reason. prefix: what every context begins with. normalization: of a searchable column, whose index values are compared too.';
 
 
 --
@@ -3009,136 +3235,6 @@ COMMENT ON FUNCTION rekey._collect_notifications() IS 'Makes messages of what ha
 
 
 --
--- Name: protected_columns; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey.protected_columns (
-    id integer NOT NULL,
-    label text NOT NULL,
-    keyring_id integer NOT NULL,
-    relation_name text NOT NULL,
-    column_name name NOT NULL,
-    context_columns name[] NOT NULL,
-    places integer[] NOT NULL,
-    is_text boolean NOT NULL,
-    encrypt_on_write boolean NOT NULL,
-    fire_triggers boolean NOT NULL,
-    search_path text NOT NULL,
-    owner name NOT NULL,
-    seen jsonb,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    CONSTRAINT protected_columns_places_check CHECK ((cardinality(places) = (cardinality(context_columns) + 1)))
-);
-
-
-ALTER TABLE rekey.protected_columns OWNER TO rekey_owner;
-
---
--- Name: TABLE protected_columns; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey.protected_columns IS 'Columns of the user''s own tables that are under rotation. Which relation and columns they are now is known to the guard function of each (rekey_targets.column_<id>_guard), which follows renames and restores.';
-
-
---
--- Name: COLUMN protected_columns.id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.id IS 'Number of the column; its functions in schema rekey_targets are named column_<id>_...';
-
-
---
--- Name: COLUMN protected_columns.label; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.label IS 'schema.table.column as first registered: the first part of the context of its values. It stays when things are renamed.';
-
-
---
--- Name: COLUMN protected_columns.keyring_id; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.keyring_id IS 'Keyring for adoption and encryption on write.';
-
-
---
--- Name: COLUMN protected_columns.relation_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.relation_name IS 'Name of the table, with its schema, as last seen: by it the column is found again where a restore brought rows without functions.';
-
-
---
--- Name: COLUMN protected_columns.column_name; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.column_name IS 'Name of the column as last seen.';
-
-
---
--- Name: COLUMN protected_columns.context_columns; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.context_columns IS 'Names, as last seen, of the columns whose values, as text, are the rest of the context.';
-
-
---
--- Name: COLUMN protected_columns.places; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.places IS 'Ranks of the column and its context columns among them all in table order.';
-
-
---
--- Name: COLUMN protected_columns.is_text; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.is_text IS 'Whether it holds envelopes in text form; else in bytea.';
-
-
---
--- Name: COLUMN protected_columns.encrypt_on_write; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.encrypt_on_write IS 'Whether a trigger encrypts what is written.';
-
-
---
--- Name: COLUMN protected_columns.fire_triggers; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.fire_triggers IS 'Whether the triggers and rules of the table see what a rotation writes.';
-
-
---
--- Name: COLUMN protected_columns.search_path; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.search_path IS 'The search path that is in force where a rotation fires them.';
-
-
---
--- Name: COLUMN protected_columns.owner; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.owner IS 'Owner of the table when it was registered or rebound: who may register it again after it was dropped.';
-
-
---
--- Name: COLUMN protected_columns.seen; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.seen IS 'How many rows of each keyring (by its id) opened at the last complete count; NULL: there was none. Where the column is blocked, those keyrings wait for it.';
-
-
---
--- Name: COLUMN protected_columns.created_at; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON COLUMN rekey.protected_columns.created_at IS 'When it was registered.';
-
-
---
 -- Name: _column_bodies(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3164,12 +3260,16 @@ declare
   v_before text := case when protected.fire_triggers then format('perform set_config(''search_path'', %L, true);', protected.search_path)
     else 'perform set_config(''session_replication_role'', ''replica'', true);' end;
   v_after text := case when protected.fire_triggers then '' else 'perform set_config(''session_replication_role'', v_role, false);' end;
+  v_searchable boolean := protected.index_place is not null;
   v_from text;
   v_select text;
   v_page text;
+  v_count text;
+  v_due text := 'h.header <> all ($6)';
+  v_set text;
 begin
   -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, all
-  -- columns that these take (%5$s), and the bytes of context and key (%6$s).
+  -- columns that these take (%5$s), and the bytes of context and key (%6$s); of a searchable column, for the one with its index (%7$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
     v_start := 'left(t.%1$s, 20) collate "C"';
@@ -3201,8 +3301,48 @@ begin
   )
   select case when count(*) filter (where t.cmin < $5) < count(*) or count(*) = $4 then max(t.ctid) filter (where t.cmin < $5) end,
     array_agg(t.ctid) filter (where t.cmin < $5), array_agg(case when t.cmax is null then t.xmin else ' || v_bytes || ' end) filter (where t.cmin < $5),
-    array_agg(case when t.cmax is null then '''' else %3$s end) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
+    array_agg(case when t.cmax is null then '''' else %3$s end) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5),
+    ' || case when v_searchable then 'array_agg(t.%7$s) filter (where t.cmin < $5)' else 'null::bytea[]' end || '
   from sized t';
+  v_count := 'with begun as (
+      select case when ' || v_may_be || ' then g.start end as start, count(*) as rows
+      from (select ' || v_start || ' as start from only %2$s t where t.%1$s is not null offset 0) g group by 1
+    ), headed as (
+      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
+        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version, g.rows
+      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
+    )
+    select e.keyring_id, e.version, sum(e.rows)::bigint from headed e where $1 is null or e.keyring_id = any ($1) group by 1, 2';
+  if v_searchable then
+    -- What stands in the index under another version than its value is counted once more, as of version 0, which there is not.
+    v_count := 'with begun as (
+      select case when ' || v_may_be || ' then g.start end as start, g.index, count(*) as rows
+      from (select ' || v_start || ' as start, substr(t.%7$s, 1, 4) as index from only %2$s t where t.%1$s is not null offset 0) g group by 1, 2
+    ), headed as (
+      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
+        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version,
+        h.header is not null and g.index is distinct from substr(h.header, 8, 4) as astray, g.rows
+      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
+    ), counted as (
+      select e.keyring_id, e.version, e.rows from headed e
+      union all
+      select e.keyring_id, 0, e.rows from headed e where e.astray
+    )
+    select e.keyring_id, e.version, sum(e.rows)::bigint from counted e where $1 is null or e.keyring_id = any ($1) group by 1, 2';
+    v_due := '($6 is null or h.header <> all ($6) or substr(t.%7$s, 1, 4) is distinct from substr(h.header, 8, 4))';
+  end if;
+  v_set := quote_literal('update only %2$s t set %1$s = ' || v_stored || case when v_searchable then ', %7$s = u.index' else '' end || '
+    from rows from (pg_catalog.unnest((select $1)), pg_catalog.unnest((select $2)), pg_catalog.unnest((select $3))'
+      || case when v_searchable then ', pg_catalog.unnest((select $4))' else '' end || ') as u(row, start, ciphertext' || case when v_searchable then ', index' else '' end || ')
+    where t.ctid operator(pg_catalog.=) u.row and ($2 is null or ' || v_begins || ')
+    returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end
+      || case when v_searchable then ' and coalesce(t.%7$s operator(pg_catalog.=) u.index, false)' else '' end);
+  if v_searchable then
+    v_set := 'case when ciphertexts is not null then ' || v_set || ' else ' || quote_literal('update only %2$s t set %7$s = u.index
+    from rows from (pg_catalog.unnest((select $1)), pg_catalog.unnest((select $2)), pg_catalog.unnest((select $4))) as u(row, start, index)
+    where t.ctid operator(pg_catalog.=) u.row and ' || v_begins || ' and $3 is null
+    returning coalesce(t.%7$s operator(pg_catalog.=) u.index, false)') || ' end';
+  end if;
 
   return query
   select format('%s_%s', v_prefix, b.suffix), b.arguments, b.result, b.volatility, b.body
@@ -3261,7 +3401,7 @@ begin
   where a.attrelid = v_table and a.attlen = -1 and not a.attisdropped
     and quote_ident(a.attname) = any (array_remove(v_names, v_names[$body$ || protected.places[1] || $body$]) || v_key_names);
   return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'),
-    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)), coalesce(v_lengths, ''));
+    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)), coalesce(v_lengths, '')$body$ || case when v_searchable then format(', v_names[%s]', protected.index_place) else '' end || $body$);
 end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
@@ -3271,59 +3411,48 @@ begin
     return;
   end if;
   for keyring_id, version, rows in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'with begun as (
-      select case when ' || v_may_be || ' then g.start end as start, count(*) as rows
-      from (select ' || v_start || ' as start from only %2$s t where t.%1$s is not null offset 0) g group by 1
-    ), headed as (
-      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
-        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version, g.rows
-      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
-    )
-    select e.keyring_id, e.version, sum(e.rows)::bigint from headed e where $1 is null or e.keyring_id = any ($1) group by 1, 2') || ') using keyrings loop
+    v_count) || ') using keyrings loop
     return next;
   end loop;
 end
 '),
-    ('scan', 'relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'stable', '
+    ('scan', 'relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out indexes bytea[]', 'record', 'stable', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     v_select || '
     where t.ctid >= $1 and t.ctid < $2 and h.header is not null and ($3 is null or substr(h.header, 4, 4) = any ($3))
       and ($6 is null or age(t.xmin) <= age($6))
     order by t.ctid limit $4' || v_page) || ')
-  into next, rows, ciphertexts, contexts, keys
+  into next, rows, ciphertexts, contexts, keys, indexes
   using first, until, case when keyrings is not null then array(select int4send(k.id) from unnest(keyrings) as k(id)) end, max_rows, max_bytes, since;
 end
 '),
-    ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '
+    ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out indexes bytea[]', 'record', 'volatile', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, case when keyrings is null then ' || quote_literal(
     v_select || '
     where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and h.header is null
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and h.header <> all ($6)
+    where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and ' || v_due || '
     order by t.ctid limit $4' || v_page) || ' end)
-  into next, rows, ciphertexts, contexts, keys
+  into next, rows, ciphertexts, contexts, keys, indexes
   using first, until, array(select int4send(k.id) from unnest(keyrings) as k(id)), max_rows, max_bytes,
-    array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version));
+    ' || case when v_searchable then 'case when versions is not null then ' else '' end || 'array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version))'
+    || case when v_searchable then ' end' else '' end || ';
 end
 '),
-    ('write', 'relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint', 'record', 'volatile', '
+    ('write', 'relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[], out locked tid[], out written bigint', 'record', 'volatile', '
 declare
   -- (A subselect hides from the planner how many rows there are: for some hundreds it would rather read a whole table of some
   -- thousand blocks, batch after batch, than follow their pointers.)
   v_lock text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     'with held as materialized (
       select u.row, t.ctid as now from unnest((select $1), (select $2)) as u(row, start) join only %2$s t on t.ctid = u.row and ($2 is null or ' || v_begins || ')
-      for no key update of t skip locked
+      for ' || case when v_searchable then 'update' else 'no key update' end || ' of t skip locked
     )
     select array_agg(h.row) from held h where h.now = h.row') || ');
-  v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'update only %2$s t set %1$s = ' || v_stored || '
-    from rows from (pg_catalog.unnest((select $1)), pg_catalog.unnest((select $2)), pg_catalog.unnest((select $3))) as u(row, start, ciphertext)
-    where t.ctid operator(pg_catalog.=) u.row and ($2 is null or ' || v_begins || ')
-    returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end) || ');
+  v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || v_set || ');
   v_kept boolean;' || v_kept_role || '
 begin
   execute v_lock into locked using rows, starts;
@@ -3331,12 +3460,15 @@ begin
   if locked is null then
     return;
   elsif cardinality(locked) < cardinality(rows) then
-    select array_agg(u.row), case when starts is not null then array_agg(u.start) end, array_agg(u.ciphertext) into rows, starts, ciphertexts
-    from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext) where u.row = any (locked);
+    ' || case when v_searchable then 'select array_agg(u.row), case when starts is not null then array_agg(u.start) end,
+      case when ciphertexts is not null then array_agg(u.ciphertext) end, array_agg(u.index) into rows, starts, ciphertexts, indexes
+    from unnest(rows, starts, ciphertexts, indexes) as u(row, start, ciphertext, index)'
+    else 'select array_agg(u.row), case when starts is not null then array_agg(u.start) end, array_agg(u.ciphertext) into rows, starts, ciphertexts
+    from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext)' end || ' where u.row = any (locked);
   end if;
   ' || v_before || '
   -- A trigger may have kept the row, or put another value into it.
-  for v_kept in execute v_update using rows, starts, ciphertexts loop
+  for v_kept in execute v_update using rows, starts, ciphertexts' || case when v_searchable then ', indexes' else '' end || ' loop
     written := written operator(pg_catalog.+) case when v_kept then 1 else 0 end;
   end loop;
   ' || v_after || '
@@ -3534,6 +3666,37 @@ COMMENT ON FUNCTION rekey._column_id(relation regclass, column_name name) IS 'Th
 
 
 --
+-- Name: _column_places(regclass, name[], name); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._column_places(target regclass, names name[], index_column name, OUT attnums smallint[], OUT places integer[], OUT index_place integer) RETURNS record
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  select array_agg(a.attnum order by a.attnum) into attnums
+  from pg_attribute a where a.attrelid = target and a.attname = any (names || index_column) and a.attnum > 0;
+  places := array(
+    select array_position(attnums, a.attnum)
+    from unnest(names) with ordinality as c(name, rank)
+    join pg_attribute a on a.attrelid = target and a.attname = c.name
+    order by c.rank);
+  select array_position(attnums, a.attnum) into index_place
+  from pg_attribute a where a.attrelid = target and a.attname = _column_places.index_column;
+end
+$$;
+
+
+ALTER FUNCTION rekey._column_places(target regclass, names name[], index_column name, OUT attnums smallint[], OUT places integer[], OUT index_place integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _column_places(target regclass, names name[], index_column name, OUT attnums smallint[], OUT places integer[], OUT index_place integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._column_places(target regclass, names name[], index_column name, OUT attnums smallint[], OUT places integer[], OUT index_place integer) IS 'The numbers of the columns that a guard names, in table order, and the ranks among them of a protected column and its context (names), and of its blind index.';
+
+
+--
 -- Name: _column_problem(rekey.protected_columns, regclass); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -3577,7 +3740,7 @@ begin
              where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
     return 'somebody may make functions in schema rekey_targets, where a call of rekey.protect_column() was not finished: ' || v_again;
   end if;
-  if cardinality(v_shape.attnums) <> cardinality(protected.places) then
+  if cardinality(v_shape.attnums) <> cardinality(protected.places) + (protected.index_place is not null)::integer then
     return format('its guard was changed: %s', v_again);
   end if;
   if (select a.atttypid from pg_attribute a where a.attrelid = v_shape.relation and a.attnum = v_shape.attnums[protected.places[1]])
@@ -3662,7 +3825,7 @@ begin
   select format('%I', a.attname) into v_column from pg_attribute a where a.attrelid = target and a.attnum = attnums[protected.places[1]];
   v_statements := array[
     format('create function %s returns setof record language sql stable begin atomic select %s from only %s t; end', v_guard,
-      (select string_agg(format('t.%I', a.attname), ', ' order by p.rank) from unnest(protected.places) with ordinality as p(place, rank)
+      (select string_agg(format('t.%I', a.attname), ', ' order by p.rank) from unnest(protected.places || protected.index_place) with ordinality as p(place, rank)
        join pg_attribute a on a.attrelid = target and a.attnum = attnums[p.place]), target),
     format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', protected.label)),
     format('revoke all on function %s from public', v_guard),
@@ -3683,6 +3846,7 @@ begin
   elsif exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', protected.id)) then
     v_statements := v_statements || format('drop trigger zz_pg_rekey_%s on %s', protected.id, target);
   end if;
+  v_statements := v_statements || rekey._index_statements(protected, target, attnums);
   -- In the replica role too, in which subscriptions apply what they get.
   foreach v_name in array rekey._trigger_names(protected) loop
     v_statements := v_statements || format('alter table %s enable always trigger %I', target, v_name);
@@ -3705,7 +3869,7 @@ COMMENT ON FUNCTION rekey._column_statements(protected rekey.protected_columns, 
 -- Name: _column_status(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._column_status() RETURNS TABLE(label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, problem text)
+CREATE FUNCTION rekey._column_status() RETURNS TABLE(label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, problem text, index_column name, normalization text)
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
@@ -3713,7 +3877,7 @@ CREATE FUNCTION rekey._column_status() RETURNS TABLE(label text, relation regcla
 begin
   return query
     select c.label, s.relation, coalesce(a.attname, c.column_name), rekey._keyring_name(c.keyring_id), c.context_columns, c.encrypt_on_write,
-      c.fire_triggers, c.search_path, rekey._column_problem(c)
+      c.fire_triggers, c.search_path, rekey._column_problem(c), rekey._index_column(c), c.normalization
     from rekey.protected_columns c
     left join lateral rekey._column_shape(c.id) s on true
     left join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
@@ -3729,73 +3893,6 @@ ALTER FUNCTION rekey._column_status() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._column_status() IS 'What the view rekey.column_status shows.';
-
-
---
--- Name: _utc(timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._utc(at timestamp with time zone) RETURNS text
-    LANGUAGE sql STABLE
-    -- in sql/code
-;
-
-
-ALTER FUNCTION rekey._utc(at timestamp with time zone) OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _utc(at timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._utc(at timestamp with time zone) IS 'A time as messages have it.';
-
-
---
--- Name: _notifier; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey._notifier (
-    singleton boolean DEFAULT true NOT NULL,
-    audit_id bigint NOT NULL,
-    since timestamp with time zone DEFAULT now() NOT NULL,
-    CONSTRAINT _notifier_singleton_check CHECK (singleton)
-);
-
-
-ALTER TABLE rekey._notifier OWNER TO rekey_owner;
-
---
--- Name: TABLE _notifier; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey._notifier IS 'One row while there are endpoints: up to which entry of the audit log messages were made, and since when there are endpoints.';
-
-
---
--- Name: _worker; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey._worker (
-    singleton boolean DEFAULT true NOT NULL,
-    last_tick_at timestamp with time zone,
-    last_tick_seconds double precision,
-    last_census_at timestamp with time zone,
-    locked_since timestamp with time zone,
-    locked_noted_at timestamp with time zone,
-    last_error text,
-    last_error_at timestamp with time zone,
-    next_batch_at timestamp with time zone,
-    CONSTRAINT _worker_singleton_check CHECK (singleton)
-);
-
-
-ALTER TABLE rekey._worker OWNER TO rekey_owner;
-
---
--- Name: TABLE _worker; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey._worker IS 'One row: when the unattended work last ran, since when it lacks the KEK, and when the throttle lets the next batch start.';
 
 
 --
@@ -3930,6 +4027,93 @@ COMMENT ON COLUMN rekey.encryption_keys.destroyed_at IS 'When its wrapped key wa
 --
 
 COMMENT ON COLUMN rekey.encryption_keys.scheduled_from IS 'State that a cancelled destruction returns to.';
+
+
+--
+-- Name: _complete_indexes(integer, bigint, jsonb); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._complete_indexes(keyring_id integer, rotation_id bigint, counted jsonb) RETURNS void
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._complete_indexes(keyring_id integer, rotation_id bigint, counted jsonb) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _complete_indexes(keyring_id integer, rotation_id bigint, counted jsonb); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._complete_indexes(keyring_id integer, rotation_id bigint, counted jsonb) IS 'Notes, as a rotation completes, on which versions index values stand: those that were counted, and the active one. counted: objects with target and version.';
+
+
+--
+-- Name: _utc(timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._utc(at timestamp with time zone) RETURNS text
+    LANGUAGE sql STABLE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._utc(at timestamp with time zone) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _utc(at timestamp with time zone); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._utc(at timestamp with time zone) IS 'A time as messages have it.';
+
+
+--
+-- Name: _notifier; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._notifier (
+    singleton boolean DEFAULT true NOT NULL,
+    audit_id bigint NOT NULL,
+    since timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT _notifier_singleton_check CHECK (singleton)
+);
+
+
+ALTER TABLE rekey._notifier OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _notifier; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._notifier IS 'One row while there are endpoints: up to which entry of the audit log messages were made, and since when there are endpoints.';
+
+
+--
+-- Name: _worker; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._worker (
+    singleton boolean DEFAULT true NOT NULL,
+    last_tick_at timestamp with time zone,
+    last_tick_seconds double precision,
+    last_census_at timestamp with time zone,
+    locked_since timestamp with time zone,
+    locked_noted_at timestamp with time zone,
+    last_error text,
+    last_error_at timestamp with time zone,
+    next_batch_at timestamp with time zone,
+    CONSTRAINT _worker_singleton_check CHECK (singleton)
+);
+
+
+ALTER TABLE rekey._worker OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _worker; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._worker IS 'One row: when the unattended work last ran, since when it lacks the KEK, and when the throttle lets the next batch start.';
 
 
 --
@@ -4201,7 +4385,7 @@ CREATE TABLE rekey.rotations (
     started_at timestamp with time zone,
     finished_at timestamp with time zone,
     CONSTRAINT rotations_state_check CHECK ((state = ANY (ARRAY['queued'::text, 'running'::text, 'paused'::text, 'verifying'::text, 'completed'::text, 'completed_with_failures'::text, 'failed'::text, 'rolled_back'::text, 'superseded'::text]))),
-    CONSTRAINT rotations_trigger_check CHECK ((trigger = ANY (ARRAY['manual'::text, 'schedule'::text, 'compromise'::text, 'rollback'::text, 'adoption'::text])))
+    CONSTRAINT rotations_trigger_check CHECK ((trigger = ANY (ARRAY['manual'::text, 'schedule'::text, 'compromise'::text, 'rollback'::text, 'adoption'::text, 'search'::text])))
 )
 WITH (fillfactor='50');
 
@@ -4261,7 +4445,7 @@ COMMENT ON COLUMN rekey.rotations.state IS 'queued, running, paused, verifying, 
 -- Name: COLUMN rotations.trigger; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotations.trigger IS 'Why: manual, schedule, compromise, rollback, adoption.';
+COMMENT ON COLUMN rekey.rotations.trigger IS 'Why: manual, schedule, compromise, rollback, adoption, search (a blind index is filled).';
 
 
 --
@@ -4705,6 +4889,25 @@ ALTER FUNCTION rekey._context(parts text[]) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._context(parts text[]) IS 'A whole context: its parts one after the other.';
+
+
+--
+-- Name: _context_expression(text, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._context_expression(label text, names text[]) RETURNS text
+    LANGUAGE sql STABLE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._context_expression(label text, names text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _context_expression(label text, names text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._context_expression(label text, names text[]) IS 'The context of a row in a trigger, with a place (%1$s) for new or old. names: its context columns, quoted.';
 
 
 --
@@ -5199,6 +5402,8 @@ begin
   update rekey.encryption_keys k
   set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
   where k.id = v_key.id;
+  update rekey._blind_indexes b set versions = array_remove(b.versions, _destroy.version)
+  from rekey.protected_columns c where c.id = b.column_id and c.keyring_id = _destroy.keyring_id and _destroy.version = any (b.versions);
   perform rekey._audit('key.destroyed', v_keyring.name, version);
 end
 $$;
@@ -5336,10 +5541,10 @@ COMMENT ON FUNCTION rekey._destruction_step(clock_jumped boolean) IS 'Destroys o
 
 
 --
--- Name: _drop_triggers(regclass, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _drop_triggers(regclass, integer, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._drop_triggers(target regclass, id integer) RETURNS void
+CREATE FUNCTION rekey._drop_triggers(target regclass, id integer, suffixes text DEFAULT '_insert|_update|_look|_carry'::text) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
@@ -5347,7 +5552,7 @@ declare
   v_name name;
 begin
   for v_name in
-    select t.tgname from pg_trigger t where t.tgrelid = target and t.tgparentid = 0 and t.tgname ~ format('^zz_pg_rekey_%s(_insert|_update)?$', id)
+    select t.tgname from pg_trigger t where t.tgrelid = target and t.tgparentid = 0 and t.tgname ~ format('^zz_pg_rekey_%s(%s)?$', id, suffixes)
   loop
     execute format('drop trigger %I on %s', v_name, target);
   end loop;
@@ -5355,20 +5560,20 @@ end
 $_$;
 
 
-ALTER FUNCTION rekey._drop_triggers(target regclass, id integer) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._drop_triggers(target regclass, id integer, suffixes text) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _drop_triggers(target regclass, id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _drop_triggers(target regclass, id integer, suffixes text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._drop_triggers(target regclass, id integer) IS 'Drops the triggers of a protected column, with the rights of the caller.';
+COMMENT ON FUNCTION rekey._drop_triggers(target regclass, id integer, suffixes text) IS 'Drops the triggers of a protected column, with the rights of the caller: the one that encrypts, and those with these suffixes.';
 
 
 --
 -- Name: _due_rows(bigint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._due_rows(rotations bigint[]) RETURNS TABLE(rotation_id bigint, target text, relation oid, indexed boolean, adopting boolean, rows bigint)
+CREATE FUNCTION rekey._due_rows(rotations bigint[]) RETURNS TABLE(rotation_id bigint, target text, relation oid, indexed boolean, kind text, rows bigint)
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -5378,6 +5583,10 @@ declare
     select case when bool_or(r.trigger = 'adoption') then null else array_agg(r.keyring_id) end
     from rekey.rotations r where r.id = any (rotations));
   v_targets rekey._target[];
+  v_unfilled text[] := array(
+    select c.label from rekey._blind_indexes b join rekey.protected_columns c on c.id = b.column_id
+    join rekey.rotations r on r.id = any (rotations) and r.keyring_id = c.keyring_id and r.trigger <> 'adoption'
+    where b.refill and b.refill_by is distinct from r.id);
 begin
   if (select bool_and(r.trigger = 'adoption') from rekey.rotations r where r.id = any (rotations)) then
     v_targets := array(
@@ -5387,14 +5596,18 @@ begin
     v_targets := rekey._targets_now();
   end if;
   return query
-    select r.id, t.target, t.relation::oid, t.indexed, r.trigger = 'adoption', sum(c.rows)::bigint
+    select r.id, t.target, t.relation::oid, t.indexed, d.kind, sum(c.rows)::bigint
     from rekey._count_rows(v_targets, v_keyrings, apart => true) c
     join unnest(v_targets) with ordinality t on t.ordinality = c.place
     join (select r.*, p.label from rekey.rotations r left join rekey.protected_columns p on p.id = r.column_id where r.id = any (rotations)) r
-      on case when r.trigger = 'adoption' then c.keyring_id is null and t.target = r.label
-              else c.keyring_id = r.keyring_id and c.version <> r.to_version end
+      on case when r.trigger = 'adoption' then c.keyring_id is null and t.target = r.label else c.keyring_id = r.keyring_id end
+    join lateral (
+      values (case when r.trigger = 'adoption' then 'adopt' else 'sweep' end, r.trigger = 'adoption' or c.version <> r.to_version),
+        -- Every row of an index that is to be filled.
+        ('fill', t.target = any (v_unfilled) and r.trigger <> 'adoption' and c.version > 0)
+    ) as d(kind, due) on d.due
     where c.error is null  -- whom that concerns, the verification finds out, which counts again
-    group by r.id, t.target, t.relation, t.indexed, r.trigger;
+    group by r.id, t.target, t.relation, t.indexed, d.kind;
 end
 $$;
 
@@ -6035,6 +6248,64 @@ COMMENT ON FUNCTION rekey._finish_rebind(id integer, from_relation text, settled
 
 
 --
+-- Name: _finish_search(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._finish_search(id integer) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_protected rekey.protected_columns;
+  v_keyring text;
+  v_active integer;
+  v_versions integer[];
+  v_others bigint;
+  v_new boolean;
+  v_rotation bigint;
+begin
+  select * into v_protected from rekey.protected_columns c where c.id = _finish_search.id;
+  perform rekey._refuse_stranger((rekey._column_shape(id)).relation);
+  -- To make a trigger has locked out who writes.
+  select array_agg(distinct c.version) filter (where c.keyring_id = v_protected.keyring_id and c.version > 0), sum(c.rows) filter (where c.keyring_id <> v_protected.keyring_id)
+  into v_versions, v_others
+  from rekey._count_rows(rekey._targets_now(v_protected.label), null) c;
+  if v_others > 0 then
+    raise exception '% rows of % are sealed with other keyrings than its own', v_others, v_protected.label using errcode = 'RK005',
+      hint = 'A searchable column holds one keyring: write their values anew.';
+  end if;
+  select k.version into v_active from rekey.encryption_keys k where k.keyring_id = v_protected.keyring_id and k.state = 'active';
+  if not found then
+    raise exception 'the keyring is retired' using errcode = 'RK006';
+  end if;
+  v_new := not exists (select from rekey._blind_indexes b where b.column_id = _finish_search.id);
+  insert into rekey._blind_indexes as b (column_id, versions, changed_in, text_version)
+  values (v_protected.id, array_remove(coalesce(v_versions, '{}'), v_active) || v_active, pg_current_xact_id(), rekey._text_version(v_protected.normalization))
+  on conflict (column_id) do update set refill = true, refill_by = null, text_version = excluded.text_version;
+  v_keyring := rekey._keyring_name(v_protected.keyring_id);
+  -- One that is under way takes it along.
+  if not exists (select from rekey.rotations r where r.keyring_id = v_protected.keyring_id and rekey._is_under_way(r.state) and not r.in_line) then
+    v_rotation := rekey._queue_sweep(v_protected.keyring_id, 'search', format('the blind index of %s is filled', v_protected.label));
+  end if;
+  perform rekey._audit_all(jsonb_build_array(jsonb_build_object('event', case when v_new then 'column.searchable' else 'column.refilled' end, 'keyring', v_keyring,
+      'details', jsonb_build_object('column', v_protected.label, 'index_column', v_protected.index_column, 'normalization', v_protected.normalization)))
+    || case when v_rotation is null then '[]' else jsonb_build_array(jsonb_build_object('event', 'rotation.requested', 'keyring', v_keyring, 'version', v_active,
+      'rotation_id', v_rotation, 'details', jsonb_build_object('trigger', 'search', 'column', v_protected.label))) end);
+end
+$$;
+
+
+ALTER FUNCTION rekey._finish_search(id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _finish_search(id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._finish_search(id integer) IS 'Notes which versions the index values of a searchable column may stand on, and has a worker fill the index. RK005: rows of other keyrings; RK006: its keyring is retired.';
+
+
+--
 -- Name: _is_kept(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -6204,7 +6475,7 @@ ALTER FUNCTION rekey._function_names(function_name name) OWNER TO rekey_owner;
 -- Name: FUNCTION _function_names(function_name name); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._function_names(function_name name) IS 'What the functions of a target can be called: guard, sql, count, scan, read, write, trigger; rekey.secrets has not all of them. (An index finds them so; of a schema there is none.)';
+COMMENT ON FUNCTION rekey._function_names(function_name name) IS 'What the functions of a target can be called: guard, sql, count, scan, read, write, trigger, and those of a blind index; not all have all of them. (An index finds them so; of a schema there is none.)';
 
 
 --
@@ -6226,6 +6497,42 @@ ALTER FUNCTION rekey._function_statements(protected rekey.protected_columns, own
 --
 
 COMMENT ON FUNCTION rekey._function_statements(protected rekey.protected_columns, owner name) IS 'The statements that make the functions of rekey._column_bodies().';
+
+
+--
+-- Name: _further_values(integer[], integer, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._further_values(versions integer[], keyring_id integer, info bytea, normalized bytea) RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_version integer;
+  v_key bytea;
+  v_values bytea := ''::bytea;
+begin
+  foreach v_version in array versions loop
+    v_key := rekey._dek(keyring_id, v_version);
+    if v_key is null then
+      raise exception 'the index cannot be asked under key version %: %', v_version, rekey._dek_problem(keyring_id, v_version) using errcode = 'RK006',
+        hint = 'Rows may stand on it. Once a rotation has taken them along, they do not: rekey.rotation_status.';
+    end if;
+    v_key := rekey._index_key(v_key, info);
+    v_values := v_values || rekey._index_value(v_version, v_key, normalized);
+  end loop;
+  return v_values;
+end
+$$;
+
+
+ALTER FUNCTION rekey._further_values(versions integer[], keyring_id integer, info bytea, normalized bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _further_values(versions integer[], keyring_id integer, info bytea, normalized bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._further_values(versions integer[], keyring_id integer, info bytea, normalized bytea) IS 'The index values of what a value is taken for under these versions, one after the other. RK006: one of them may not be used.';
 
 
 --
@@ -6568,6 +6875,457 @@ ALTER FUNCTION rekey._http_status(code text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._http_status(code text) IS 'The HTTP status for an SQLSTATE of ours; NULL for any other.';
+
+
+--
+-- Name: _index_bodies(rekey.protected_columns, regclass, smallint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._index_bodies(protected rekey.protected_columns, relation regclass, attnums smallint[]) RETURNS TABLE(name text, arguments text, result text, language text, body text)
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_prefix text := 'column_' || protected.id;
+  v_column text := (select quote_ident(a.attname) from pg_attribute a where a.attrelid = relation and a.attnum = attnums[protected.places[1]]);
+  v_index text := (select quote_ident(a.attname) from pg_attribute a where a.attrelid = relation and a.attnum = attnums[protected.index_place]);
+  v_type text := case when protected.is_text then 'text' else 'bytea' end;
+  v_collate text := case when protected.is_text then ' collate pg_catalog."C"' else '' end;
+  -- As NAME_write: rekey._column_bodies().
+  v_kept_role text := case when protected.fire_triggers then '' else '
+  v_role text := current_setting(''session_replication_role'');' end;
+  v_before text := case when protected.fire_triggers then format('perform set_config(''search_path'', %L, true);', protected.search_path)
+    else 'perform set_config(''session_replication_role'', ''replica'', true);' end;
+  v_after text := case when protected.fire_triggers then '' else 'perform set_config(''session_replication_role'', v_role, false);' end;
+begin
+  return query
+  select format('%s_%s', v_prefix, b.suffix), b.arguments, b.result, b.language, b.body
+  from (values
+    ('live', 'relation regclass', 'integer[]', 'sql', format('
+  select case when not rekey.is_sweeping(relation) then rekey._versions_to_ask(%s, relation) end;', protected.id)),
+    ('look', '', 'trigger', 'plpgsql', format($body$
+declare
+  v_values bytea[] := array(select substr(new.%1$s, 1 + 20 * g.place, 20) from generate_series(0, octet_length(new.%1$s) / 20 - 1) as g(place) order by g.place);
+  v_alike text;
+  v_found bytea;
+begin
+  -- By the other columns of the unique indexes too: those of another tenant are no duplicate.
+  select string_agg(coalesce(u.alike, 'true'), ' or ') into v_alike
+  from (
+    select string_agg(format('t.%%1$I = ($2).%%1$I', a.attname), ' and ') filter (where a.attnum > 0) as alike
+    from pg_index i
+    join pg_attribute x on x.attrelid = i.indrelid and quote_ident(x.attname) = %2$L and x.attnum = any (i.indkey::smallint[])
+    left join pg_attribute a on a.attrelid = i.indrelid and a.attnum = any ((i.indkey::smallint[])[0:i.indnkeyatts - 1]) and a.attnum <> x.attnum
+      and a.atttypid < 16384  -- whose operators are PostgreSQL's own
+    where i.indrelid = tg_relid and i.indisunique
+    group by i.indexrelid) u;
+  -- Where it is there already, it is asked for first under the version that it stands on: so ON CONFLICT finds it. Locked, the
+  -- sweep leaves it there.
+  execute format('select t.%3$s from only %%s t where t.%3$s = any ($1) and (%%s) limit 1 for key share', tg_relid::regclass, coalesce(v_alike, 'true'))
+  into v_found using v_values, new;
+  new.%1$s := coalesce(v_found, v_values[1]);
+  return new;
+end
+$body$, v_index, v_index, replace(v_index, '%', '%%'))),
+    ('move', format('relation regclass, row_pointer tid, index bytea, value %s, version bytea, out moved tid, out moved_index bytea', v_type), 'record', 'plpgsql', format($body$
+declare
+  v_statement text := format('update only %%s t set %1$s = $1 where t.ctid operator(pg_catalog.=) $2 and t.%1$s operator(pg_catalog.=) $3 returning t.ctid, t.%1$s', relation);
+  v_again text := format('update only %%s t set %1$s = $1 where t.%1$s operator(pg_catalog.=) $2 and t.%2$s operator(pg_catalog.=) $3%3$s returning t.ctid, t.%1$s', relation);%4$s
+begin
+  %5$s
+  execute v_statement into moved, moved_index using version, row_pointer, index;
+  if moved is null then
+    -- A trigger has updated the row since.
+    execute v_again into moved, moved_index using version, index, value;
+  end if;
+  %6$s
+end
+$body$, replace(v_index, '%', '%%'), replace(v_column, '%', '%%'), v_collate, v_kept_role, v_before, v_after)),
+    ('carry', '', 'trigger', 'plpgsql', format($body$
+declare
+  v_row tid := new.ctid;
+  v_index bytea := new.%2$s;
+  v_at integer := (get_byte(v_index, 0) << 24) | (get_byte(v_index, 1) << 16) | (get_byte(v_index, 2) << 8) | get_byte(v_index, 3);
+  v_asked integer[] := array[v_at];
+  v_live integer[];
+  v_next integer;
+begin
+  if tg_op = 'UPDATE' and new.%1$s = old.%1$s%3$s or current_setting('session_replication_role') = 'replica' then
+    return null;
+  end if;
+  loop
+    -- After the row stands in the index: who makes a version active later will find it there.
+    v_live := coalesce(rekey_targets.%4$s_live(tg_relid), v_live[1:1]);
+    exit when v_live is null;
+    v_next := (
+      select u.version from unnest(v_live[2:] || v_live[1]) with ordinality as u(version, place)
+      where u.version <> all (v_asked) order by u.place limit 1);
+    if v_next is null then
+      exit when v_at = v_live[1];
+      v_next := v_live[1];
+    end if;
+    select m.moved, m.moved_index into v_row, v_index
+    from rekey_targets.%4$s_move(tg_relid, v_row, v_index, new.%1$s, int4send(v_next)) m;
+    exit when v_row is null;  -- deleted, or changed, by a trigger of its own
+    v_asked := v_asked || v_next;
+    v_at := v_next;
+  end loop;
+  return null;
+end
+$body$, v_column, v_index, case when protected.is_text then ' collate "C"' else '' end, v_prefix))
+  ) as b(suffix, arguments, result, language, body);
+end
+$_$;
+
+
+ALTER FUNCTION rekey._index_bodies(protected rekey.protected_columns, relation regclass, attnums smallint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _index_bodies(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._index_bodies(protected rekey.protected_columns, relation regclass, attnums smallint[]) IS 'The functions of a blind index, owned by the owner of the table: live (the versions to ask for), look (trigger: under which version a value is asked for first), move (one row to another version), carry (trigger: asks for it under all of them, the active one last).';
+
+
+--
+-- Name: _index_column(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._index_column(protected rekey.protected_columns) RETURNS name
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return coalesce((
+    select a.attname from rekey._column_shape(protected.id) s
+    join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[protected.index_place]), protected.index_column);
+end
+$$;
+
+
+ALTER FUNCTION rekey._index_column(protected rekey.protected_columns) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _index_column(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._index_column(protected rekey.protected_columns) IS 'The name of the column with the blind index of a protected column, now; NULL: it has none.';
+
+
+--
+-- Name: _index_findings(rekey.protected_columns); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._index_findings(protected rekey.protected_columns) RETURNS TABLE(kind text, severity text, finding text, advice text)
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_shape record;
+  v_again text := format('rekey.make_searchable(%L, %L), or pg-rekey columns search, has a worker fill it anew.', protected.relation_name, protected.column_name);
+  v_index rekey._blind_indexes;
+begin
+  select s.* into v_shape from rekey._column_shape(protected.id) s;
+  if protected.index_place is null or v_shape.relation is null then
+    return;
+  end if;
+  select * into v_index from rekey._blind_indexes b where b.column_id = protected.id;
+  return query
+    select f.kind, f.severity, f.finding, f.advice
+    from (values
+      (v_index.filled is not true and not exists (select from rekey.rotations r where r.keyring_id = protected.keyring_id and rekey._is_under_way(r.state)),
+        'index', 'warning', 'its blind index is not filled, and nobody fills it', v_again),
+      (v_index.text_version <> rekey._text_version(protected.normalization), 'index', 'critical',
+        'Unicode, or the collation of the database, is not as it was when its blind index was filled: equal values may not be found', v_again),
+      (not exists (
+        select from pg_index i where i.indrelid = v_shape.relation and i.indisvalid and i.indkey[0] = v_shape.attnums[protected.index_place]),
+        'index', 'warning', format('no index begins with %I: a search reads the whole table', protected.index_column),
+        format('create index concurrently on %s (%I)', v_shape.relation, protected.index_column)),
+      (exists (
+        select from pg_index i
+        where i.indrelid in (select v_shape.relation union select h from rekey._relations_here(v_shape.relation) h) and i.indisunique and not i.indimmediate
+          and exists (select from pg_attribute a where a.attrelid = i.indrelid and a.attname = protected.index_column and a.attnum = any (i.indkey::smallint[]))),
+        'index', 'critical', format('a unique constraint on %I is deferrable: it does not see a row that stands on another key version', protected.index_column),
+        'Make it NOT DEFERRABLE.'),
+      (exists (
+        select from rekey._index_bodies(protected, v_shape.relation, v_shape.attnums) b
+        where b.language <> 'sql' and not exists (
+          select from pg_proc p where p.pronamespace = 'rekey_targets'::regnamespace and p.proname = b.name and p.prosrc = b.body)),
+        'index', 'warning', 'the functions of its blind index are not as this version of pg_rekey makes them, or a column was renamed', v_again)
+    ) as f(found, kind, severity, finding, advice)
+    where f.found;
+end
+$$;
+
+
+ALTER FUNCTION rekey._index_findings(protected rekey.protected_columns) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _index_findings(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._index_findings(protected rekey.protected_columns) IS 'What is not as it should be with the blind index of a searchable column: not filled, stale, without an index, a deferrable constraint, functions that are behind.';
+
+
+--
+-- Name: _index_function_statements(rekey.protected_columns, regclass, smallint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._index_function_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]) RETURNS text[]
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
+    AS $_$
+declare
+  v_owner name := (select pg_get_userbyid(c.relowner) from pg_class c where c.oid = relation);
+begin
+  if protected.index_place is null then
+    return array[]::text[];
+  end if;
+  return (
+    select array_agg(s.statement order by array_position('{live,look,move,carry}', substring(b.name from '[a-z]+$')), s.place)
+    from rekey._index_bodies(protected, relation, attnums) b
+    cross join lateral (values
+      (1, format('create or replace function rekey_targets.%I(%s) returns %s language %s volatile security definer%s', b.name, b.arguments, b.result, b.language,
+        case when b.language = 'sql' then ' begin atomic ' || b.body || ' end' else format(' set search_path = pg_catalog, pg_temp as %L', b.body) end)),
+      (2, format('revoke all on function rekey_targets.%I from public', b.name)),
+      (3, format('alter function rekey_targets.%I owner to %I', b.name, v_owner))) as s(place, statement));
+end
+$_$;
+
+
+ALTER FUNCTION rekey._index_function_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _index_function_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._index_function_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]) IS 'The statements that make the functions of rekey._index_bodies(); none for a column that is not searchable.';
+
+
+--
+-- Name: _index_key(bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._index_key(dek bytea, info bytea) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._index_key(dek bytea, info bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _index_key(dek bytea, info bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._index_key(dek bytea, info bytea) IS 'The key of a blind index under one key version, derived from its DEK. info: the label of the column and what it takes for equal.';
+
+
+--
+-- Name: _index_of(integer, bytea, bytea, integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._index_of(id integer, envelope bytea, context bytea, version integer) RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_column record;
+  v_plaintext bytea;
+  v_normalized bytea;
+  v_key bytea;
+begin
+  select c.keyring_id, c.normalization, rekey._part(c.label) || rekey._part(c.normalization) as info, b.versions into v_column
+  from rekey.protected_columns c join rekey._blind_indexes b on b.column_id = c.id where c.id = _index_of.id;
+  -- (A rotation that has completed since it was chosen: no row stands on it any more.)
+  if not coalesce(version = any (v_column.versions), false) then
+    return null;
+  end if;
+  v_key := rekey._dek(v_column.keyring_id, version);
+  if v_key is null then
+    raise exception 'the index cannot be asked under key version %: %', version, rekey._dek_problem(v_column.keyring_id, version) using errcode = 'RK006';
+  end if;
+  v_plaintext := rekey._open(envelope, context);
+  v_normalized := rekey._normalized(v_plaintext, v_column.normalization);
+  v_key := rekey._index_key(v_key, v_column.info);
+  return rekey._index_value(version, v_key, v_normalized);
+end
+$$;
+
+
+ALTER FUNCTION rekey._index_of(id integer, envelope bytea, context bytea, version integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _index_of(id integer, envelope bytea, context bytea, version integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._index_of(id integer, envelope bytea, context bytea, version integer) IS 'The index value of an envelope under a version; NULL where no row may stand on that. RK003: it does not open; RK006: the version may not be used.';
+
+
+--
+-- Name: _index_statements(rekey.protected_columns, regclass, smallint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._index_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]) RETURNS text[]
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
+    AS $_$
+begin
+  if protected.index_place is null or not protected.encrypt_on_write then
+    return array[]::text[];
+  end if;
+  return rekey._index_function_statements(protected, relation, attnums) || (
+    select array[
+      format('create or replace trigger zz_pg_rekey_%s_look before insert or update on %s for each row when (octet_length(new.%I) > 20) execute function rekey_targets.column_%1$s_look()',
+        protected.id, relation, a.attname),
+      format('create or replace trigger zz_pg_rekey_%s_carry after insert or update on %s for each row when (new.%I is not null) execute function rekey_targets.column_%1$s_carry()',
+        protected.id, relation, a.attname)]
+    from pg_attribute a where a.attrelid = relation and a.attnum = attnums[protected.index_place]);
+end
+$_$;
+
+
+ALTER FUNCTION rekey._index_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _index_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._index_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]) IS 'The statements that make functions and triggers of a blind index; none for a column that is not searchable.';
+
+
+--
+-- Name: _index_trigger_body(rekey.protected_columns, regclass, smallint[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._index_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  v_names text[];
+  v_context text;
+begin
+  select array_agg(quote_ident(a.attname) order by p.rank) into v_names
+  from unnest(protected.places || protected.index_place) with ordinality as p(place, rank)
+  join pg_attribute a on a.attrelid = relation and a.attnum = attnums[p.place];
+  v_context := rekey._context_expression(protected.label, v_names[2:cardinality(protected.places)]);
+  -- As rekey._write_trigger_body(), and what is said beside it.
+  return format($body$
+declare
+  v_info constant bytea := %12$L::bytea;
+  v_envelope bytea;
+  v_plaintext bytea;
+  v_length integer;
+  v_context bytea;
+  v_sealing rekey._sealing;
+  v_iv bytea;
+  v_aad bytea;
+  v_key bytea;
+  v_normalized bytea;
+  v_versions integer[];
+begin
+  if not rekey._is_unchanged(%7$s, %8$L, tg_name, tg_relid) then
+    perform rekey._refuse_other_table(%7$s, tg_relid);
+    perform rekey._refuse_renamed(%7$s, %8$L);
+    perform rekey._refuse_later_trigger(tg_name, tg_relid);
+  end if;
+  if new.%1$s is null then
+    new.%10$s := null;
+    return new;
+  end if;
+  v_context := %2$s;
+  v_envelope := rekey._envelope_of(new.%1$s);
+  if tg_op = 'UPDATE' and octet_length(new.%10$s) = 4 and new.%1$s = old.%1$s%9$s and v_envelope is not null then
+    -- The number of a version asks for the index value under it (column_N_carry).
+    new.%10$s := coalesce(rekey._index_of(%7$s, v_envelope, v_context, rekey._int4(new.%10$s, 0)), old.%10$s);
+    return new;
+  end if;
+  if v_envelope is not null and current_setting('session_replication_role') = 'replica' and rekey._is_of_known_version(v_envelope) then
+    return new;
+  end if;
+  if tg_op = 'UPDATE' and new.%1$s = old.%1$s%9$s then
+    if v_envelope is null or v_context = %3$s then
+      -- A sweep fills the index; nobody else writes into it.
+      if not rekey.is_sweeping(tg_relid) then
+        new.%10$s := old.%10$s;
+      end if;
+      return new;
+    end if;
+    v_plaintext := rekey._open(v_envelope, %3$s);
+    v_envelope := null;
+  elsif v_envelope is null then
+    v_plaintext := %4$s;
+  else
+    if rekey.is_sweeping(tg_relid) then
+      return new;
+    end if;
+    v_plaintext := rekey._open_incoming(v_envelope, v_context);
+    if rekey._int4(v_envelope, 3) <> %5$s then
+      perform rekey._refuse_keyring();
+    end if;
+  end if;
+  v_length := octet_length(v_plaintext);
+  v_sealing := rekey._sealing_on_write(%5$s, v_length);
+  if v_sealing.key is null then
+    new.%10$s := null;
+    return new;
+  end if;
+  -- An envelope of an older version is sealed anew: what stands here can be searched for.
+  if v_envelope is null or substr(v_envelope, 1, 11) <> v_sealing.header then
+    v_iv := rekey._random_bytes(16);
+    v_aad := v_sealing.header || v_context;
+    v_envelope := v_sealing.header || v_iv || rekey._aead_encrypt(v_sealing.key, v_iv, v_plaintext, v_aad);
+    new.%1$s := %6$s;
+  end if;
+  v_key := rekey._index_key(v_sealing.key, v_info);
+  v_normalized := rekey._normalized(v_plaintext, %11$L);
+  new.%10$s := rekey._index_value(rekey._int4(v_sealing.header, 7), v_key, v_normalized);
+  v_versions := rekey._versions_to_ask(%7$s, tg_relid);
+  if v_versions is not null then
+    v_versions := array_remove(v_versions, rekey._int4(v_sealing.header, 7));
+    new.%10$s := new.%10$s || rekey._further_values(v_versions, %5$s, v_info, v_normalized);
+  end if;
+  return new;
+end
+$body$, v_names[1], format(v_context, 'new'), format(v_context, 'old'),
+    case when protected.is_text then format('convert_to(new.%s, ''UTF8'')', v_names[1]) else 'new.' || v_names[1] end,
+    protected.keyring_id, case when protected.is_text then 'rekey._to_text(v_envelope)' else 'v_envelope' end,
+    protected.id, (select array_agg(a.attname order by a.attnum) from pg_attribute a where a.attrelid = relation and a.attnum = any (attnums)),
+    case when protected.is_text then ' collate "C"' end, v_names[cardinality(v_names)], protected.normalization,
+    rekey._part(protected.label) || rekey._part(protected.normalization));
+end
+$_$;
+
+
+ALTER FUNCTION rekey._index_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _index_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._index_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) IS 'Body of the trigger that encrypts a searchable column on write, and keeps its index.';
+
+
+--
+-- Name: _index_value(integer, bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._index_value(version integer, key bytea, normalized bytea) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._index_value(version integer, key bytea, normalized bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _index_value(version integer, key bytea, normalized bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._index_value(version integer, key bytea, normalized bytea) IS 'What a blind index holds for a value: the key version, and the first 16 bytes of its HMAC-SHA-256.';
 
 
 --
@@ -6983,7 +7741,7 @@ begin
       -- As rekey._later_trigger(). What only refuses a row does not change it.
       select from pg_trigger t
       where t.tgrelid = _is_unchanged.relation and t.tgname > trigger_name and t.tgtype::integer & 3 = 3 and t.tgtype::integer & 20 <> 0
-        and t.tgenabled <> 'D' and t.tgfoid <> 'rekey._refuse_doomed()'::regprocedure and t.tgname !~ '^zz_pg_rekey_\d+$')
+        and t.tgenabled <> 'D' and t.tgfoid <> 'rekey._refuse_doomed()'::regprocedure and t.tgname !~ '^zz_pg_rekey_\d+(_look)?$')
   into v_names, v_later;
   return v_names = names and not v_later;
 end
@@ -7910,6 +8668,7 @@ declare
   v_column pg_attribute;
   v_attnums smallint[];
   v_places integer[];
+  v_index_place integer;
 begin
   perform pg_advisory_xact_lock(0, 3);  -- as rekey._register_column()
   perform rekey._refuse_stranger(target);
@@ -7933,15 +8692,15 @@ begin
     raise exception '% lacks a context column of %: %', target, v_protected.label, array_to_string(v_protected.context_columns, ', ')
       using errcode = 'invalid_parameter_value', hint = 'The values are bound to these columns.';
   end if;
-  select array_agg(a.attnum order by a.attnum) into v_attnums
-  from pg_attribute a where a.attrelid = target and a.attname = any (v_protected.context_columns || _move_column.column_name) and a.attnum > 0;
-  v_places := array(
-    select array_position(v_attnums, a.attnum)
-    from unnest(_move_column.column_name || v_protected.context_columns) with ordinality as c(name, rank)
-    join pg_attribute a on a.attrelid = target and a.attname = c.name
-    order by c.rank);
+  select s.attnums, s.places, s.index_place into v_attnums, v_places, v_index_place
+  from rekey._column_places(target, _move_column.column_name || v_protected.context_columns, v_protected.index_column) s;
+  if v_protected.index_column is not null and not exists (
+       select from pg_attribute a where a.attrelid = target and a.attnum = v_attnums[v_index_place] and a.atttypid = 'bytea'::regtype and a.attgenerated = '') then
+    raise exception '% lacks the column with the blind index of %: %', target, v_protected.label, v_protected.index_column using errcode = 'invalid_parameter_value',
+      hint = format('ALTER TABLE %s ADD COLUMN %I bytea, before this.', target, v_protected.index_column);
+  end if;
   update rekey.protected_columns c
-  set places = v_places, column_name = _move_column.column_name, owner = (select pg_get_userbyid(r.relowner) from pg_class r where r.oid = target),
+  set places = v_places, index_place = v_index_place, column_name = _move_column.column_name, owner = (select pg_get_userbyid(r.relowner) from pg_class r where r.oid = target),
     relation_name = (select format('%I.%I', n.nspname, r.relname) from pg_class r join pg_namespace n on n.oid = r.relnamespace where r.oid = target)
   where c.id = v_protected.id returning * into v_protected;
   return rekey._column_statements(v_protected, target, v_attnums);
@@ -8190,6 +8949,51 @@ ALTER FUNCTION rekey._next_row(pointer tid) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._next_row(pointer tid) IS 'The row pointer after this one.';
+
+
+--
+-- Name: _normalized(bytea, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._normalized(value bytea, normalization text) RETURNS bytea
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_text text := rekey._as_text(value);
+begin
+  -- Plain assignments, of which none raises: 41_encrypt.sql.
+  if v_text is null then
+    return value;
+  end if;
+  if normalization = 'digits' then
+    v_text := regexp_replace(v_text collate "C", '[^0-9]', '', 'g');
+  else
+    if getdatabaseencoding() = 'UTF8' then
+      v_text := pg_catalog.normalize(v_text, 'NFC');
+    end if;
+    if normalization = 'trim_lower' then
+      v_text := btrim(v_text, chr(32) || chr(9) || chr(10) || chr(11) || chr(12) || chr(13));
+    end if;
+    if normalization in ('lower', 'trim_lower') then
+      v_text := lower(v_text);
+      if getdatabaseencoding() = 'UTF8' then
+        v_text := pg_catalog.normalize(v_text, 'NFC');
+      end if;
+    end if;
+  end if;
+  return convert_to(v_text, 'UTF8');
+end
+$$;
+
+
+ALTER FUNCTION rekey._normalized(value bytea, normalization text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _normalized(value bytea, normalization text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._normalized(value bytea, normalization text) IS 'What a value is taken for. exact: its text in NFC; lower: in NFC, lower() of the database, and in NFC again; trim_lower: the same, without blanks, tabs, line feeds, vertical tabs, form feeds and carriage returns at both ends; digits: its ASCII digits alone. What is no text stays as it is.';
 
 
 --
@@ -8476,70 +9280,6 @@ ALTER FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], 
 --
 
 COMMENT ON FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) IS 'Notes what a look found: complete; looked, where something is left that another role may read; again, where something is to be read by turns. 42501: it is not the step that calls.';
-
-
---
--- Name: _relation_named(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._relation_named(name text) RETURNS oid
-    LANGUAGE sql STABLE STRICT
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    -- in sql/code
-;
-
-
-ALTER FUNCTION rekey._relation_named(name text) OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _relation_named(name text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._relation_named(name text) IS 'The relation that has this name, with its schema, now; NULL: none.';
-
-
---
--- Name: _column_relations; Type: TABLE; Schema: rekey; Owner: rekey_owner
---
-
-CREATE TABLE rekey._column_relations (
-    column_id integer NOT NULL,
-    relation oid NOT NULL,
-    attnum smallint NOT NULL,
-    relation_name text NOT NULL,
-    home text NOT NULL,
-    settled boolean NOT NULL
-);
-
-
-ALTER TABLE rekey._column_relations OWNER TO rekey_owner;
-
---
--- Name: TABLE _column_relations; Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON TABLE rekey._column_relations IS 'Relations that were seen to hold values of a protected column (attnum 0); or, settled, that are known not to, though they were a part of it, or have a column of its name (attnum). home: cluster and database in which the oid is good.';
-
-
---
--- Name: _note_names(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
---
-
-CREATE FUNCTION rekey._note_names(only_id integer DEFAULT NULL::integer) RETURNS void
-    LANGUAGE sql
-    SET search_path TO 'pg_catalog', 'pg_temp'
-    SET quote_all_identifiers TO 'off'
-    -- in sql/code
-;
-
-
-ALTER FUNCTION rekey._note_names(only_id integer) OWNER TO rekey_owner;
-
---
--- Name: FUNCTION _note_names(only_id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
---
-
-COMMENT ON FUNCTION rekey._note_names(only_id integer) IS 'Notes what the protected columns, NULL: all, are called now, and which relations their tables consist of.';
 
 
 --
@@ -8842,6 +9582,41 @@ COMMENT ON FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, code 
 
 
 --
+-- Name: _older_snapshots(xid8); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._older_snapshots(since xid8) RETURNS jsonb
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  -- (A restore brings numbers of another server.)
+  if since::text::bigint >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint or pg_snapshot_xmax(pg_current_snapshot())::text::bigint - since::text::bigint > 1000000000 then
+    return null;
+  end if;
+  perform pg_stat_clear_snapshot();
+  return (
+    select jsonb_agg(jsonb_strip_nulls(jsonb_build_object('pid', a.pid, 'role', a.usename, 'snapshot', true,
+      'age_seconds', extract(epoch from clock_timestamp() - a.xact_start)::bigint)))
+    from pg_stat_activity a
+    where a.datname = current_database() and a.pid <> pg_backend_pid() and age(a.backend_xmin) >= age(since::xid)
+      -- Who sends WAL or vacuums searches for nothing. A worker's own batch is younger, and looks for no value.
+      and not exists (select from pg_stat_get_wal_senders() w where w.pid = a.pid)
+      and not exists (select from pg_stat_progress_vacuum v where v.pid = a.pid));
+end
+$$;
+
+
+ALTER FUNCTION rekey._older_snapshots(since xid8) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _older_snapshots(since xid8); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._older_snapshots(since xid8) IS 'Who has a snapshot in which the version that this transaction made active is not active yet; NULL: nobody.';
+
+
+--
 -- Name: _older_transactions(xid8, timestamp with time zone); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -9095,6 +9870,35 @@ COMMENT ON FUNCTION rekey._open_found(targets rekey._target[], whole rekey._coun
 
 
 --
+-- Name: _open_incoming(bytea, bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._open_incoming(envelope bytea, context bytea) RETURNS bytea
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if rekey._is_envelope(envelope) then
+    -- Of a version that there is: else an envelope that was made up would hold any lock.
+    perform pg_advisory_xact_lock_shared(k.keyring_id, k.version)
+    from rekey.encryption_keys k where k.keyring_id = rekey._int4(envelope, 3) and k.version = rekey._int4(envelope, 7);
+    perform rekey._refuse_old_snapshot(array[rekey._int4(envelope, 3)], array[rekey._int4(envelope, 7)]);
+  end if;
+  return rekey._open(envelope, context);
+end
+$$;
+
+
+ALTER FUNCTION rekey._open_incoming(envelope bytea, context bytea) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _open_incoming(envelope bytea, context bytea); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._open_incoming(envelope bytea, context bytea) IS 'Plaintext of an envelope that a client stores, whose version stays in use until the transaction ends. RK003: it does not open in this context; RK006: its key may not be used.';
+
+
+--
 -- Name: _open_pgp(bytea); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
@@ -9139,7 +9943,7 @@ CREATE FUNCTION rekey._open_rows(targets rekey._target[], keyrings integer[], ve
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_large rekey._target[] := array(select t from unnest(targets) t where t.indexed or pg_table_size(t.relation) > 524288);
+  v_large rekey._target[] := array(select t from unnest(targets) t where t.indexed or t.normalization is not null or pg_table_size(t.relation) > 524288);
   v_group record;
   v_whole rekey._counted[];
   v_target rekey._target;
@@ -9164,7 +9968,7 @@ begin
   for v_group in
     select array_agg(g.target) as targets
     from (select t as target, sum(pg_table_size(t.relation)) over (order by t.relation, t.target) / 4194304 as number
-          from unnest(targets) t where not t.indexed and pg_table_size(t.relation) <= 524288) g
+          from unnest(targets) t where not t.indexed and t.normalization is null and pg_table_size(t.relation) <= 524288) g
     group by g.number::integer
   loop
     v_whole := array(select c from rekey._count_rows(v_group.targets, keyrings, apart, whole => true) c);
@@ -9217,7 +10021,7 @@ begin
             format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
           if v_found.ciphertexts is not null then
             v_places := '{}';
-            for v_bad in select c.* from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c loop
+            for v_bad in select c.* from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts, v_found.indexes, v_target.normalization) c loop
               keyring_id := rekey._int4(v_bad.header, 3);
               version := rekey._int4(v_bad.header, 7);
               failed := cardinality(v_bad.failed_places);
@@ -9790,21 +10594,25 @@ begin
     perform rekey._expect_none_doomed();  -- so that no row of its batches is looked at in vain
     v_pass := nextval('rekey._pass_id');
     v_size := rekey._batch_size(cardinality(v_ids));
+    perform rekey._unfilled(r.keyring_id, r.id) from rekey.rotations r where r.id = any (v_ids) and r.trigger <> 'adoption';
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
+    update rekey._blind_indexes b set refill_by = r.id
+    from rekey.protected_columns c join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids) and r.trigger <> 'adoption'
+    where c.id = b.column_id and b.refill;
     with counted as (
-      select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, indexed boolean, adopting boolean, rows bigint)
+      select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, indexed boolean, kind text, rows bigint)
     ), sizes as (
-      select c.target, c.relation, c.adopting, s.blocks, c.indexed and c.rows < least(s.blocks / 10, 5000) as few,
+      select c.target, c.relation, c.kind, s.blocks, c.indexed and c.rows < least(s.blocks / 10, 5000) as few,
         rekey._chunk_blocks(c.relation) as chunk
-      from (select d.target, d.relation, d.indexed, d.adopting, sum(d.rows) as rows from counted d group by 1, 2, 3, 4) c
+      from (select d.target, d.relation, d.indexed, d.kind, sum(d.rows) as rows from counted d group by 1, 2, 3, 4) c
       cross join lateral (select pg_relation_size(c.relation) / current_setting('block_size')::integer as blocks offset 0) s
     ), dued as (
       insert into rekey._due (pass_id, kind, target, relation, rotations)
-      select v_pass, case when c.adopting then 'adopt' else 'sweep' end, c.target, c.relation, array_agg(c.rotation_id)
-      from counted c group by c.adopting, c.target, c.relation
+      select v_pass, c.kind, c.target, c.relation, array_agg(c.rotation_id)
+      from counted c group by c.kind, c.target, c.relation
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
-      select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
+      select v_pass, v_urgent, s.kind, s.target, s.relation, format('(%s,0)', f.first)::tid,
         case when s.few then s.blocks else least(f.first + s.chunk, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
         case when s.few then s.blocks else (512 * v_size)::integer end, (500 * v_size)::integer
@@ -10268,10 +11076,10 @@ COMMENT ON FUNCTION rekey._record_error(rotations bigint[], message text, code t
 
 
 --
--- Name: _reencrypt(tid[], bytea[], bytea, bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _reencrypt(tid[], bytea[], bytea, bytea[], text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]) RETURNS record
+CREATE FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], normalization text DEFAULT NULL::text, OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[], OUT indexes bytea[]) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET work_mem TO '64MB'
@@ -10284,6 +11092,7 @@ declare
   v_from_keyrings integer[];
   v_from_versions integer[];
   v_ivs bytea;
+  v_info bytea := prefix || rekey._part(normalization);
 begin
   select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)), array_agg(distinct rekey._int4(h.header, 3))
   into v_from_keyrings, v_from_versions, v_keyrings
@@ -10298,17 +11107,19 @@ begin
     array_agg(o.keyring_id) filter (where o.body is not null),
     array_agg(o.place) filter (where o.body is null),
     array_agg(case when o.plaintext is null then coalesce(o.old_problem, 'does not open: damaged, or of another row')
-                   else coalesce(o.new_problem, 'the keyring has no active version') end) filter (where o.body is null)
-  into made_rows, starts, made, made_keyrings, failed_places, problems
+                   else coalesce(o.new_problem, 'the keyring has no active version') end) filter (where o.body is null),
+    case when _reencrypt.normalization is not null then array_agg(o.index) filter (where o.body is not null) end
+  into made_rows, starts, made, made_keyrings, failed_places, problems, indexes
   from (
-    select p.*, case when p.plaintext is not null and p.key is not null then rekey._encipher(p.key, p.iv, p.plaintext) end as body
+    select p.*, case when p.plaintext is not null and p.key is not null then rekey._encipher(p.key, p.iv, p.plaintext) end as body,
+      case when _reencrypt.normalization is not null then rekey._index_value(p.version, p.index_key, rekey._normalized(p.plaintext, _reencrypt.normalization)) end as index
     from (
       select u.*, substr(v_ivs, u.place * 16 - 15, 16) as iv, u.header || prefix || u.context as aad,
         case when u.old_key is not null then
           case when rekey._is_authentic(u.old_key, u.old_iv, u.sealed, u.old_header || prefix || u.context)
             then rekey._decipher(u.old_key, u.old_iv, u.sealed) end end as plaintext
       from (
-        select c.place::integer as place, c.row, c.context, k.keyring_id, k.old_header, k.old_key, k.header, k.key, k.new_problem,
+        select c.place::integer as place, c.row, c.context, k.keyring_id, k.old_header, k.old_key, k.header, k.key, k.version, k.index_key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
           case when k.old_header is not null then k.old_problem
                when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
@@ -10319,7 +11130,8 @@ begin
             select * from rekey._deks(v_from_keyrings || v_keyrings, v_from_versions || v_versions, sweeping => true)
           )
           select d.keyring_id, rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
-            rekey._header(a.keyring_id, a.version) as header, a.key, a.problem as new_problem
+            rekey._header(a.keyring_id, a.version) as header, a.key, a.version, a.problem as new_problem,
+            case when _reencrypt.normalization is not null then rekey._index_key(a.key, v_info) end as index_key
           from keys d
           left join (unnest(v_keyrings, v_versions) as w(keyring_id, version) join keys a using (keyring_id, version)) on w.keyring_id = d.keyring_id
           offset 0
@@ -10334,13 +11146,89 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[], OUT indexes bytea[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[], OUT indexes bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]) IS 'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows, of made_keyrings; starts: header and IV of the old ones; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
+COMMENT ON FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[], OUT indexes bytea[]) IS 'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows, of made_keyrings; starts: header and IV of the old ones; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. normalization: of a searchable column, whose index values are made too. Gives back no plaintext.';
+
+
+--
+-- Name: _refill(tid[], bytea[], bytea, bytea[], bytea[], text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refill(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made_indexes bytea[], OUT made_keyrings integer[]) RETURNS record
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET work_mem TO '64MB'
+    SET enable_nestloop TO 'off'
+    AS $$
+declare
+  v_headers bytea[] := rekey._headers(ciphertexts);
+  v_keyrings integer[];
+  v_versions integer[];
+  v_info bytea := prefix || rekey._part(normalization);
+begin
+  select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)) into v_keyrings, v_versions
+  from unnest(v_headers) as h(header);
+  -- The version stays in use while the batch is not committed.
+  perform pg_advisory_xact_lock_shared(u.keyring_id, u.version) from unnest(v_keyrings, v_versions) as u(keyring_id, version);
+  select array_agg(o.row), array_agg(substr(o.ciphertext, 1, 27)), array_agg(o.made), array_agg(o.keyring_id)
+  into made_rows, starts, made_indexes, made_keyrings
+  from (
+    select u.*, case when rekey._is_authentic(u.key, u.iv, u.sealed, u.aad)
+      then rekey._index_value(u.version, u.index_key, rekey._normalized(rekey._decipher(u.key, u.iv, u.sealed), _refill.normalization)) end as made
+    from (
+      select c.row, c.ciphertext, c.index, k.keyring_id, k.version, k.key, k.index_key,
+        substr(c.ciphertext, 12, 16) as iv, substr(c.ciphertext, 28) as sealed, k.header || prefix || c.context as aad
+      from unnest(rows, ciphertexts, contexts, indexes) as c(row, ciphertext, context, index)
+      join (
+        select d.keyring_id, d.version, d.key, rekey._header(d.keyring_id, d.version) as header, rekey._index_key(d.key, v_info) as index_key
+        from rekey._deks(v_keyrings, v_versions, sweeping => true) d where d.key is not null
+        offset 0
+      ) k on k.header = substr(c.ciphertext, 1, 11) and rekey._is_envelope(c.ciphertext)
+      offset 0
+    ) u
+    offset 0
+  ) o
+  where o.made is distinct from o.index and o.made is not null;
+end
+$$;
+
+
+ALTER FUNCTION rekey._refill(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made_indexes bytea[], OUT made_keyrings integer[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refill(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made_indexes bytea[], OUT made_keyrings integer[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refill(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made_indexes bytea[], OUT made_keyrings integer[]) IS 'The index values of envelopes that have another one, or none, each under the version of its envelope: made_indexes of made_rows. What does not open is left to the verification. prefix: the label of the column.';
+
+
+--
+-- Name: _refill_failed(text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refill_failed(targets text[]) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  update rekey._blind_indexes b set refill = true, refill_by = null
+  from rekey.protected_columns c where c.id = b.column_id and c.label = any (targets);
+end
+$$;
+
+
+ALTER FUNCTION rekey._refill_failed(targets text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refill_failed(targets text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refill_failed(targets text[]) IS 'Has the next pass look at every row of these targets, where they are searchable: the index value of one was wrong, and is to be mended.';
 
 
 --
@@ -10633,15 +11521,8 @@ CREATE FUNCTION rekey._refuse_foreign(envelope bytea, context bytea) RETURNS voi
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_plaintext bytea;
+  v_plaintext bytea := rekey._open_incoming(envelope, context);
 begin
-  if rekey._is_envelope(envelope) then
-    -- Of a version that there is: else an envelope that was made up would hold any lock.
-    perform pg_advisory_xact_lock_shared(k.keyring_id, k.version)
-    from rekey.encryption_keys k where k.keyring_id = rekey._int4(envelope, 3) and k.version = rekey._int4(envelope, 7);
-    perform rekey._refuse_old_snapshot(array[rekey._int4(envelope, 3)], array[rekey._int4(envelope, 7)]);
-  end if;
-  v_plaintext := rekey._open(envelope, context);
   if v_plaintext is null then
     raise exception 'cannot open ciphertext' using errcode = 'RK003';
   end if;
@@ -10751,6 +11632,30 @@ ALTER FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, cou
 --
 
 COMMENT ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint) IS 'RK005 where a rotation, an open transaction, a row or a row in quarantine still needs the version. counted: its rows, where they were counted after the last transaction had ended that could write one; NULL: count them.';
+
+
+--
+-- Name: _refuse_keyring(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._refuse_keyring() RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  raise exception 'the value is sealed with another keyring than that of the column' using errcode = 'RK006',
+    hint = 'A searchable column holds one keyring: store the plain value, which is encrypted on write.', constraint = 'encrypt_on_write';
+end
+$$;
+
+
+ALTER FUNCTION rekey._refuse_keyring() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _refuse_keyring(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._refuse_keyring() IS 'Raises RK006.';
 
 
 --
@@ -11414,19 +12319,18 @@ begin
     end if;
   end if;
 
-  select array_agg(a.attnum order by a.attnum) into v_attnums
-  from pg_attribute a where a.attrelid = target and a.attname = any (v_context || _register_column.column_name) and a.attnum > 0;
   -- Repeated, for the same column or after its functions were lost, it makes them anew.
   v_id := rekey._column_id(target, _register_column.column_name);
   select * into v_protected from rekey.protected_columns c
   where c.id = v_id
      or c.relation_name = format('%I.%I', v_table.nspname, v_table.relname) and c.column_name = _register_column.column_name and (rekey._column_shape(c.id)).relation is null
   for update;
-  v_places := array(
-    select array_position(v_attnums, a.attnum)
-    from unnest(_register_column.column_name || v_context) with ordinality as c(name, rank)
-    join pg_attribute a on a.attrelid = target and a.attname = c.name
-    order by c.rank);
+  select s.attnums, s.places, s.index_place into v_attnums, v_places, v_protected.index_place
+  from rekey._column_places(target, _register_column.column_name || v_context, rekey._index_column(v_protected)) s;
+  if v_protected.index_column is not null and not encrypt_on_write then
+    raise exception 'column %.% is searchable, and takes the trigger that encrypts', target, quote_ident(column_name) using errcode = 'RK006',
+      hint = 'encrypt_on_write => true keeps it.', constraint = 'encrypt_on_write';
+  end if;
   -- Whoever makes a table of that name anew must not get at the values of another.
   if v_protected.id is not null and (rekey._column_shape(v_protected.id)).relation is null and v_protected.owner <> v_owner
      and not (select r.rolsuper from pg_roles r where r.rolname = rekey._caller()) then
@@ -11466,7 +12370,7 @@ begin
     end if;
     update rekey.protected_columns c
     set encrypt_on_write = _register_column.encrypt_on_write, fire_triggers = _register_column.fire_triggers,
-      search_path = _register_column.search_path, owner = v_owner
+      search_path = _register_column.search_path, owner = v_owner, index_place = v_protected.index_place
     where c.id = v_protected.id returning * into v_protected;
   end if;
   id := v_protected.id;
@@ -11483,6 +12387,108 @@ ALTER FUNCTION rekey._register_column(target regclass, column_name name, keyring
 --
 
 COMMENT ON FUNCTION rekey._register_column(target regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean, fire_triggers boolean, search_path text, OUT id integer, OUT statements text[]) IS 'What rekey.protect_column() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
+
+
+--
+-- Name: _register_search(regclass, name, name, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._register_search(target regclass, column_name name, index_column name, normalization text, OUT id integer, OUT statements text[]) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_protected rekey.protected_columns;
+  v_names name[];
+  v_attnums smallint[];
+  v_places integer[];
+  v_index_place integer;
+begin
+  perform rekey._refuse_snapshot();
+  perform rekey._refuse_stranger(target);
+  perform pg_advisory_xact_lock(0, 3);  -- as rekey._register_column()
+  if normalization is null or normalization not in ('exact', 'lower', 'trim_lower', 'digits') then
+    raise exception 'values are not normalized as %', coalesce(quote_literal(normalization), 'NULL') using errcode = 'invalid_parameter_value',
+      hint = 'normalization: exact, lower, trim_lower or digits.';
+  end if;
+  id := rekey._column_id(target, column_name);
+  select * into v_protected from rekey.protected_columns c where c.id = _register_search.id;
+  if not found then
+    raise exception 'column %.% is not protected', target, coalesce(quote_ident(column_name), 'NULL') using errcode = 'RK007',
+      hint = 'rekey.protect_column(..., encrypt_on_write => true) first.', constraint = 'protect';
+  end if;
+  -- Before its row: a rotation that has begun is waited for, so that its version is not missed.
+  perform rekey._keyring(rekey._keyring_name(v_protected.keyring_id), lock => true);
+  select * into v_protected from rekey.protected_columns c where c.id = _register_search.id for update;
+  perform rekey._refuse_problem(v_protected.label, rekey._column_problem(v_protected));
+  if not v_protected.encrypt_on_write then
+    raise exception '% has no trigger that encrypts on write, which keeps the index', v_protected.label using errcode = 'RK006',
+      hint = 'rekey.protect_column(..., encrypt_on_write => true) makes it.', constraint = 'encrypt_on_write';
+  end if;
+  if not exists (
+       select from pg_attribute a
+       where a.attrelid = target and a.attname = _register_search.index_column and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+         and a.atttypid = 'bytea'::regtype and not a.attnotnull) then
+    raise exception 'column %.% cannot hold an index', target, coalesce(quote_ident(index_column), 'NULL') using errcode = 'invalid_parameter_value',
+      hint = 'It is bytea, may be NULL, and is not generated.';
+  end if;
+  if exists (
+       select from rekey.protected_columns c cross join lateral rekey._column_shape(c.id) s
+       join pg_attribute a on a.attrelid = s.relation and a.attname = _register_search.index_column and a.attnum = any (s.attnums)
+       where s.relation = target and (c.id <> v_protected.id or a.attnum <> coalesce(s.attnums[c.index_place], 0))) then
+    raise exception 'column %.% has another use', target, quote_ident(index_column) using errcode = 'invalid_parameter_value', hint = 'Name a column of its own.';
+  end if;
+  if v_protected.normalization is not null and (v_protected.normalization <> _register_search.normalization or rekey._index_column(v_protected) <> index_column) then
+    raise exception '% is searchable already, in another way', v_protected.label using errcode = 'RK006',
+      hint = format('It is normalized as %s, in column %s.', v_protected.normalization, quote_ident(rekey._index_column(v_protected)));
+  end if;
+  if exists (select from pg_index i join pg_attribute a on a.attrelid = i.indrelid and a.attnum = any (i.indkey::smallint[])
+             where i.indrelid = target and a.attname = _register_search.index_column and i.indisunique and not i.indimmediate) then
+    raise exception 'a unique constraint on % is deferrable', quote_ident(index_column) using errcode = 'invalid_parameter_value',
+      hint = 'It would not see a row that stands on another key version: make it NOT DEFERRABLE.';
+  end if;
+  select array_agg(a.attname order by p.rank) into v_names
+  from rekey._column_shape(v_protected.id) s
+  cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
+  join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.place];
+  select s.attnums, s.places, s.index_place into v_attnums, v_places, v_index_place from rekey._column_places(target, v_names, index_column) s;
+  update rekey.protected_columns c
+  set places = v_places, index_place = v_index_place, index_column = _register_search.index_column, normalization = _register_search.normalization
+  where c.id = v_protected.id returning * into v_protected;
+  statements := rekey._column_statements(v_protected, target, v_attnums);
+end
+$$;
+
+
+ALTER FUNCTION rekey._register_search(target regclass, column_name name, index_column name, normalization text, OUT id integer, OUT statements text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _register_search(target regclass, column_name name, index_column name, normalization text, OUT id integer, OUT statements text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._register_search(target regclass, column_name name, index_column name, normalization text, OUT id integer, OUT statements text[]) IS 'What rekey.make_searchable() does with the rights of rekey_owner; statements are what the owner of the table has to run.';
+
+
+--
+-- Name: _relation_named(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._relation_named(name text) RETURNS oid
+    LANGUAGE sql STABLE STRICT
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._relation_named(name text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _relation_named(name text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._relation_named(name text) IS 'The relation that has this name, with its schema, now; NULL: none.';
 
 
 --
@@ -11511,25 +12517,27 @@ begin
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
   perform rekey._end_adoptions(id);
-  update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;  -- its trigger goes
+  update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;  -- its triggers go
+  update rekey._blind_indexes b set filled = false, refill = true, refill_by = null where b.column_id = v_protected.id;
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
   else
     perform rekey._refuse_superuser(target);
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
-    cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
+    cross join lateral unnest(v_protected.places || v_protected.index_place) with ordinality as p(place, rank)
     join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.place];
     statements := array(
       select format(
         'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 5000 for no key update skip locked)
-         update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s], (select rekey.reading_pass(%5$L))) from due where t.ctid = due.row',
+         update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s], (select rekey.reading_pass(%5$L)))%7$s from due where t.ctid = due.row',
         t.relation,
         -- What rekey._refuse_encrypted() counts: a plain value that begins alike is none.
         format(case when v_protected.is_text then $sql$left(t.%s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}'$sql$
           else $sql$substr(t.%1$s, 1, 3) = '\x524b01' and octet_length(t.%1$s) >= 11$sql$ end, v_names[1]),
         v_names[1], case when v_protected.is_text then 'decrypt_text' else 'decrypt' end, v_protected.label,
-        (select string_agg(format(', t.%s::text', c), '') from unnest(v_names[2:]) c))
+        (select string_agg(format(', t.%s::text', c), '') from unnest(v_names[2:cardinality(v_protected.places)]) c),
+        case when v_protected.index_place is not null then format(', %s = null', v_names[cardinality(v_names)]) end)
       from rekey._targets(v_protected.label) t);
   end if;
 end
@@ -11565,7 +12573,7 @@ begin
     from rekey.protected_columns c
     cross join lateral rekey._column_shape(c.id) s
     join pg_class t on t.oid = s.relation
-    where cardinality(s.attnums) = cardinality(c.places)
+    where cardinality(s.attnums) = cardinality(c.places) + (c.index_place is not null)::integer
       -- Where the table has another owner since, the column waits for him.
       and t.relowner = (select p.proowner from pg_proc p where p.oid = to_regproc(format('rekey_targets.column_%s_guard', c.id)))
     order by c.id
@@ -11590,7 +12598,8 @@ begin
       execute format('drop function %s', v_function);
     end loop;
     execute format('grant create on schema rekey_targets to %I', v_column.owner);
-    foreach v_statement in array rekey._function_statements(v_column.protected, v_column.owner) loop
+    foreach v_statement in array rekey._function_statements(v_column.protected, v_column.owner)
+      || rekey._index_function_statements(v_column.protected, v_column.relation, v_column.attnums) loop
       execute v_statement;
     end loop;
     execute format('revoke create on schema rekey_targets from %I', v_column.owner);
@@ -11810,6 +12819,7 @@ begin
   update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now()
   where k.keyring_id = any (v_due) and k.state = 'active';
   perform rekey._new_keys(v_due, v_to);
+  perform rekey._activate_in_indexes(v_due, v_to);
   -- A transaction with an older snapshot must not pass by a rotation: it fails on this row (40001).
   update rekey.keyrings k set rotated_at = now() where k.id = any (v_due);
   with queued as (
@@ -12033,7 +13043,7 @@ COMMENT ON FUNCTION rekey._same_heads(heads bytea[]) IS 'How many of these are e
 -- Name: _scan_on(rekey._target, integer[], tid, bigint, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._scan_on(target rekey._target, keyrings integer[], first tid, step bigint DEFAULT NULL::bigint, until bigint DEFAULT '4294967294'::bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
+CREATE FUNCTION rekey._scan_on(target rekey._target, keyrings integer[], first tid, step bigint DEFAULT NULL::bigint, until bigint DEFAULT '4294967294'::bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -12050,6 +13060,7 @@ begin
   ciphertexts := v_found.ciphertexts;
   contexts := v_found.contexts;
   keys := v_found.keys;
+  indexes := v_found.indexes;
   next_first := case when v_found.next is not null then rekey._next_row(v_found.next) when v_until < v_end then format('(%s,0)', v_until)::tid end;
   next_step := case when v_found.next is not null then greatest(next_step / 2, 256)
                     when coalesce(cardinality(v_found.rows), 0) < 1000 then least(next_step * 2, 1048576) else next_step end;
@@ -12057,13 +13068,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._scan_on(target rekey._target, keyrings integer[], first tid, step bigint, until bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._scan_on(target rekey._target, keyrings integer[], first tid, step bigint, until bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _scan_on(target rekey._target, keyrings integer[], first tid, step bigint, until bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _scan_on(target rekey._target, keyrings integer[], first tid, step bigint, until bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._scan_on(target rekey._target, keyrings integer[], first tid, step bigint, until bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Some rows of a target from a row pointer on, as its scan function finds them, and where the next call goes on; next_first NULL: no more before block until. step: how many blocks to read, as the last call said; NULL at first.';
+COMMENT ON FUNCTION rekey._scan_on(target rekey._target, keyrings integer[], first tid, step bigint, until bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) IS 'Some rows of a target from a row pointer on, as its scan function finds them, and where the next call goes on; next_first NULL: no more before block until. step: how many blocks to read, as the last call said; NULL at first.';
 
 
 --
@@ -12429,6 +13440,75 @@ ALTER FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id big
 --
 
 COMMENT ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) IS 'What the search has to do next, as the role that reads can: read some blocks of a relation, look at everything, wait, or nothing (idle; incomplete: this role can do no more).';
+
+
+--
+-- Name: _search_values(text, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._search_values(label text, "values" text[]) RETURNS bytea[]
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_column record;
+  v_versions integer[];
+  v_version integer;
+  v_value text;
+  v_bytes bytea;
+  v_normalized bytea[];
+  v_key bytea;
+  v_found bytea[] := '{}'::bytea[];
+begin
+  select c.id, c.keyring_id, c.normalization, rekey._part(c.label) || rekey._part(c.normalization) as info, k.tenant_id, b.versions, b.filled into v_column
+  from rekey.protected_columns c
+  join rekey.keyrings k on k.id = c.keyring_id
+  left join rekey._blind_indexes b on b.column_id = c.id
+  where c.label = _search_values.label;
+  perform rekey._check_label(label);
+  if v_column.versions is null then
+    raise exception '% is not searchable', coalesce(quote_literal(label), 'NULL') using errcode = 'RK007',
+      hint = 'rekey.make_searchable() makes a protected column so. It is named by its label: rekey.column_status.', constraint = 'searchable';
+  end if;
+  if not rekey.can_access_tenant(v_column.tenant_id) then
+    perform rekey._refuse_tenant();
+  end if;
+  if not v_column.filled then
+    raise exception 'the index of % is not filled yet', quote_literal(label) using errcode = 'RK006',
+      hint = 'A worker fills it: rekey.rotation_status says how far it is.', constraint = 'rotations';
+  end if;
+  -- Plain assignments only, as in rekey._adopt().
+  foreach v_value in array "values" loop
+    if v_value is not null then
+      v_bytes := convert_to(v_value, 'UTF8');
+      v_bytes := rekey._normalized(v_bytes, v_column.normalization);
+      v_normalized := v_normalized || v_bytes;
+    end if;
+  end loop;
+  v_versions := v_column.versions;
+  foreach v_version in array v_versions loop
+    v_key := rekey._dek(v_column.keyring_id, v_version);
+    if v_key is null then
+      raise exception 'cannot search %: %', quote_literal(label), rekey._dek_problem(v_column.keyring_id, v_version) using errcode = 'RK006',
+        hint = 'Rows may stand on that version, and would be missed.';
+    end if;
+    v_key := rekey._index_key(v_key, v_column.info);
+    foreach v_bytes in array coalesce(v_normalized, '{}'::bytea[]) loop
+      v_found := v_found || rekey._index_value(v_version, v_key, v_bytes);
+    end loop;
+  end loop;
+  return v_found;
+end
+$$;
+
+
+ALTER FUNCTION rekey._search_values(label text, "values" text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _search_values(label text, "values" text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._search_values(label text, "values" text[]) IS 'What rekey.search_many() returns.';
 
 
 --
@@ -13006,6 +14086,8 @@ declare
   v_failed_keys text[];
   v_failed_problems text[];
   v_failed_codes text[];
+  v_indexes bytea[];
+  v_blocked jsonb;
   v_apart record;
   v_undone tid;
   v_error text;
@@ -13014,7 +14096,7 @@ begin
   where not c.stuck and rekey._is_due(c.next_attempt_at)
     and exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
                   and rekey._is_due(r.next_attempt_at)
-                  and case c.kind when 'adopt' then r.formats = '{plaintext}' when 'sweep' then r.trigger <> 'adoption' end)
+                  and case when c.kind = 'adopt' then r.formats = '{plaintext}' when c.kind in ('sweep', 'fill') then r.trigger <> 'adoption' end)
   order by c.attempts > 0, c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
@@ -13060,29 +14142,48 @@ begin
       detail := jsonb_build_object('target', v_chunk.target, 'blocked', v_target.problem);
       return;
     end if;
+    if v_target.normalization is not null then
+      -- A statement that goes on with a row as it is now would not find it under a version that its search did not know.
+      v_blocked := (
+        select rekey._older_snapshots(b.changed_in) from rekey._blind_indexes b join rekey.protected_columns c on c.id = b.column_id where c.label = v_chunk.target);
+      update rekey.rotations r set blocked_by = v_blocked, blocked_since = case when v_blocked is not null then coalesce(r.blocked_since, now()) end
+      where r.id = any (v_ids) and (v_blocked is not null and r.blocked_by is distinct from v_blocked or v_blocked is null and r.blocked_by -> 0 ? 'snapshot');
+      if v_blocked is not null then
+        update rekey._chunks c set next_attempt_at = clock_timestamp() + interval '200 milliseconds' where c.id = v_chunk.id;
+        event := 'waiting';
+        keyring_count := 0;
+        wait := interval '100 milliseconds';
+        return;
+      end if;
+    end if;
     -- Whoever reads a page first removes what an update left in it, and notes which transactions have ended. Here (swept_from) that goes
     -- into the log without an image of the page; after the next checkpoint, the verification would write one more.
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint, v_chunk.swept_from) b;
+      case when v_chunk.kind <> 'adopt' then v_keyrings end, case when v_chunk.kind <> 'fill' then v_versions end, v_max_rows, (2097152 * v_size)::bigint, v_chunk.swept_from) b;
     if v_batch.rows is not null then
       if v_chunk.kind = 'adopt' then
         v_contexts := array(
           select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
         v_sealing := rekey._sealing(v_keyrings[1]);
-        v_adopted := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, '{plaintext}', v_forced);
+        v_adopted := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, '{plaintext}', v_forced, v_target.prefix, v_target.normalization);
         v_rows := v_batch.rows;
         v_made := v_adopted.ciphertexts;
+        v_indexes := v_adopted.indexes;
         select array_agg(u.place), array_agg(u.problem) into v_failed_places, v_failed_problems
         from unnest(v_adopted.problems) with ordinality as u(problem, place) where u.problem is not null;
+      elsif v_chunk.kind = 'fill' then
+        v_old := v_batch.ciphertexts;
+        select r.made_rows, r.starts, r.made_indexes, r.made_keyrings into v_rows, v_starts, v_indexes, v_made_keyrings
+        from rekey._refill(v_batch.rows, v_old, v_target.prefix, v_batch.contexts, v_batch.indexes, v_target.normalization) r;
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
-        select r.made_rows, r.starts, r.made, r.made_keyrings, r.failed_places, r.problems
-        into v_rows, v_starts, v_made, v_made_keyrings, v_failed_places, v_failed_problems
-        from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
+        select r.made_rows, r.starts, r.made, r.made_keyrings, r.failed_places, r.problems, r.indexes
+        into v_rows, v_starts, v_made, v_made_keyrings, v_failed_places, v_failed_problems, v_indexes
+        from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts, v_target.normalization) r;
       end if;
       v_locking := clock_timestamp();
-      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt', v_batch.state) a;
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt', v_batch.state, v_indexes) a;
       v_locked := extract(epoch from clock_timestamp() - v_locking);
       rows := cardinality(v_apart.written);
       v_undone := v_apart.undone;
@@ -13125,7 +14226,7 @@ begin
     end if;
     if v_undone is null then
       perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin),
-        case when v_chunk.kind = 'sweep' then v_locked else 0 end, (4000 * v_size)::integer);
+        case when v_chunk.kind <> 'adopt' then v_locked else 0 end, (4000 * v_size)::integer);
     else
       update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
     end if;
@@ -13229,13 +14330,13 @@ declare
   v_table regclass;
 begin
   if only_target is null or only_target = 'rekey.secrets' then
-    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'), null);
     return next v_target;
   end if;
   for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop
     select s.relation into v_table from rekey._column_shape(v_column.id) s;
     v_target := row(v_column.label, v_table, v_table, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
-      rekey._column_problem(v_column, only_relation));
+      rekey._column_problem(v_column, only_relation), v_column.normalization);
     if v_target.problem is not null then
       return next v_target;
     else
@@ -13339,6 +14440,44 @@ ALTER FUNCTION rekey._text_mark(start text) OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey._text_mark(start text) IS 'The mark that a text begins with, by name; NULL: none. start: its first characters, where other bytes stand as the encoding escape writes them.';
+
+
+--
+-- Name: _text_version(text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._text_version(normalization text) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  v_unicode text := current_setting('server_version_num')::integer / 10000;
+  v_collation text;
+begin
+  if normalization = 'digits' then
+    return '';
+  end if;
+  -- What NFC goes by comes with the server.
+  if to_regprocedure('pg_catalog.unicode_version()') is not null then
+    execute format('select pg_catalog.%I()', 'unicode_version') into v_unicode;
+  end if;
+  if normalization <> 'exact' then
+    select format(' %s %s %s %s', d.datlocprovider, d.datctype, coalesce(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale'), pg_database_collation_actual_version(d.oid))
+    into v_collation
+    from pg_database d where d.datname = current_database();
+  end if;
+  return v_unicode || coalesce(v_collation, '');
+end
+$$;
+
+
+ALTER FUNCTION rekey._text_version(normalization text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _text_version(normalization text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._text_version(normalization text) IS 'What values are normalized by: Unicode, where NFC matters; the collation of the database, where lower() does.';
 
 
 --
@@ -13594,7 +14733,7 @@ ALTER FUNCTION rekey._trigger_names(protected rekey.protected_columns) OWNER TO 
 -- Name: FUNCTION _trigger_names(protected rekey.protected_columns); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._trigger_names(protected rekey.protected_columns) IS 'The triggers of a protected column: those that keep envelopes of versions out that are about to be destroyed, and the one that encrypts.';
+COMMENT ON FUNCTION rekey._trigger_names(protected rekey.protected_columns) IS 'The triggers of a protected column: those that keep envelopes of versions out that are about to be destroyed, the one that encrypts, and those of a blind index.';
 
 
 --
@@ -13609,7 +14748,8 @@ CREATE FUNCTION rekey._trigger_problem(protected rekey.protected_columns, relati
 declare
   v_names name[] := rekey._trigger_names(protected);
   v_functions oid[] := array(
-    select case when n.name ~ '_(insert|update)$' then to_regproc('rekey._refuse_doomed') else to_regproc(format('rekey_targets.column_%s_trigger', protected.id)) end
+    select case when n.name ~ '_(insert|update)$' then to_regproc('rekey._refuse_doomed')
+      else to_regproc(format('rekey_targets.column_%s_%s', protected.id, coalesce(substring(n.name from '_(look|carry)$'), 'trigger'))) end
     from unnest(v_names) with ordinality as n(name, place) order by n.place);
 begin
   return (
@@ -13719,6 +14859,35 @@ ALTER FUNCTION rekey._trusted_relation(extension name, schema name, name name, e
 --
 
 COMMENT ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) IS 'A table or view, locked until the transaction ends, where it is the extension''s; NULL: there is none. events: no trigger of others may fire on these (4 INSERT, 8 DELETE, 16 UPDATE; bits of pg_trigger.tgtype). 42501: the caller may not read it.';
+
+
+--
+-- Name: _unfilled(integer, bigint); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._unfilled(keyring_id integer, rotation_id bigint) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  -- What was normalized by other tables than those of now is looked at again, all of it.
+  update rekey._blind_indexes b set refill = true, refill_by = null, text_version = rekey._text_version(c.normalization)
+  from rekey.protected_columns c
+  where c.id = b.column_id and c.keyring_id = _unfilled.keyring_id and b.text_version <> rekey._text_version(c.normalization);
+  return (
+    select min(c.label) from rekey._blind_indexes b join rekey.protected_columns c on c.id = b.column_id
+    where c.keyring_id = _unfilled.keyring_id and b.refill and b.refill_by is distinct from rotation_id);
+end
+$$;
+
+
+ALTER FUNCTION rekey._unfilled(keyring_id integer, rotation_id bigint) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _unfilled(keyring_id integer, rotation_id bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._unfilled(keyring_id integer, rotation_id bigint) IS 'A searchable column of the keyring whose rows this rotation has yet to look at, for its index; NULL: none.';
 
 
 --
@@ -13954,6 +15123,7 @@ declare
   v_adoptions jsonb;
   v_seen jsonb;
   v_emptied jsonb;
+  v_unfilled text;
 begin
   -- Those that begin a verification together, else those of one whose chunks are done.
   select array_agg(r.id), array_agg(r.keyring_id), r.verification_id into v_ids, v_keyrings, v_verification
@@ -14039,7 +15209,7 @@ begin
     )
     select (select jsonb_agg(to_jsonb(s)) from summed s), (select coalesce(jsonb_agg(to_jsonb(h)), '[]') from held h),
       (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
-        select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c group by c.target, c.keyring_id) t)
+        select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c where c.version > 0 group by c.target, c.keyring_id) t)
     into v_results, v_held, v_seen;
     v_emptied := rekey._emptied(v_seen, v_keyrings);
     -- Of an adoption, what is no envelope yet is behind, but for rows that were refused. (They are locked: so what is counted after
@@ -14090,10 +15260,12 @@ begin
       where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.rotation_id is distinct from v_found.id and q.verification_id = v_verification;
       select count(*) into v_failed from rekey.rotation_failures q
       where q.keyring_id = v_found.keyring_id and q.rotation_id = v_found.id and q.resolved_at is null;
-      if v_found.behind > 0 then
+      v_unfilled := case when v_found.adopted is null then rekey._unfilled(v_found.keyring_id, v_found.id) end;
+      if v_found.behind > 0 or v_unfilled is not null then
         update rekey.rotations r
         set state = 'running', rows_failed = v_failed,
-            blocked_by = jsonb_build_array(jsonb_build_object('rows', v_found.behind, 'why', 'locked or moved')),
+            blocked_by = case when v_found.behind > 0 then jsonb_build_array(jsonb_build_object('rows', v_found.behind, 'why', 'locked or moved'))
+              else jsonb_build_array(jsonb_build_object('target', v_unfilled, 'why', 'its index is to be filled')) end,
             blocked_since = coalesce(r.blocked_since, now()),
             next_attempt_at = case when v_found.passes > 1 then
               clock_timestamp() + least(power(2, v_found.passes - 2), 30) * interval '1 second' end
@@ -14106,6 +15278,11 @@ begin
           blocked_by = null, blocked_since = null, next_attempt_at = null, verification_id = null, finished_at = clock_timestamp()
       where r.id = v_found.id;
       v_completed := v_completed || v_found.id;
+      if v_found.adopted is null then
+        perform rekey._complete_indexes(v_found.keyring_id, v_found.id, (
+          select jsonb_agg(jsonb_build_object('target', u.target, 'version', u.version))
+          from unnest(v_targets, v_of, v_versions) as u(target, keyring_id, version) where u.keyring_id = v_found.keyring_id and u.version > 0));
+      end if;
     end loop;
     perform rekey._note_seen(v_seen, array(select r.keyring_id from rekey.rotations r where r.id = any (v_completed)));
     perform rekey._clear_chunks();
@@ -14210,7 +15387,7 @@ begin
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
         format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, (2097152 * v_size)::bigint) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
-      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts))
+      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts, v_found.indexes, v_target.normalization))
          or v_refused and exists (select from rekey._refused_rows(v_chunk.target, v_chunk.relation, v_found.ciphertexts, v_found.keys)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
         values (v_chunk.pass_id, false, 'doubtful', v_chunk.target, v_chunk.relation, v_chunk.first,
@@ -14261,6 +15438,55 @@ ALTER FUNCTION rekey._verify_batch(who_else text, OUT event text, OUT keyring_co
 --
 
 COMMENT ON FUNCTION rekey._verify_batch(who_else text, OUT event text, OUT keyring_count integer, OUT rows bigint, OUT wait interval, OUT detail jsonb) IS 'Checks some rows of one chunk of a verification, if there is one that no other worker has in hand. Where one does not open, the relation is not as the verification found it, or an error comes again, it leaves them to the last step.';
+
+
+--
+-- Name: _versions_to_ask(integer, oid); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._versions_to_ask(id integer, relation oid) RETURNS integer[]
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+declare
+  v_versions integer[];
+  v_keyring integer;
+  v_column name;
+  v_snapshot boolean := current_setting('transaction_isolation') <> 'read committed';
+begin
+  -- In a statement of its own: it sees a rotation that was committed since the row came to stand in the index.
+  select a.version || array(select v from unnest(b.versions) as v where v <> a.version order by v), c.keyring_id, c.index_column
+  into v_versions, v_keyring, v_column
+  from rekey._blind_indexes b
+  join rekey.protected_columns c on c.id = b.column_id
+  join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
+  where b.column_id = _versions_to_ask.id;
+  if cardinality(v_versions) > 1 or v_snapshot then
+    if not exists (
+         select from pg_index i
+         join pg_attribute t on t.attrelid = i.indrelid and t.attname = v_column
+         where i.indrelid = _versions_to_ask.relation and (i.indisunique or i.indisexclusion)
+           and (t.attnum = any (i.indkey::smallint[]) or exists (
+             select from pg_depend d where d.classid = 'pg_class'::regclass and d.objid = i.indexrelid and d.refclassid = 'pg_class'::regclass
+               and d.refobjid = i.indrelid and d.refobjsubid = t.attnum))) then
+      return null;
+    end if;
+    -- (40001, where this snapshot does not see it.)
+    perform rekey._refuse_old_snapshot(array[v_keyring], array[v_versions[1]]);
+  end if;
+  return v_versions;
+end
+$$;
+
+
+ALTER FUNCTION rekey._versions_to_ask(id integer, relation oid) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _versions_to_ask(id integer, relation oid); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._versions_to_ask(id integer, relation oid) IS 'The versions under which a value is to be asked for in the unique index of a blind index, the active one first, where it stays; NULL: nothing is unique. 40001 outside READ COMMITTED, where a rotation was committed since the snapshot.';
 
 
 --
@@ -14413,10 +15639,10 @@ COMMENT ON FUNCTION rekey._wrapping_key(kek bytea) IS 'The 64-byte AEAD key that
 
 
 --
--- Name: _write_apart(rekey._target, regclass, tid[], bytea[], bytea[], boolean, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _write_apart(rekey._target, regclass, tid[], bytea[], bytea[], boolean, text[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) RETURNS record
+CREATE FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], indexes bytea[] DEFAULT NULL::bytea[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -14428,6 +15654,7 @@ declare
   v_rows tid[] := rows;
   v_starts bytea[] := starts;
   v_ciphertexts bytea[] := ciphertexts;
+  v_indexes bytea[] := indexes;
   -- What is still to be written, the first at the end.
   v_from integer[] := array[1];
   v_until integer[];
@@ -14441,8 +15668,8 @@ declare
   v_context text;
 begin
   if array_position(ciphertexts, null) is not null then
-    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
-    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+    select array_agg(u.row), array_agg(u.ciphertext), case when indexes is not null then array_agg(u.index) end into v_rows, v_ciphertexts, v_indexes
+    from unnest(rows, ciphertexts, indexes) as u(row, ciphertext, index) where u.ciphertext is not null;
   end if;
   v_until := array[cardinality(v_rows)];
   v_top := case when v_rows is null then 0 else 1 end;
@@ -14461,9 +15688,9 @@ begin
     v_top := v_top - 1;
     begin
       if v_tries = 1 then
-        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts, state)).locked;
+        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts, state, v_indexes)).locked;
       else
-        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high], state)).locked;
+        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high], state, v_indexes[v_low:v_high])).locked;
       end if;
       written := written || v_locked;
       continue;
@@ -14475,9 +15702,10 @@ begin
       end if;
     end;
     if v_tries = 1 then
-      select array_agg(u.row order by u.row), array_agg(u.start order by u.row), array_agg(u.ciphertext order by u.row)
-      into v_rows, v_ordered, v_ciphertexts
-      from unnest(v_rows, v_starts, v_ciphertexts) as u(row, start, ciphertext);
+      select array_agg(u.row order by u.row), array_agg(u.start order by u.row),
+        case when v_ciphertexts is not null then array_agg(u.ciphertext order by u.row) end, case when v_indexes is not null then array_agg(u.index order by u.row) end
+      into v_rows, v_ordered, v_ciphertexts, v_indexes
+      from unnest(v_rows, v_starts, v_ciphertexts, v_indexes) as u(row, start, ciphertext, index);
       v_starts := case when v_starts is not null then v_ordered end;
     end if;
     if v_low = v_high then
@@ -14496,20 +15724,20 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], indexes bytea[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], indexes bytea[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) IS 'Stores as rekey._write_rows(), leaving out what is NULL, and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. What is neither is somebody else''s now. An error that passes is raised.';
+COMMENT ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], indexes bytea[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) IS 'Stores as rekey._write_rows(), leaving out ciphertexts that are NULL, and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. What is neither is somebody else''s now. An error that passes is raised.';
 
 
 --
--- Name: _write_rows(rekey._target, regclass, tid[], bytea[], bytea[], text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+-- Name: _write_rows(rekey._target, regclass, tid[], bytea[], bytea[], text[], bytea[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) RETURNS record
+CREATE FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[] DEFAULT NULL::bytea[], OUT locked tid[], OUT written bigint) RETURNS record
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -14518,7 +15746,7 @@ declare
 begin
   perform set_config('rekey.sweeping', 'on', true);
   insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
-  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts, state) w;
+  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts, state, indexes) w;
   delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
@@ -14535,13 +15763,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) OWNER TO rekey_owner;
+ALTER FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) IS 'Stores ciphertexts in rows that still begin as they were read (starts; NULL: they are locked since), and that nobody else has: those locked. RK005: the table did not take them, or its triggers did more than they may.';
+COMMENT ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint) IS 'Stores ciphertexts, and index values, in rows that still begin as they were read (starts; NULL: they are locked since), and that nobody else has: those locked. RK005: the table did not take them, or its triggers did more than they may.';
 
 
 --
@@ -14556,12 +15784,13 @@ declare
   v_names text[];
   v_context text;
 begin
+  if protected.index_place is not null then
+    return rekey._index_trigger_body(protected, relation, attnums);
+  end if;
   select array_agg(quote_ident(a.attname) order by p.rank) into v_names
   from unnest(protected.places) with ordinality as p(place, rank)
   join pg_attribute a on a.attrelid = relation and a.attnum = attnums[p.place];
-  v_context := quote_literal(rekey._part(protected.label)::text) || '::bytea' || (
-    select coalesce(string_agg(format(' || rekey._part(%%1$s.%s::text)', replace(c.name, '%', '%%')), '' order by c.rank), '')
-    from unnest(v_names[2:]) with ordinality as c(name, rank));
+  v_context := rekey._context_expression(protected.label, v_names[2:]);
   return format($body$
 declare
   v_envelope bytea;
@@ -14763,7 +15992,7 @@ COMMENT ON COLUMN rekey.rotation_status.state IS 'queued, running, paused, verif
 -- Name: COLUMN rotation_status.trigger; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_status.trigger IS 'Why: manual, schedule, compromise, rollback, adoption.';
+COMMENT ON COLUMN rekey.rotation_status.trigger IS 'Why: manual, schedule, compromise, rollback, adoption, search (a blind index is filled).';
 
 
 --
@@ -14826,7 +16055,7 @@ COMMENT ON COLUMN rekey.rotation_status.next_attempt_at IS 'It goes on after thi
 -- Name: COLUMN rotation_status.blocked_by; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds: since they began; not there where who reads this may not see it in pg_stat_activity), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+COMMENT ON COLUMN rekey.rotation_status.blocked_by IS 'What it waits for: open transactions (pid, role, age_seconds: since they began; not there where who reads this may not see it in pg_stat_activity), prepared ones (prepared, age_seconds), snapshots from before a version became active, where a column is searchable (pid, role, snapshot, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 
 
 --
@@ -16179,6 +17408,7 @@ begin
     with counted as (
       select c.keyring_id, c.version, sum(c.rows)::bigint as rows, array_agg(distinct c.relation::text) as relations
       from rekey._count(v_ids, false) c
+      where c.version > 0
       group by c.keyring_id, c.version
     )
     select r.name, coalesce(k.version, c.version), coalesce(k.state, 'unknown'), coalesce(c.rows, 0), coalesce(c.relations, '{}')
@@ -16220,6 +17450,60 @@ ALTER FUNCTION rekey.lock() OWNER TO rekey_owner;
 --
 
 COMMENT ON FUNCTION rekey.lock() IS 'Forgets the KEK of this session and transaction.';
+
+
+--
+-- Name: make_searchable(regclass, name, name, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.make_searchable(target regclass, column_name name, index_column name DEFAULT NULL::name, normalization text DEFAULT NULL::text) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
+    AS $_$
+declare
+  v_index name := coalesce(index_column, (
+    select a.index_column from rekey.column_status a where a.relation = target and a.column_name = make_searchable.column_name), left(column_name, 58) || '_bidx');
+  v_made record;
+  v_statement text;
+  v_label text;
+  v_distinct double precision;
+begin
+  if not exists (select from pg_attribute a where a.attrelid = target and a.attname = v_index and not a.attisdropped) then
+    execute format('alter table %s add column %I bytea', target, v_index);
+  end if;
+  select * into v_made from rekey._register_search(target, column_name, v_index, coalesce(normalization, (
+    select s.normalization from rekey.column_status s where s.relation = target and s.column_name = make_searchable.column_name), 'exact'));
+  foreach v_statement in array v_made.statements loop
+    execute v_statement;
+  end loop;
+  v_label := rekey._finish_column(v_made.id);
+  perform rekey._finish_search(v_made.id);
+  -- (Before an adoption, as ANALYZE saw the plain values.)
+  select case when s.n_distinct < 0 then -s.n_distinct * c.reltuples else s.n_distinct end into v_distinct
+  from pg_stats s join pg_class c on c.oid = target join pg_namespace n on n.oid = c.relnamespace
+  where s.schemaname = n.nspname and s.tablename = c.relname and s.attname = make_searchable.column_name and c.reltuples >= 1000;
+  if v_distinct < 1000 then
+    raise warning '%.% has about % different values', target, quote_ident(column_name), round(v_distinct)
+      using hint = 'Equal values have equal index values: whoever reads the table can count them, and tell which is which where he knows how frequent each is.';
+  end if;
+  raise notice 'once the index is filled: where %.% = any (rekey.search(%, ...))', target, quote_ident(v_index), quote_literal(v_label)
+    using detail = format(
+      'For PostgREST, the value and the query in one call: create function %s(value text) returns setof %s language sql stable as $q$ select t.* from %2$s t where t.%I = any (rekey.search(%L, value)) $q$;',
+      (select format('%I.%I', n.nspname, left(c.relname || '_by_' || make_searchable.column_name, 63)) from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target),
+      target, v_index, v_label);
+  return format('create index concurrently on %s (%I)', target, v_index);
+end
+$_$;
+
+
+ALTER FUNCTION rekey.make_searchable(target regclass, column_name name, index_column name, normalization text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION make_searchable(target regclass, column_name name, index_column name, normalization text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.make_searchable(target regclass, column_name name, index_column name, normalization text) IS 'Makes a protected column searchable by equality, and returns the statement that makes its index (with unique, where values are to be so). A worker fills the index column, online, as it works on a rotation; until then rekey.search() refuses. The owner of the table calls it, as a member of rekey_admin, or a superuser. index_column: bytea; NULL, the default: <column>_bidx; it is added where it is not there. normalization: what is taken for equal: exact (the text in NFC; the default), lower (and lower() of the database), trim_lower (and no white space around it), digits (its ASCII digits). Repeated, it has the index filled anew: after an update of the collation or of Unicode. 22023: column or normalization cannot be; 25001: not in READ COMMITTED; 42501: not the owner; RK005: blocked, or rows of other keyrings; RK006: no encrypt_on_write, or searchable in another way; RK007: not protected.';
 
 
 --
@@ -16495,6 +17779,7 @@ begin
         return next;
       end if;
     end if;
+    return query select v_column.label, f.kind, f.severity, f.finding, f.advice from rekey._index_findings(v_column) f;
     if v_shape.relation is not null then
       return query
         select v_column.label, f.kind, 'warning', f.finding, f.advice, f.action
@@ -16873,6 +18158,9 @@ begin
     raise exception 'failure % is resolved already', id using errcode = 'RK006';
   end if;
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
+  if action = 'retry' and v_failure.sqlstate is null then
+    perform rekey._refill_failed(array[v_failure.target]);
+  end if;
   if action = 'retry' and v_failure.rotation_id is not null and not exists (
        select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state) and not r.in_line) then
     perform rekey._refuse_over(v_rotation);
@@ -17027,6 +18315,7 @@ begin
     raise exception 'rotation % is %: there is nothing to retry', id, v_rotation.state using errcode = 'RK006';
   end if;
   perform rekey._refuse_over(v_rotation);
+  perform rekey._refill_failed(array(select f.target from rekey.rotation_failures f where f.rotation_id = retry_rotation.id and f.resolved_at is null and f.sqlstate is null));
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = 'retry', resolved_by = rekey._requester()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
@@ -17078,6 +18367,7 @@ begin
   update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now()
   where k.keyring_id = v_old.keyring_id and k.state = 'active';
   update rekey.encryption_keys k set state = 'active', activated_at = now() where k.id = v_old.id;
+  perform rekey._activate_in_indexes(array[v_old.keyring_id], array[v_old.version]);
   update rekey.keyrings k set rotated_at = now() where k.id = v_old.keyring_id;
   update rekey.rotations r
   set state = 'rolled_back', finished_at = coalesce(r.finished_at, now()), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
@@ -17484,6 +18774,54 @@ ALTER FUNCTION rekey.schedule_worker(schedule text, workers integer) OWNER TO re
 --
 
 COMMENT ON FUNCTION rekey.schedule_worker(schedule text, workers integer) IS 'Has pg_cron call rekey.tick(), and returns the number of the job; another one, pg_rekey_watch, calls rekey.watch() every minute. workers: so many (1 to 64) share the rotations, NULL, the default: as many as before, at first one; each but the first is a job pg_rekey_N of its own, which calls rekey.run_rotations(). schedule: as pg_cron takes it; NULL, the default: every 10 seconds, or every minute before pg_cron 1.5. The jobs run as rekey_worker where a superuser calls this, else as the caller. Safe to repeat, with another number of workers too. 42704: pg_cron is not in this database, is older than 1.4, or somebody else''s code would run with it; 22023: it does not take the schedule, or there are not 1 to 64 workers.';
+
+
+--
+-- Name: search(text, text); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.search(label text, value text) RETURNS bytea[]
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+begin
+  return rekey._search_values(label, array[value]);
+end
+$$;
+
+
+ALTER FUNCTION rekey.search(label text, value text) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION search(label text, value text); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.search(label text, value text) IS 'What the index column of a searchable column may hold for a value, one for each key version that rows may stand on: where email_bidx = any (rekey.search(''public.users.email'', ''ada@example.org'')). label: that of the protected column. Good within this statement only: a rotation changes it. NULL finds nothing. Writes nothing. 42501: a column that the caller may not read, or another tenant''s; RK001, RK002: KEK; RK006: the index is not filled yet, or a version may not be used; RK007: not searchable.';
+
+
+--
+-- Name: search_many(text, text[]); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey.search_many(label text, "values" text[]) RETURNS bytea[]
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    AS $$
+begin
+  return rekey._search_values(label, coalesce("values", '{}'));
+end
+$$;
+
+
+ALTER FUNCTION rekey.search_many(label text, "values" text[]) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION search_many(label text, "values" text[]); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey.search_many(label text, "values" text[]) IS 'As rekey.search(), of many values: rows that hold any of them. Errors: as rekey.search().';
 
 
 --
@@ -17944,9 +19282,7 @@ declare
   v_decrypted bigint := 0;
 begin
   select * into v_released from rekey._release_column(target, column_name, coalesce(decrypt, false));
-  if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
-    execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
-  end if;
+  perform rekey._drop_triggers(target, v_released.id, '_look|_carry');
   execute format('lock table %s in access share mode', target);  -- the whole before its parts, as ALTER TABLE locks them
   foreach v_statement in array coalesce(v_released.statements, '{}') loop
     execute v_statement;
@@ -18092,6 +19428,7 @@ begin
     select c.relation::text, r.name, c.version, sum(c.rows)::bigint, sum(c.failed)::bigint
     from rekey._count(v_ids, true) c
     join rekey.keyrings r on r.id = c.keyring_id
+    where c.version > 0
     group by 1, 2, 3
     order by 1, 2, 3;
 end
@@ -18232,7 +19569,7 @@ COMMENT ON FUNCTION rekey_targets.secrets_count(relation regclass, keyrings inte
 -- Name: secrets_read(regclass, tid, tid, integer[], integer[], integer, bigint); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
+CREATE FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
@@ -18264,27 +19601,27 @@ begin
     array_agg(s.row) filter (where s.before < max_bytes),
     array_agg(s.ciphertext) filter (where s.before < max_bytes),
     array_agg('\x00000024'::bytea || convert_to(s.tenant_id, 'UTF8') || '\x00000024'::bytea || convert_to(s.id, 'UTF8')) filter (where s.before < max_bytes),
-    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes)
-  into next, rows, ciphertexts, contexts, keys
+    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes), null::bytea[]
+  into next, rows, ciphertexts, contexts, keys, indexes
   from sized s;
 end
 $$;
 
 
-ALTER FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Rows of rekey.secrets in a range that stand on another version than the given one of their keyring; as secrets_scan, and without locks.';
+COMMENT ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) IS 'Rows of rekey.secrets in a range that stand on another version than the given one of their keyring; as secrets_scan, and without locks.';
 
 
 --
 -- Name: secrets_scan(regclass, tid, tid, integer[], xid, integer, bigint); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) RETURNS record
+CREATE FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET plan_cache_mode TO 'force_custom_plan'
@@ -18316,27 +19653,27 @@ begin
     array_agg(s.row) filter (where s.before < max_bytes),
     array_agg(s.ciphertext) filter (where s.before < max_bytes),
     array_agg('\x00000024'::bytea || convert_to(s.tenant_id, 'UTF8') || '\x00000024'::bytea || convert_to(s.id, 'UTF8')) filter (where s.before < max_bytes),
-    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes)
-  into next, rows, ciphertexts, contexts, keys
+    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes), null::bytea[]
+  into next, rows, ciphertexts, contexts, keys, indexes
   from sized s;
 end
 $$;
 
 
-ALTER FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) OWNER TO rekey_owner;
+ALTER FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) IS 'Rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and little more than max_bytes of ciphertext. since: only what this transaction or a later one wrote; NULL: all. contexts: without the label. next: the last row returned, where more may follow; NULL at the end of the range.';
+COMMENT ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) IS 'Rows of rekey.secrets whose row pointer lies from first on and before until: at most max_rows of them, and little more than max_bytes of ciphertext. since: only what this transaction or a later one wrote; NULL: all. contexts: without the label. next: the last row returned, where more may follow; NULL at the end of the range.';
 
 
 --
--- Name: secrets_write(regclass, tid[], bytea[], bytea[]); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
+-- Name: secrets_write(regclass, tid[], bytea[], bytea[], bytea[]); Type: FUNCTION; Schema: rekey_targets; Owner: rekey_owner
 --
 
-CREATE FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) RETURNS record
+CREATE FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[], OUT locked tid[], OUT written bigint) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
@@ -18367,13 +19704,13 @@ end
 $$;
 
 
-ALTER FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) OWNER TO rekey_owner;
+ALTER FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[], OUT locked tid[], OUT written bigint) OWNER TO rekey_owner;
 
 --
--- Name: FUNCTION secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[], OUT locked tid[], OUT written bigint); Type: COMMENT; Schema: rekey_targets; Owner: rekey_owner
 --
 
-COMMENT ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) IS 'Locks the rows that secrets_read returned in this statement, but those that somebody else has locked or changed, and stores new ciphertexts in them. starts: header and IV (27 bytes) of what was read. locked: the rows that it had; written: how many were changed.';
+COMMENT ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[], OUT locked tid[], OUT written bigint) IS 'Locks the rows that secrets_read returned in this statement, but those that somebody else has locked or changed, and stores new ciphertexts in them. starts: header and IV (27 bytes) of what was read. locked: the rows that it had; written: how many were changed.';
 
 
 --
@@ -18388,6 +19725,29 @@ ALTER TABLE rekey._chunks ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
     NO MAXVALUE
     CACHE 1
 );
+
+
+--
+-- Name: _column_relations; Type: TABLE; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE TABLE rekey._column_relations (
+    column_id integer NOT NULL,
+    relation oid NOT NULL,
+    attnum smallint NOT NULL,
+    relation_name text NOT NULL,
+    home text NOT NULL,
+    settled boolean NOT NULL
+);
+
+
+ALTER TABLE rekey._column_relations OWNER TO rekey_owner;
+
+--
+-- Name: TABLE _column_relations; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON TABLE rekey._column_relations IS 'Relations that were seen to hold values of a protected column (attnum 0); or, settled, that are known not to, though they were a part of it, or have a column of its name (attnum). home: cluster and database in which the oid is good.';
 
 
 --
@@ -18690,6 +20050,20 @@ COMMENT ON COLUMN rekey.column_status.search_path IS 'The search path that these
 --
 
 COMMENT ON COLUMN rekey.column_status.problem IS 'Why it is blocked, and what to do; NULL: it is not.';
+
+
+--
+-- Name: COLUMN column_status.index_column; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.index_column IS 'The column with its blind index now; NULL: it is not searchable.';
+
+
+--
+-- Name: COLUMN column_status.normalization; Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON COLUMN rekey.column_status.normalization IS 'What it takes for equal: exact, lower, trim_lower or digits.';
 
 
 --
@@ -19627,11 +21001,48 @@ COMMENT ON COLUMN rekey.worker_status.last_census_at IS 'When every row was last
 
 
 --
+-- Name: protected_columns protected_columns_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey.protected_columns
+    ADD CONSTRAINT protected_columns_pkey PRIMARY KEY (id);
+
+
+--
+-- Name: _note_names(integer); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._note_names(only_id integer DEFAULT NULL::integer) RETURNS void
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET quote_all_identifiers TO 'off'
+    -- in sql/code
+;
+
+
+ALTER FUNCTION rekey._note_names(only_id integer) OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _note_names(only_id integer); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._note_names(only_id integer) IS 'Notes what the protected columns, NULL: all, are called now, and which relations their tables consist of.';
+
+
+--
 -- Name: _audit_head _audit_head_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
 ALTER TABLE ONLY rekey._audit_head
     ADD CONSTRAINT _audit_head_pkey PRIMARY KEY (singleton);
+
+
+--
+-- Name: _blind_indexes _blind_indexes_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._blind_indexes
+    ADD CONSTRAINT _blind_indexes_pkey PRIMARY KEY (column_id);
 
 
 --
@@ -19843,14 +21254,6 @@ ALTER TABLE ONLY rekey.protected_columns
 
 
 --
--- Name: protected_columns protected_columns_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
---
-
-ALTER TABLE ONLY rekey.protected_columns
-    ADD CONSTRAINT protected_columns_pkey PRIMARY KEY (id);
-
-
---
 -- Name: rotation_failures rotation_failures_pkey; Type: CONSTRAINT; Schema: rekey; Owner: rekey_owner
 --
 
@@ -20014,6 +21417,14 @@ CREATE TRIGGER encryption_keys_keep BEFORE DELETE OR TRUNCATE ON rekey.encryptio
 --
 
 CREATE TRIGGER encryption_keys_state BEFORE UPDATE ON rekey.encryption_keys FOR EACH ROW EXECUTE FUNCTION rekey._check_key_change();
+
+
+--
+-- Name: _blind_indexes _blind_indexes_column_fkey; Type: FK CONSTRAINT; Schema: rekey; Owner: rekey_owner
+--
+
+ALTER TABLE ONLY rekey._blind_indexes
+    ADD CONSTRAINT _blind_indexes_column_fkey FOREIGN KEY (column_id) REFERENCES rekey.protected_columns(id) ON DELETE CASCADE;
 
 
 --
@@ -20273,6 +21684,13 @@ GRANT ALL ON FUNCTION public.rotate_keys(keyring text, reason text, supersede bo
 
 
 --
+-- Name: FUNCTION _activate_in_indexes(keyrings integer[], versions integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._activate_in_indexes(keyrings integer[], versions integer[]) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _active_versions(keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -20280,10 +21698,10 @@ REVOKE ALL ON FUNCTION rekey._active_versions(keyrings integer[]) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean, prefix bytea, normalization text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._adopt("values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean, prefix bytea, normalization text) FROM PUBLIC;
 
 
 --
@@ -20494,19 +21912,19 @@ GRANT ALL ON FUNCTION rekey._call_count(function_names name[], relations regclas
 
 
 --
--- Name: FUNCTION _call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[], OUT state text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
 --
 
-REVOKE ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT state text[]) TO rekey_owner;
+REVOKE ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[], OUT state text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_read(function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, touch_from tid, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[], OUT state text[]) TO rekey_owner;
 
 
 --
--- Name: FUNCTION _call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]); Type: ACL; Schema: rekey; Owner: rekey_sweeper
 --
 
-REVOKE ALL ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_owner;
+REVOKE ALL ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_scan(function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) TO rekey_owner;
 
 
 --
@@ -20518,11 +21936,11 @@ GRANT ALL ON FUNCTION rekey._call_tenant_check(function_name text, tenant_id uui
 
 
 --
--- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey; Owner: rekey_sweeper
+-- Name: FUNCTION _call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey; Owner: rekey_sweeper
 --
 
-REVOKE ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) TO rekey_owner;
+REVOKE ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._call_write(function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint) TO rekey_owner;
 
 
 --
@@ -20576,10 +21994,10 @@ GRANT ALL ON FUNCTION rekey._changes() TO rekey_sweeper;
 
 
 --
--- Name: FUNCTION _check(ciphertexts bytea[], prefix bytea, contexts bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _check(ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text) FROM PUBLIC;
 
 
 --
@@ -20754,6 +22172,13 @@ REVOKE ALL ON FUNCTION rekey._column_id(relation regclass, column_name name) FRO
 
 
 --
+-- Name: FUNCTION _column_places(target regclass, names name[], index_column name, OUT attnums smallint[], OUT places integer[], OUT index_place integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._column_places(target regclass, names name[], index_column name, OUT attnums smallint[], OUT places integer[], OUT index_place integer) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _column_problem(protected rekey.protected_columns, part regclass); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -20775,6 +22200,13 @@ REVOKE ALL ON FUNCTION rekey._column_status() FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._column_status() TO rekey_admin;
 GRANT ALL ON FUNCTION rekey._column_status() TO rekey_operator;
 GRANT ALL ON FUNCTION rekey._column_status() TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _complete_indexes(keyring_id integer, rotation_id bigint, counted jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._complete_indexes(keyring_id integer, rotation_id bigint, counted jsonb) FROM PUBLIC;
 
 
 --
@@ -20815,6 +22247,13 @@ REVOKE ALL ON FUNCTION rekey._conditions() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._context(parts text[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _context_expression(label text, names text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._context_expression(label text, names text[]) FROM PUBLIC;
 
 
 --
@@ -20925,11 +22364,11 @@ REVOKE ALL ON FUNCTION rekey._destruction_step(clock_jumped boolean) FROM PUBLIC
 
 
 --
--- Name: FUNCTION _drop_triggers(target regclass, id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _drop_triggers(target regclass, id integer, suffixes text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._drop_triggers(target regclass, id integer) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey._drop_triggers(target regclass, id integer) TO rekey_admin;
+REVOKE ALL ON FUNCTION rekey._drop_triggers(target regclass, id integer, suffixes text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._drop_triggers(target regclass, id integer, suffixes text) TO rekey_admin;
 
 
 --
@@ -21069,6 +22508,14 @@ GRANT ALL ON FUNCTION rekey._finish_rebind(id integer, from_relation text, settl
 
 
 --
+-- Name: FUNCTION _finish_search(id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._finish_search(id integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._finish_search(id integer) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION _is_kept(event text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -21116,6 +22563,13 @@ REVOKE ALL ON FUNCTION rekey._function_names(function_name name) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._function_statements(protected rekey.protected_columns, owner name) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _further_values(versions integer[], keyring_id integer, info bytea, normalized bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._further_values(versions integer[], keyring_id integer, info bytea, normalized bytea) FROM PUBLIC;
 
 
 --
@@ -21203,6 +22657,69 @@ REVOKE ALL ON FUNCTION rekey._home() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._http_status(code text) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _index_bodies(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._index_bodies(protected rekey.protected_columns, relation regclass, attnums smallint[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _index_column(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._index_column(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _index_findings(protected rekey.protected_columns); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._index_findings(protected rekey.protected_columns) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _index_function_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._index_function_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _index_key(dek bytea, info bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._index_key(dek bytea, info bytea) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _index_of(id integer, envelope bytea, context bytea, version integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._index_of(id integer, envelope bytea, context bytea, version integer) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _index_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._index_statements(protected rekey.protected_columns, relation regclass, attnums smallint[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _index_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._index_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _index_value(version integer, key bytea, normalized bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._index_value(version integer, key bytea, normalized bytea) FROM PUBLIC;
 
 
 --
@@ -21588,6 +23105,13 @@ REVOKE ALL ON FUNCTION rekey._next_row(pointer tid) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _normalized(value bytea, normalization text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._normalized(value bytea, normalization text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _note_adopted(rotation_id bigint, keyring_id integer, rows_done bigint, target text, relation regclass, failed_keys text[], failed_problems text[], failed_codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -21637,20 +23161,6 @@ REVOKE ALL ON FUNCTION rekey._note_finds(search_id bigint, relation oid, hits te
 
 REVOKE ALL ON FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._note_look(search_id bigint, reader text, relations oid[], names text[], problems text[], again boolean[], hits text[]) TO rekey_operator;
-
-
---
--- Name: FUNCTION _relation_named(name text); Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey._relation_named(name text) FROM PUBLIC;
-
-
---
--- Name: FUNCTION _note_names(only_id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey._note_names(only_id integer) FROM PUBLIC;
 
 
 --
@@ -21705,6 +23215,13 @@ REVOKE ALL ON FUNCTION rekey._note_trouble(chunk rekey._chunks, message text, co
 
 
 --
+-- Name: FUNCTION _older_snapshots(since xid8); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._older_snapshots(since xid8) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _older_transactions(older xid8, since timestamp with time zone); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -21738,6 +23255,13 @@ GRANT ALL ON FUNCTION rekey._open_endpoints() TO rekey_operator;
 --
 
 REVOKE ALL ON FUNCTION rekey._open_found(targets rekey._target[], whole rekey._counted[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _open_incoming(envelope bytea, context bytea); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._open_incoming(envelope bytea, context bytea) FROM PUBLIC;
 
 
 --
@@ -21955,10 +23479,24 @@ REVOKE ALL ON FUNCTION rekey._record_error(rotations bigint[], message text, cod
 
 
 --
--- Name: FUNCTION _reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[], OUT indexes bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._reencrypt(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made bytea[], OUT made_keyrings integer[], OUT failed_places integer[], OUT problems text[], OUT indexes bytea[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refill(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made_indexes bytea[], OUT made_keyrings integer[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refill(rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[], normalization text, OUT made_rows tid[], OUT starts bytea[], OUT made_indexes bytea[], OUT made_keyrings integer[]) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refill_failed(targets text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refill_failed(targets text[]) FROM PUBLIC;
 
 
 --
@@ -22052,6 +23590,13 @@ REVOKE ALL ON FUNCTION rekey._refuse_hidden() FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._refuse_in_use(keyring rekey.keyrings, version integer, counted bigint) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _refuse_keyring(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._refuse_keyring() FROM PUBLIC;
 
 
 --
@@ -22193,6 +23738,21 @@ GRANT ALL ON FUNCTION rekey._register_column(target regclass, column_name name, 
 
 
 --
+-- Name: FUNCTION _register_search(target regclass, column_name name, index_column name, normalization text, OUT id integer, OUT statements text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._register_search(target regclass, column_name name, index_column name, normalization text, OUT id integer, OUT statements text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey._register_search(target regclass, column_name name, index_column name, normalization text, OUT id integer, OUT statements text[]) TO rekey_admin;
+
+
+--
+-- Name: FUNCTION _relation_named(name text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._relation_named(name text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _release_column(target regclass, column_name name, decrypt boolean, OUT id integer, OUT statements text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -22301,10 +23861,10 @@ REVOKE ALL ON FUNCTION rekey._same_heads(heads bytea[]) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _scan_on(target rekey._target, keyrings integer[], first tid, step bigint, until bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _scan_on(target rekey._target, keyrings integer[], first tid, step bigint, until bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._scan_on(target rekey._target, keyrings integer[], first tid, step bigint, until bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._scan_on(target rekey._target, keyrings integer[], first tid, step bigint, until bigint, OUT next_first tid, OUT next_step bigint, OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) FROM PUBLIC;
 
 
 --
@@ -22360,6 +23920,13 @@ REVOKE ALL ON FUNCTION rekey._search_problem(search_id bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._search_turn(reader text, OUT event text, OUT search_id bigint, OUT relation oid, OUT name text, OUT statement text, OUT first bigint, OUT until bigint, OUT wanted bytea[], OUT wait interval, OUT detail jsonb) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _search_values(label text, "values" text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._search_values(label text, "values" text[]) FROM PUBLIC;
 
 
 --
@@ -22523,6 +24090,13 @@ REVOKE ALL ON FUNCTION rekey._text_mark(start text) FROM PUBLIC;
 
 
 --
+-- Name: FUNCTION _text_version(normalization text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._text_version(normalization text) FROM PUBLIC;
+
+
+--
 -- Name: FUNCTION _throttle(wanted integer, OUT rows integer, OUT wait interval); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -22610,6 +24184,13 @@ GRANT ALL ON FUNCTION rekey._trusted_function(extension name, signature text) TO
 REVOKE ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) TO rekey_admin;
 GRANT ALL ON FUNCTION rekey._trusted_relation(extension name, schema name, name name, events integer) TO rekey_operator;
+
+
+--
+-- Name: FUNCTION _unfilled(keyring_id integer, rotation_id bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._unfilled(keyring_id integer, rotation_id bigint) FROM PUBLIC;
 
 
 --
@@ -22719,17 +24300,17 @@ REVOKE ALL ON FUNCTION rekey._wrapping_key(kek bytea) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], indexes bytea[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._write_apart(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], indexes bytea[], OUT written tid[], OUT undone tid, OUT refused tid[], OUT problems text[], OUT codes text[]) FROM PUBLIC;
 
 
 --
--- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
+-- Name: FUNCTION _write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rekey._write_rows(target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
 
 
 --
@@ -23024,6 +24605,14 @@ GRANT ALL ON FUNCTION rekey.lock() TO rekey_app;
 
 
 --
+-- Name: FUNCTION make_searchable(target regclass, column_name name, index_column name, normalization text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.make_searchable(target regclass, column_name name, index_column name, normalization text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.make_searchable(target regclass, column_name name, index_column name, normalization text) TO rekey_admin;
+
+
+--
 -- Name: FUNCTION mark_key_compromised(keyring text, version integer, reason text); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -23222,6 +24811,22 @@ GRANT ALL ON FUNCTION rekey.schedule_worker(schedule text, workers integer) TO r
 
 
 --
+-- Name: FUNCTION search(label text, value text); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.search(label text, value text) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.search(label text, value text) TO rekey_app;
+
+
+--
+-- Name: FUNCTION search_many(label text, "values" text[]); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey.search_many(label text, "values" text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey.search_many(label text, "values" text[]) TO rekey_app;
+
+
+--
 -- Name: FUNCTION search_step(OUT event text, OUT wait interval, OUT detail jsonb); Type: ACL; Schema: rekey; Owner: rekey_owner
 --
 
@@ -23377,27 +24982,27 @@ GRANT ALL ON FUNCTION rekey_targets.secrets_count(relation regclass, keyrings in
 
 
 --
--- Name: FUNCTION secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_sweeper;
-
-
---
--- Name: FUNCTION secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
---
-
-REVOKE ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[]) TO rekey_sweeper;
+REVOKE ALL ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_read(relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) TO rekey_sweeper;
 
 
 --
--- Name: FUNCTION secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+-- Name: FUNCTION secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
 --
 
-REVOKE ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
-GRANT ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], OUT locked tid[], OUT written bigint) TO rekey_sweeper;
+REVOKE ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_scan(relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, OUT next tid, OUT rows tid[], OUT ciphertexts bytea[], OUT contexts bytea[], OUT keys text[], OUT indexes bytea[]) TO rekey_sweeper;
+
+
+--
+-- Name: FUNCTION secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[], OUT locked tid[], OUT written bigint); Type: ACL; Schema: rekey_targets; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[], OUT locked tid[], OUT written bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[], OUT locked tid[], OUT written bigint) TO rekey_sweeper;
 
 
 --
@@ -23502,6 +25107,13 @@ GRANT SELECT ON TABLE rekey.setting_status TO rekey_auditor;
 GRANT SELECT ON TABLE rekey.worker_status TO rekey_admin;
 GRANT SELECT ON TABLE rekey.worker_status TO rekey_operator;
 GRANT SELECT ON TABLE rekey.worker_status TO rekey_auditor;
+
+
+--
+-- Name: FUNCTION _note_names(only_id integer); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._note_names(only_id integer) FROM PUBLIC;
 
 
 --

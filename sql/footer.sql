@@ -75,6 +75,8 @@ grant execute on function rekey._session_state, rekey._refuse_traces, rekey._pre
 -- Conditions of triggers on users' tables, evaluated with the rights of whoever writes; what they tell is no secret.
 grant execute on function rekey._is_doomed(bytea), rekey._is_doomed(text), rekey._may_be_doomed(), rekey._is_scheduled(bytea), rekey.is_sweeping(regclass),
   rekey._refuse_doomed() to public;
+-- What the functions of a blind index ask, with the rights of the owner of its table: numbers of versions.
+grant execute on function rekey._versions_to_ask(integer, oid) to public;
 grant execute on function rekey_targets.secrets_count, rekey_targets.secrets_scan, rekey_targets.secrets_read, rekey_targets.secrets_write to rekey_sweeper;
 grant execute on function public.rotate_keys, public.key_rotation_status, public.pause_rotation, public.retry_rotation, public.rollback_rotation,
   public.mark_key_compromised, rekey._rpc_change, rekey._rpc_key_rotation_status

@@ -34,7 +34,7 @@ TRIES: dict[str, tuple[LiteralString, ...]] = {
         "select * from rekey_targets.secrets_scan('rekey.secrets', '(0,0)', '(9,0)', null, null, 9, 9999)",
         "select * from rekey._call_scan('secrets', 'rekey.secrets', '(0,0)', '(9,0)', null, null, 9, 9999)",
         "select rekey._call_write('secrets', 'rekey.secrets', '{}', '{}', '{}', null)",
-        "select rekey_targets.secrets_write('rekey.secrets', '{}', '{}', '{}')",
+        "select rekey_targets.secrets_write('rekey.secrets', '{}', '{}', '{}', '{}')",
     ),
     "log": ("select * from rekey.audit_log",),
     "verification": ("select * from rekey.verify_audit_log()", "select rekey.audit_checkpoint()"),

@@ -219,7 +219,7 @@ BLOCKS: dict[str, tuple[LiteralString, LiteralString]] = {
         "select rekey.protect_column('app.t', 'v')",
     ),
     "a lost function": (
-        "drop function rekey_targets.column_1_write(regclass, tid[], bytea[], bytea[])",
+        "drop function rekey_targets.column_1_write(regclass, tid[], bytea[], bytea[], bytea[])",
         "select rekey.protect_column('app.t', 'v')",
     ),
 }

@@ -283,10 +283,14 @@ def test_nobody_gains_the_right(ready: Connection, app: Connection, owner: str) 
     ready.execute(statement.encode())
     ready.execute(f"grant execute on function rekey_targets.column_{number}_write to {owner}".encode())
     with refused("42501"):
-        app.execute(f"select rekey_targets.column_{number}_write('app.t', '{{}}', '{{}}', '{{}}')".encode())
+        app.execute(
+            f"select rekey_targets.column_{number}_write('app.t', '{{}}', '{{}}', '{{}}', null)".encode()
+        )
     # For whoever may call it as a superuser, too.
     with refused("42501"):
-        ready.execute(f"select rekey_targets.column_{number}_write('app.t', '{{}}', '{{}}', '{{}}')".encode())
+        ready.execute(
+            f"select rekey_targets.column_{number}_write('app.t', '{{}}', '{{}}', '{{}}', null)".encode()
+        )
 
 
 def test_it_is_kept(ready: Connection, app: Connection, granted: str) -> None:

@@ -585,7 +585,7 @@ DISPATCHERS: dict[str, LiteralString] = {
         "select rekey.verify_ciphertexts()"
     ),
     "rekey._call_read(name, regclass, tid, tid, integer[], integer[], integer, bigint, tid)": "",
-    "rekey._call_write(name, regclass, tid[], bytea[], bytea[], text[])": "",
+    "rekey._call_write(name, regclass, tid[], bytea[], bytea[], text[], bytea[])": "",
 }
 
 

@@ -425,7 +425,7 @@ cross join lateral aclexplode(o.acl) a
 left join pg_roles r on r.oid = a.grantee
 where case
   -- What triggers ask with the rights of whoever writes: it tells states of keys, and nothing of values.
-  when a.grantee = 0 then o.name not in ('_is_doomed()', '_may_be_doomed()', '_is_scheduled()', '_refuse_doomed()', 'is_sweeping()')
+  when a.grantee = 0 then o.name not in ('_is_doomed()', '_may_be_doomed()', '_is_scheduled()', '_refuse_doomed()', '_versions_to_ask()', 'is_sweeping()')
   when r.rolname = 'anon' then true
   -- What the RPC calls, which decides itself who may.
   when r.rolname = 'authenticated' then o.name not in ('_rpc_change()', '_rpc_key_rotation_status()')
@@ -782,6 +782,24 @@ where f.kind <> 'blocked'
 select rekey.protect_column(%s::regclass, %s, %s, %s::name[], %s, %s,
   coalesce(%s, nullif(current_setting('pg_rekey.login_path', true), ''), current_setting('search_path')))
 
+-- name: make searchable
+-- description: Has the blind index of a protected column made, or filled anew; returns the statement that indexes it.
+select rekey.make_searchable(%s::regclass, %s, %s, %s) as statement
+
+-- name: filling
+-- description: The rotations that fill the blind index of a protected column.
+select r.id from rekey.column_status s join rekey.rotation_status r on r.keyring = s.keyring
+where s.relation = %s::regclass and s.column_name = %s and r.state in ('queued', 'running', 'paused', 'verifying') and r.trigger <> 'adoption'
+order by r.id
+
+-- name: search indexes
+-- description: The indexes that begin with the blind index of a protected column.
+select i.indexrelid::regclass::text as name, i.indisunique as unique, i.indisvalid as valid
+from rekey.column_status s
+join pg_attribute a on a.attrelid = s.relation and a.attname = s.index_column
+join pg_index i on i.indrelid = s.relation and i.indkey[0] = a.attnum
+where s.relation = %s::regclass and s.column_name = %s
+
 -- name: never searched
 -- description: What `columns find` does not look into, whoever asks: foreign tables, of which ten, and large objects.
 (select format('foreign table %s', c.oid::regclass) as name from pg_class c where c.relkind = 'f' order by 1 limit 10)
@@ -916,7 +934,7 @@ with ours (classid, objid) as (
   union all select 'pg_trigger'::regclass, t.oid from pg_trigger t join ours o on o.objid = t.tgrelid and o.classid = 'pg_class'::regclass
   -- Those that encrypt on write go with the protection of their column.
   union all select 'pg_trigger'::regclass, t.oid from pg_trigger t join ours o on o.objid = t.tgfoid and o.classid = 'pg_proc'::regclass
-    where t.tgname ~ '^zz_pg_rekey_\d+(_insert|_update)?$'
+    where t.tgname ~ '^zz_pg_rekey_\d+(_insert|_update|_look|_carry)?$'
 )
 select distinct coalesce(
   (select pg_describe_object('pg_class'::regclass, r.ev_class, 0) from pg_rewrite r where d.classid = 'pg_rewrite'::regclass and r.oid = d.objid),

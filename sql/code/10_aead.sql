@@ -93,6 +93,16 @@ language sql immutable parallel safe
 return hmac(message, key, 'sha256');
 comment on function rekey._sign is 'HMAC-SHA-256 of a message, by which a webhook is known to be ours.';
 
+create or replace function rekey._index_key(dek bytea, info bytea) returns bytea
+language sql immutable parallel safe
+return hmac('pg_rekey/v1/index'::bytea || info, dek, 'sha256');
+comment on function rekey._index_key is 'The key of a blind index under one key version, derived from its DEK. info: the label of the column and what it takes for equal.';
+
+create or replace function rekey._index_value(version integer, key bytea, normalized bytea) returns bytea
+language sql immutable parallel safe
+return int4send(version) || substr(hmac(normalized, key, 'sha256'), 1, 16);
+comment on function rekey._index_value is 'What a blind index holds for a value: the key version, and the first 16 bytes of its HMAC-SHA-256.';
+
 create or replace function rekey._dearmor(armored text) returns bytea
 language sql immutable parallel safe
 return dearmor(armored);

@@ -4,7 +4,8 @@
 --     the relation, with its partitions
 --   <name>_scan(relation, first, until, keyrings, since, max_rows, max_bytes): rows in that range of row pointers, in that snapshot
 --   <name>_read(relation, first, until, keyrings, versions, max_rows, max_bytes): rows that are due; what is no envelope, it locks
---   <name>_write(relation, rows, starts, ciphertexts): locks those of them that still begin so, and stores what the engine made of them
+--   <name>_write(relation, rows, starts, ciphertexts, indexes): locks those of them that still begin so, and stores what the engine made of
+--     them; indexes: the values of a blind index, with the ciphertexts or without (57_blind_index.sql)
 -- What has more than 64 MiB with its context and key is not read: scan and read return a header and the word "large" in its
 -- place; NULL where it is no envelope.
 -- rekey.secrets is the first target; protected columns are the others (51_columns.sql).
@@ -30,7 +31,7 @@ comment on function rekey_targets.secrets_count is 'Counts rekey.secrets by keyr
 
 create or replace function rekey_targets.secrets_scan(
   relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint,
-  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
+  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out indexes bytea[]
 )
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -62,8 +63,8 @@ begin
     array_agg(s.row) filter (where s.before < max_bytes),
     array_agg(s.ciphertext) filter (where s.before < max_bytes),
     array_agg('\x00000024'::bytea || convert_to(s.tenant_id, 'UTF8') || '\x00000024'::bytea || convert_to(s.id, 'UTF8')) filter (where s.before < max_bytes),
-    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes)
-  into next, rows, ciphertexts, contexts, keys
+    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes), null::bytea[]
+  into next, rows, ciphertexts, contexts, keys, indexes
   from sized s;
 end
 $$;
@@ -72,7 +73,7 @@ comment on function rekey_targets.secrets_scan is
 
 create or replace function rekey_targets.secrets_read(
   relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
-  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
+  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out indexes bytea[]
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -104,8 +105,8 @@ begin
     array_agg(s.row) filter (where s.before < max_bytes),
     array_agg(s.ciphertext) filter (where s.before < max_bytes),
     array_agg('\x00000024'::bytea || convert_to(s.tenant_id, 'UTF8') || '\x00000024'::bytea || convert_to(s.id, 'UTF8')) filter (where s.before < max_bytes),
-    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes)
-  into next, rows, ciphertexts, contexts, keys
+    array_agg(s.tenant_id || '/' || s.id) filter (where s.before < max_bytes), null::bytea[]
+  into next, rows, ciphertexts, contexts, keys, indexes
   from sized s;
 end
 $$;
@@ -116,7 +117,7 @@ comment on function rekey_targets.secrets_read is
 -- Whether the row is still as it was read tell its pointer, once it is locked, and the header and IV of its envelope. (Before 15.15,
 -- 17.7 and 18.0, a search by pointer did not look at the pointer again where it had waited for another session's UPDATE.)
 create or replace function rekey_targets.secrets_write(
-  relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint
+  relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[], out locked tid[], out written bigint
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -340,7 +341,7 @@ comment on function rekey._call_count is 'Calls the count functions of targets. 
 
 create or replace function rekey._call_scan(
   function_name name, relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint,
-  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]
+  out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out indexes bytea[]
 )
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -358,7 +359,7 @@ begin
     v_changes := rekey._changes();
   end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_scan')
-  into next, rows, ciphertexts, contexts, keys
+  into next, rows, ciphertexts, contexts, keys, indexes
   using relation, first, until, keyrings, since, max_rows, max_bytes;
   if v_state is not null then
     perform rekey._refuse_traces(v_state, pg_catalog.current_setting('search_path'));
@@ -370,7 +371,7 @@ comment on function rekey._call_scan is 'Calls the scan function of a target.';
 
 create or replace function rekey._call_read(
   function_name name, relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint,
-  touch_from tid = null, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out state text[]
+  touch_from tid = null, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out indexes bytea[], out state text[]
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -391,7 +392,7 @@ begin
     using relation, touch_from, first, pg_catalog.pg_current_xact_id()::xid;
   end if;
   execute format('select s.* from rekey_targets.%I($1, $2, $3, $4, $5, $6, $7) s', function_name || '_read')
-  into next, rows, ciphertexts, contexts, keys
+  into next, rows, ciphertexts, contexts, keys, indexes
   using relation, first, until, keyrings, versions, max_rows, max_bytes;
   if state is not null then
     perform rekey._refuse_traces(state, pg_catalog.current_setting('search_path'));
@@ -403,7 +404,7 @@ comment on function rekey._call_read is
   'Calls the read function of a target. touch_from: its scan function before, for nothing, from there up to first. state: of the session, before and after.';
 
 create or replace function rekey._call_write(
-  function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], out locked tid[], out written bigint
+  function_name name, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[] = null, out locked tid[], out written bigint
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -419,8 +420,8 @@ begin
   if function_name operator(pg_catalog.<>) 'secrets' then
     v_state := coalesce(state, rekey._session_state(pg_catalog.current_setting('search_path')));
   end if;
-  execute format('select w.* from rekey_targets.%I($1, $2, $3, $4) w', function_name || '_write')
-  into locked, written using relation, rows, starts, ciphertexts;
+  execute format('select w.* from rekey_targets.%I($1, $2, $3, $4, $5) w', function_name || '_write')
+  into locked, written using relation, rows, starts, ciphertexts, indexes;
   if v_state is not null then
     v_changes := rekey._changes();
   end if;
@@ -448,8 +449,9 @@ return case when octet_length(ciphertext) = 16 and substr(ciphertext, 12) = '\x6
 comment on function rekey._shape_problem is 'What is wrong with what is no envelope. What is larger than any can be, targets do not read: a header, and the word large, stand for it.';
 
 create or replace function rekey._reencrypt(
-  rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[],
-  out made_rows tid[], out starts bytea[], out made bytea[], out made_keyrings integer[], out failed_places integer[], out problems text[]
+  rows tid[], ciphertexts bytea[], prefix bytea, contexts bytea[], normalization text = null,
+  out made_rows tid[], out starts bytea[], out made bytea[], out made_keyrings integer[], out failed_places integer[], out problems text[],
+  out indexes bytea[]
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -463,6 +465,7 @@ declare
   v_from_keyrings integer[];
   v_from_versions integer[];
   v_ivs bytea;
+  v_info bytea := prefix || rekey._part(normalization);
 begin
   select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)), array_agg(distinct rekey._int4(h.header, 3))
   into v_from_keyrings, v_from_versions, v_keyrings
@@ -477,17 +480,19 @@ begin
     array_agg(o.keyring_id) filter (where o.body is not null),
     array_agg(o.place) filter (where o.body is null),
     array_agg(case when o.plaintext is null then coalesce(o.old_problem, 'does not open: damaged, or of another row')
-                   else coalesce(o.new_problem, 'the keyring has no active version') end) filter (where o.body is null)
-  into made_rows, starts, made, made_keyrings, failed_places, problems
+                   else coalesce(o.new_problem, 'the keyring has no active version') end) filter (where o.body is null),
+    case when _reencrypt.normalization is not null then array_agg(o.index) filter (where o.body is not null) end
+  into made_rows, starts, made, made_keyrings, failed_places, problems, indexes
   from (
-    select p.*, case when p.plaintext is not null and p.key is not null then rekey._encipher(p.key, p.iv, p.plaintext) end as body
+    select p.*, case when p.plaintext is not null and p.key is not null then rekey._encipher(p.key, p.iv, p.plaintext) end as body,
+      case when _reencrypt.normalization is not null then rekey._index_value(p.version, p.index_key, rekey._normalized(p.plaintext, _reencrypt.normalization)) end as index
     from (
       select u.*, substr(v_ivs, u.place * 16 - 15, 16) as iv, u.header || prefix || u.context as aad,
         case when u.old_key is not null then
           case when rekey._is_authentic(u.old_key, u.old_iv, u.sealed, u.old_header || prefix || u.context)
             then rekey._decipher(u.old_key, u.old_iv, u.sealed) end end as plaintext
       from (
-        select c.place::integer as place, c.row, c.context, k.keyring_id, k.old_header, k.old_key, k.header, k.key, k.new_problem,
+        select c.place::integer as place, c.row, c.context, k.keyring_id, k.old_header, k.old_key, k.header, k.key, k.version, k.index_key, k.new_problem,
           substr(c.ciphertext, 12, 16) as old_iv, substr(c.ciphertext, 28) as sealed,
           case when k.old_header is not null then k.old_problem
                when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
@@ -498,7 +503,8 @@ begin
             select * from rekey._deks(v_from_keyrings || v_keyrings, v_from_versions || v_versions, sweeping => true)
           )
           select d.keyring_id, rekey._header(d.keyring_id, d.version) as old_header, d.key as old_key, d.problem as old_problem,
-            rekey._header(a.keyring_id, a.version) as header, a.key, a.problem as new_problem
+            rekey._header(a.keyring_id, a.version) as header, a.key, a.version, a.problem as new_problem,
+            case when _reencrypt.normalization is not null then rekey._index_key(a.key, v_info) end as index_key
           from keys d
           left join (unnest(v_keyrings, v_versions) as w(keyring_id, version) join keys a using (keyring_id, version)) on w.keyring_id = d.keyring_id
           offset 0
@@ -512,9 +518,9 @@ begin
 end
 $$;
 comment on function rekey._reencrypt is
-  'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows, of made_keyrings; starts: header and IV of the old ones; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. Gives back no plaintext.';
+  'Re-encrypts envelopes under the active version of their keyring; each is checked first. made: the new envelopes of made_rows, of made_keyrings; starts: header and IV of the old ones; failed_places: those of the given ones that do not open, and problems, why. prefix: what every context begins with. normalization: of a searchable column, whose index values are made too. Gives back no plaintext.';
 
-create or replace function rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[])
+create or replace function rekey._check(ciphertexts bytea[], prefix bytea, contexts bytea[], indexes bytea[] = null, normalization text = null)
 returns table (header bytea, failed_places integer[], problems text[])
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -525,6 +531,7 @@ declare
   v_headers bytea[] := rekey._headers(ciphertexts);
   v_keyrings integer[];
   v_versions integer[];
+  v_info bytea := prefix || rekey._part(normalization);
 begin
   select array_agg(rekey._int4(h.header, 3)), array_agg(rekey._int4(h.header, 7)) into v_keyrings, v_versions
   from unnest(v_headers) as h(header);
@@ -533,16 +540,22 @@ begin
     from (
       select p.place, p.header,
         case when p.key is null then p.problem
-             when not rekey._is_authentic(p.key, p.iv, p.sealed, p.aad) then 'does not open: damaged, or of another row' end as problem
+             when not rekey._is_authentic(p.key, p.iv, p.sealed, p.aad) then 'does not open: damaged, or of another row'
+             -- (What stands in the index under another version is behind: the next pass makes it anew.)
+             when substr(p.index, 1, 4) = substr(p.header, 8, 4)
+               and p.index <> rekey._index_value(p.version, p.index_key, rekey._normalized(rekey._decipher(p.key, p.iv, p.sealed), _check.normalization))
+               then 'its index value is not that of its value' end as problem
       from (
-        select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key,
+        select c.place::integer as place, substr(c.ciphertext, 1, 11) as header, k.key, k.version, k.index_key,
+          case when _check.normalization is not null then c.index end as index,
           substr(c.ciphertext, 12, 16) as iv, substr(c.ciphertext, 28) as sealed, k.header || prefix || c.context as aad,
           case when k.header is not null then k.problem
                when not rekey._is_envelope(c.ciphertext) then rekey._shape_problem(c.ciphertext)
                else 'there is no such key version' end as problem
-        from unnest(ciphertexts, contexts) with ordinality as c(ciphertext, context, place)
+        from unnest(ciphertexts, contexts, indexes) with ordinality as c(ciphertext, context, index, place)
         left join (
-          select rekey._header(d.keyring_id, d.version) as header, d.key, d.problem
+          select rekey._header(d.keyring_id, d.version) as header, d.key, d.version, d.problem,
+            case when _check.normalization is not null then rekey._index_key(d.key, v_info) end as index_key
           from rekey._deks(v_keyrings, v_versions, sweeping => true) d
           offset 0
         ) k on k.header = substr(c.ciphertext, 1, 11) and rekey._is_envelope(c.ciphertext)
@@ -555,7 +568,7 @@ begin
 end
 $$;
 comment on function rekey._check is
-  'Checks the tags of envelopes: the places of those that do not open, by header, with the reason. prefix: what every context begins with.';
+  'Checks the tags of envelopes: the places of those that do not open, by header, with the reason. prefix: what every context begins with. normalization: of a searchable column, whose index values are compared too.';
 
 create or replace function rekey._block(pointer tid) returns bigint
 language sql immutable parallel safe
@@ -571,7 +584,7 @@ comment on function rekey._next_row is 'The row pointer after this one.';
 -- order that the server knows of.)
 create or replace function rekey._scan_on(
   target rekey._target, keyrings integer[], first tid, step bigint = null, until bigint = 4294967294,
-  out next_first tid, out next_step bigint, out ciphertexts bytea[], out contexts bytea[], out keys text[]
+  out next_first tid, out next_step bigint, out ciphertexts bytea[], out contexts bytea[], out keys text[], out indexes bytea[]
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -589,6 +602,7 @@ begin
   ciphertexts := v_found.ciphertexts;
   contexts := v_found.contexts;
   keys := v_found.keys;
+  indexes := v_found.indexes;
   next_first := case when v_found.next is not null then rekey._next_row(v_found.next) when v_until < v_end then format('(%s,0)', v_until)::tid end;
   next_step := case when v_found.next is not null then greatest(next_step / 2, 256)
                     when coalesce(cardinality(v_found.rows), 0) < 1000 then least(next_step * 2, 1048576) else next_step end;
@@ -653,8 +667,8 @@ comment on function rekey._refuse_blocked is
 create or replace function rekey._function_names(function_name name) returns name[]
 language sql immutable parallel safe
 return array[function_name || '_guard', function_name || '_sql', function_name || '_count', function_name || '_scan', function_name || '_read',
-  function_name || '_write', function_name || '_trigger']::name[];
-comment on function rekey._function_names is 'What the functions of a target can be called: guard, sql, count, scan, read, write, trigger; rekey.secrets has not all of them. (An index finds them so; of a schema there is none.)';
+  function_name || '_write', function_name || '_trigger', function_name || '_look', function_name || '_carry', function_name || '_move', function_name || '_live']::name[];
+comment on function rekey._function_names is 'What the functions of a target can be called: guard, sql, count, scan, read, write, trigger, and those of a blind index; not all have all of them. (An index finds them so; of a schema there is none.)';
 
 create or replace function rekey._target_state(function_name name = null) returns text
 language plpgsql volatile
@@ -700,6 +714,7 @@ begin
     with counted as (
       select c.keyring_id, c.version, sum(c.rows)::bigint as rows, array_agg(distinct c.relation::text) as relations
       from rekey._count(v_ids, false) c
+      where c.version > 0
       group by c.keyring_id, c.version
     )
     select r.name, coalesce(k.version, c.version), coalesce(k.state, 'unknown'), coalesce(c.rows, 0), coalesce(c.relations, '{}')
@@ -724,6 +739,7 @@ begin
     select c.relation::text, r.name, c.version, sum(c.rows)::bigint, sum(c.failed)::bigint
     from rekey._count(v_ids, true) c
     join rekey.keyrings r on r.id = c.keyring_id
+    where c.version > 0
     group by 1, 2, 3
     order by 1, 2, 3;
 end

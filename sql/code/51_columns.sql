@@ -25,12 +25,16 @@ declare
   v_before text := case when protected.fire_triggers then format('perform set_config(''search_path'', %L, true);', protected.search_path)
     else 'perform set_config(''session_replication_role'', ''replica'', true);' end;
   v_after text := case when protected.fire_triggers then '' else 'perform set_config(''session_replication_role'', v_role, false);' end;
+  v_searchable boolean := protected.index_place is not null;
   v_from text;
   v_select text;
   v_page text;
+  v_count text;
+  v_due text := 'h.header <> all ($6)';
+  v_set text;
 begin
   -- The statements have places for the column (%1$s), the relation (%2$s), context (%3$s) and key (%4$s) of a row, all
-  -- columns that these take (%5$s), and the bytes of context and key (%6$s).
+  -- columns that these take (%5$s), and the bytes of context and key (%6$s); of a searchable column, for the one with its index (%7$s).
   if protected.is_text then
     -- A column may have a collation that knows no regular expressions, or takes other letters for equal.
     v_start := 'left(t.%1$s, 20) collate "C"';
@@ -62,8 +66,48 @@ begin
   )
   select case when count(*) filter (where t.cmin < $5) < count(*) or count(*) = $4 then max(t.ctid) filter (where t.cmin < $5) end,
     array_agg(t.ctid) filter (where t.cmin < $5), array_agg(case when t.cmax is null then t.xmin else ' || v_bytes || ' end) filter (where t.cmin < $5),
-    array_agg(case when t.cmax is null then '''' else %3$s end) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5)
+    array_agg(case when t.cmax is null then '''' else %3$s end) filter (where t.cmin < $5), array_agg(%4$s) filter (where t.cmin < $5),
+    ' || case when v_searchable then 'array_agg(t.%7$s) filter (where t.cmin < $5)' else 'null::bytea[]' end || '
   from sized t';
+  v_count := 'with begun as (
+      select case when ' || v_may_be || ' then g.start end as start, count(*) as rows
+      from (select ' || v_start || ' as start from only %2$s t where t.%1$s is not null offset 0) g group by 1
+    ), headed as (
+      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
+        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version, g.rows
+      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
+    )
+    select e.keyring_id, e.version, sum(e.rows)::bigint from headed e where $1 is null or e.keyring_id = any ($1) group by 1, 2';
+  if v_searchable then
+    -- What stands in the index under another version than its value is counted once more, as of version 0, which there is not.
+    v_count := 'with begun as (
+      select case when ' || v_may_be || ' then g.start end as start, g.index, count(*) as rows
+      from (select ' || v_start || ' as start, substr(t.%7$s, 1, 4) as index from only %2$s t where t.%1$s is not null offset 0) g group by 1, 2
+    ), headed as (
+      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
+        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version,
+        h.header is not null and g.index is distinct from substr(h.header, 8, 4) as astray, g.rows
+      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
+    ), counted as (
+      select e.keyring_id, e.version, e.rows from headed e
+      union all
+      select e.keyring_id, 0, e.rows from headed e where e.astray
+    )
+    select e.keyring_id, e.version, sum(e.rows)::bigint from counted e where $1 is null or e.keyring_id = any ($1) group by 1, 2';
+    v_due := '($6 is null or h.header <> all ($6) or substr(t.%7$s, 1, 4) is distinct from substr(h.header, 8, 4))';
+  end if;
+  v_set := quote_literal('update only %2$s t set %1$s = ' || v_stored || case when v_searchable then ', %7$s = u.index' else '' end || '
+    from rows from (pg_catalog.unnest((select $1)), pg_catalog.unnest((select $2)), pg_catalog.unnest((select $3))'
+      || case when v_searchable then ', pg_catalog.unnest((select $4))' else '' end || ') as u(row, start, ciphertext' || case when v_searchable then ', index' else '' end || ')
+    where t.ctid operator(pg_catalog.=) u.row and ($2 is null or ' || v_begins || ')
+    returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end
+      || case when v_searchable then ' and coalesce(t.%7$s operator(pg_catalog.=) u.index, false)' else '' end);
+  if v_searchable then
+    v_set := 'case when ciphertexts is not null then ' || v_set || ' else ' || quote_literal('update only %2$s t set %7$s = u.index
+    from rows from (pg_catalog.unnest((select $1)), pg_catalog.unnest((select $2)), pg_catalog.unnest((select $4))) as u(row, start, index)
+    where t.ctid operator(pg_catalog.=) u.row and ' || v_begins || ' and $3 is null
+    returning coalesce(t.%7$s operator(pg_catalog.=) u.index, false)') || ' end';
+  end if;
 
   return query
   select format('%s_%s', v_prefix, b.suffix), b.arguments, b.result, b.volatility, b.body
@@ -122,7 +166,7 @@ begin
   where a.attrelid = v_table and a.attlen = -1 and not a.attisdropped
     and quote_ident(a.attname) = any (array_remove(v_names, v_names[$body$ || protected.places[1] || $body$]) || v_key_names);
   return format(template, v_names[$body$ || protected.places[1] || $body$], relation, coalesce(v_context, $q$''::bytea$q$), coalesce(v_key, 't.ctid::text'),
-    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)), coalesce(v_lengths, ''));
+    (select string_agg(distinct 't.' || n.name, ', ') from unnest(v_names || v_key_names) as n(name)), coalesce(v_lengths, '')$body$ || case when v_searchable then format(', v_names[%s]', protected.index_place) else '' end || $body$);
 end
 $body$),
     ('count', 'relation regclass, keyrings integer[]', 'table (keyring_id integer, version integer, rows bigint)', 'stable', '
@@ -132,59 +176,48 @@ begin
     return;
   end if;
   for keyring_id, version, rows in execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'with begun as (
-      select case when ' || v_may_be || ' then g.start end as start, count(*) as rows
-      from (select ' || v_start || ' as start from only %2$s t where t.%1$s is not null offset 0) g group by 1
-    ), headed as (
-      select (get_byte(h.header, 3) << 24) | (get_byte(h.header, 4) << 16) | (get_byte(h.header, 5) << 8) | get_byte(h.header, 6) as keyring_id,
-        (get_byte(h.header, 7) << 24) | (get_byte(h.header, 8) << 16) | (get_byte(h.header, 9) << 8) | get_byte(h.header, 10) as version, g.rows
-      from begun g cross join lateral (select ' || v_header || ' as header offset 0) h
-    )
-    select e.keyring_id, e.version, sum(e.rows)::bigint from headed e where $1 is null or e.keyring_id = any ($1) group by 1, 2') || ') using keyrings loop
+    v_count) || ') using keyrings loop
     return next;
   end loop;
 end
 '),
-    ('scan', 'relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'stable', '
+    ('scan', 'relation regclass, first tid, until tid, keyrings integer[], since xid, max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out indexes bytea[]', 'record', 'stable', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     v_select || '
     where t.ctid >= $1 and t.ctid < $2 and h.header is not null and ($3 is null or substr(h.header, 4, 4) = any ($3))
       and ($6 is null or age(t.xmin) <= age($6))
     order by t.ctid limit $4' || v_page) || ')
-  into next, rows, ciphertexts, contexts, keys
+  into next, rows, ciphertexts, contexts, keys, indexes
   using first, until, case when keyrings is not null then array(select int4send(k.id) from unnest(keyrings) as k(id)) end, max_rows, max_bytes, since;
 end
 '),
-    ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[]', 'record', 'volatile', '
+    ('read', 'relation regclass, first tid, until tid, keyrings integer[], versions integer[], max_rows integer, max_bytes bigint, out next tid, out rows tid[], out ciphertexts bytea[], out contexts bytea[], out keys text[], out indexes bytea[]', 'record', 'volatile', '
 begin
   execute rekey_targets.' || v_prefix || '_sql(relation, case when keyrings is null then ' || quote_literal(
     v_select || '
     where t.ctid >= $1 and t.ctid < $2 and t.%1$s is not null and h.header is null
     order by t.ctid limit $4 for no key update of t skip locked' || v_page) || ' else ' || quote_literal(
     v_select || '
-    where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and h.header <> all ($6)
+    where t.ctid >= $1 and t.ctid < $2 and substr(h.header, 4, 4) = any ($3) and ' || v_due || '
     order by t.ctid limit $4' || v_page) || ' end)
-  into next, rows, ciphertexts, contexts, keys
+  into next, rows, ciphertexts, contexts, keys, indexes
   using first, until, array(select int4send(k.id) from unnest(keyrings) as k(id)), max_rows, max_bytes,
-    array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version));
+    ' || case when v_searchable then 'case when versions is not null then ' else '' end || 'array(select ''\x524b01'' || int4send(k.id) || int4send(k.version) from unnest(keyrings, versions) as k(id, version))'
+    || case when v_searchable then ' end' else '' end || ';
 end
 '),
-    ('write', 'relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], out locked tid[], out written bigint', 'record', 'volatile', '
+    ('write', 'relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[], out locked tid[], out written bigint', 'record', 'volatile', '
 declare
   -- (A subselect hides from the planner how many rows there are: for some hundreds it would rather read a whole table of some
   -- thousand blocks, batch after batch, than follow their pointers.)
   v_lock text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
     'with held as materialized (
       select u.row, t.ctid as now from unnest((select $1), (select $2)) as u(row, start) join only %2$s t on t.ctid = u.row and ($2 is null or ' || v_begins || ')
-      for no key update of t skip locked
+      for ' || case when v_searchable then 'update' else 'no key update' end || ' of t skip locked
     )
     select array_agg(h.row) from held h where h.now = h.row') || ');
-  v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || quote_literal(
-    'update only %2$s t set %1$s = ' || v_stored || '
-    from rows from (pg_catalog.unnest((select $1)), pg_catalog.unnest((select $2)), pg_catalog.unnest((select $3))) as u(row, start, ciphertext)
-    where t.ctid operator(pg_catalog.=) u.row and ($2 is null or ' || v_begins || ')
-    returning t.%1$s operator(pg_catalog.=) (' || v_stored || ')' || case when protected.is_text then ' collate pg_catalog."C"' else '' end) || ');
+  v_update text := rekey_targets.' || v_prefix || '_sql(relation, ' || v_set || ');
   v_kept boolean;' || v_kept_role || '
 begin
   execute v_lock into locked using rows, starts;
@@ -192,12 +225,15 @@ begin
   if locked is null then
     return;
   elsif cardinality(locked) < cardinality(rows) then
-    select array_agg(u.row), case when starts is not null then array_agg(u.start) end, array_agg(u.ciphertext) into rows, starts, ciphertexts
-    from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext) where u.row = any (locked);
+    ' || case when v_searchable then 'select array_agg(u.row), case when starts is not null then array_agg(u.start) end,
+      case when ciphertexts is not null then array_agg(u.ciphertext) end, array_agg(u.index) into rows, starts, ciphertexts, indexes
+    from unnest(rows, starts, ciphertexts, indexes) as u(row, start, ciphertext, index)'
+    else 'select array_agg(u.row), case when starts is not null then array_agg(u.start) end, array_agg(u.ciphertext) into rows, starts, ciphertexts
+    from unnest(rows, starts, ciphertexts) as u(row, start, ciphertext)' end || ' where u.row = any (locked);
   end if;
   ' || v_before || '
   -- A trigger may have kept the row, or put another value into it.
-  for v_kept in execute v_update using rows, starts, ciphertexts loop
+  for v_kept in execute v_update using rows, starts, ciphertexts' || case when v_searchable then ', indexes' else '' end || ' loop
     written := written operator(pg_catalog.+) case when v_kept then 1 else 0 end;
   end loop;
   ' || v_after || '
@@ -374,8 +410,9 @@ comment on function rekey._storage_problem is 'Why the rows of a table cannot be
 create or replace function rekey._trigger_names(protected rekey.protected_columns) returns text[]
 language sql immutable
 return array[format('zz_pg_rekey_%s_insert', protected.id), format('zz_pg_rekey_%s_update', protected.id)]
-  || case when protected.encrypt_on_write then array[format('zz_pg_rekey_%s', protected.id)] else '{}'::text[] end;
-comment on function rekey._trigger_names is 'The triggers of a protected column: those that keep envelopes of versions out that are about to be destroyed, and the one that encrypts.';
+  || case when protected.encrypt_on_write then array[format('zz_pg_rekey_%s', protected.id)] else '{}'::text[] end
+  || case when protected.index_place is not null and protected.encrypt_on_write then array[format('zz_pg_rekey_%s_look', protected.id), format('zz_pg_rekey_%s_carry', protected.id)] else '{}'::text[] end;
+comment on function rekey._trigger_names is 'The triggers of a protected column: those that keep envelopes of versions out that are about to be destroyed, the one that encrypts, and those of a blind index.';
 
 create or replace function rekey._trigger_problem(protected rekey.protected_columns, relations oid[]) returns text
 language plpgsql stable
@@ -385,7 +422,8 @@ as $$
 declare
   v_names name[] := rekey._trigger_names(protected);
   v_functions oid[] := array(
-    select case when n.name ~ '_(insert|update)$' then to_regproc('rekey._refuse_doomed') else to_regproc(format('rekey_targets.column_%s_trigger', protected.id)) end
+    select case when n.name ~ '_(insert|update)$' then to_regproc('rekey._refuse_doomed')
+      else to_regproc(format('rekey_targets.column_%s_%s', protected.id, coalesce(substring(n.name from '_(look|carry)$'), 'trigger'))) end
     from unnest(v_names) with ordinality as n(name, place) order by n.place);
 begin
   return (
@@ -428,9 +466,9 @@ create or replace function rekey._is_own_trigger(trigger_id oid) returns boolean
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select t.tgname ~ '^zz_pg_rekey_\d+(_insert|_update)?$'
+  select t.tgname ~ '^zz_pg_rekey_\d+(_insert|_update|_look|_carry)?$'
     and (p.pronamespace = 'rekey'::regnamespace and p.proname = '_refuse_doomed'
-      or p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ '^column_\d+_trigger$')
+      or p.pronamespace = 'rekey_targets'::regnamespace and p.proname ~ '^column_\d+_(trigger|look|carry)$')
   from pg_trigger t join pg_proc p on p.oid = t.tgfoid
   where t.oid = trigger_id;
 end;
@@ -487,18 +525,18 @@ set search_path = pg_catalog, pg_temp
 set quote_all_identifiers = off  -- as rekey._register_column()
 begin atomic
   update rekey.protected_columns c
-  set relation_name = n.relation_name, column_name = n.names[1], context_columns = n.names[2:]
+  set relation_name = n.relation_name, column_name = n.names[1], context_columns = n.names[2:n.last], index_column = n.names[n.last + 1]
   from (
-    select p.id, format('%I.%I', s.nspname, r.relname) as relation_name, array_agg(a.attname order by l.rank) as names
+    select p.id, format('%I.%I', s.nspname, r.relname) as relation_name, array_agg(a.attname order by l.rank) as names, cardinality(p.places) as last
     from rekey.protected_columns p
     cross join lateral rekey._column_shape(p.id) h
     join pg_class r on r.oid = h.relation
     join pg_namespace s on s.oid = r.relnamespace
-    cross join lateral unnest(p.places) with ordinality as l(place, rank)
+    cross join lateral unnest(p.places || p.index_place) with ordinality as l(place, rank)
     join pg_attribute a on a.attrelid = h.relation and a.attnum = h.attnums[l.place]
     where (only_id is null or p.id = only_id) and rekey._namesake(p, h.relation, h.attnums[p.places[1]]) is null
     group by p.id, s.nspname, r.relname) n
-  where n.id = c.id and (c.relation_name, c.column_name, c.context_columns) is distinct from (n.relation_name, n.names[1], n.names[2:]);
+  where n.id = c.id and (c.relation_name, c.column_name, c.context_columns, c.index_column) is distinct from (n.relation_name, n.names[1], n.names[2:n.last], n.names[n.last + 1]);
 
   -- After a restore into another database the names still say which relations these are.
   with noted as (
@@ -566,7 +604,7 @@ begin
              where n.nspname = 'rekey_targets' and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
     return 'somebody may make functions in schema rekey_targets, where a call of rekey.protect_column() was not finished: ' || v_again;
   end if;
-  if cardinality(v_shape.attnums) <> cardinality(protected.places) then
+  if cardinality(v_shape.attnums) <> cardinality(protected.places) + (protected.index_place is not null)::integer then
     return format('its guard was changed: %s', v_again);
   end if;
   if (select a.atttypid from pg_attribute a where a.attrelid = v_shape.relation and a.attnum = v_shape.attnums[protected.places[1]])
@@ -635,13 +673,13 @@ declare
   v_table regclass;
 begin
   if only_target is null or only_target = 'rekey.secrets' then
-    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'));
+    v_target := row('rekey.secrets', 'rekey.secrets'::regclass, 'rekey.secrets'::regclass, 'secrets', true, rekey._part('secret'), false, rekey._table_problem('rekey.secrets'), null);
     return next v_target;
   end if;
   for v_column in select * from rekey.protected_columns c where only_target is null or c.label = only_target order by c.id loop
     select s.relation into v_table from rekey._column_shape(v_column.id) s;
     v_target := row(v_column.label, v_table, v_table, 'column_' || v_column.id, false, rekey._part(v_column.label), v_column.is_text,
-      rekey._column_problem(v_column, only_relation));
+      rekey._column_problem(v_column, only_relation), v_column.normalization);
     if v_target.problem is not null then
       return next v_target;
     else

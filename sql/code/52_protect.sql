@@ -54,6 +54,13 @@ begin atomic
 end;
 comment on function rekey._column_id is 'The number of a protected column, by what it is called now; NULL where there is none.';
 
+create or replace function rekey._context_expression(label text, names text[]) returns text
+language sql stable
+return quote_literal(rekey._part(label)::text) || '::bytea' || (
+  select coalesce(string_agg(format(' || rekey._part(%%1$s.%s::text)', replace(c.name, '%', '%%')), '' order by c.rank), '')
+  from unnest(names) with ordinality as c(name, rank));
+comment on function rekey._context_expression is 'The context of a row in a trigger, with a place (%1$s) for new or old. names: its context columns, quoted.';
+
 create or replace function rekey._write_trigger_body(protected rekey.protected_columns, relation regclass, attnums smallint[]) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -62,12 +69,13 @@ declare
   v_names text[];
   v_context text;
 begin
+  if protected.index_place is not null then
+    return rekey._index_trigger_body(protected, relation, attnums);
+  end if;
   select array_agg(quote_ident(a.attname) order by p.rank) into v_names
   from unnest(protected.places) with ordinality as p(place, rank)
   join pg_attribute a on a.attrelid = relation and a.attnum = attnums[p.place];
-  v_context := quote_literal(rekey._part(protected.label)::text) || '::bytea' || (
-    select coalesce(string_agg(format(' || rekey._part(%%1$s.%s::text)', replace(c.name, '%', '%%')), '' order by c.rank), '')
-    from unnest(v_names[2:]) with ordinality as c(name, rank));
+  v_context := rekey._context_expression(protected.label, v_names[2:]);
   return format($body$
 declare
   v_envelope bytea;
@@ -136,7 +144,7 @@ begin atomic
   select t.tgname::text from pg_trigger t
   -- 1: for each row, 2: before, 4 and 16: insert, update
   where t.tgrelid = relation and t.tgname > _later_trigger.name::name and t.tgtype::integer & 3 = 3 and t.tgtype::integer & 20 <> 0 and t.tgenabled <> 'D'
-    and t.tgname !~ '^zz_pg_rekey_\d+(_insert|_update)?$'
+    and t.tgname !~ '^zz_pg_rekey_\d+(_insert|_update|_look)?$'
   order by t.tgname limit 1;
 end;
 comment on function rekey._later_trigger is 'A trigger of a relation that may change a row after the trigger of this name; NULL: there is none.';
@@ -311,7 +319,7 @@ begin
       -- As rekey._later_trigger(). What only refuses a row does not change it.
       select from pg_trigger t
       where t.tgrelid = _is_unchanged.relation and t.tgname > trigger_name and t.tgtype::integer & 3 = 3 and t.tgtype::integer & 20 <> 0
-        and t.tgenabled <> 'D' and t.tgfoid <> 'rekey._refuse_doomed()'::regprocedure and t.tgname !~ '^zz_pg_rekey_\d+$')
+        and t.tgenabled <> 'D' and t.tgfoid <> 'rekey._refuse_doomed()'::regprocedure and t.tgname !~ '^zz_pg_rekey_\d+(_look)?$')
   into v_names, v_later;
   return v_names = names and not v_later;
 end
@@ -331,12 +339,10 @@ return case when left(value, 4) collate "C" = 'rk1:' then coalesce(rekey._from_t
 comment on function rekey._envelope_of(text) is 'As for bytea, of its text form; empty where that is damaged.';
 
 -- Until the transaction ends, the version stays in use: what was held back and is stored now must not lose its key.
-create or replace function rekey._refuse_foreign(envelope bytea, context bytea) returns void
+create or replace function rekey._open_incoming(envelope bytea, context bytea) returns bytea
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_plaintext bytea;
 begin
   if rekey._is_envelope(envelope) then
     -- Of a version that there is: else an envelope that was made up would hold any lock.
@@ -344,7 +350,18 @@ begin
     from rekey.encryption_keys k where k.keyring_id = rekey._int4(envelope, 3) and k.version = rekey._int4(envelope, 7);
     perform rekey._refuse_old_snapshot(array[rekey._int4(envelope, 3)], array[rekey._int4(envelope, 7)]);
   end if;
-  v_plaintext := rekey._open(envelope, context);
+  return rekey._open(envelope, context);
+end
+$$;
+comment on function rekey._open_incoming is 'Plaintext of an envelope that a client stores, whose version stays in use until the transaction ends. RK003: it does not open in this context; RK006: its key may not be used.';
+
+create or replace function rekey._refuse_foreign(envelope bytea, context bytea) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_plaintext bytea := rekey._open_incoming(envelope, context);
+begin
   if v_plaintext is null then
     raise exception 'cannot open ciphertext' using errcode = 'RK003';
   end if;
@@ -399,7 +416,7 @@ begin
   select format('%I', a.attname) into v_column from pg_attribute a where a.attrelid = target and a.attnum = attnums[protected.places[1]];
   v_statements := array[
     format('create function %s returns setof record language sql stable begin atomic select %s from only %s t; end', v_guard,
-      (select string_agg(format('t.%I', a.attname), ', ' order by p.rank) from unnest(protected.places) with ordinality as p(place, rank)
+      (select string_agg(format('t.%I', a.attname), ', ' order by p.rank) from unnest(protected.places || protected.index_place) with ordinality as p(place, rank)
        join pg_attribute a on a.attrelid = target and a.attnum = attnums[p.place]), target),
     format('comment on function %s is %L', v_guard, format('Keeps %s, which pg_rekey protects: rekey.unprotect_column() lets go of it.', protected.label)),
     format('revoke all on function %s from public', v_guard),
@@ -420,6 +437,7 @@ begin
   elsif exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', protected.id)) then
     v_statements := v_statements || format('drop trigger zz_pg_rekey_%s on %s', protected.id, target);
   end if;
+  v_statements := v_statements || rekey._index_statements(protected, target, attnums);
   -- In the replica role too, in which subscriptions apply what they get.
   foreach v_name in array rekey._trigger_names(protected) loop
     v_statements := v_statements || format('alter table %s enable always trigger %I', target, v_name);
@@ -429,6 +447,38 @@ end
 $$;
 comment on function rekey._column_statements is
   'Drops the functions of a protected column, and returns the statements with which the owner of the table makes them and the triggers, for this table.';
+
+create or replace function rekey._index_column(protected rekey.protected_columns) returns name
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return coalesce((
+    select a.attname from rekey._column_shape(protected.id) s
+    join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[protected.index_place]), protected.index_column);
+end
+$$;
+comment on function rekey._index_column is 'The name of the column with the blind index of a protected column, now; NULL: it has none.';
+
+create or replace function rekey._column_places(
+  target regclass, names name[], index_column name, out attnums smallint[], out places integer[], out index_place integer
+)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select array_agg(a.attnum order by a.attnum) into attnums
+  from pg_attribute a where a.attrelid = target and a.attname = any (names || index_column) and a.attnum > 0;
+  places := array(
+    select array_position(attnums, a.attnum)
+    from unnest(names) with ordinality as c(name, rank)
+    join pg_attribute a on a.attrelid = target and a.attname = c.name
+    order by c.rank);
+  select array_position(attnums, a.attnum) into index_place
+  from pg_attribute a where a.attrelid = target and a.attname = _column_places.index_column;
+end
+$$;
+comment on function rekey._column_places is 'The numbers of the columns that a guard names, in table order, and the ranks among them of a protected column and its context (names), and of its blind index.';
 
 create or replace function rekey._refuse_path(search_path text) returns void
 language plpgsql volatile
@@ -558,19 +608,18 @@ begin
     end if;
   end if;
 
-  select array_agg(a.attnum order by a.attnum) into v_attnums
-  from pg_attribute a where a.attrelid = target and a.attname = any (v_context || _register_column.column_name) and a.attnum > 0;
   -- Repeated, for the same column or after its functions were lost, it makes them anew.
   v_id := rekey._column_id(target, _register_column.column_name);
   select * into v_protected from rekey.protected_columns c
   where c.id = v_id
      or c.relation_name = format('%I.%I', v_table.nspname, v_table.relname) and c.column_name = _register_column.column_name and (rekey._column_shape(c.id)).relation is null
   for update;
-  v_places := array(
-    select array_position(v_attnums, a.attnum)
-    from unnest(_register_column.column_name || v_context) with ordinality as c(name, rank)
-    join pg_attribute a on a.attrelid = target and a.attname = c.name
-    order by c.rank);
+  select s.attnums, s.places, s.index_place into v_attnums, v_places, v_protected.index_place
+  from rekey._column_places(target, _register_column.column_name || v_context, rekey._index_column(v_protected)) s;
+  if v_protected.index_column is not null and not encrypt_on_write then
+    raise exception 'column %.% is searchable, and takes the trigger that encrypts', target, quote_ident(column_name) using errcode = 'RK006',
+      hint = 'encrypt_on_write => true keeps it.', constraint = 'encrypt_on_write';
+  end if;
   -- Whoever makes a table of that name anew must not get at the values of another.
   if v_protected.id is not null and (rekey._column_shape(v_protected.id)).relation is null and v_protected.owner <> v_owner
      and not (select r.rolsuper from pg_roles r where r.rolname = rekey._caller()) then
@@ -610,7 +659,7 @@ begin
     end if;
     update rekey.protected_columns c
     set encrypt_on_write = _register_column.encrypt_on_write, fire_triggers = _register_column.fire_triggers,
-      search_path = _register_column.search_path, owner = v_owner
+      search_path = _register_column.search_path, owner = v_owner, index_place = v_protected.index_place
     where c.id = v_protected.id returning * into v_protected;
   end if;
   id := v_protected.id;
@@ -742,25 +791,27 @@ begin
     raise exception '% is being adopted, by rotation %', v_protected.label, v_rotation using errcode = 'RK004';
   end if;
   perform rekey._end_adoptions(id);
-  update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;  -- its trigger goes
+  update rekey.protected_columns c set encrypt_on_write = false where c.id = v_protected.id;  -- its triggers go
+  update rekey._blind_indexes b set filled = false, refill = true, refill_by = null where b.column_id = v_protected.id;
   if not decrypt then
     perform rekey._refuse_encrypted(v_protected);
   else
     perform rekey._refuse_superuser(target);
     select array_agg(quote_ident(a.attname) order by p.rank) into v_names
     from rekey._column_shape(id) s
-    cross join lateral unnest(v_protected.places) with ordinality as p(place, rank)
+    cross join lateral unnest(v_protected.places || v_protected.index_place) with ordinality as p(place, rank)
     join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[p.place];
     statements := array(
       select format(
         'with due as materialized (select t.ctid as row from only %1$s t where %2$s limit 5000 for no key update skip locked)
-         update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s], (select rekey.reading_pass(%5$L))) from due where t.ctid = due.row',
+         update only %1$s t set %3$s = rekey.%4$s(t.%3$s, array[%5$L%6$s], (select rekey.reading_pass(%5$L)))%7$s from due where t.ctid = due.row',
         t.relation,
         -- What rekey._refuse_encrypted() counts: a plain value that begins alike is none.
         format(case when v_protected.is_text then $sql$left(t.%s, 20) collate "C" ~ '^rk1:UksB[A-Za-z0-9+/]{12}'$sql$
           else $sql$substr(t.%1$s, 1, 3) = '\x524b01' and octet_length(t.%1$s) >= 11$sql$ end, v_names[1]),
         v_names[1], case when v_protected.is_text then 'decrypt_text' else 'decrypt' end, v_protected.label,
-        (select string_agg(format(', t.%s::text', c), '') from unnest(v_names[2:]) c))
+        (select string_agg(format(', t.%s::text', c), '') from unnest(v_names[2:cardinality(v_protected.places)]) c),
+        case when v_protected.index_place is not null then format(', %s = null', v_names[cardinality(v_names)]) end)
       from rekey._targets(v_protected.label) t);
   end if;
 end
@@ -812,7 +863,7 @@ $$;
 comment on function rekey._forget_column is 'Removes a column from the registry, with its functions. 25001: not in READ COMMITTED; RK005: envelopes are left, or it cannot be counted; RK007: there is none.';
 grant execute on function rekey._forget_column to rekey_admin;
 
-create or replace function rekey._drop_triggers(target regclass, id integer) returns void
+create or replace function rekey._drop_triggers(target regclass, id integer, suffixes text = '_insert|_update|_look|_carry') returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -820,13 +871,13 @@ declare
   v_name name;
 begin
   for v_name in
-    select t.tgname from pg_trigger t where t.tgrelid = target and t.tgparentid = 0 and t.tgname ~ format('^zz_pg_rekey_%s(_insert|_update)?$', id)
+    select t.tgname from pg_trigger t where t.tgrelid = target and t.tgparentid = 0 and t.tgname ~ format('^zz_pg_rekey_%s(%s)?$', id, suffixes)
   loop
     execute format('drop trigger %I on %s', v_name, target);
   end loop;
 end
 $$;
-comment on function rekey._drop_triggers is 'Drops the triggers of a protected column, with the rights of the caller.';
+comment on function rekey._drop_triggers is 'Drops the triggers of a protected column, with the rights of the caller: the one that encrypts, and those with these suffixes.';
 grant execute on function rekey._drop_triggers to rekey_admin;
 
 create or replace function rekey.unprotect_column(target regclass, column_name name, decrypt boolean = false) returns bigint
@@ -840,9 +891,7 @@ declare
   v_decrypted bigint := 0;
 begin
   select * into v_released from rekey._release_column(target, column_name, coalesce(decrypt, false));
-  if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = format('zz_pg_rekey_%s', v_released.id)) then
-    execute format('drop trigger zz_pg_rekey_%s on %s', v_released.id, target);
-  end if;
+  perform rekey._drop_triggers(target, v_released.id, '_look|_carry');
   execute format('lock table %s in access share mode', target);  -- the whole before its parts, as ALTER TABLE locks them
   foreach v_statement in array coalesce(v_released.statements, '{}') loop
     execute v_statement;
@@ -884,14 +933,14 @@ grant execute on function rekey.unprotect_column(text) to rekey_admin;
 
 create or replace function rekey._column_status()
 returns table (label text, relation regclass, column_name name, keyring text, context_columns name[], encrypt_on_write boolean,
-  fire_triggers boolean, search_path text, problem text)
+  fire_triggers boolean, search_path text, problem text, index_column name, normalization text)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
     select c.label, s.relation, coalesce(a.attname, c.column_name), rekey._keyring_name(c.keyring_id), c.context_columns, c.encrypt_on_write,
-      c.fire_triggers, c.search_path, rekey._column_problem(c)
+      c.fire_triggers, c.search_path, rekey._column_problem(c), rekey._index_column(c), c.normalization
     from rekey.protected_columns c
     left join lateral rekey._column_shape(c.id) s on true
     left join pg_attribute a on a.attrelid = s.relation and a.attnum = s.attnums[c.places[1]]
@@ -912,6 +961,8 @@ comment on column rekey.column_status.encrypt_on_write is 'Whether a trigger enc
 comment on column rekey.column_status.fire_triggers is 'Whether rotations fire the triggers and rules of the table.';
 comment on column rekey.column_status.search_path is 'The search path that these run with.';
 comment on column rekey.column_status.problem is 'Why it is blocked, and what to do; NULL: it is not.';
+comment on column rekey.column_status.index_column is 'The column with its blind index now; NULL: it is not searchable.';
+comment on column rekey.column_status.normalization is 'What it takes for equal: exact, lower, trim_lower or digits.';
 grant select on rekey.column_status to rekey_admin, rekey_operator, rekey_auditor;
 
 create or replace function rekey._reveal(value bytea, context text[], pass bytea) returns bytea

@@ -104,6 +104,7 @@ declare
   v_column pg_attribute;
   v_attnums smallint[];
   v_places integer[];
+  v_index_place integer;
 begin
   perform pg_advisory_xact_lock(0, 3);  -- as rekey._register_column()
   perform rekey._refuse_stranger(target);
@@ -127,15 +128,15 @@ begin
     raise exception '% lacks a context column of %: %', target, v_protected.label, array_to_string(v_protected.context_columns, ', ')
       using errcode = 'invalid_parameter_value', hint = 'The values are bound to these columns.';
   end if;
-  select array_agg(a.attnum order by a.attnum) into v_attnums
-  from pg_attribute a where a.attrelid = target and a.attname = any (v_protected.context_columns || _move_column.column_name) and a.attnum > 0;
-  v_places := array(
-    select array_position(v_attnums, a.attnum)
-    from unnest(_move_column.column_name || v_protected.context_columns) with ordinality as c(name, rank)
-    join pg_attribute a on a.attrelid = target and a.attname = c.name
-    order by c.rank);
+  select s.attnums, s.places, s.index_place into v_attnums, v_places, v_index_place
+  from rekey._column_places(target, _move_column.column_name || v_protected.context_columns, v_protected.index_column) s;
+  if v_protected.index_column is not null and not exists (
+       select from pg_attribute a where a.attrelid = target and a.attnum = v_attnums[v_index_place] and a.atttypid = 'bytea'::regtype and a.attgenerated = '') then
+    raise exception '% lacks the column with the blind index of %: %', target, v_protected.label, v_protected.index_column using errcode = 'invalid_parameter_value',
+      hint = format('ALTER TABLE %s ADD COLUMN %I bytea, before this.', target, v_protected.index_column);
+  end if;
   update rekey.protected_columns c
-  set places = v_places, column_name = _move_column.column_name, owner = (select pg_get_userbyid(r.relowner) from pg_class r where r.oid = target),
+  set places = v_places, index_place = v_index_place, column_name = _move_column.column_name, owner = (select pg_get_userbyid(r.relowner) from pg_class r where r.oid = target),
     relation_name = (select format('%I.%I', n.nspname, r.relname) from pg_class r join pg_namespace n on n.oid = r.relnamespace where r.oid = target)
   where c.id = v_protected.id returning * into v_protected;
   return rekey._column_statements(v_protected, target, v_attnums);

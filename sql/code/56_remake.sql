@@ -17,7 +17,7 @@ begin
     from rekey.protected_columns c
     cross join lateral rekey._column_shape(c.id) s
     join pg_class t on t.oid = s.relation
-    where cardinality(s.attnums) = cardinality(c.places)
+    where cardinality(s.attnums) = cardinality(c.places) + (c.index_place is not null)::integer
       -- Where the table has another owner since, the column waits for him.
       and t.relowner = (select p.proowner from pg_proc p where p.oid = to_regproc(format('rekey_targets.column_%s_guard', c.id)))
     order by c.id
@@ -42,7 +42,8 @@ begin
       execute format('drop function %s', v_function);
     end loop;
     execute format('grant create on schema rekey_targets to %I', v_column.owner);
-    foreach v_statement in array rekey._function_statements(v_column.protected, v_column.owner) loop
+    foreach v_statement in array rekey._function_statements(v_column.protected, v_column.owner)
+      || rekey._index_function_statements(v_column.protected, v_column.relation, v_column.attnums) loop
       execute v_statement;
     end loop;
     execute format('revoke create on schema rekey_targets from %I', v_column.owner);

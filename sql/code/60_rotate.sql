@@ -76,7 +76,7 @@ comment on column rekey.rotation_status.id is 'Number of the rotation.';
 comment on column rekey.rotation_status.keyring is 'Keyring that is rotated.';
 comment on column rekey.rotation_status.tenant_id is 'Tenant of the keyring.';
 comment on column rekey.rotation_status.state is 'queued, running, paused, verifying, failed (these are under way), completed, completed_with_failures, rolled_back, superseded.';
-comment on column rekey.rotation_status.trigger is 'Why: manual, schedule, compromise, rollback, adoption.';
+comment on column rekey.rotation_status.trigger is 'Why: manual, schedule, compromise, rollback, adoption, search (a blind index is filled).';
 comment on column rekey.rotation_status.from_versions is 'Versions whose rows it takes along.';
 comment on column rekey.rotation_status.to_version is 'Version it brings them to.';
 comment on column rekey.rotation_status.rows_total is 'Rows to re-encrypt; NULL until they are counted.';
@@ -85,7 +85,7 @@ comment on column rekey.rotation_status.rows_failed is 'Rows in quarantine: reke
 comment on column rekey.rotation_status.attempts is 'Failed attempts in a row, of the batch that fails.';
 comment on column rekey.rotation_status.last_error is 'The last error.';
 comment on column rekey.rotation_status.next_attempt_at is 'It goes on after this time; NULL: at once.';
-comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds: since they began; not there where who reads this may not see it in pg_stat_activity), prepared ones (prepared, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
+comment on column rekey.rotation_status.blocked_by is 'What it waits for: open transactions (pid, role, age_seconds: since they began; not there where who reads this may not see it in pg_stat_activity), prepared ones (prepared, age_seconds), snapshots from before a version became active, where a column is searchable (pid, role, snapshot, age_seconds), rows (rows, why), columns (target, why), the rotation of its keyring that comes before (rotation, state, adopts), tables in which a step fails (target, relation, error, sqlstate), or in which it hangs (pid, target, relation, age_seconds).';
 comment on column rekey.rotation_status.reason is 'What whoever asked for it said.';
 comment on column rekey.rotation_status.requested_by is 'Who asked for it: a role; before it, through PostgREST or the HTTP API, the subject of the JWT or the name of the token.';
 comment on column rekey.rotation_status.created_at is 'When it was asked for; from then on new values are encrypted with to_version.';
@@ -160,6 +160,7 @@ begin
   update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now()
   where k.keyring_id = any (v_due) and k.state = 'active';
   perform rekey._new_keys(v_due, v_to);
+  perform rekey._activate_in_indexes(v_due, v_to);
   -- A transaction with an older snapshot must not pass by a rotation: it fails on this row (40001).
   update rekey.keyrings k set rotated_at = now() where k.id = any (v_due);
   with queued as (
@@ -351,6 +352,7 @@ begin
     raise exception 'rotation % is %: there is nothing to retry', id, v_rotation.state using errcode = 'RK006';
   end if;
   perform rekey._refuse_over(v_rotation);
+  perform rekey._refill_failed(array(select f.target from rekey.rotation_failures f where f.rotation_id = retry_rotation.id and f.resolved_at is null and f.sqlstate is null));
   update rekey.rotation_failures f
   set resolved_at = now(), resolution = 'retry', resolved_by = rekey._requester()
   where f.rotation_id = retry_rotation.id and f.resolved_at is null;
@@ -390,6 +392,7 @@ begin
   update rekey.encryption_keys k set state = 'decrypt_only', deactivated_at = now()
   where k.keyring_id = v_old.keyring_id and k.state = 'active';
   update rekey.encryption_keys k set state = 'active', activated_at = now() where k.id = v_old.id;
+  perform rekey._activate_in_indexes(array[v_old.keyring_id], array[v_old.version]);
   update rekey.keyrings k set rotated_at = now() where k.id = v_old.keyring_id;
   update rekey.rotations r
   set state = 'rolled_back', finished_at = coalesce(r.finished_at, now()), pass_id = null, blocked_by = null, blocked_since = null, next_attempt_at = null
@@ -525,6 +528,9 @@ begin
     raise exception 'failure % is resolved already', id using errcode = 'RK006';
   end if;
   update rekey.rotations r set rows_failed = greatest(r.rows_failed - 1, 0) where r.id = v_failure.rotation_id;
+  if action = 'retry' and v_failure.sqlstate is null then
+    perform rekey._refill_failed(array[v_failure.target]);
+  end if;
   if action = 'retry' and v_failure.rotation_id is not null and not exists (
        select from rekey.rotations r where r.keyring_id = v_failure.keyring_id and rekey._is_under_way(r.state) and not r.in_line) then
     perform rekey._refuse_over(v_rotation);

@@ -297,7 +297,7 @@ comment on function rekey._quarantine is
   'Notes rows that failed, once each, and counts them in their rotations, whose rows the caller has locked. codes: the SQLSTATE with which the table refused a row; NULL: it does not open. verification_id: the verification that saw them.';
 
 create or replace function rekey._due_rows(rotations bigint[])
-returns table (rotation_id bigint, target text, relation oid, indexed boolean, adopting boolean, rows bigint)
+returns table (rotation_id bigint, target text, relation oid, indexed boolean, kind text, rows bigint)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -307,6 +307,10 @@ declare
     select case when bool_or(r.trigger = 'adoption') then null else array_agg(r.keyring_id) end
     from rekey.rotations r where r.id = any (rotations));
   v_targets rekey._target[];
+  v_unfilled text[] := array(
+    select c.label from rekey._blind_indexes b join rekey.protected_columns c on c.id = b.column_id
+    join rekey.rotations r on r.id = any (rotations) and r.keyring_id = c.keyring_id and r.trigger <> 'adoption'
+    where b.refill and b.refill_by is distinct from r.id);
 begin
   if (select bool_and(r.trigger = 'adoption') from rekey.rotations r where r.id = any (rotations)) then
     v_targets := array(
@@ -316,14 +320,18 @@ begin
     v_targets := rekey._targets_now();
   end if;
   return query
-    select r.id, t.target, t.relation::oid, t.indexed, r.trigger = 'adoption', sum(c.rows)::bigint
+    select r.id, t.target, t.relation::oid, t.indexed, d.kind, sum(c.rows)::bigint
     from rekey._count_rows(v_targets, v_keyrings, apart => true) c
     join unnest(v_targets) with ordinality t on t.ordinality = c.place
     join (select r.*, p.label from rekey.rotations r left join rekey.protected_columns p on p.id = r.column_id where r.id = any (rotations)) r
-      on case when r.trigger = 'adoption' then c.keyring_id is null and t.target = r.label
-              else c.keyring_id = r.keyring_id and c.version <> r.to_version end
+      on case when r.trigger = 'adoption' then c.keyring_id is null and t.target = r.label else c.keyring_id = r.keyring_id end
+    join lateral (
+      values (case when r.trigger = 'adoption' then 'adopt' else 'sweep' end, r.trigger = 'adoption' or c.version <> r.to_version),
+        -- Every row of an index that is to be filled.
+        ('fill', t.target = any (v_unfilled) and r.trigger <> 'adoption' and c.version > 0)
+    ) as d(kind, due) on d.due
     where c.error is null  -- whom that concerns, the verification finds out, which counts again
-    group by r.id, t.target, t.relation, t.indexed, r.trigger;
+    group by r.id, t.target, t.relation, t.indexed, d.kind;
 end
 $$;
 comment on function rekey._due_rows is 'What these rotations have to do, by relation, where it is not blocked and can be counted. (By number: a name would take rights on its schema.)';
@@ -368,21 +376,25 @@ begin
     perform rekey._expect_none_doomed();  -- so that no row of its batches is looked at in vain
     v_pass := nextval('rekey._pass_id');
     v_size := rekey._batch_size(cardinality(v_ids));
+    perform rekey._unfilled(r.keyring_id, r.id) from rekey.rotations r where r.id = any (v_ids) and r.trigger <> 'adoption';
     v_rows := (select jsonb_agg(to_jsonb(c)) from rekey._due_rows(v_ids) c);
+    update rekey._blind_indexes b set refill_by = r.id
+    from rekey.protected_columns c join rekey.rotations r on r.keyring_id = c.keyring_id and r.id = any (v_ids) and r.trigger <> 'adoption'
+    where c.id = b.column_id and b.refill;
     with counted as (
-      select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, indexed boolean, adopting boolean, rows bigint)
+      select c.* from jsonb_to_recordset(v_rows) as c(rotation_id bigint, target text, relation oid, indexed boolean, kind text, rows bigint)
     ), sizes as (
-      select c.target, c.relation, c.adopting, s.blocks, c.indexed and c.rows < least(s.blocks / 10, 5000) as few,
+      select c.target, c.relation, c.kind, s.blocks, c.indexed and c.rows < least(s.blocks / 10, 5000) as few,
         rekey._chunk_blocks(c.relation) as chunk
-      from (select d.target, d.relation, d.indexed, d.adopting, sum(d.rows) as rows from counted d group by 1, 2, 3, 4) c
+      from (select d.target, d.relation, d.indexed, d.kind, sum(d.rows) as rows from counted d group by 1, 2, 3, 4) c
       cross join lateral (select pg_relation_size(c.relation) / current_setting('block_size')::integer as blocks offset 0) s
     ), dued as (
       insert into rekey._due (pass_id, kind, target, relation, rotations)
-      select v_pass, case when c.adopting then 'adopt' else 'sweep' end, c.target, c.relation, array_agg(c.rotation_id)
-      from counted c group by c.adopting, c.target, c.relation
+      select v_pass, c.kind, c.target, c.relation, array_agg(c.rotation_id)
+      from counted c group by c.kind, c.target, c.relation
     ), chunked as (
       insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks, batch_rows)
-      select v_pass, v_urgent, case when s.adopting then 'adopt' else 'sweep' end, s.target, s.relation, format('(%s,0)', f.first)::tid,
+      select v_pass, v_urgent, s.kind, s.target, s.relation, format('(%s,0)', f.first)::tid,
         case when s.few then s.blocks else least(f.first + s.chunk, s.blocks) end,
         -- A few rows of an indexed table: the index finds them, so one range will do.
         case when s.few then s.blocks else (512 * v_size)::integer end, (500 * v_size)::integer
@@ -433,7 +445,7 @@ $$;
 comment on function rekey._guarded_settings is 'Settings of the session that say who acts, and with which KEK.';
 
 create or replace function rekey._write_rows(
-  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], out locked tid[], out written bigint
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], state text[], indexes bytea[] = null, out locked tid[], out written bigint
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -443,7 +455,7 @@ declare
 begin
   perform set_config('rekey.sweeping', 'on', true);
   insert into rekey._sweeping (transaction, relation) values (pg_current_xact_id(), _write_rows.relation);
-  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts, state) w;
+  select w.locked, w.written into locked, written from rekey._call_write(target.function_name, relation, rows, starts, ciphertexts, state, indexes) w;
   delete from rekey._sweeping s where s.transaction = pg_current_xact_id();
   perform set_config('rekey.sweeping', '', true);
   -- The rows are locked: only the table itself can have kept them.
@@ -459,12 +471,12 @@ begin
 end
 $$;
 comment on function rekey._write_rows is
-  'Stores ciphertexts in rows that still begin as they were read (starts; NULL: they are locked since), and that nobody else has: those locked. RK005: the table did not take them, or its triggers did more than they may.';
+  'Stores ciphertexts, and index values, in rows that still begin as they were read (starts; NULL: they are locked since), and that nobody else has: those locked. RK005: the table did not take them, or its triggers did more than they may.';
 
 -- At most 60 subtransactions: 64 is as many as a session keeps count of in shared memory. A batch of 4,000 rows with one
 -- that raises takes 25.
 create or replace function rekey._write_apart(
-  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[],
+  target rekey._target, relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], plain boolean, state text[], indexes bytea[] = null,
   out written tid[], out undone tid, out refused tid[], out problems text[], out codes text[]
 )
 language plpgsql volatile
@@ -478,6 +490,7 @@ declare
   v_rows tid[] := rows;
   v_starts bytea[] := starts;
   v_ciphertexts bytea[] := ciphertexts;
+  v_indexes bytea[] := indexes;
   -- What is still to be written, the first at the end.
   v_from integer[] := array[1];
   v_until integer[];
@@ -491,8 +504,8 @@ declare
   v_context text;
 begin
   if array_position(ciphertexts, null) is not null then
-    select array_agg(u.row), array_agg(u.ciphertext) into v_rows, v_ciphertexts
-    from unnest(rows, ciphertexts) as u(row, ciphertext) where u.ciphertext is not null;
+    select array_agg(u.row), array_agg(u.ciphertext), case when indexes is not null then array_agg(u.index) end into v_rows, v_ciphertexts, v_indexes
+    from unnest(rows, ciphertexts, indexes) as u(row, ciphertext, index) where u.ciphertext is not null;
   end if;
   v_until := array[cardinality(v_rows)];
   v_top := case when v_rows is null then 0 else 1 end;
@@ -511,9 +524,9 @@ begin
     v_top := v_top - 1;
     begin
       if v_tries = 1 then
-        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts, state)).locked;
+        v_locked := (rekey._write_rows(target, relation, v_rows, v_starts, v_ciphertexts, state, v_indexes)).locked;
       else
-        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high], state)).locked;
+        v_locked := (rekey._write_rows(target, relation, v_rows[v_low:v_high], v_starts[v_low:v_high], v_ciphertexts[v_low:v_high], state, v_indexes[v_low:v_high])).locked;
       end if;
       written := written || v_locked;
       continue;
@@ -525,9 +538,10 @@ begin
       end if;
     end;
     if v_tries = 1 then
-      select array_agg(u.row order by u.row), array_agg(u.start order by u.row), array_agg(u.ciphertext order by u.row)
-      into v_rows, v_ordered, v_ciphertexts
-      from unnest(v_rows, v_starts, v_ciphertexts) as u(row, start, ciphertext);
+      select array_agg(u.row order by u.row), array_agg(u.start order by u.row),
+        case when v_ciphertexts is not null then array_agg(u.ciphertext order by u.row) end, case when v_indexes is not null then array_agg(u.index order by u.row) end
+      into v_rows, v_ordered, v_ciphertexts, v_indexes
+      from unnest(v_rows, v_starts, v_ciphertexts, v_indexes) as u(row, start, ciphertext, index);
       v_starts := case when v_starts is not null then v_ordered end;
     end if;
     if v_low = v_high then
@@ -545,7 +559,7 @@ begin
 end
 $$;
 comment on function rekey._write_apart is
-  'Stores as rekey._write_rows(), leaving out what is NULL, and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. What is neither is somebody else''s now. An error that passes is raised.';
+  'Stores as rekey._write_rows(), leaving out ciphertexts that are NULL, and where the table raises, finds the rows that it does so for by halving: they are refused, with problems and codes (SQLSTATE). undone: the first row that it did not come to; NULL: it came to all. What is neither is somebody else''s now. An error that passes is raised.';
 
 create or replace function rekey._batch_size(keyrings integer) returns double precision
 language sql immutable parallel safe
@@ -837,6 +851,8 @@ declare
   v_failed_keys text[];
   v_failed_problems text[];
   v_failed_codes text[];
+  v_indexes bytea[];
+  v_blocked jsonb;
   v_apart record;
   v_undone tid;
   v_error text;
@@ -845,7 +861,7 @@ begin
   where not c.stuck and rekey._is_due(c.next_attempt_at)
     and exists (select from rekey.rotations r where r.pass_id = c.pass_id and r.state = 'running'
                   and rekey._is_due(r.next_attempt_at)
-                  and case c.kind when 'adopt' then r.formats = '{plaintext}' when 'sweep' then r.trigger <> 'adoption' end)
+                  and case when c.kind = 'adopt' then r.formats = '{plaintext}' when c.kind in ('sweep', 'fill') then r.trigger <> 'adoption' end)
   order by c.attempts > 0, c.urgent desc, c.pass_id desc, c.id
   limit 1 for update of c skip locked;
   if not found then
@@ -891,29 +907,48 @@ begin
       detail := jsonb_build_object('target', v_chunk.target, 'blocked', v_target.problem);
       return;
     end if;
+    if v_target.normalization is not null then
+      -- A statement that goes on with a row as it is now would not find it under a version that its search did not know.
+      v_blocked := (
+        select rekey._older_snapshots(b.changed_in) from rekey._blind_indexes b join rekey.protected_columns c on c.id = b.column_id where c.label = v_chunk.target);
+      update rekey.rotations r set blocked_by = v_blocked, blocked_since = case when v_blocked is not null then coalesce(r.blocked_since, now()) end
+      where r.id = any (v_ids) and (v_blocked is not null and r.blocked_by is distinct from v_blocked or v_blocked is null and r.blocked_by -> 0 ? 'snapshot');
+      if v_blocked is not null then
+        update rekey._chunks c set next_attempt_at = clock_timestamp() + interval '200 milliseconds' where c.id = v_chunk.id;
+        event := 'waiting';
+        keyring_count := 0;
+        wait := interval '100 milliseconds';
+        return;
+      end if;
+    end if;
     -- Whoever reads a page first removes what an update left in it, and notes which transactions have ended. Here (swept_from) that goes
     -- into the log without an image of the page; after the next checkpoint, the verification would write one more.
     select b.* into v_batch from rekey._call_read(
       v_target.function_name, v_chunk.relation, v_chunk.first, format('(%s,0)', v_until_block)::tid,
-      case when v_chunk.kind = 'sweep' then v_keyrings end, v_versions, v_max_rows, (2097152 * v_size)::bigint, v_chunk.swept_from) b;
+      case when v_chunk.kind <> 'adopt' then v_keyrings end, case when v_chunk.kind <> 'fill' then v_versions end, v_max_rows, (2097152 * v_size)::bigint, v_chunk.swept_from) b;
     if v_batch.rows is not null then
       if v_chunk.kind = 'adopt' then
         v_contexts := array(
           select v_target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
         v_sealing := rekey._sealing(v_keyrings[1]);
-        v_adopted := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, '{plaintext}', v_forced);
+        v_adopted := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, '{plaintext}', v_forced, v_target.prefix, v_target.normalization);
         v_rows := v_batch.rows;
         v_made := v_adopted.ciphertexts;
+        v_indexes := v_adopted.indexes;
         select array_agg(u.place), array_agg(u.problem) into v_failed_places, v_failed_problems
         from unnest(v_adopted.problems) with ordinality as u(problem, place) where u.problem is not null;
+      elsif v_chunk.kind = 'fill' then
+        v_old := v_batch.ciphertexts;
+        select r.made_rows, r.starts, r.made_indexes, r.made_keyrings into v_rows, v_starts, v_indexes, v_made_keyrings
+        from rekey._refill(v_batch.rows, v_old, v_target.prefix, v_batch.contexts, v_batch.indexes, v_target.normalization) r;
       else
         v_old := v_batch.ciphertexts;  -- of an adoption they are plain, and no parameters of statements
-        select r.made_rows, r.starts, r.made, r.made_keyrings, r.failed_places, r.problems
-        into v_rows, v_starts, v_made, v_made_keyrings, v_failed_places, v_failed_problems
-        from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts) r;
+        select r.made_rows, r.starts, r.made, r.made_keyrings, r.failed_places, r.problems, r.indexes
+        into v_rows, v_starts, v_made, v_made_keyrings, v_failed_places, v_failed_problems, v_indexes
+        from rekey._reencrypt(v_batch.rows, v_old, v_target.prefix, v_batch.contexts, v_target.normalization) r;
       end if;
       v_locking := clock_timestamp();
-      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt', v_batch.state) a;
+      select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_rows, v_starts, v_made, v_chunk.kind = 'adopt', v_batch.state, v_indexes) a;
       v_locked := extract(epoch from clock_timestamp() - v_locking);
       rows := cardinality(v_apart.written);
       v_undone := v_apart.undone;
@@ -956,7 +991,7 @@ begin
     end if;
     if v_undone is null then
       perform rekey._advance(v_chunk, v_batch.next, v_until_block, extract(epoch from clock_timestamp() - v_begin),
-        case when v_chunk.kind = 'sweep' then v_locked else 0 end, (4000 * v_size)::integer);
+        case when v_chunk.kind <> 'adopt' then v_locked else 0 end, (4000 * v_size)::integer);
     else
       update rekey._chunks c set first = v_undone, swept_from = c.first, batch_rows = 32 where c.id = v_chunk.id;
     end if;

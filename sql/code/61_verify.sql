@@ -135,7 +135,7 @@ language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_large rekey._target[] := array(select t from unnest(targets) t where t.indexed or pg_table_size(t.relation) > 524288);
+  v_large rekey._target[] := array(select t from unnest(targets) t where t.indexed or t.normalization is not null or pg_table_size(t.relation) > 524288);
   v_group record;
   v_whole rekey._counted[];
   v_target rekey._target;
@@ -160,7 +160,7 @@ begin
   for v_group in
     select array_agg(g.target) as targets
     from (select t as target, sum(pg_table_size(t.relation)) over (order by t.relation, t.target) / 4194304 as number
-          from unnest(targets) t where not t.indexed and pg_table_size(t.relation) <= 524288) g
+          from unnest(targets) t where not t.indexed and t.normalization is null and pg_table_size(t.relation) <= 524288) g
     group by g.number::integer
   loop
     v_whole := array(select c from rekey._count_rows(v_group.targets, keyrings, apart, whole => true) c);
@@ -213,7 +213,7 @@ begin
             format('(%s,0)', least(v_first + v_step, v_range.until))::tid, keyrings, v_range.since, 4000, 2097152) s;
           if v_found.ciphertexts is not null then
             v_places := '{}';
-            for v_bad in select c.* from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c loop
+            for v_bad in select c.* from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts, v_found.indexes, v_target.normalization) c loop
               keyring_id := rekey._int4(v_bad.header, 3);
               version := rekey._int4(v_bad.header, 7);
               failed := cardinality(v_bad.failed_places);
@@ -436,7 +436,7 @@ begin
       select s.* into v_found from rekey._call_scan(v_target.function_name, v_chunk.relation, v_chunk.first,
         format('(%s,0)', v_until)::tid, v_keyrings, null, v_max_rows, (2097152 * v_size)::bigint) s;
       rows := rows + coalesce(cardinality(v_found.rows), 0);
-      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts))
+      if exists (select from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts, v_found.indexes, v_target.normalization))
          or v_refused and exists (select from rekey._refused_rows(v_chunk.target, v_chunk.relation, v_found.ciphertexts, v_found.keys)) then
         insert into rekey._chunks (pass_id, urgent, kind, target, relation, first, until_block, batch_blocks)
         values (v_chunk.pass_id, false, 'doubtful', v_chunk.target, v_chunk.relation, v_chunk.first,
@@ -562,7 +562,7 @@ begin
       select s.* into v_found from rekey._scan_on(v_target, array[keyring_id], v_from, v_step) s;
       v_step := v_found.next_step;
       if cardinality(v_found.ciphertexts) > (
-           select coalesce(sum(cardinality(c.failed_places)), 0) from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts) c) then
+           select coalesce(sum(cardinality(c.failed_places)), 0) from rekey._check(v_found.ciphertexts, v_target.prefix, v_found.contexts, v_found.indexes, v_target.normalization) c) then
         return true;
       end if;
       v_from := v_found.next_first;
@@ -678,6 +678,7 @@ declare
   v_adoptions jsonb;
   v_seen jsonb;
   v_emptied jsonb;
+  v_unfilled text;
 begin
   -- Those that begin a verification together, else those of one whose chunks are done.
   select array_agg(r.id), array_agg(r.keyring_id), r.verification_id into v_ids, v_keyrings, v_verification
@@ -763,7 +764,7 @@ begin
     )
     select (select jsonb_agg(to_jsonb(s)) from summed s), (select coalesce(jsonb_agg(to_jsonb(h)), '[]') from held h),
       (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
-        select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c group by c.target, c.keyring_id) t)
+        select c.target, c.keyring_id, sum(c.rows) as rows, sum(c.rows - c.failed) as opened from counted c where c.version > 0 group by c.target, c.keyring_id) t)
     into v_results, v_held, v_seen;
     v_emptied := rekey._emptied(v_seen, v_keyrings);
     -- Of an adoption, what is no envelope yet is behind, but for rows that were refused. (They are locked: so what is counted after
@@ -814,10 +815,12 @@ begin
       where q.keyring_id = v_found.keyring_id and q.resolved_at is null and q.rotation_id is distinct from v_found.id and q.verification_id = v_verification;
       select count(*) into v_failed from rekey.rotation_failures q
       where q.keyring_id = v_found.keyring_id and q.rotation_id = v_found.id and q.resolved_at is null;
-      if v_found.behind > 0 then
+      v_unfilled := case when v_found.adopted is null then rekey._unfilled(v_found.keyring_id, v_found.id) end;
+      if v_found.behind > 0 or v_unfilled is not null then
         update rekey.rotations r
         set state = 'running', rows_failed = v_failed,
-            blocked_by = jsonb_build_array(jsonb_build_object('rows', v_found.behind, 'why', 'locked or moved')),
+            blocked_by = case when v_found.behind > 0 then jsonb_build_array(jsonb_build_object('rows', v_found.behind, 'why', 'locked or moved'))
+              else jsonb_build_array(jsonb_build_object('target', v_unfilled, 'why', 'its index is to be filled')) end,
             blocked_since = coalesce(r.blocked_since, now()),
             next_attempt_at = case when v_found.passes > 1 then
               clock_timestamp() + least(power(2, v_found.passes - 2), 30) * interval '1 second' end
@@ -830,6 +833,11 @@ begin
           blocked_by = null, blocked_since = null, next_attempt_at = null, verification_id = null, finished_at = clock_timestamp()
       where r.id = v_found.id;
       v_completed := v_completed || v_found.id;
+      if v_found.adopted is null then
+        perform rekey._complete_indexes(v_found.keyring_id, v_found.id, (
+          select jsonb_agg(jsonb_build_object('target', u.target, 'version', u.version))
+          from unnest(v_targets, v_of, v_versions) as u(target, keyring_id, version) where u.keyring_id = v_found.keyring_id and u.version > 0));
+      end if;
     end loop;
     perform rekey._note_seen(v_seen, array(select r.keyring_id from rekey.rotations r where r.id = any (v_completed)));
     perform rekey._clear_chunks();

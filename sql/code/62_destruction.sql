@@ -203,6 +203,8 @@ begin
   update rekey.encryption_keys k
   set state = 'destroyed', wrapped_key = null, destroyed_at = now(), scheduled_from = null
   where k.id = v_key.id;
+  update rekey._blind_indexes b set versions = array_remove(b.versions, _destroy.version)
+  from rekey.protected_columns c where c.id = b.column_id and c.keyring_id = _destroy.keyring_id and _destroy.version = any (b.versions);
   perform rekey._audit('key.destroyed', v_keyring.name, version);
 end
 $$;

@@ -114,7 +114,7 @@ $$;
 comment on function rekey._pgp_problem is 'Why a message that no passphrase opens may be so.';
 
 create or replace function rekey._adopt(
-  "values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean
+  "values" bytea[], contexts bytea[], sealing rekey._sealing, formats text[], forced boolean, prefix bytea = null, normalization text = null
 ) returns rekey._sealed
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -138,6 +138,10 @@ declare
   v_problems text[];
   v_formats text[];
   v_closed bytea[];
+  v_info bytea := prefix || rekey._part(normalization);
+  v_index_key bytea := case when normalization is not null then rekey._index_key(v_key, v_info) end;
+  v_normalized bytea;
+  v_indexes bytea[];
   v_made rekey._sealed;
 begin
   v_contexts[1] := v_contexts[1];  -- from now on its elements are found without a search
@@ -186,17 +190,22 @@ begin
       v_iv := rekey._random_bytes(16);
       v_aad := v_header || v_contexts[v_place];
       v_ciphertexts[v_place] := v_header || v_iv || rekey._aead_encrypt(v_key, v_iv, v_plaintext, v_aad);
+      if v_index_key is not null then
+        v_normalized := rekey._normalized(v_plaintext, normalization);
+        v_indexes[v_place] := rekey._index_value(rekey._int4(v_header, 7), v_index_key, v_normalized);
+      end if;
     end if;
   end loop;
   v_made.ciphertexts := v_ciphertexts;
   v_made.problems := v_problems;
   v_made.formats := v_formats;
   v_made.closed := v_closed;
+  v_made.indexes := v_indexes;
   return v_made;
 end
 $$;
 comment on function rekey._adopt is
-  'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else. A value that only the client can open gets neither ciphertext nor problem, and stands in closed, without what was wrapped around it.';
+  'Seals values that are no envelopes, and raises nothing: formats says as what each may be taken, forced that whatever it looks like it is plaintext else; prefix, normalization: the label of a searchable column, and what it takes for equal. A value that only the client can open gets neither ciphertext nor problem, and stands in closed, without what was wrapped around it.';
 
 create or replace function rekey.adopt_column(
   target regclass, column_name name, formats text[] = '{plaintext}', force boolean = false, reason text = null,
@@ -274,12 +283,13 @@ begin
     v_contexts := array(
       select target.prefix || c.context from unnest(v_batch.contexts) with ordinality as c(context, place) order by c.place);
     v_sealing := rekey._sealing(keyring_id);
-    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, formats, forced);
+    v_made := rekey._adopt(v_batch.ciphertexts, v_contexts, v_sealing, formats, forced, target.prefix, target.normalization);
     v_adoption.rows := v_batch.rows;
     v_adoption.keys := v_batch.keys;
     v_adoption.formats := v_made.formats;
     v_adoption.problems := v_made.problems;
     v_adoption.ciphertexts := v_made.ciphertexts;
+    v_adoption.indexes := v_made.indexes;
     v_adoption.legacy := v_made.closed;
   end if;
   return v_adoption;
@@ -336,7 +346,7 @@ begin
   v_until_block := least(rekey._block(v_chunk.first) + v_chunk.batch_blocks, v_chunk.until_block);
   v_adoption := rekey._adoption_rows(v_target, v_chunk.relation, v_chunk.first, v_until_block, v_max_rows,
     v_rotation.keyring_id, v_rotation.formats, v_rotation.forced);
-  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true, null) a;
+  select a.* into v_apart from rekey._write_apart(v_target, v_chunk.relation, v_adoption.rows, null, v_adoption.ciphertexts, true, null, v_adoption.indexes) a;
   select array_agg(u.key) as keys, array_agg(coalesce(u.problem, a.problem)) as problems, array_agg(a.code) as codes into v_failed
   from unnest(v_adoption.rows, v_adoption.keys, v_adoption.problems) as u(row, key, problem)
   left join unnest(v_apart.refused, v_apart.problems, v_apart.codes) as a(row, problem, code) on a.row = u.row
@@ -423,14 +433,14 @@ begin
   end loop;
   if v_rows is not null then
     v_sealing := rekey._sealing(v_rotation.keyring_id);
-    v_made := rekey._adopt(v_values, v_contexts, v_sealing, '{plaintext}', true);
+    v_made := rekey._adopt(v_values, v_contexts, v_sealing, '{plaintext}', true, v_target.prefix, v_target.normalization);
     for v_place in 1 .. cardinality(v_rows) loop
       if v_made.problems[v_place] is not null then
         raise exception 'a value of % cannot be sealed: it %', v_rotation.label, v_made.problems[v_place] using errcode = 'RK003';
       end if;
     end loop;
     -- (What it does not come to, the next pass does.)
-    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true, v_batch.state) a;
+    select a.* into v_apart from rekey._write_apart(v_target, relation, v_rows, null, v_made.ciphertexts, true, v_batch.state, v_made.indexes) a;
     v_done := cardinality(v_apart.written);
     v_failed_codes := array_fill(null::text, array[coalesce(cardinality(v_failed_keys), 0)]) || v_apart.codes;
     v_failed_keys := v_failed_keys || array(

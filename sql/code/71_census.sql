@@ -46,7 +46,7 @@ begin
               from unnest(v_found.ciphertexts, v_found.keys) with ordinality as o(ciphertext, row_key, place)) u
       ), failing as materialized (
         select f.place, f.problem
-        from rekey._check(v_found.ciphertexts, target.prefix, v_found.contexts) c
+        from rekey._check(v_found.ciphertexts, target.prefix, v_found.contexts, v_found.indexes, target.normalization) c
         cross join lateral unnest(c.failed_places, c.problems) as f(place, problem)
       ), noted as materialized (
         -- Discarded by somebody who has seen it, or in quarantine.
@@ -194,6 +194,12 @@ begin
           select jsonb_agg(to_jsonb(c) || jsonb_build_object('target', v_target.target))
           from rekey._census_target(v_target, v_keyrings, v_active) c), '[]');
       end if;
+      -- What stands in a blind index under another version than its value is behind as well.
+      v_rows := v_rows || coalesce((
+        select jsonb_agg(jsonb_build_object('target', v_target.target, 'keyring_id', c.keyring_id, 'version', 0, 'failed', 0, 'stale', c.rows))
+        from rekey._count_rows(array[v_target], v_keyrings) c
+        where v_target.normalization is not null and c.version = 0
+          and not exists (select from rekey.rotations o where o.keyring_id = c.keyring_id and rekey._is_under_way(o.state) and not o.in_line)), '[]');
       -- Those on the active version, where they open too: of a large table another part each day, for a few seconds.
       v_current := array(select unnest(v_current) except select unnest(v_keyrings));
       if v_open and v_current <> '{}' then

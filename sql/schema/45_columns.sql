@@ -13,8 +13,12 @@ create table rekey.protected_columns (
   search_path text not null,
   owner name not null,
   seen jsonb,
+  index_column name,
+  index_place integer,
+  normalization text constraint protected_columns_normalization_check check (normalization in ('exact', 'lower', 'trim_lower', 'digits')),
   created_at timestamptz not null default now(),
-  constraint protected_columns_places_check check (cardinality(places) = cardinality(context_columns) + 1)
+  constraint protected_columns_places_check check (cardinality(places) = cardinality(context_columns) + 1),
+  constraint protected_columns_index_check check (num_nulls(index_column, index_place, normalization) in (0, 3))
 );
 create index protected_columns_keyring_id on rekey.protected_columns (keyring_id);
 comment on table rekey.protected_columns is 'Columns of the user''s own tables that are under rotation. Which relation and columns they are now is known to the guard function of each (rekey_targets.column_<id>_guard), which follows renames and restores.';
@@ -31,7 +35,24 @@ comment on column rekey.protected_columns.fire_triggers is 'Whether the triggers
 comment on column rekey.protected_columns.search_path is 'The search path that is in force where a rotation fires them.';
 comment on column rekey.protected_columns.owner is 'Owner of the table when it was registered or rebound: who may register it again after it was dropped.';
 comment on column rekey.protected_columns.seen is 'How many rows of each keyring (by its id) opened at the last complete count; NULL: there was none. Where the column is blocked, those keyrings wait for it.';
+comment on column rekey.protected_columns.index_column is 'Name, as last seen, of the column with its blind index; NULL: it is not searchable.';
+comment on column rekey.protected_columns.index_place is 'Rank of that column among all that the guard names.';
+comment on column rekey.protected_columns.normalization is 'What is taken for equal: exact, lower, trim_lower or digits, as rekey.make_searchable() says.';
 comment on column rekey.protected_columns.created_at is 'When it was registered.';
+
+-- What changes with the key versions, in the transaction that changes them: a search has its versions from the same snapshot as its rows.
+create table rekey._blind_indexes (
+  column_id integer not null constraint _blind_indexes_pkey primary key
+    constraint _blind_indexes_column_fkey references rekey.protected_columns on delete cascade,
+  versions integer[] not null,
+  changed_in xid8 not null,
+  filled boolean not null default false,
+  refill boolean not null default true,
+  refill_by bigint,
+  text_version text not null
+);
+comment on table rekey._blind_indexes is
+  'The blind indexes of searchable columns. versions: those that index values may stand on; changed_in: the transaction that made the last of them active; filled: whether every value has one; refill: whether every row is to be looked at again; refill_by: the rotation whose pass does that; text_version: of Unicode and collation, by which the values were normalized.';
 
 -- An oid says which relation it is only in the database that noted it: a restored dump has others.
 create table rekey._column_relations (

@@ -10,7 +10,7 @@ create table rekey.audit_log (
     'key.destroy_scheduled', 'key.destroy_cancelled', 'key.destroyed',
     'rotation.requested', 'rotation.passed_by', 'rotation.started', 'rotation.error', 'rotation.row_failed', 'rotation.failure_resolved',
     'rotation.retried', 'rotation.paused', 'rotation.resumed', 'rotation.rolled_back', 'rotation.completed', 'rotation.failed',
-    'kek.registered', 'kek.rotated', 'kek.lost', 'column.protected', 'column.rebound', 'column.unprotected',
+    'kek.registered', 'kek.rotated', 'kek.lost', 'column.protected', 'column.rebound', 'column.unprotected', 'column.searchable', 'column.refilled',
     'schedule.changed', 'setting.changed', 'endpoint.added', 'endpoint.removed', 'access.denied', 'audit.pruned')),
   keyring text,
   version integer,

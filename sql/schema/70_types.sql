@@ -7,12 +7,13 @@ comment on type rekey.verified_rows is 'Result of rekey.verify_ciphertexts(): ro
 create type rekey._sealing as (header bytea, key bytea);
 comment on type rekey._sealing is 'What a value is sealed with: the header of its envelope, and the DEK.';
 
-create type rekey._sealed as (ciphertexts bytea[], problems text[], formats text[], closed bytea[]);
-comment on type rekey._sealed is 'What the engine made of values, in their order: the ciphertext; or NULL and why not; or NULL, and what only the client can open.';
+create type rekey._sealed as (ciphertexts bytea[], problems text[], formats text[], closed bytea[], indexes bytea[]);
+comment on type rekey._sealed is 'What the engine made of values, in their order: the ciphertext, and the index value of a searchable column; or NULL and why not; or NULL, and what only the client can open.';
 
 create type rekey._target as (
-  target text, relation regclass, whole regclass, function_name name, indexed boolean, prefix bytea, is_text boolean, problem text);
-comment on type rekey._target is 'A relation with row storage that holds envelopes, and what the engine needs to know of it. whole: the table that it is, or is a partition of.';
+  target text, relation regclass, whole regclass, function_name name, indexed boolean, prefix bytea, is_text boolean, problem text,
+  normalization text);
+comment on type rekey._target is 'A relation with row storage that holds envelopes, and what the engine needs to know of it. whole: the table that it is, or is a partition of. normalization: of a searchable column.';
 
 create type rekey._counted as (
   place integer, keyring_id integer, version integer, rows bigint, next tid, ciphertexts bytea[], contexts bytea[], keys text[], error text, code text, context text);
@@ -22,5 +23,6 @@ create type rekey._locked as (functions text, targets rekey._target[], errors js
 comment on type rekey._locked is 'What rekey._lock_targets() locked: the targets, blocked ones among them, as they were then; what could not be locked (target, relation, error, sqlstate); and the state of all their functions before that.';
 
 create type rekey._adoption as (
-  relation regclass, rows tid[], keys text[], formats text[], problems text[], ciphertexts bytea[], legacy bytea[], next tid, next_relation regclass);
+  relation regclass, rows tid[], keys text[], formats text[], problems text[], ciphertexts bytea[], legacy bytea[], next tid, next_relation regclass,
+  indexes bytea[]);
 comment on type rekey._adoption is 'A batch of values that are no envelopes: by row, its key, the format, why it cannot be adopted, the envelope made of it, or the value that the client has to open.';

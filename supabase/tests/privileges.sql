@@ -31,7 +31,7 @@ select is_empty(
        and r.rolname in ('anon', 'authenticated', 'service_role')
        and has_function_privilege(r.oid, p.oid, 'execute')
        and not (r.rolname <> 'anon' and p.proname in ('_rpc_change', '_rpc_key_rotation_status'))
-       and p.proname not in ('_is_doomed', '_may_be_doomed', '_is_scheduled', '_refuse_doomed', 'is_sweeping') $$,
+       and p.proname not in ('_is_doomed', '_may_be_doomed', '_is_scheduled', '_refuse_doomed', '_versions_to_ask', 'is_sweeping') $$,
   'they execute no function of schema rekey but the two behind the RPC, and what triggers ask');
 
 select is_empty(

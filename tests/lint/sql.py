@@ -39,9 +39,13 @@ create temporary table pg_rekey_kek (kek bytea);
 insert into pg_rekey_kek values (sha256('lint'));
 select rekey.unlock_copied('session'), rekey.register_kek(), rekey.create_keyring('default');
 drop table pg_rekey_kek;
-create table public.lint (id int primary key, b bytea, t text);
+create table public.lint (id int primary key, b bytea, t text, searchable_b bytea, searchable_t text);
 select rekey.protect_column('lint', 'b', encrypt_on_write => true),
-  rekey.protect_column('lint', 't', encrypt_on_write => true);
+  rekey.protect_column('lint', 't', encrypt_on_write => true),
+  rekey.protect_column('lint', 'searchable_b', encrypt_on_write => true),
+  rekey.protect_column('lint', 'searchable_t', encrypt_on_write => true);
+select rekey.make_searchable('lint', 'searchable_b');
+select rekey.make_searchable('lint', 'searchable_t');
 """
 # What functions refer to, and is not there when they are checked: the Vault, pg_cron.
 STAND_INS = """
