@@ -13,8 +13,9 @@ from pg_rekey.cli.base import Output, confirm, database, fetch, output, reason_o
 from pg_rekey.cli.commands import Group
 from pg_rekey.cli.follow import follow
 from pg_rekey.cli.parameters import COLUMN, KEYRING, TABLE
+from pg_rekey.cli.rotate import work
 from pg_rekey.cli.rotations import COLUMNS
-from pg_rekey.errors import FINDINGS, UNFINISHED
+from pg_rekey.errors import FINDINGS, UNFINISHED, Problem
 from pg_rekey.formats import FORMATS, Keys
 from pg_rekey.formats.wrappers import WRAPPERS
 from pg_rekey.hints import Road
@@ -171,6 +172,63 @@ def _dry_run(
         out.say(f"looked at in {time.monotonic() - begun:.1f} s; nothing was changed")
     if closed or doubt:
         raise click.exceptions.Exit(FINDINGS)
+
+
+@columns.command(example="pg-rekey columns search public.users email --normalization lower --unique")
+@click.argument("table", type=TABLE)
+@click.argument("column", type=COLUMN)
+@click.option(
+    "--index-column", metavar="NAME", help="Column of type bytea beside it; COLUMN_bidx by default."
+)
+@click.option(
+    "--normalization",
+    type=click.Choice(("exact", "lower", "trim_lower", "digits")),
+    help="What is taken for equal; exact by default.",
+)
+@click.option("--unique", is_flag=True, help="No two rows may have equal values.")
+@output
+def search(
+    out: Output, table: str, column: str, index_column: str | None, normalization: str | None, unique: bool
+) -> None:
+    """Make a protected column searchable by equality: fill a blind index beside it, and index that.
+
+    Both online, in batches. Repeated, it fills it anew: after an update of the collation or of Unicode.
+    """
+    with worker.connect() as connection:
+        table = db.named(connection, table)
+        with worker.transaction(connection):
+            statement = scalar(
+                connection, db.query("make searchable"), table, column, index_column, normalization
+            )
+        numbers = [row["id"] for row in fetch(connection, db.query("filling"), table, column)]
+        steps = worker.Steps(connection)
+        rotations = follow(connection, numbers, lambda: work(steps))
+        indexes = fetch(connection, db.query("search indexes"), table, column)
+        if not any(row["valid"] and row["unique"] >= unique for row in indexes):
+            _index(connection, table, column, statement, unique)
+        out.table(rotations, COLUMNS)
+    if any(row["state"] != "completed" for row in rotations):
+        raise click.exceptions.Exit(UNFINISHED)
+
+
+def _index(connection: db.Connection, table: str, column: str, statement: str, unique: bool) -> None:
+    """Index a blind index without locking out who writes; leave none behind that is not valid."""
+    if unique:
+        statement = statement.replace("create index", "create unique index", 1)
+    try:
+        connection.execute(statement.encode())
+    except psycopg.errors.FeatureNotSupported as error:
+        raise Problem(
+            f"{table} is partitioned: its index is not made concurrently",
+            f"Run: {statement.replace(' concurrently', '')}",
+        ) from error
+    except psycopg.errors.UniqueViolation as error:
+        for row in fetch(connection, db.query("search indexes"), table, column):
+            if not row["valid"]:
+                connection.execute(f"drop index concurrently {row['name']}".encode())
+        raise Problem(
+            f"two rows of {table}.{column} have equal values", "Change one of them, and repeat this."
+        ) from error
 
 
 @columns.command(example="pg-rekey columns unprotect public.accounts api_key --decrypt")

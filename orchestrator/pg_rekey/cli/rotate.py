@@ -78,7 +78,7 @@ def rotate(
         if wait:
             steps = worker.Steps(connection, fast=fast)
             with worker.Crew(steps, workers, _tell):
-                rotations = follow(connection, list(passed_by), lambda: _work(steps))
+                rotations = follow(connection, list(passed_by), lambda: work(steps))
             rotations = [{**row, "passed_by": passed_by[row["id"]]} for row in rotations]
             for row in worker.held_up(connection, list(passed_by)):
                 click.echo(held_up(row), err=True)
@@ -113,7 +113,7 @@ def _begin(
         raise
 
 
-def _work(steps: worker.Steps) -> None:
+def work(steps: worker.Steps) -> None:
     """Work for a moment: the time between two looks at the progress."""
     until = time.monotonic() + 0.2
     while time.monotonic() < until:
