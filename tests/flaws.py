@@ -154,8 +154,20 @@ FLAWS = [
     Flaw(
         "rows that somebody else has are waited for",
         "51_columns.sql",
-        "      for no key update of t skip locked\n    )",
-        "      for no key update of t\n    )",
+        "' of t skip locked\n    )",
+        "' of t\n    )",
+    ),
+    Flaw(
+        "a search asks for the active version alone",
+        "57_blind_index.sql",
+        "v_versions := v_column.versions;",
+        "v_versions := v_column.versions[cardinality(v_column.versions):];",
+    ),
+    Flaw(
+        "what is searched for is swept without its index",
+        "50_targets.sql",
+        "rekey._normalized(p.plaintext, _reencrypt.normalization))",
+        "rekey._normalized(p.old_iv, _reencrypt.normalization))",
     ),
     Flaw(
         "an adoption in line is never begun",

@@ -86,6 +86,10 @@ SETUP: LiteralString = """
     select rekey.protect_column('app.notes', 'v');
     select rekey.protect_column('app.parts', 'v');
     select rekey.protect_column('app.letters', 'v', encrypt_on_write => true);
+    create table app.names (id integer primary key, v text);  -- searched for
+    select rekey.protect_column('app.names', 'v', encrypt_on_write => true);
+    select rekey.make_searchable('app.names', 'v');
+    create unique index on app.names (v_bidx);
     create table app.copies (t text, b bytea, j jsonb);  -- nobody told pg_rekey of it
     create table app.ran (who text);  -- by whom the owner's code was run
     create function app.run() returns trigger language plpgsql as $$
@@ -113,6 +117,9 @@ SETUP: LiteralString = """
     create trigger fire after update on app.parts for each row execute function app.fire('parts');
     create trigger fire after update on app.letters for each row execute function app.fire('letters');
     reset role;
+    -- It is empty: nothing is left to be filled.
+    update rekey._blind_indexes set filled = true, refill = false;
+    delete from rekey.rotations;
 """
 
 SILENCE: LiteralString = """
@@ -125,7 +132,8 @@ ROWS: LiteralString = """
     union all select 'notes', '', id::text, id::text, v from app.notes
     union all select 'parts', '', id::text, id::text, v from (
       table app.parts_1 union all table app.parts_2 union all table app.parts_3) p
-    union all select 'letters', '', id::text, id::text, convert_to(v, 'UTF8') from app.letters"""
+    union all select 'letters', '', id::text, id::text, convert_to(v, 'UTF8') from app.letters
+    union all select 'names', '', id::text, id::text, convert_to(v, 'UTF8') from app.names"""
 KEYS: LiteralString = """
     select k.name, k.id, k.tenant_id::text, k.retired_at is not null, e.version, e.state,
       e.kek_id || ':' || encode(substr(e.wrapped_key, 12, 16), 'hex')
@@ -147,6 +155,7 @@ TARGETS = {
     "rekey.secrets": "secret",
     "app.notes.v": "notes",
     "app.letters.v": "letters",
+    "app.names.v": "names",
     "app.parts.v": "parts",
 }
 
@@ -697,9 +706,15 @@ class Walk(RuleBasedStateMachine):
     def is_copied(self, ring: Ring, version: int) -> bool:
         return any((row.ring, row.version) == (ring.number, version) for row in self.copies)
 
-    @move(lambda self: not self.has_writer() and not self.astray and not self.broken, number=ids)
+    @move(
+        lambda self: not self.has_writer() and not self.astray and not self.broken and not self.is_searched(),
+        number=ids,
+    )
     def a_snapshot_meets_a_destruction(self, number: str) -> None:
-        """It shows envelopes that are gone, copies them, and then they are found."""
+        """It shows envelopes that are gone, copies them, and then they are found.
+
+        Where rows are searched for, the rotation would wait for it.
+        """
         ring = self.now.rings["default"]
         self.write_row(number=number, kind="letters")
         self.holds()
@@ -741,7 +756,7 @@ class Walk(RuleBasedStateMachine):
         without = {"swapped": "notes", "emptied": "notes", "recreated": "notes"}
         return without.get(self.astray) != kind and (self.astray, number) != ("detached", "2")
 
-    @move(number=ids, kind=st.sampled_from(["notes", "letters", "letters", "parts"]))
+    @move(number=ids, kind=st.sampled_from(["notes", "letters", "letters", "names", "names", "parts"]))
     def write_row(self, number: str, kind: str) -> None:
         place: Place = (kind, "", number)
         text = self.text()
@@ -749,6 +764,9 @@ class Walk(RuleBasedStateMachine):
         code = code or ("55P03" if self.holder(place) else None)
         if kind == "letters":
             self.call(self.admin, code, PUT_LETTER, number, text)
+        elif kind == "names":
+            code = code or ("RK006" if self.is_closed_to_searches() else None)
+            self.call(self.admin, code, PUT_NAME, number, text)
         elif kind == "notes":
             self.call(self.admin, code, ENCRYPT_NOTE, number, text, number)
         else:
@@ -784,16 +802,27 @@ class Walk(RuleBasedStateMachine):
             self.store(target, text)
         self.admin.unlock(self.now.kek)
 
-    @move(number=ids, kind=st.sampled_from(["notes", "letters"]))
+    @move(number=ids, kind=st.sampled_from(["notes", "letters", "names"]))
     def delete_row(self, number: str, kind: str) -> None:
         place: Place = (kind, "", number)
         code = "55P03" if place in self.now.values and self.holder(place) else None
         query: LiteralString = "delete from app.notes where id = %s"
         if kind == "letters":
             query = "delete from app.letters where id = %s"
+        elif kind == "names":
+            query = "delete from app.names where id = %s"
         self.call(self.admin, code, query, number)
         if code is None:
             self.remove(place)
+
+    def is_searched(self) -> bool:
+        return any(place[0] == "names" for place in self.now.values)
+
+    def is_closed_to_searches(self) -> bool:
+        """Whether rows of app.names may stand on a version that opens nothing."""
+        keys = self.now.rings["default"].keys
+        [versions] = self.eye.execute("select versions from rekey._blind_indexes").fetchall()[0]
+        return any(keys[version].state in CLOSED for version in versions)
 
     def letter_refuses(self, session: Session, held: Held, number: str) -> str | None:
         """What the trigger of app.letters says of a ciphertext."""
@@ -1187,7 +1216,10 @@ class Walk(RuleBasedStateMachine):
         raise AssertionError(f"the rotation does not end: {self.rotations}")
 
     def disturbed(self) -> bool:
-        return bool(self.astray) or any(writer.locks or writer.wrote for writer in self.writers)
+        # A snapshot that is older than a rotation keeps it from what is searched for. A session in a
+        # transaction has one, at any level, as long as the server keeps the portal of its last SELECT.
+        searched = self.is_searched() and any(writer.open for writer in self.writers)
+        return bool(self.astray or searched) or any(writer.locks or writer.wrote for writer in self.writers)
 
     @move(
         lambda self: not self.broken and not any(writer.open for writer in self.writers),
@@ -1694,7 +1726,8 @@ class Walk(RuleBasedStateMachine):
             if kind in PUT and not raw.startswith(b"RK\x01"):
                 plain[kind, tenant, name] = raw.decode()
             else:
-                found[kind, tenant, name] = Envelope(from_text(raw) if kind == "letters" else raw, row_key)
+                text = kind in ("letters", "names")
+                found[kind, tenant, name] = Envelope(from_text(raw) if text else raw, row_key)
         for place in self.now.plain.keys() & found.keys():
             assert place[0] in self.adopting, f"{place} was adopted by nobody"
             assert found[place].version == self.now.ring_of(found[place]).active
@@ -1715,7 +1748,9 @@ class Walk(RuleBasedStateMachine):
                     f"{place} moved to {row.version}"
                 )
                 assert before.version != row.version, f"{place} was swept for nothing"
-                assert self.silent or place[0] in fired | {"secret", "notes"}, "a sweep fired no trigger"
+                assert self.silent or place[0] in fired | {"secret", "notes", "names"}, (
+                    "a sweep fired no trigger"
+                )
             if place not in self.now.corrupt and (before is None or before.raw != row.raw):
                 self.new_envelope(row)
         self.now.rows = found
@@ -1790,9 +1825,21 @@ class Walk(RuleBasedStateMachine):
             there = {place[2]: text for place, text in opens.items() if place[1] == tenant}
             read: LiteralString = "select * from rekey.read_secrets(%s, %s)"
             assert not there or dict(self.eye.execute(read, (list(there), tenant))) == there
-        for kind, query in (("notes", READ_NOTES), ("parts", READ_PARTS), ("letters", READ_LETTERS)):
+        reads = (
+            ("notes", READ_NOTES),
+            ("parts", READ_PARTS),
+            ("letters", READ_LETTERS),
+            ("names", READ_NAMES),
+        )
+        for kind, query in reads:
             there = {place[2]: text for place, text in opens.items() if place[0] == kind}
             assert not there or dict(self.eye.execute(query, (list(there),))) == there
+        if not self.is_closed_to_searches():
+            for place, text in self.now.values.items():
+                if place[0] == "names":
+                    assert self.eye.execute(FIND_NAME, (text,)).fetchall() == [(place[2],)], (
+                        f"{text} is not found"
+                    )
         reached = {place[1] for place in self.now.values if place[0] == "secret"} & (
             self.app.reaches or set()
         )
@@ -1829,6 +1876,15 @@ PUT_NOTE: LiteralString = (
 PUT_LETTER: LiteralString = (
     "insert into app.letters values (%s, %s) on conflict (id) do update set v = excluded.v"
 )
+PUT_NAME: LiteralString = (
+    "insert into app.names (id, v) values (%s, %s) on conflict (id) do update set v = excluded.v"
+)
+FIND_NAME: LiteralString = (
+    "select id::text from app.names where v_bidx = any (rekey.search('app.names.v', %s))"
+)
+READ_NAMES: LiteralString = """
+    select id::text, rekey.decrypt_text(v, array['app.names.v', id::text]) from app.names
+    where id::text = any (%s)"""
 ENCRYPT_NOTE: LiteralString = """
     insert into app.notes values (%s, rekey.encrypt(%s::text, 'default', array['app.notes.v', %s]))
     on conflict (id) do update set v = excluded.v"""

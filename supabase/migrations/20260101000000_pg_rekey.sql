@@ -6849,17 +6849,19 @@ declare
   v_versions integer[];
   v_keyring integer;
   v_column name;
+  v_locked integer;
   v_snapshot boolean := current_setting('transaction_isolation') <> 'read committed';
 begin
-  -- In a statement of its own: it sees a rotation that was committed since the row came to stand in the index.
-  select a.version || array(select v from unnest(b.versions) as v where v <> a.version order by v), c.keyring_id, c.index_column
-  into v_versions, v_keyring, v_column
-  from rekey._blind_indexes b
-  join rekey.protected_columns c on c.id = b.column_id
-  join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
-  where b.column_id = _versions_to_ask.id;
-  if cardinality(v_versions) > 1 or v_snapshot then
-    if not exists (
+  loop
+    -- In a statement of its own: it sees a rotation that was committed since the row came to stand in the index.
+    select a.version || array(select v from unnest(b.versions) as v where v <> a.version order by v), c.keyring_id, c.index_column
+    into v_versions, v_keyring, v_column
+    from rekey._blind_indexes b
+    join rekey.protected_columns c on c.id = b.column_id
+    join rekey.encryption_keys a on a.keyring_id = c.keyring_id and a.state = 'active'
+    where b.column_id = _versions_to_ask.id;
+    exit when v_versions is null or v_versions[1] = v_locked or cardinality(v_versions) = 1 and not v_snapshot;
+    if v_locked is null and not exists (
          select from pg_index i
          join pg_attribute t on t.attrelid = i.indrelid and t.attname = v_column
          where i.indrelid = _versions_to_ask.relation and (i.indisunique or i.indisexclusion)
@@ -6868,9 +6870,12 @@ begin
                and d.refobjid = i.indrelid and d.refobjsubid = t.attnum))) then
       return null;
     end if;
-    -- (40001, where this snapshot does not see it.)
-    perform rekey._refuse_old_snapshot(array[v_keyring], array[v_versions[1]]);
-  end if;
+    -- Where the row is to stay, no less in use than the version that its value is sealed with.
+    perform pg_advisory_xact_lock_shared(v_keyring, v_versions[1]);
+    v_locked := v_versions[1];
+  end loop;
+  -- (40001, where this snapshot does not see it.)
+  perform rekey._refuse_old_snapshot(array[v_keyring], v_versions[1:1]);
   return v_versions;
 end
 $$;
