@@ -331,3 +331,35 @@ def test_the_vault_is_copied(columns: Cli, ready: Connection, kek: bytes) -> Non
     assert "0 secrets copied" in columns("secrets", "import", "--vault")
     assert columns("secrets", "get", "stripe") == "sk"
     assert value(ready, "select description from rekey.secrets where name = 'stripe'") == "of Stripe"
+
+
+def test_search(cli_ready: Cli, ready: Connection) -> None:
+    ready.execute("create table users (id int primary key, email text)")
+    cli_ready("columns", "protect", "public.users", "email", "--encrypt-on-write")
+    ready.execute("insert into users select g, 'User' || g || '@example.org' from generate_series(1, 500) g")
+    command = ("columns", "search", "public.users", "email")
+    [rotation] = cli_ready.json(*command, "--normalization", "lower", "--unique")
+    assert (rotation["trigger"], rotation["state"]) == ("search", "completed")
+    definition = "select indexdef from pg_indexes where indexname like 'users_email_bidx%%'"
+    assert "CREATE UNIQUE INDEX" in value(ready, definition)
+    search = "rekey.search('public.users.email', 'user7@EXAMPLE.org')"
+    found = f"select id from users where email_bidx = any ({search})"
+    assert value(ready, found) == 7
+    # Repeated, it is filled anew, as it was made, and indexed once.
+    cli_ready(*command)
+    assert value(ready, definition.replace("indexdef", "count(*)")) == 1
+    [shown] = cli_ready.json("columns", "list")
+    assert (shown["index_column"], shown["normalization"]) == ("email_bidx", "lower")
+    assert value(ready, found) == 7
+
+
+def test_search_of_values_that_are_there_twice(cli_ready: Cli, ready: Connection) -> None:
+    ready.execute("create table users (id int primary key, email text)")
+    cli_ready("columns", "protect", "public.users", "email", "--encrypt-on-write")
+    ready.execute("insert into users values (1, 'a'), (2, 'A')")
+    cli_ready("columns", "search", "public.users", "email", "--normalization", "lower", "--unique", code=1)
+    assert "two rows of public.users.email have equal values" in cli_ready.err
+    assert value(ready, "select count(*) from pg_indexes where tablename = 'users'") == 1
+    ready.execute("update users set email = 'b' where id = 2")
+    cli_ready("columns", "search", "public.users", "email", "--unique")
+    assert value(ready, "select count(*) from pg_indexes where tablename = 'users'") == 2

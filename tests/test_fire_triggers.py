@@ -275,7 +275,7 @@ def test_nobody_gains_the_right(ready: Connection, app: Connection, owner: str) 
         select body from rekey.protected_columns c, rekey._column_bodies(c) b where b.name ~ '_write$'"""
     statement = (
         f"create or replace function rekey_targets.column_{number}_write"
-        f"(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[],"
+        f"(relation regclass, rows tid[], starts bytea[], ciphertexts bytea[], indexes bytea[],"
         f" out locked tid[], out written bigint)"
         f" language plpgsql security definer set search_path = pg_catalog, pg_temp"
         f" as $body${value(ready, body)}$body$"

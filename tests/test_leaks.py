@@ -470,6 +470,48 @@ def test_nothing_of_endpoints_is_logged(loud: tuple[str, Settings], kek: bytes) 
         assert value(quiet, "select count(*) from rekey._endpoints") == 1
 
 
+def test_what_is_searched_for_is_not_logged(loud: tuple[str, Settings], kek: bytes) -> None:
+    """Nor what is indexed: on write, under each version, filled, adopted, swept and checked."""
+    dsn, settings = loud
+    with connect(dsn) as connection:
+        session = Session(connection, settings)
+        unlock(connection, kek)
+        session.run("select rekey.register_kek()", "select rekey.create_keyring('default')")
+        session.run("create table written (id int primary key, v text)")
+        fill(connection, "plain", VALUE)
+        copy_in(connection, "written", ["int4", "text"], (1, VALUE + "adopted"))
+        session.run(
+            "select rekey.protect_column('written', 'v', encrypt_on_write => true)",
+            "select rekey.make_searchable('written', 'v', normalization => 'trim_lower')",
+            "create unique index on written (v_bidx)",
+            "call rekey.run_rotations()",
+            "select rekey.adopt_column('written', 'v')",
+            "call rekey.run_rotations()",
+            "select rekey.rotate_keys()",
+            "insert into written select 2, v from plain",
+            "update written set v = v || 'x' where id = 1 and false",
+        )
+        with expected(session, "23505"):
+            session.run("insert into written select 3, v from plain")
+        session.run(
+            "select id from plain p, written w where v_bidx = any (rekey.search('public.written.v', p.v))",
+            "select rekey.search_many('public.written.v', array_agg(p.v)) from plain p",
+            "call rekey.run_rotations()",
+            "select rekey.verify_ciphertexts()",
+            "select rekey._census()",
+        )
+        with connection.transaction():
+            for _ in range(2):
+                with expected(session, "23505"), connection.transaction():
+                    session.run("insert into written select 3, v from plain")
+                session.run("select rekey.search('public.written.v', v) from plain")
+        assert value(connection, "select count(*) from written where v_bidx is not null") == 2
+        assert session.found(VALUE.encode()) == []
+        assert session.found(VALUE.strip().lower().encode()) == []
+        assert [key for key in deks(connection, kek) if session.found(key)] == []
+        assert len(session.log) > 200
+
+
 @contextlib.contextmanager
 def expected(session: Session, code: str | None) -> Iterator[None]:
     """Expect an error with this code, or none, and keep what it says."""

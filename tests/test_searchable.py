@@ -1,7 +1,11 @@
 """Searchable columns: their blind index, on write, filled, rotated and checked, and what a search finds."""
 
 import hmac
+import random
+import threading
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import LiteralString
 
@@ -9,7 +13,7 @@ import pytest
 
 import reference
 from column_fixtures import protect
-from driving import events, refused, rotate, rotation, run, step, step_until
+from driving import events, in_background, refused, rotate, rotation, run, step, step_until
 from helpers import Connection, connect, unlock, value
 from test_dump import tools_for
 
@@ -510,3 +514,103 @@ def test_dumped_and_restored(
         assert (found(restored, "v7"), wrong(restored)) == ([7], 0)
         assert value(restored, VERSIONS) == [2]
         restored.execute(f"drop owned by {owner} cascade".encode())
+
+
+def test_kills_in_mid_rotation(
+    app: Connection, ready: Connection, session: Callable[[], Connection], texts: None
+) -> None:
+    """Of a filling and of a rotation: what was not committed is done again, and no row is missed."""
+    app.execute("insert into t select g, 'v' || g from generate_series(1, 3000) g")
+    app.execute("select rekey.make_searchable('t', 'v')")
+    app.execute("create unique index on t (v_bidx)")
+    for _ in range(2):
+        for _ in range(4):
+            worker = session()
+            with worker.transaction(force_rollback=True):
+                step_until(worker, "batch", "completed", "idle")
+            step_until(worker, "batch", "completed", "idle")
+            ready.execute("select pg_terminate_backend(%s, 5000)", [worker.info.backend_pid])
+        if value(ready, "select filled from rekey._blind_indexes"):
+            assert (found(app, "v7"), wrong(ready)) == ([7], 0)
+        run(ready)
+        assert wrong(ready) == 0
+        rotate(ready)
+    run(ready)
+    assert value(ready, VERSIONS) == [3]
+
+
+def test_many_rows_in_one_transaction_of_a_rotation(app: Connection, ready: Connection, texts: None) -> None:
+    """No lock for each of them; each is asked for under both versions."""
+    fill(app, ready, 20, unique=True)
+    rotate(ready)
+    with app.transaction():
+        app.execute("insert into t select g, 'w' || g from generate_series(100, 20099) g")
+        locks: LiteralString = "select count(*) from pg_locks where pid = pg_backend_pid()"
+        assert value(app, locks) < 60
+        with refused("23505"), app.transaction():
+            app.execute("insert into t values (99, 'v7')")
+        with refused("23505"), app.transaction():
+            app.execute("insert into t values (99, 'w20000')")
+    run(ready)
+    assert value(app, "select count(*) from t where substr(v_bidx, 1, 4) = int4send(2)") == 20020
+    assert (found(app, "w20000"), wrong(ready)) == ([20000], 0)
+
+
+def test_triggers_and_the_rows_that_they_change(app: Connection, ready: Connection, texts: None) -> None:
+    """A row that an AFTER trigger of the table has updated is carried on all the same."""
+    fill(app, ready, 20, unique=True)
+    app.execute("""
+        create function again() returns trigger language plpgsql as $$
+        begin
+          update app.t set n = n + 1 where id = new.id;
+          return null;
+        end $$;
+        create trigger again after insert on t for each row execute function again();
+        create table log (who name, path text, v_bidx bytea);
+        create function log() returns trigger language plpgsql as $$
+        begin
+          insert into app.log values (current_user, current_setting('search_path'), new.v_bidx);
+          return null;
+        end $$;
+        create trigger log after update on t for each row execute function log()""")
+    rotate(ready)
+    app.execute("insert into t values (100, 'w')")
+    assert value(app, "select n from t where id = 100") == 1
+    assert value(app, "select substr(v_bidx, 1, 4) from t where id = 100") == b"\0\0\0\2"
+    assert value(app, "select count(*) from log where octet_length(v_bidx) <> 20") == 0
+    with refused("23505"):
+        app.execute("insert into t values (101, 'w')")
+    with refused("23505"):
+        app.execute("insert into t values (101, 'v7')")
+    assert wrong(ready) == 0
+
+
+def test_readers_miss_no_row(
+    app: Connection, ready: Connection, session: Callable[[], Connection], texts: None
+) -> None:
+    """SELECT, UPDATE and SELECT FOR UPDATE by search, in a loop, while rotations run."""
+    fill(app, ready, 2000, unique=True)
+    missed: list[str] = []
+    done: Counter[str] = Counter()
+    statements: list[LiteralString] = [
+        "select id from app.t where v_bidx = any (rekey.search('app.t.v', %s))",
+        "update app.t set n = n + 1 where v_bidx = any (rekey.search('app.t.v', %s)) returning id",
+        "select id from app.t where v_bidx = any (rekey.search('app.t.v', %s)) for update",
+    ]
+
+    def read(connection: Connection, statement: LiteralString, stop: threading.Event) -> None:
+        while not stop.is_set():
+            number = random.randrange(1, 2001)
+            rows = connection.execute(statement, [f"v{number}"]).fetchall()
+            done[statement] += 1
+            if rows != [(number,)]:
+                missed.append(f"{statement}: {rows}")
+
+    tasks = [partial(read, session(), statement) for statement in statements]
+    with in_background(*tasks):
+        for _ in range(4):
+            rotate(ready)
+            run(ready)
+    assert missed == []
+    assert min(done[statement] for statement in statements) > 50
+    assert wrong(ready) == 0
