@@ -3910,7 +3910,7 @@ begin
         case when p.key is null then p.problem
              when not rekey._is_authentic(p.key, p.iv, p.sealed, p.aad) then 'does not open: damaged, or of another row'
              -- (What stands in the index under another version is behind: the next pass makes it anew.)
-             when substr(p.index, 1, 4) = substr(p.header, 8, 4)
+             when p.index is not null and substr(p.index, 1, 4) = substr(p.header, 8, 4)
                and p.index <> rekey._index_value(p.version, p.index_key, rekey._normalized(rekey._decipher(p.key, p.iv, p.sealed), _check.normalization))
                then 'its index value is not that of its value' end as problem
       from (
