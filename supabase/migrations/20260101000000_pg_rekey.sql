@@ -7122,19 +7122,17 @@ begin
   loop
     -- After the row stands in the index: who makes a version active later will find it there.
     v_live := coalesce(rekey_targets.%4$s_live(tg_relid), v_live[1:1]);
-    exit when v_live is null;
-    v_next := (
-      select u.version from unnest(v_live[2:] || v_live[1]) with ordinality as u(version, place)
-      where u.version <> all (v_asked) order by u.place limit 1);
-    if v_next is null then
-      exit when v_at = v_live[1];
-      v_next := v_live[1];
-    end if;
-    select m.moved, m.moved_index into v_row, v_index
-    from rekey_targets.%4$s_move(tg_relid, v_row, v_index, new.%1$s, int4send(v_next)) m;
-    exit when v_row is null;  -- deleted, or changed, by a trigger of its own
-    v_asked := v_asked || v_next;
-    v_at := v_next;
+    exit when v_live is null or v_live <@ v_asked and v_at = v_live[1];
+    foreach v_next in array array(select v from unnest(v_live[2:]) as v where v <> all (v_asked) order by v) || v_live[1] loop
+      continue when v_next = v_at;
+      select m.moved, m.moved_index into v_row, v_index
+      from rekey_targets.%4$s_move(tg_relid, v_row, v_index, new.%1$s, int4send(v_next)) m;
+      if v_row is null then
+        return null;  -- deleted, or changed, by a trigger of its own
+      end if;
+      v_asked := v_asked || v_next;
+      v_at := v_next;
+    end loop;
   end loop;
   return null;
 end
