@@ -6796,6 +6796,8 @@ begin
   end if;
   if normalization = 'digits' then
     v_text := regexp_replace(v_text collate "C", '[^0-9]', '', 'g');
+  elsif normalization = 'exact' and length(v_text) = octet_length(v_text) then
+    return value;  -- ASCII is in NFC
   else
     if getdatabaseencoding() = 'UTF8' then
       v_text := pg_catalog.normalize(v_text, 'NFC');
