@@ -170,6 +170,9 @@ ACTIONS = {
         "`pg-rekey columns rebind TABLE COLUMN` goes on with the table that has the values; "
         "`pg-rekey columns list` says what is in the way."
     ),
+    "searchable": Words(
+        "`pg-rekey columns search TABLE COLUMN` makes a protected column searchable, or fills its index anew."
+    ),
     "secrets": Words(
         "`pg-rekey secrets list` shows the names that there are.",
         python="See secrets.list() for the names that there are.",

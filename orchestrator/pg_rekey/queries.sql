@@ -767,7 +767,7 @@ from rekey.adoption_preview(%s::regclass, %s, %s, %s, %s::oid::regclass, %s::tid
 -- name: columns
 -- description: Protected columns, and whether each can be swept.
 select s.label, s.relation::text as relation, s.column_name::text as column_name, s.keyring, s.context_columns::text[] as context_columns,
-  s.encrypt_on_write, s.fire_triggers, s.search_path, s.problem
+  s.encrypt_on_write, s.fire_triggers, s.search_path, s.index_column::text as index_column, s.normalization, s.problem
 from rekey.column_status s
 order by s.label
 

@@ -240,7 +240,7 @@ begin
         return next;
       end if;
     end if;
-    return query select v_column.label, f.kind, f.severity, f.finding, f.advice from rekey._index_findings(v_column) f;
+    return query select v_column.label, f.kind, f.severity, f.finding, f.advice, null from rekey._index_findings(v_column) f;
     if v_shape.relation is not null then
       return query
         select v_column.label, f.kind, 'warning', f.finding, f.advice, f.action

@@ -6591,7 +6591,7 @@ begin
         return next;
       end if;
     end if;
-    return query select v_column.label, f.kind, f.severity, f.finding, f.advice from rekey._index_findings(v_column) f;
+    return query select v_column.label, f.kind, f.severity, f.finding, f.advice, null from rekey._index_findings(v_column) f;
     if v_shape.relation is not null then
       return query
         select v_column.label, f.kind, 'warning', f.finding, f.advice, f.action
@@ -6925,7 +6925,7 @@ begin
     v_key := rekey._dek(keyring_id, v_version);
     if v_key is null then
       raise exception 'the index cannot be asked under key version %: %', v_version, rekey._dek_problem(keyring_id, v_version) using errcode = 'RK006',
-        hint = 'Rows may stand on it. Once a rotation has taken them along, they do not: rekey.rotation_status.';
+        hint = 'Rows may stand on it. Once a rotation has taken them along, they do not: rekey.rotation_status.', constraint = 'rotations';
     end if;
     v_key := rekey._index_key(v_key, info);
     v_values := v_values || rekey._index_value(v_version, v_key, normalized);
