@@ -5,12 +5,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import LiteralString
 
 import psycopg
 import pytest
 
 from column_fixtures import protect
-from driving import in_background, rotate, run
+from driving import in_background, refused, rotate, run, waits
 from helpers import Connection, value
 from test_searchable import wrong
 
@@ -123,3 +125,56 @@ def test_a_storm_of_duplicates(
         min(errors[f"{kind} done"] for kind in ("insert", "upsert", "nothing", "update", "delete", "other"))
         > 10
     )
+
+
+ASKS: LiteralString = """
+    create or replace function rekey._versions_to_ask(id integer, relation oid) returns integer[]
+    language sql volatile security definer
+    return (select array[max(v), min(v)] from rekey._blind_indexes b, unnest(b.versions) v)"""
+
+
+@pytest.mark.parametrize("asked", ["all", "the oldest and the active one"])
+def test_three_versions_at_once(unique: None, app: Connection, ready: Connection, asked: str) -> None:
+    """A value is asked for under each of them; under two, a duplicate on the third comes in."""
+    for number in (1, 2, 3):
+        app.execute("insert into t (v) values (%s)", [f"on version {number}"])
+        if number < 3:
+            rotate(ready, supersede=True)
+    on: LiteralString = "select array_agg(rekey._int4(v_bidx, 0) order by id) from app.t"
+    assert value(ready, on) == [1, 2, 3]
+    if asked != "all":
+        ready.execute(ASKS)
+        app.execute("insert into t (v) values ('on version 2')")
+        assert twice(ready) == [("on version 2", 2)]
+        return
+    for number in (1, 2, 3):
+        with refused("23505", "t_v"):
+            app.execute("insert into t (v) values (%s)", [f"ON VERSION {number}"])
+        upsert: LiteralString = "insert into t (v) values (%s) on conflict (v_bidx) do update set n = t.n + 1"
+        app.execute(upsert, [f"On version {number}"])
+    assert value(app, "select array_agg(n order by id) from t") == [1, 1, 1]
+    # Rolled back, the newest is one of those that are asked for beside the active one.
+    ready.execute("select from rekey.rollback_rotation((select max(id) from rekey.rotations))")
+    for number in (1, 2, 3):
+        with refused("23505", "t_v"):
+            app.execute("insert into t (v) values (%s)", [f"on version {number}"])
+    run(ready)
+    assert value(ready, on) == [2, 2, 2]
+    assert wrong(ready) == 0
+
+
+def test_a_writer_from_before_the_rotation(
+    unique: None, app: Connection, ready: Connection, session: Callable[[], Connection]
+) -> None:
+    """Who sealed with the version before finds whoever writes the same value with the new one."""
+    old, new = session(), session()
+    with ThreadPoolExecutor(1) as pool:
+        with old.transaction():
+            old.execute("insert into app.t (v) values ('x')")
+            rotate(ready)
+            second = pool.submit(new.execute, "insert into app.t (v) values ('X')")
+            waits(ready, new.info.backend_pid)
+        with refused("23505"):
+            second.result(30)
+    run(ready)
+    assert wrong(ready) == 0
