@@ -2,7 +2,7 @@
 begin;
 create extension if not exists pgtap;
 
-select plan(74 + 1);
+select plan(77 + 1);
 
 create temporary table contract (name text, arguments text, result text);
 insert into contract values
