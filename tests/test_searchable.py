@@ -614,3 +614,15 @@ def test_readers_miss_no_row(
     assert missed == []
     assert min(done[statement] for statement in statements) > 50
     assert wrong(ready) == 0
+
+
+def test_the_function_that_it_prints(app: Connection, ready: Connection, texts: None) -> None:
+    """One call that searches and uses what it found, as PostgREST makes it."""
+    printed: list[str] = []
+    app.add_notice_handler(lambda notice: printed.append(notice.message_detail or ""))
+    fill(app, ready)
+    [made] = [text for text in printed if "PostgREST" in text]
+    app.execute(made.split(": ", 1)[1].encode())
+    assert app.execute("select id from app.t_by_v(value => 'v7')").fetchall() == [(7,)]
+    rotate(ready)
+    assert app.execute("select id from app.t_by_v(value => 'v7')").fetchall() == [(7,)]
