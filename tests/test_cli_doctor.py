@@ -104,7 +104,7 @@ def test_rotations_gone_wrong(cli_ready: Cli, ready: Connection) -> None:
         "update rekey.secrets set ciphertext = set_byte(ciphertext, 40, get_byte(ciphertext, 40) # 1)"
     )
     cli_ready("rotate", "--wait", code=4)
-    assert findings(cli_ready)["1 rows did not open in rotation 1 of keyring default"] == "critical"
+    assert findings(cli_ready)["1 row did not open in rotation 1 of keyring default"] == "critical"
     ready.execute("update rekey.rotations set state = 'failed', last_error = 'disk full'")
     assert findings(cli_ready)["rotation 1 of keyring default failed: disk full"] == "critical"
 

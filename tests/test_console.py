@@ -323,6 +323,13 @@ def test_errors_are_pages(browser: Browser) -> None:
     assert "the database is not available" in browser.get("/", 503).text
 
 
+def test_settings_in_words(browser: Browser) -> None:
+    browser.sign_in()
+    browser.get("/health")
+    for name, words in {"batch_target": "0.2 seconds", "notify_blocked": "15 minutes"}.items():
+        assert f"<code>{name}</code></th><td>{words}</td>" in browser.page
+
+
 def test_the_audit_log(browser: Browser, ready: Connection) -> None:
     browser.sign_in()
     browser.get("/rotate?keyring=default")

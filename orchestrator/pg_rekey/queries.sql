@@ -512,7 +512,8 @@ select 'critical' as severity, format('rotation %s of keyring %s failed: %s', r.
   format('pg-rekey rotations retry %s', r.id) as advice
 from rekey.rotation_status r where r.state = 'failed'
 union all
-select 'critical', format('%s rows did not open in rotation %s of keyring %s', count(*), f.rotation_id, f.keyring),
+select 'critical', format('%s did not open in rotation %s of keyring %s', case when count(*) = 1 then '1 row' else count(*) || ' rows' end,
+    f.rotation_id, f.keyring),
   format('pg-rekey rotations failures %s', f.rotation_id)
 from rekey.failure_status f where f.resolved_at is null and f.rotation_id is not null
 group by f.rotation_id, f.keyring
