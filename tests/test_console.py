@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from api_fixtures import ALICE, OLAF, PROMETHEUS, ROSA, Api
+from driving import rotate
 from helpers import Connection, value
 from pg_rekey.api import feed as feeds
 from pg_rekey.console import sessions
@@ -328,6 +329,16 @@ def test_settings_in_words(browser: Browser) -> None:
     browser.get("/health")
     for name, words in {"batch_target": "0.2 seconds", "notify_blocked": "15 minutes"}.items():
         assert f"<code>{name}</code></th><td>{words}</td>" in browser.page
+
+
+def test_the_pace_in_words(browser: Browser, ready: Connection) -> None:
+    browser.sign_in()
+    number = rotate(ready)
+    browser.get(f"/rotations/{number}")
+    assert "give way to nobody" in browser.page
+    ready.execute("select rekey.set_setting('min_pace', '0.25')")
+    browser.get(f"/rotations/{number}")
+    assert "down to 25 % of the time" in browser.page
 
 
 def test_the_audit_log(browser: Browser, ready: Connection) -> None:
