@@ -185,6 +185,36 @@ def test_who_answers_bit_by_bit_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> N
     assert time.monotonic() - begun < 4
 
 
+def test_a_name_of_many_dead_addresses_takes_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "PATIENCE", 0.3)
+    resolve(monkeypatch, *(f"127.0.0.{n}" for n in range(1, 9)))
+
+    def nobody(_: Any, timeout: float) -> socket.socket:
+        time.sleep(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", nobody)
+    begun = time.monotonic()
+    with pytest.raises(Undelivered, match="in time"):
+        post("http://many.example/")
+    assert time.monotonic() - begun < 1
+
+
+def test_who_was_long_in_finding_is_cut_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "DEADLINE", 0.3)
+    real = socket.getaddrinfo
+
+    def slowly(*given: Any, **named: Any) -> Any:
+        time.sleep(0.6)
+        return real(*given, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    begun = time.monotonic()
+    with talker(*[b"x"] * 50, pause=0.1) as port, pytest.raises(Undelivered):
+        post(f"http://127.0.0.1:{port}/")
+    assert time.monotonic() - begun < 4
+
+
 def test_who_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(addresses, "PATIENCE", 0.3)
     with talker() as port, pytest.raises(Undelivered, match="in time"):

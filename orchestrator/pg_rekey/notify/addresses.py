@@ -7,6 +7,7 @@ own machine or network, the metadata of a cloud.
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
@@ -52,11 +53,17 @@ def connect(host: str, port: int, *, tls: bool, allow_private: bool) -> socket.s
     if not tls and any(map(is_public, addresses)):
         raise Undelivered("its address is a public one, and there is no TLS")
     problem: OSError | None = None
+    until = time.monotonic() + PATIENCE
     for address in addresses:
+        if (left := until - time.monotonic()) <= 0:
+            break
         try:
-            return socket.create_connection((address, port), timeout=PATIENCE)
+            wire = socket.create_connection((address, port), timeout=left)
         except OSError as error:
             problem = error
+        else:
+            wire.settimeout(PATIENCE)
+            return wire
     raise problem or OSError("no address")
 
 
@@ -71,9 +78,8 @@ def refuse(host: str, *, allow_private: bool) -> None:
 @contextmanager
 def in_words(wire: Callable[[], socket.socket | None]) -> Iterator[None]:
     """End a delivery that takes too long, and say what went wrong without the address."""
-    timer = threading.Timer(DEADLINE, _cut, [wire])
-    timer.daemon = True
-    timer.start()
+    over = threading.Event()
+    threading.Thread(target=_cut, args=[wire, over], daemon=True).start()
     try:
         yield
     except ssl.SSLCertVerificationError:
@@ -87,11 +93,14 @@ def in_words(wire: Callable[[], socket.socket | None]) -> Iterator[None]:
     except OSError as error:
         raise Undelivered(f"no connection: {type(error).__name__}") from None
     finally:
-        timer.cancel()
+        over.set()
 
 
-def _cut(wire: Callable[[], socket.socket | None]) -> None:
-    with suppress(OSError):
-        if (open_socket := wire()) is not None:
-            # Not as the TLS layer has it, which another thread is reading from.
-            socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
+def _cut(wire: Callable[[], socket.socket | None], over: threading.Event) -> None:
+    pause = DEADLINE
+    while not over.wait(pause):
+        pause = 0.5  # it may not have been connected yet
+        with suppress(OSError):
+            if (open_socket := wire()) is not None:
+                # Not as the TLS layer has it, which another thread is reading from.
+                socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
