@@ -29,6 +29,10 @@ STATE = {
     "chunks": "select * from rekey._chunks order by id",
     "audit": "select * from rekey.audit_log order by id",
     "head": "select * from rekey._audit_head",
+    "endpoints": "select * from rekey._endpoints order by id",
+    "messages": "select * from rekey._notifications order by id",
+    "told": "select * from rekey._told order by 1, 2",
+    "notifier": "select * from rekey._notifier",
     "schedules": "select * from rekey.schedule_status order by keyring",
     "sequences": "select sequencename, last_value from pg_sequences where schemaname = 'rekey' order by 1",
 }
@@ -89,6 +93,8 @@ def fill(dsn: str, kek: bytes) -> None:
             "select rekey.set_secret('name ' || i, 'value ' || i) from generate_series(1, 120) i"
         )
         connection.execute("select rekey.set_setting('destroy_wait', '99 days')")
+        connection.execute("select rekey.add_endpoint('web', 'https://hooks.example.com/x')")
+        connection.execute("select rekey.test_endpoint('web')")
         # Where the column stands differs in the restored table, and its name from when it was registered.
         connection.execute("create table public.kept (id int primary key, gone text, v text)")
         connection.execute("alter table public.kept drop column gone")
@@ -108,6 +114,7 @@ def fill(dsn: str, kek: bytes) -> None:
             where name = 'damaged'""")
         connection.execute("select rekey.rotate_keys('default')")
         connection.execute("call rekey.run_rotations('10 s')")
+        connection.execute("select rekey._tick_duty('notifications', now())")
         connection.execute("select rekey.set_setting('max_rows_per_second', '50')")
         connection.execute("select rekey.rotate_keys('default')")
         for _ in range(2):  # plans, and sweeps the first batch
@@ -153,6 +160,8 @@ def check_that_it_works(dsn: str, kek: bytes) -> None:
         versions = "select count(distinct substr(decode(substr(w, 5, 16), 'base64'), 8, 4)) from public.kept"
         assert value(connection, versions) == 1
         connection.execute("select rekey.create_keyring('new')")
+        connection.execute("select rekey.add_endpoint('new', 'https://hooks.example.com/y')")
+        assert value(connection, "select count(*) from rekey._open_endpoints()") == 2
         assert value(connection, "select sum(failed) from rekey.verify_ciphertexts()") == 0
         assert value(connection, "select rekey.get_secret('name 7')") == "changed"
         assert value(connection, "select rekey.get_secret('name 120')") == "value 120"
