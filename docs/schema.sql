@@ -3152,16 +3152,24 @@ CREATE FUNCTION rekey._collect_notifications() RETURNS text
 declare
   v_read bigint;
   v_head bigint;
+  v_home text;
   v_message record;
   v_over text[];
   v_new boolean := false;
 begin
   -- Who finds it locked leaves it to whoever is at it.
-  select n.audit_id into v_read from rekey._notifier n for update skip locked;
+  select n.audit_id, n.home into v_read, v_home from rekey._notifier n for update skip locked;
   if not found then
     return null;
   end if;
   select coalesce(max(h.id), 0) into v_head from rekey._audit_head h;
+  if v_home <> rekey._home() then
+    -- What happened before the copy was made, the original tells of.
+    update rekey._notifications n set state = 'dead', ended_at = clock_timestamp(), last_error = 'it is of the database that this one was copied from'
+    where n.state = 'waiting';
+    update rekey._notifier set audit_id = v_head, home = rekey._home() where singleton;
+    v_read := v_head;
+  end if;
   for v_message in
     select e.event, count(*)::integer as count, jsonb_agg(e.subject order by e.id) filter (where e.place <= 10) as subjects
     from (
@@ -4075,6 +4083,7 @@ COMMENT ON FUNCTION rekey._utc(at timestamp with time zone) IS 'A time as messag
 CREATE TABLE rekey._notifier (
     singleton boolean DEFAULT true NOT NULL,
     audit_id bigint NOT NULL,
+    home text NOT NULL,
     since timestamp with time zone DEFAULT now() NOT NULL,
     CONSTRAINT _notifier_singleton_check CHECK (singleton)
 );
@@ -4086,7 +4095,7 @@ ALTER TABLE rekey._notifier OWNER TO rekey_owner;
 -- Name: TABLE _notifier; Type: COMMENT; Schema: rekey; Owner: rekey_owner
 --
 
-COMMENT ON TABLE rekey._notifier IS 'One row while there are endpoints: up to which entry of the audit log messages were made, and since when there are endpoints.';
+COMMENT ON TABLE rekey._notifier IS 'One row while there are endpoints: up to which entry of the audit log messages were made, since when there are endpoints, and in which database: a copy has it from the original.';
 
 
 --
@@ -15929,8 +15938,9 @@ begin
     raise exception 'there is an endpoint % already', quote_literal(name) using errcode = 'unique_violation',
       hint = 'select rekey.remove_endpoint(...) first, or take another name.', constraint = 'remove_endpoint';
   end;
-  -- What was before is not told of.
-  insert into rekey._notifier (audit_id) select coalesce(max(h.id), 0) from rekey._audit_head h on conflict do nothing;
+  -- What was before is not told of. Locked where it is there: who removes the last endpoint has to see this one.
+  insert into rekey._notifier as n (audit_id, home) select coalesce(max(h.id), 0), rekey._home() from rekey._audit_head h
+  on conflict (singleton) do update set audit_id = n.audit_id;
   perform rekey._audit('endpoint.added', details => jsonb_build_object('name', name, 'kind', v_kind, 'events', to_jsonb(events),
     'allow_private', nullif(allow_private, false), 'by_pg_net', nullif(by_pg_net, false)));
   return case when v_kind = 'webhook' then v_secret end;
@@ -18112,6 +18122,7 @@ CREATE FUNCTION rekey.remove_endpoint(name text) RETURNS void
 declare
   v_id integer := (rekey._endpoint(name)).id;
 begin
+  perform from rekey._notifier for update;
   delete from rekey._endpoints e where e.id = v_id;
   delete from rekey._notifications n where n.endpoint_id = v_id;
   if not exists (select from rekey._endpoints) then

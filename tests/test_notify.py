@@ -5,19 +5,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, LiteralString
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.json import Jsonb
 from standardwebhooks import Webhook
 
 from cli_fixtures import Cli, eventually, process
 from driving import run
 from helpers import Connection, belong, connect, unlock, value
+from pg_rekey import kek as keks
 from pg_rekey import worker as workers
+from pg_rekey.notify import deliver
 from pg_rekey.notify.deliver import Courier
 from receivers import Receiver
 
@@ -211,6 +214,23 @@ def test_a_silent_worker_is_told_of_and_that_it_is_back(listening: Connection, s
     assert [event for event, _ in told(listening)] == ["worker.silent", "worker.back"]
 
 
+def test_a_clock_that_was_ahead_hides_nothing(listening: Connection) -> None:
+    listening.execute("select rekey.rotate_keys()")
+    listening.execute(
+        "update rekey._worker set last_tick_at = now() + interval '4 minutes', locked_since = now()"
+    )
+    listening.execute("update rekey.rotations set blocked_since = now() + interval '14 minutes'")
+    tick(listening)
+    assert told(listening) == []
+    listening.execute(
+        "update rekey._worker set last_tick_at = now() + interval '1 day',"
+        " locked_since = now() + interval '1 day'"
+    )
+    listening.execute("update rekey.rotations set blocked_since = now() + interval '1 day'")
+    tick(listening)
+    assert [event for event, _ in told(listening)] == ["kek.missing", "rotation.blocked", "worker.silent"]
+
+
 def test_a_tick_of_pg_cron_tells_without_a_worker(ready: Connection, db: str) -> None:
     ready.execute("select rekey.add_endpoint('here', 'notify:rekey_test')")
     ready.execute("select rekey.add_endpoint('web', 'https://hooks.example.com/x')")
@@ -264,6 +284,56 @@ def test_two_ticks_at_once_make_one_message(listening: Connection, db: str) -> N
             assert told(listening) == []
         tick(listening)
     assert [event for event, _ in told(listening)] == ["key.compromised"]
+
+
+def test_one_added_while_the_last_one_is_removed_is_told(listening: Connection, db: str) -> None:
+    with connect(db) as other, connect(db) as third:
+        remove = threading.Thread(target=third.execute, args=["select rekey.remove_endpoint('here')"])
+        with other.transaction():
+            other.execute("select rekey.add_endpoint('next', 'notify:rekey_test')")
+            remove.start()
+            waits: LiteralString = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
+            eventually(lambda: not remove.is_alive() or value(listening, waits, third.info.backend_pid))
+        remove.join()
+    listening.execute("select rekey.rotate_keys()")
+    listening.execute("select rekey.mark_key_compromised('default', 1)")
+    tick(listening)
+    assert [event for event, _ in told(listening)] == ["key.compromised"]
+
+
+def test_a_copy_does_not_tell_what_the_original_tells(
+    cli_ready: Cli,
+    ready: Connection,
+    hook: Receiver,
+    db: str,
+    make_database: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add(ready, "web", hook.url, allow_private=True)
+    ready.execute("select rekey.test_endpoint('web')")
+    ready.execute("select rekey.rotate_keys()")
+    ready.execute("select rekey.mark_key_compromised('default', 1)")
+    ready.close()
+    copied = make_database(conninfo_to_dict(db)["dbname"])
+    monkeypatch.setenv("PG_REKEY_DSN", copied)
+    cli_ready("work", "--log", "json")
+    assert hook.received == []
+    with connect(copied) as copy:
+        # What happens in the copy, the copy tells.
+        copy.execute("select rekey._audit('kek.lost', version => 7)")
+        cli_ready("work", "--log", "json")
+        assert hook.events() == ["kek.lost"]
+        rows = copy.execute(
+            "select event, state, last_error from rekey.message_status order by id"
+        ).fetchall()
+    assert rows == [
+        ("test", "dead", "it is of the database that this one was copied from"),
+        ("kek.lost", "delivered", None),
+    ]
+    hook.received.clear()
+    monkeypatch.setenv("PG_REKEY_DSN", db)
+    cli_ready("work", "--log", "json")
+    assert {"test", "key.compromised"} <= {*hook.events()}
 
 
 # What it costs
@@ -622,22 +692,42 @@ def test_who_is_slow_does_not_hold_up_the_worker(
     assert value(ready, "select state from rekey.message_status where event = 'test'") == "delivered"
 
 
+@contextmanager
+def own(connection: Connection) -> Iterator[Any]:
+    """What a courier begins on a connection of a test."""
+    with connection.transaction():
+        connection.row_factory = psycopg.rows.dict_row
+        try:
+            yield connection
+        finally:
+            connection.row_factory = psycopg.rows.tuple_row
+
+
+def test_who_has_much_to_deliver_looks_for_new_endpoints(
+    ready: Connection, hook: Receiver, db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliver, "ROUND", 0.1)
+    add(ready, "web", hook.url, allow_private=True)
+    ready.execute("select rekey.test_endpoint('web') from generate_series(1, 10)")
+
+    def answer(_: object) -> int:
+        time.sleep(0.05)
+        return 200
+
+    hook.answer = answer
+    courier = Courier(lambda *_, **__: None)
+    courier.deliver(lambda _: own(ready), threading.Event())
+    assert 0 < len(hook.received) < 10
+
+
 def test_that_the_kek_is_missing_is_told_by_who_had_it(ready: Connection, hook: Receiver) -> None:
     add(ready, "web", hook.url, allow_private=True)
     courier = Courier(lambda *_, **__: None)
-
-    @contextmanager
-    def begin(_: bool) -> Iterator[Any]:
-        with ready.transaction():
-            ready.row_factory = psycopg.rows.dict_row
-            yield ready
-            ready.row_factory = psycopg.rows.tuple_row
-
-    courier.deliver(begin, threading.Event())
+    courier.deliver(lambda _: own(ready), threading.Event())
     ready.execute("select rekey.lock()")
     ready.execute("update rekey._worker set locked_since = now() - interval '6 minutes'")
     assert tick(ready) == "deliver"
-    courier.deliver(begin, threading.Event())
+    courier.deliver(lambda _: own(ready), threading.Event())
     assert hook.events() == ["kek.missing"]
 
 
@@ -728,9 +818,37 @@ def test_the_command_line_adds_lists_tests_and_removes(
     assert [row["name"] for row in cli_ready.json("notify", "list")] == ["here"]
 
 
+def test_a_test_says_what_became_of_it_and_not_of_others(
+    cli_ready: Cli, ready: Connection, hook: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(ready, "web", hook.url, allow_private=True)
+    ready.execute("select rekey._enqueue('kek.lost', 1, '[]') from generate_series(1, 3)")
+    hook.answer = lambda _: 503
+    cli_ready("notify", "test", "web", code=1)
+    assert "endpoint web did not get it: HTTP status 503" in cli_ready.err
+    # A worker has it in hand.
+    claims = """
+        create function public.claim() returns trigger language plpgsql as $$
+        begin new.attempts := 1; new.next_attempt_at := now() + interval '1 min'; return new; end $$;
+        create trigger claim before insert on rekey._notifications
+          for each row execute function public.claim()"""
+    ready.execute(claims)
+    cli_ready("notify", "test", "web", code=1)
+    assert "endpoint web did not get it: another process is sending to it" in cli_ready.err
+    ready.execute("drop function public.claim() cascade")
+    monkeypatch.delenv("PG_REKEY_KEK")
+    keks.forget()
+    cli_ready("notify", "test", "web", code=1)
+    assert "endpoint web did not get it: its address cannot be opened here" in cli_ready.err
+
+
 @pytest.mark.parametrize(
     "address",
     [
+        "https://hooks.example.com:99999/canary",
+        "https://hooks.example.com:canary/",
+        "smtps://mail.example.com:99999?from=a@example.com&to=canary@example.com",
+        "smtps://:465?from=a@example.com&to=canary@example.com",
         "smtp://mail.example.com?to=a@example.com",
         "smtps://mail.example.com?from=a@example.com&to=b@example.com&canary=1",
         "https://[canary/",

@@ -45,6 +45,7 @@ comment on table rekey._told is 'Conditions that hold now and were told of.';
 create table rekey._notifier (
   singleton boolean constraint _notifier_pkey primary key default true constraint _notifier_singleton_check check (singleton),
   audit_id bigint not null,
+  home text not null,
   since timestamptz not null default now()
 );
-comment on table rekey._notifier is 'One row while there are endpoints: up to which entry of the audit log messages were made, and since when there are endpoints.';
+comment on table rekey._notifier is 'One row while there are endpoints: up to which entry of the audit log messages were made, since when there are endpoints, and in which database: a copy has it from the original.';

@@ -718,9 +718,10 @@ comment on table rekey._told is 'Conditions that hold now and were told of.';
 create table rekey._notifier (
   singleton boolean constraint _notifier_pkey primary key default true constraint _notifier_singleton_check check (singleton),
   audit_id bigint not null,
+  home text not null,
   since timestamptz not null default now()
 );
-comment on table rekey._notifier is 'One row while there are endpoints: up to which entry of the audit log messages were made, and since when there are endpoints.';
+comment on table rekey._notifier is 'One row while there are endpoints: up to which entry of the audit log messages were made, since when there are endpoints, and in which database: a copy has it from the original.';
 
 -- sql/schema/70_types.sql
 create type rekey.key_rows as (keyring text, version integer, state text, rows bigint, relations text[]);
@@ -13267,8 +13268,9 @@ begin
     raise exception 'there is an endpoint % already', quote_literal(name) using errcode = 'unique_violation',
       hint = 'select rekey.remove_endpoint(...) first, or take another name.', constraint = 'remove_endpoint';
   end;
-  -- What was before is not told of.
-  insert into rekey._notifier (audit_id) select coalesce(max(h.id), 0) from rekey._audit_head h on conflict do nothing;
+  -- What was before is not told of. Locked where it is there: who removes the last endpoint has to see this one.
+  insert into rekey._notifier as n (audit_id, home) select coalesce(max(h.id), 0), rekey._home() from rekey._audit_head h
+  on conflict (singleton) do update set audit_id = n.audit_id;
   perform rekey._audit('endpoint.added', details => jsonb_build_object('name', name, 'kind', v_kind, 'events', to_jsonb(events),
     'allow_private', nullif(allow_private, false), 'by_pg_net', nullif(by_pg_net, false)));
   return case when v_kind = 'webhook' then v_secret end;
@@ -13302,6 +13304,7 @@ as $$
 declare
   v_id integer := (rekey._endpoint(name)).id;
 begin
+  perform from rekey._notifier for update;
   delete from rekey._endpoints e where e.id = v_id;
   delete from rekey._notifications n where n.endpoint_id = v_id;
   if not exists (select from rekey._endpoints) then
@@ -13385,10 +13388,11 @@ create or replace function rekey._conditions() returns table (event text, subjec
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
+  -- (Times that are to come were noted by a clock that was wrong.)
   select 'rotation.blocked', r.id::text,
     jsonb_build_object('rotation', r.id, 'keyring', k.name, 'version', r.to_version, 'since', rekey._utc(r.blocked_since))
   from rekey.settings s
-  join rekey.rotations r on r.state in ('queued', 'running', 'verifying') and r.blocked_since < clock_timestamp() - s.notify_blocked
+  join rekey.rotations r on r.state in ('queued', 'running', 'verifying') and not r.blocked_since between clock_timestamp() - s.notify_blocked and clock_timestamp() + s.notify_blocked
   join rekey.keyrings k on k.id = r.keyring_id
   union all
   select 'rotation.row_failed', format('%s/%s', f.keyring_id, f.rotation_id),
@@ -13407,13 +13411,13 @@ begin atomic
   union all
   -- Where pg_cron has no KEK, it says so at each rotation until the worker that has it comes.
   select 'kek.missing', '', jsonb_build_object('since', rekey._utc(w.locked_since))
-  from rekey.settings s join rekey._worker w on w.locked_since < clock_timestamp() - s.notify_silent
+  from rekey.settings s join rekey._worker w on not w.locked_since between clock_timestamp() - s.notify_silent and clock_timestamp() + s.notify_silent
   union all
   select 'worker.silent', '', jsonb_build_object('since', rekey._utc(t.at))
   from rekey.settings s
   cross join rekey._notifier n
   cross join lateral (select coalesce(max(w.last_tick_at), n.since) as at from rekey._worker w) t
-  where t.at < clock_timestamp() - s.notify_silent
+  where not t.at between clock_timestamp() - s.notify_silent and clock_timestamp() + s.notify_silent
     -- A worker that reads a large table holds a lock of a step, or of a census, meanwhile.
     and not exists (
       select from pg_locks l
@@ -13442,16 +13446,24 @@ as $$
 declare
   v_read bigint;
   v_head bigint;
+  v_home text;
   v_message record;
   v_over text[];
   v_new boolean := false;
 begin
   -- Who finds it locked leaves it to whoever is at it.
-  select n.audit_id into v_read from rekey._notifier n for update skip locked;
+  select n.audit_id, n.home into v_read, v_home from rekey._notifier n for update skip locked;
   if not found then
     return null;
   end if;
   select coalesce(max(h.id), 0) into v_head from rekey._audit_head h;
+  if v_home <> rekey._home() then
+    -- What happened before the copy was made, the original tells of.
+    update rekey._notifications n set state = 'dead', ended_at = clock_timestamp(), last_error = 'it is of the database that this one was copied from'
+    where n.state = 'waiting';
+    update rekey._notifier set audit_id = v_head, home = rekey._home() where singleton;
+    v_read := v_head;
+  end if;
   for v_message in
     select e.event, count(*)::integer as count, jsonb_agg(e.subject order by e.id) filter (where e.place <= 10) as subjects
     from (
@@ -13565,7 +13577,8 @@ begin atomic
     where w.state = 'waiting' and w.endpoint_id = any (_claim_message.endpoints)
       -- (A time further away was noted by a clock that was wrong.)
       and not w.next_attempt_at between clock_timestamp() and clock_timestamp() + interval '6 hours'
-    order by w.next_attempt_at, w.id limit 1 for update skip locked)
+    -- Somebody waits for what becomes of a test.
+    order by w.event <> 'test', w.next_attempt_at, w.id limit 1 for update skip locked)
   returning n.id, n.message_id, n.endpoint_id, n.event, n.body, n.attempts;
 end;
 comment on function rekey._claim_message is 'The next message to one of these endpoints, which nobody else gets before its pause is over; none: nothing is due.';

@@ -78,12 +78,15 @@ def _look_at(address: str, allow_private: bool) -> None:
         parts = urlsplit(address)
         if parts.scheme.startswith("smtp"):
             Mailbox.parse(address)
+        if parts.scheme != "notify" and not (parts.hostname and parts.port != 0):
+            raise ValueError
         if parts.hostname:
             addresses.refuse(parts.hostname, allow_private=allow_private)
     except Undelivered as problem:
         raise Problem(str(problem), "If that is meant: --allow-private.", USAGE) from None
     except ValueError:
-        raise Problem("the address is no URL", None, USAGE) from None
+        hint = "It is https://..., smtps://USER:PASSWORD@HOST?from=...&to=..., or notify:CHANNEL."
+        raise Problem("the address is no URL", hint, USAGE) from None
 
 
 @notify.command("list", example="pg-rekey notify list")
@@ -122,12 +125,13 @@ def test(out: Output, name: str) -> None:
             message = scalar(connection, "select rekey.test_endpoint(%s)", name)
         # What goes to a channel, the database itself sends.
         connection.execute("select rekey._tick_duty('notifications', now())")
-        Courier(lambda *_, **__: None).deliver(begin, threading.Event(), only=name)
+        known = Courier(lambda *_, **__: None).deliver(begin, threading.Event(), only=name)
         found = fetch_one(
             connection, "select state, last_error from rekey.message_status where id = %s", message
         )
     if found["state"] != "delivered":
-        why = found["last_error"] or "its address cannot be opened here"
+        missed = "another process is sending to it" if known else "its address cannot be opened here"
+        why = found["last_error"] or missed
         raise Problem(f"endpoint {name} did not get it: {why}", "It is tried again by `pg-rekey work`.")
     out.done(f"endpoint {name} got it", name=name, **found)
 

@@ -5,6 +5,7 @@ least once, with the same id.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from pg_rekey import db
 from pg_rekey.errors import Problem
 from pg_rekey.notify import email, webhook
 from pg_rekey.notify.addresses import Undelivered
+
+# Seconds after which nothing more is begun: the next time, endpoints that were added meanwhile are known too.
+ROUND = 60.0
 
 # Begins a transaction, with the KEK or without it.
 Begin = Callable[[bool], AbstractContextManager[db.Connection]]
@@ -63,11 +67,12 @@ class Courier:
         self._tell = tell
         self._endpoints: dict[int, Endpoint] = {}
 
-    def deliver(self, begin: Begin, stop: threading.Event, only: str | None = None) -> None:
-        """Deliver what is due: to every endpoint, or to the one of this name."""
+    def deliver(self, begin: Begin, stop: threading.Event, only: str | None = None) -> bool:
+        """Deliver what is due, to every endpoint or to the one of this name; tell whether one is known."""
         self._open(begin)
         ids = [one.id for one in self._endpoints.values() if only in (None, one.name)]
-        while not stop.is_set() and (message := _claim(begin, ids)) is not None:
+        until = time.monotonic() + ROUND
+        while not stop.is_set() and time.monotonic() < until and (message := _claim(begin, ids)) is not None:
             endpoint = self._endpoints[message["endpoint_id"]]
             error = None
             try:
@@ -80,6 +85,7 @@ class Courier:
                 connection.execute("select rekey._note_delivery(%s, %s)", [message["id"], error])
             said = {"endpoint": endpoint.name, "message": message["event"], "attempt": message["attempts"]}
             self._tell("undelivered" if error else "delivered", **said, error=error)
+        return bool(ids)
 
     def _open(self, begin: Begin) -> None:
         try:
