@@ -3152,24 +3152,17 @@ CREATE FUNCTION rekey._collect_notifications() RETURNS text
 declare
   v_read bigint;
   v_head bigint;
-  v_home text;
   v_message record;
   v_over text[];
   v_new boolean := false;
 begin
+  perform rekey._leave_original();
   -- Who finds it locked leaves it to whoever is at it.
-  select n.audit_id, n.home into v_read, v_home from rekey._notifier n for update skip locked;
+  select n.audit_id into v_read from rekey._notifier n for update skip locked;
   if not found then
     return null;
   end if;
   select coalesce(max(h.id), 0) into v_head from rekey._audit_head h;
-  if v_home <> rekey._home() then
-    -- What happened before the copy was made, the original tells of.
-    update rekey._notifications n set state = 'dead', ended_at = clock_timestamp(), last_error = 'it is of the database that this one was copied from'
-    where n.state = 'waiting';
-    update rekey._notifier set audit_id = v_head, home = rekey._home() where singleton;
-    v_read := v_head;
-  end if;
   for v_message in
     select e.event, count(*)::integer as count, jsonb_agg(e.subject order by e.id) filter (where e.place <= 10) as subjects
     from (
@@ -8062,6 +8055,33 @@ ALTER FUNCTION rekey._later_trigger(name text, relation oid) OWNER TO rekey_owne
 --
 
 COMMENT ON FUNCTION rekey._later_trigger(name text, relation oid) IS 'A trigger of a relation that may change a row after the trigger of this name; NULL: there is none.';
+
+
+--
+-- Name: _leave_original(); Type: FUNCTION; Schema: rekey; Owner: rekey_owner
+--
+
+CREATE FUNCTION rekey._leave_original() RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  update rekey._notifier n set home = rekey._home(), audit_id = (select coalesce(max(h.id), 0) from rekey._audit_head h) where n.home <> rekey._home();
+  if found then
+    update rekey._notifications n set state = 'dead', ended_at = clock_timestamp(), last_error = 'it is of the database that this one was copied from'
+    where n.state = 'waiting';
+  end if;
+end
+$$;
+
+
+ALTER FUNCTION rekey._leave_original() OWNER TO rekey_owner;
+
+--
+-- Name: FUNCTION _leave_original(); Type: COMMENT; Schema: rekey; Owner: rekey_owner
+--
+
+COMMENT ON FUNCTION rekey._leave_original() IS 'In a copy of a database, once: what happened before, and what waits, the original tells of.';
 
 
 --
@@ -19129,6 +19149,7 @@ declare
   v_endpoint rekey._endpoints := rekey._endpoint(name);
   v_id bigint;
 begin
+  perform rekey._leave_original();
   insert into rekey._notifications (endpoint_id, event, body)
   values (v_endpoint.id, 'test', rekey._message_body(v_endpoint.kind, 'test', 1, '[]')) returning id into v_id;
   return v_id;
@@ -22916,6 +22937,13 @@ REVOKE ALL ON FUNCTION rekey._keyring_name(id integer) FROM PUBLIC;
 --
 
 REVOKE ALL ON FUNCTION rekey._later_trigger(name text, relation oid) FROM PUBLIC;
+
+
+--
+-- Name: FUNCTION _leave_original(); Type: ACL; Schema: rekey; Owner: rekey_owner
+--
+
+REVOKE ALL ON FUNCTION rekey._leave_original() FROM PUBLIC;
 
 
 --

@@ -13368,6 +13368,20 @@ end
 $$;
 comment on function rekey._enqueue is 'Puts a message into the queue of every endpoint that wants events like this. count: how many there were; subjects: the first ones.';
 
+create or replace function rekey._leave_original() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update rekey._notifier n set home = rekey._home(), audit_id = (select coalesce(max(h.id), 0) from rekey._audit_head h) where n.home <> rekey._home();
+  if found then
+    update rekey._notifications n set state = 'dead', ended_at = clock_timestamp(), last_error = 'it is of the database that this one was copied from'
+    where n.state = 'waiting';
+  end if;
+end
+$$;
+comment on function rekey._leave_original is 'In a copy of a database, once: what happened before, and what waits, the original tells of.';
+
 create or replace function rekey.test_endpoint(name text) returns bigint
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -13376,6 +13390,7 @@ declare
   v_endpoint rekey._endpoints := rekey._endpoint(name);
   v_id bigint;
 begin
+  perform rekey._leave_original();
   insert into rekey._notifications (endpoint_id, event, body)
   values (v_endpoint.id, 'test', rekey._message_body(v_endpoint.kind, 'test', 1, '[]')) returning id into v_id;
   return v_id;
@@ -13446,24 +13461,17 @@ as $$
 declare
   v_read bigint;
   v_head bigint;
-  v_home text;
   v_message record;
   v_over text[];
   v_new boolean := false;
 begin
+  perform rekey._leave_original();
   -- Who finds it locked leaves it to whoever is at it.
-  select n.audit_id, n.home into v_read, v_home from rekey._notifier n for update skip locked;
+  select n.audit_id into v_read from rekey._notifier n for update skip locked;
   if not found then
     return null;
   end if;
   select coalesce(max(h.id), 0) into v_head from rekey._audit_head h;
-  if v_home <> rekey._home() then
-    -- What happened before the copy was made, the original tells of.
-    update rekey._notifications n set state = 'dead', ended_at = clock_timestamp(), last_error = 'it is of the database that this one was copied from'
-    where n.state = 'waiting';
-    update rekey._notifier set audit_id = v_head, home = rekey._home() where singleton;
-    v_read := v_head;
-  end if;
   for v_message in
     select e.event, count(*)::integer as count, jsonb_agg(e.subject order by e.id) filter (where e.place <= 10) as subjects
     from (
