@@ -719,6 +719,27 @@ def test_who_has_much_to_deliver_looks_for_new_endpoints(
     assert 0 < len(hook.received) < 10
 
 
+def test_a_worker_that_ends_leaves_no_message_half_sent(
+    cli_ready: Cli, ready: Connection, hook: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "LAST_DELIVERY", 0.5)
+    add(ready, "web", hook.url, allow_private=True)
+    ready.execute("select rekey.test_endpoint('web') from generate_series(1, 10)")
+
+    def answer(_: object) -> int:
+        time.sleep(0.2)
+        return 200
+
+    hook.answer = answer
+    cli_ready("work", "--log", "json")
+    sent = len(hook.received)
+    assert 0 < sent < 10
+    time.sleep(0.5)
+    assert len(hook.received) == sent
+    assert value(ready, "select count(*) from rekey.message_status where attempts > 0") == sent
+    assert value(ready, "select count(*) from rekey.message_status where state = 'delivered'") == sent
+
+
 def test_that_the_kek_is_missing_is_told_by_who_had_it(ready: Connection, hook: Receiver) -> None:
     add(ready, "web", hook.url, allow_private=True)
     courier = Courier(lambda *_, **__: None)

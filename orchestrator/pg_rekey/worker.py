@@ -252,8 +252,10 @@ class Post:
     def end(self, *, at_once: bool) -> None:
         """Let it deliver what it can, or only the message in hand."""
         if self._thread is not None:
-            if at_once:
-                self._stop.set()
+            if not at_once:
+                self._thread.join(LAST_DELIVERY)
+            self._stop.set()
+            # The message in hand: ended after it was sent, it would be sent again.
             self._thread.join(LAST_DELIVERY)
 
     def _deliver(self) -> None:
