@@ -900,3 +900,9 @@ def test_the_doctor_tells_what_does_not_get_there(cli_ready: Cli, ready: Connect
         " rekey._notifications)"
     )
     assert "1 messages to endpoint web were given up" in findings()
+
+
+def test_the_help_names_every_event(cli_ready: Cli, ready: Connection) -> None:
+    said = " ".join(cli_ready("notify", "add", "--help").split())
+    for event in value(ready, "select rekey._told_events()"):
+        assert event == "test" or f"{event}," in said or f"{event}." in said, event

@@ -61,6 +61,9 @@ def add(
     https://... is a webhook, signed as Standard Webhooks has it; its secret is printed, once.
     smtps://USER:PASSWORD@HOST:465?from=SENDER&to=RECIPIENT is e-mail, smtp:// the same with STARTTLS.
     notify:CHANNEL is NOTIFY in the database. The address is kept in the database, under the KEK.
+
+    Events: rotation.completed, rotation.failed, rotation.blocked, rotation.row_failed, keyring.overdue,
+    key.compromised, key.destruction_due, kek.lost, kek.missing, kek.back, worker.silent, worker.back.
     """
     address = private_text(path, "Address").strip()
     _look_at(address, allow_private)
