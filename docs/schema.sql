@@ -14480,13 +14480,13 @@ CREATE FUNCTION rekey._text_version(normalization text) RETURNS text
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
-  v_unicode text := current_setting('server_version_num')::integer / 10000;
+  v_unicode text := (select c.catalog_version_no from pg_control_system() c);
   v_collation text;
 begin
   if normalization = 'digits' then
     return '';
   end if;
-  -- What NFC goes by comes with the server.
+  -- What NFC goes by comes with the major version, which that of the catalogs stands for where nothing says it.
   if to_regprocedure('pg_catalog.unicode_version()') is not null then
     execute format('select pg_catalog.%I()', 'unicode_version') into v_unicode;
   end if;
@@ -19716,8 +19716,8 @@ CREATE FUNCTION rekey_targets.secrets_write(relation regclass, rows tid[], start
     SET row_security TO 'off'
     AS $$
 begin
-  if relation <> 'rekey.secrets'::regclass then
-    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  if relation <> 'rekey.secrets'::regclass or indexes is not null then
+    raise exception '% is not rekey.secrets, which has no blind index', relation using errcode = 'RK005';
   end if;
   -- (A subselect hides from the planner how many rows there are: it would rather read the whole table than follow so many pointers.
   -- IS TRUE keeps what a value begins with from being the key of a join, for which every value would be read.)

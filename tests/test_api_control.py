@@ -125,6 +125,9 @@ def test_schedules(api: Api, ready: Connection) -> None:
     )
     assert (found["rotate_every"], found["next_rotation_at"]) == ("1 mon", "2030-01-01T00:00:00Z")
     post(api, "schedule/set", 422, keyring="default", rotate_every="1 day", first_at="2030-01-01T00:00:00")
+    for seconds in (15, "15"):  # which would be in 1970
+        post(api, "schedule/set", 422, keyring="default", rotate_every="1 day", first_at=seconds)
+    api.get("/api/audit?until=15", 422)
     assert post(api, "schedule/clear", keyring="default")["rotate_every"] is None
 
 

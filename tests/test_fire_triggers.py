@@ -269,6 +269,7 @@ def test_nobody_gains_the_right(ready: Connection, app: Connection, owner: str) 
     """The functions of a column have the rights of the table's owner, and so has what they set."""
     app.execute("create table t (id int primary key, v text)")
     protect(app, "t")
+    app.execute("insert into t values (1, 'x')")
     number = value(ready, "select id from rekey.protected_columns")
     ready.execute("update rekey.protected_columns set fire_triggers = false")
     body: LiteralString = """
@@ -282,15 +283,12 @@ def test_nobody_gains_the_right(ready: Connection, app: Connection, owner: str) 
     )
     ready.execute(statement.encode())
     ready.execute(f"grant execute on function rekey_targets.column_{number}_write to {owner}".encode())
+    write = f"select rekey_targets.column_{number}_write('app.t', array[tid '(0,1)'], null, '{{x}}', null)"
     with refused("42501"):
-        app.execute(
-            f"select rekey_targets.column_{number}_write('app.t', '{{}}', '{{}}', '{{}}', null)".encode()
-        )
+        app.execute(write.encode())
     # For whoever may call it as a superuser, too.
     with refused("42501"):
-        ready.execute(
-            f"select rekey_targets.column_{number}_write('app.t', '{{}}', '{{}}', '{{}}', null)".encode()
-        )
+        ready.execute(write.encode())
 
 
 def test_it_is_kept(ready: Connection, app: Connection, granted: str) -> None:

@@ -455,6 +455,15 @@ def use_columns_of_the_application(scenario: Scenario) -> None:
             connection.execute("update written set v = (select v from written where id = 2) where id = 1")
         run("columns view written")
         connection.execute("select * from written_decrypted")
+    run("columns search written v --normalization trim_lower")
+    run("work")
+    with connect(scenario.dsn) as connection:
+        unlock(connection, run.keks["PG_REKEY_KEK"])
+        connection.execute("create temporary table given (v text)")
+        copy_in(connection, "given", ["text"], (written,), (scenario.text("searched for"),))
+        for search in ("search('public.written.v', g.v)", "search_many('public.written.v', array[g.v])"):
+            query = f"select count(*) from given g join written w on w.v_bidx = any (rekey.{search})"
+            assert value(connection, query) == 1
     run("columns list")
     run("columns rebind written v --yes")
     run("columns find --json", code=5)

@@ -187,7 +187,7 @@ def test_secrets_that_are_all_gone_ask_to_be_confirmed(ready: Connection, cli_re
     )
     assert "it held 1000 rows of the keyring at the last complete count" in blocked
     cli_ready("keyrings", "confirm-emptied", "default", "--yes")
-    assert "held 1000 secrets" in cli_ready.out
+    assert "held 1,000 secrets" in cli_ready.out
     ready.execute("update rekey.rotations set next_attempt_at = null where state = 'verifying'")
     ready.execute("call rekey.run_rotations()")
     assert value(ready, states) == "completed completed"

@@ -123,8 +123,8 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if relation <> 'rekey.secrets'::regclass then
-    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  if relation <> 'rekey.secrets'::regclass or indexes is not null then
+    raise exception '% is not rekey.secrets, which has no blind index', relation using errcode = 'RK005';
   end if;
   -- (A subselect hides from the planner how many rows there are: it would rather read the whole table than follow so many pointers.
   -- IS TRUE keeps what a value begins with from being the key of a join, for which every value would be read.)

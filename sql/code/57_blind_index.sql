@@ -45,13 +45,13 @@ language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_unicode text := current_setting('server_version_num')::integer / 10000;
+  v_unicode text := (select c.catalog_version_no from pg_control_system() c);
   v_collation text;
 begin
   if normalization = 'digits' then
     return '';
   end if;
-  -- What NFC goes by comes with the server.
+  -- What NFC goes by comes with the major version, which that of the catalogs stands for where nothing says it.
   if to_regprocedure('pg_catalog.unicode_version()') is not null then
     execute format('select pg_catalog.%I()', 'unicode_version') into v_unicode;
   end if;

@@ -3492,8 +3492,8 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if relation <> 'rekey.secrets'::regclass then
-    raise exception '% is not rekey.secrets', relation using errcode = 'RK005';
+  if relation <> 'rekey.secrets'::regclass or indexes is not null then
+    raise exception '% is not rekey.secrets, which has no blind index', relation using errcode = 'RK005';
   end if;
   -- (A subselect hides from the planner how many rows there are: it would rather read the whole table than follow so many pointers.
   -- IS TRUE keeps what a value begins with from being the key of a join, for which every value would be read.)
@@ -6824,13 +6824,13 @@ language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_unicode text := current_setting('server_version_num')::integer / 10000;
+  v_unicode text := (select c.catalog_version_no from pg_control_system() c);
   v_collation text;
 begin
   if normalization = 'digits' then
     return '';
   end if;
-  -- What NFC goes by comes with the server.
+  -- What NFC goes by comes with the major version, which that of the catalogs stands for where nothing says it.
   if to_regprocedure('pg_catalog.unicode_version()') is not null then
     execute format('select pg_catalog.%I()', 'unicode_version') into v_unicode;
   end if;

@@ -1,5 +1,6 @@
 """What goes over the wire. The fields are the columns of the views; docs/reference.md describes them."""
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -14,12 +15,21 @@ Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]
 _Whole = BeforeValidator(
     lambda given: int(given) if isinstance(given, float) and given.is_integer() else given
 )
+
+
+def _written(given: object) -> object:
+    """Refuse a time that is a number: pydantic takes it for seconds since 1970."""
+    if not isinstance(given, str) or not re.match(r"\d{4}-", given):
+        raise ValueError("a time is written as 2026-11-30T12:00:00Z")
+    return given
+
+
 # As far as every client of JSON counts: beyond that, many round.
 Id = Annotated[int, Field(ge=1, le=2**53 - 1), _Whole]
 Version = Annotated[int, Field(ge=1, le=2**31 - 1), _Whole]
 # A body is JSON, which has no other way to write these than as text.
 Interval = Annotated[str, Field(max_length=100, pattern=r"^[^\x00]*$", examples=["90 days"])]
-Time = Annotated[AwareDatetime, Field(strict=False)]
+Time = Annotated[AwareDatetime, Field(strict=False), BeforeValidator(_written)]
 Tenant = Annotated[UUID, Field(strict=False)]
 RotationState = Literal[
     "queued",
