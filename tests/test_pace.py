@@ -194,3 +194,19 @@ def test_a_clock_that_was_wrong_sets_no_pace(worker: Connection, ready: Connecti
     )
     batch(worker, None)
     assert pace(ready, secrets) == (1, None)
+
+
+@pytest.mark.parametrize(("following", "rows"), [("null", 1000), ("'(3,7)'", 2000)])
+def test_a_batch_that_ended_with_its_range_says_nothing_for_more(
+    ready: Connection, secrets: int, following: LiteralString, rows: int
+) -> None:
+    """The rest of a chunk is short: that its rows were locked for a moment only is no reason to lock more."""
+    step_until(ready, "planned")
+    ready.execute("update rekey._chunks set batch_rows = 1000")
+    advance: LiteralString = (
+        "select rekey._advance(c, {}, 1, 0.001, 0.001)"
+        " from (select * from rekey._chunks order by id limit 1) c"
+    )
+    ready.execute("update rekey._chunks set until_block = 100")
+    ready.execute(advance.format(following).encode())
+    assert value(ready, "select batch_rows from rekey._chunks order by id limit 1") == rows

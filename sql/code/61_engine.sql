@@ -596,7 +596,8 @@ declare
     extract(epoch from (rekey._settings()).batch_target) / greatest(seconds, 0.000001),
     case when chunk.pace < 1 then 0.01 else max_rows / 200000.0 end / greatest(locked, 0.000001)));
 begin
-  chunk.batch_rows := greatest(10, least(max_rows, (chunk.batch_rows * v_factor)::integer));
+  -- (What ended with its range had fewer rows than it might have: it says nothing for more.)
+  chunk.batch_rows := greatest(10, least(max_rows, (chunk.batch_rows * case when next is null then least(v_factor, 1) else v_factor end)::integer));
   if next is null and _advance.until_block >= chunk.until_block then
     perform rekey._pass_on(chunk);
     return;
