@@ -118,9 +118,11 @@ def test_a_storm_of_duplicates(
     print(rotations, "rotations,", most, "versions at once,", sorted(errors.items()), states)
     assert most >= 3
     assert {key.split()[1] for key in errors} <= {"done", "23505", "40001", "40P01"}
-    # In READ COMMITTED an upsert never meets a duplicate.
+    # In READ COMMITTED an upsert meets a duplicate only where another's row came to stand on another version
+    # at that moment: once in 2,659 in a run on 18.6, not at all in those on 15.20.
     if set(levels) == {"rc"}:
-        assert errors["upsert 23505"] == errors["nothing 23505"] == 0
+        for kind in ("upsert", "nothing"):
+            assert errors[f"{kind} 23505"] < errors[f"{kind} done"] / 100
     assert (
         min(errors[f"{kind} done"] for kind in ("insert", "upsert", "nothing", "update", "delete", "other"))
         > 10
