@@ -688,13 +688,13 @@ declare
   v_rate double precision := (rekey._settings()).max_rows_per_second;
   v_ahead double precision := rows / (4 * v_rate) - extract(epoch from clock_timestamp() - begun);
 begin
-  if v_ahead > 0 and clock_timestamp() < begun + interval '1 minute' then
-    perform pg_sleep(least(v_ahead, 60));
+  if v_ahead > 0 then
+    perform pg_sleep(least(v_ahead, extract(epoch from begun + interval '1 minute' - clock_timestamp())));
   end if;
 end
 $$;
 comment on function rekey._keep_pace is
-  'Sleeps where rows were opened faster since then than four times max_rows_per_second, which is the pace of a verification: within one transaction, whose snapshot holds up every VACUUM, and so no longer than a minute or two.';
+  'Sleeps where rows were opened faster since then than four times max_rows_per_second, which is the pace of a verification: within one transaction, whose snapshot holds up every VACUUM, and so until a minute has passed since then, and no longer.';
 
 create or replace function rekey.who_else() returns text
 language plpgsql volatile
