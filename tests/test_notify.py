@@ -377,6 +377,20 @@ def test_what_waits_does_not_grow_without_limit(ready: Connection) -> None:
     assert value(ready, "select count(*) from rekey._notifier") == 0
 
 
+def test_a_message_whose_sender_dies_each_time_is_given_up(ready: Connection) -> None:
+    add(ready, "web", "https://hooks.example.com/x")
+    ready.execute("select rekey.test_endpoint('web') from generate_series(1, 2) n")
+    ready.execute("update rekey._notifications set attempts = 12, next_attempt_at = now() - interval '1 min'")
+    # The last attempt of one of them is under way.
+    last: LiteralString = (
+        "update rekey._notifications set next_attempt_at = now() + interval '6 h' where id = %s"
+    )
+    ready.execute(last, [value(ready, "select max(id) from rekey._notifications")])
+    tick(ready)
+    rows = ready.execute("select state, last_error from rekey._notifications order by id").fetchall()
+    assert rows == [("dead", "whoever sent it came to an end each time"), ("waiting", None)]
+
+
 # Endpoints
 
 

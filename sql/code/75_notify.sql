@@ -356,6 +356,10 @@ begin
   loop
     perform pg_notify(v_message.channel, v_message.body);
   end loop;
+  -- Whoever noted nothing of the last attempt came to an end within it.
+  update rekey._notifications n
+  set state = 'dead', ended_at = clock_timestamp(), last_error = coalesce(n.last_error, 'whoever sent it came to an end each time')
+  where n.state = 'waiting' and n.attempts >= 12 and n.next_attempt_at < clock_timestamp();
   return (select 'deliver' from rekey._notifications n where n.state = 'waiting' limit 1);
 end
 $$;
